@@ -1,0 +1,166 @@
+"""Cases: points of a contract's input space, and how each becomes tensors.
+
+Hypothesis draws the case (sizes, options, regime, layout, seed), which is cheap and shrinks well; the tensors come from a
+seeded generator. A case's repr is its reproduction.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, Literal, get_args
+
+import torch
+from hypothesis import strategies as st
+from hypothesis.strategies import SearchStrategy
+
+from gaugeblock.conformance.contract import Contract, Tensors
+
+Layout = Literal["contiguous", "transposed", "sliced", "padded rows", "storage offset", "broadcast"]
+LAYOUTS: tuple[Layout, ...] = get_args(Layout)
+GUARD = 64  # elements on either side of a guarded tensor
+
+
+@dataclass(frozen=True, init=False, repr=False)
+class Case:
+    """One point of a contract's input space: `Case(num_tokens=3, ..., regime="dithered", layout="contiguous", seed=0)`."""
+
+    items: tuple[tuple[str, Any], ...]
+    regime: str
+    layout: Layout
+    seed: int
+
+    def __init__(self, *, regime: str, layout: Layout = "contiguous", seed: int = 0, **parameters: Any) -> None:
+        object.__setattr__(self, "items", tuple(parameters.items()))
+        object.__setattr__(self, "regime", regime)
+        object.__setattr__(self, "layout", layout)
+        object.__setattr__(self, "seed", seed)
+
+    @property
+    def parameters(self) -> dict[str, Any]:
+        """Sizes and options by name."""
+        return dict(self.items)
+
+    def to_json(self) -> dict[str, Any]:
+        """The keyword arguments that make this case again."""
+        return {**self.parameters, "regime": self.regime, "layout": self.layout, "seed": self.seed}
+
+    def replace(self, **changes: Any) -> "Case":
+        """This case with other parameters, regime, layout or seed."""
+        return Case(**{**self.to_json(), **changes})
+
+    def __repr__(self) -> str:
+        return f"Case({', '.join(f'{name}={value!r}' for name, value in self.to_json().items())})"
+
+
+class Draw:
+    """Seeded draws in float64 and int64, the vocabulary in which regimes are written."""
+
+    def __init__(self, seed: int) -> None:
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def normal(self, *shape: int) -> torch.Tensor:
+        """Standard normal values."""
+        return torch.randn(shape, generator=self.generator, dtype=torch.float64)
+
+    def uniform(self, *shape: int) -> torch.Tensor:
+        """Values of [0, 1)."""
+        return torch.rand(shape, generator=self.generator, dtype=torch.float64)
+
+    def integers(self, low: int, high: int, *shape: int) -> torch.Tensor:
+        """Integers of [low, high)."""
+        return torch.randint(low, high, shape, generator=self.generator)
+
+    def permutation(self, length: int) -> torch.Tensor:
+        """The numbers 0 ... length - 1, shuffled."""
+        return torch.randperm(length, generator=self.generator)
+
+    def distinct_rows(self, rows: int, columns: int, bound: int) -> torch.Tensor:
+        """`[rows, columns]` integers below `bound`, distinct within each row."""
+        return self.uniform(rows, bound).argsort(dim=1)[:, :columns]
+
+
+def cases(contract: Contract, regime: str, *, landmarks_only: bool = False) -> SearchStrategy[Case]:
+    """Cases of one regime: free sizes and landmarks in turn; they shrink towards small free sizes."""
+    landmarks = st.sampled_from(contract.landmarks)
+    sizes = landmarks if landmarks_only else st.one_of(contract.parameters(), landmarks)
+    return st.builds(lambda parameters, seed: Case(**parameters, regime=regime, seed=seed), sizes, st.integers(0, 2**16))
+
+
+@lru_cache(maxsize=4096)
+def _drawn(contract: Contract, case: Case) -> Tensors:
+    tensors = contract.regime(case.regime).make(Draw(case.seed), case.parameters)
+    return {
+        key: lay_out(tensor, case.layout).contiguous() for key, tensor in tensors.items()
+    }  # "broadcast" repeats the first row
+
+
+@lru_cache(maxsize=4096)
+def cotangents(contract: Contract, case: Case) -> Tensors:
+    """A random cotangent for each differentiable output, in float64 (never ones: a sum hides permutations and signs)."""
+    draw = Draw(case.seed + 1)
+    shapes = {spec.name: tuple(case.parameters[name] for name in spec.shape) for spec in contract.outputs if spec.differentiable}
+    return {name: draw.normal(*shape) for name, shape in shapes.items()}
+
+
+def make_inputs(contract: Contract, case: Case, dtype: str) -> Tensors:
+    """The case's inputs, contiguous and on the CPU, rounded to the dtypes that the contract gives them."""
+    return {key: tensor.to(input_dtype(contract, key, dtype)) for key, tensor in _drawn(contract, case).items()}
+
+
+def input_dtype(contract: Contract, key: str, dtype: str) -> torch.dtype:
+    """The dtype of an input or output when `dtype` is under test."""
+    fixed = contract.spec(key).dtype
+    return getattr(torch, dtype if fixed == "tested" else fixed)
+
+
+def options(contract: Contract, case: Case) -> dict[str, Any]:
+    """The keyword arguments of the call."""
+    return {name: case.parameters[name] for name in contract.options}
+
+
+def lay_out(tensor: torch.Tensor, layout: Layout) -> torch.Tensor:
+    """The same values otherwise in memory; all other memory within reach holds NaN, or a huge integer.
+
+    `"broadcast"` repeats the first row without storing it again (stride 0), which changes the values: compare with
+    a contiguous copy of the result.
+    """
+    if layout == "contiguous" or tensor.ndim == 0:
+        return tensor.clone(memory_format=torch.contiguous_format)
+    if layout == "broadcast":
+        return tensor[:1].clone().expand_as(tensor) if tensor.shape[0] else tensor.clone()
+    if layout == "storage offset":
+        return guarded(tensor, before=GUARD + 1)[0]
+    *rows, columns = tensor.shape
+    if layout == "transposed":
+        room = (
+            _poisoned(tensor, (*rows[:-1], columns, *rows[-1:])).movedim(-2, -1)
+            if rows
+            else _poisoned(tensor, (columns, 2))[:, 0]
+        )
+    elif layout == "sliced":
+        room = _poisoned(tensor, (*rows, 2 * columns + 1))[..., 1::2]
+    else:  # padded rows
+        room = _poisoned(tensor, (*rows, columns + 3))[..., :columns]
+    return room.copy_(tensor)
+
+
+def guarded(tensor: torch.Tensor, before: int = GUARD) -> tuple[torch.Tensor, torch.Tensor]:
+    """A contiguous copy inside a larger buffer of NaN or huge integers, and that buffer."""
+    buffer = _poisoned(tensor, (before + tensor.numel() + GUARD,))
+    inside = buffer[before : before + tensor.numel()].view(tensor.shape)
+    return inside.copy_(tensor), buffer
+
+
+def _poisoned(like: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+    poison = float("nan") if like.is_floating_point() else torch.iinfo(like.dtype).max
+    return torch.full(shape, poison, dtype=like.dtype, device=like.device)
+
+
+def take(contract: Contract, tensors: Mapping[str, torch.Tensor], dimension: str, index: torch.Tensor) -> Tensors:
+    """The inputs or outputs with the positions `index` along a named dimension; others unchanged."""
+    return {
+        key: tensor.index_select(contract.spec(key).shape.index(dimension), index.to(tensor.device))
+        if dimension in contract.spec(key).shape
+        else tensor
+        for key, tensor in tensors.items()
+    }

@@ -1,0 +1,251 @@
+"""Contracts of the experts (CATALOGUE section 2)."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from hypothesis import strategies as st
+
+from gaugeblock.conformance.cases import Draw
+from gaugeblock.conformance.contract import (
+    Builtin,
+    Contract,
+    Cost,
+    Input,
+    Output,
+    Parameters,
+    Regime,
+    Rejection,
+    Tensors,
+    Workload,
+)
+from gaugeblock.reference.torch import experts
+
+EVERY_DTYPE = ("float32", "float16", "bfloat16")
+TILES = (16, 32, 64, 128)  # block sizes that grouped kernels use: regimes put group sizes just below, at and above one
+
+
+def cost(parameters: Parameters, itemsize: int) -> Cost:
+    """Three matrix products a routed row; tokens read and written once, the weights of the experts in use read once."""
+    tokens, width, inner = parameters["num_tokens"], parameters["hidden_size"], parameters["intermediate_size"]
+    routed = tokens * parameters["top_k"]
+    used = min(parameters["num_experts"], routed)
+    return Cost(
+        6.0 * routed * width * inner, float(itemsize * (3 * used * width * inner + 2 * tokens * width) + 12 * routed)
+    )
+
+
+def sizes(num_tokens: int, hidden_size: int, intermediate_size: int, num_experts: int, top_k: int) -> dict[str, Any]:
+    """One point of the input space."""
+    return {
+        "num_tokens": num_tokens,
+        "hidden_size": hidden_size,
+        "intermediate_size": intermediate_size,
+        "two_intermediate_sizes": 2 * intermediate_size,
+        "num_experts": num_experts,
+        "top_k": top_k,
+    }
+
+
+@st.composite
+def parameters(draw: st.DrawFn) -> dict[str, Any]:
+    """Sizes around block sizes, with tails; small enough for an interpreter."""
+    experts = draw(st.sampled_from([1, 2, 3, 4, 7, 8]))
+    return sizes(
+        num_tokens=draw(st.sampled_from([1, 2, 3, 7, 15, 16, 17, 24, 33])),
+        hidden_size=draw(st.sampled_from([1, 8, 16, 31, 64, 65, 100])),
+        intermediate_size=draw(st.sampled_from([1, 8, 17, 32, 64, 70])),
+        num_experts=experts,
+        top_k=draw(st.integers(1, min(experts, 4))),
+    )
+
+
+# ------------------------------------------------------------------------------------------------------ kinds of values
+
+
+def _weights(draw: Draw, parameters: Parameters) -> Tensors:
+    """Random weights scaled by fan-in, so that activations have unit variance."""
+    experts, width, inner = (parameters[name] for name in ("num_experts", "hidden_size", "intermediate_size"))
+    return {
+        "w13": draw.normal(experts, 2 * inner, width) * width**-0.5,
+        "w2": draw.normal(experts, width, inner) * inner**-0.5,
+    }
+
+
+def _routing(draw: Draw, parameters: Parameters) -> Tensors:
+    """Distinct experts for each token, positive weights that sum to about 1."""
+    tokens, top_k = parameters["num_tokens"], parameters["top_k"]
+    return {
+        "topk_weights": (0.2 + draw.uniform(tokens, top_k)) / top_k,
+        "topk_ids": draw.distinct_rows(tokens, top_k, parameters["num_experts"]),
+    }
+
+
+def dithered(draw: Draw, parameters: Parameters) -> Tensors:
+    """Random tokens and weights of unit variance."""
+    tokens = draw.normal(parameters["num_tokens"], parameters["hidden_size"])
+    return {"hidden_states": tokens, **_weights(draw, parameters), **_routing(draw, parameters)}
+
+
+def lattice(draw: Draw, parameters: Parameters) -> Tensors:
+    """Integers, of which every partial sum is exact in any order, and which tell a low-precision accumulator.
+
+    Each gate is 41, where the sigmoid rounds to 1; up values are sums of at most six ones; w2 is sparse and 0 or 1, or of
+    both signs.
+    """
+    tokens, width, inner, experts = (
+        parameters[name] for name in ("num_tokens", "hidden_size", "intermediate_size", "num_experts")
+    )
+    hidden = draw.integers(0, 2, tokens, width).to(torch.float64)
+    hidden[:, 0] = 1
+    w13 = torch.zeros(experts, 2 * inner, width, dtype=torch.float64)
+    w13[:, :inner, 0] = 41
+    w13[:, inner:] = _sparse(draw, experts * inner, width, 6).view(experts, inner, width)
+    w2 = _sparse(draw, experts * parameters["hidden_size"], inner, 16).view(experts, width, inner)
+    signs = 1 - 2 * draw.integers(0, 2, *w2.shape) if draw.uniform(1).item() < 0.5 else torch.ones_like(w2)
+    powers = torch.tensor([1.0, 0.5, 0.25], dtype=torch.float64)[draw.integers(0, 3, tokens, parameters["top_k"])]
+    return {"hidden_states": hidden, "w13": w13, "w2": w2 * signs, **_routing(draw, parameters), "topk_weights": powers}
+
+
+def _sparse(draw: Draw, rows: int, columns: int, ones: int) -> torch.Tensor:
+    """`[rows, columns]` of zeros with at most `ones` ones in each row."""
+    positions = draw.integers(0, columns, rows, min(ones, columns))
+    return torch.zeros(rows, columns, dtype=torch.float64).scatter(1, positions, 1.0)
+
+
+def skewed(draw: Draw, parameters: Parameters) -> Tensors:
+    """All tokens on one expert, or experts without tokens, or one expert with a tile's rows, one less, one more."""
+    tensors = dithered(draw, parameters)
+    tokens, experts = parameters["num_tokens"], parameters["num_experts"]
+    favourite, kind = int(draw.integers(0, experts, 1)), int(draw.integers(0, 3, 1))
+    first = torch.full((tokens,), favourite) if kind == 0 else torch.full((tokens,), (favourite + 1) % experts)
+    if kind == 1:
+        edges = [tile + step for tile in TILES for step in (-1, 0, 1) if tile + step <= tokens] or [tokens]
+        first[: edges[int(draw.integers(0, len(edges), 1))]] = favourite
+    order = torch.stack([torch.cat([each[None], (each + 1 + torch.arange(experts - 1)) % experts]) for each in first])
+    return tensors | {"topk_ids": order[:, : parameters["top_k"]]}
+
+
+def cancelling(draw: Draw, parameters: Parameters) -> Tensors:
+    """Sums of large terms of both signs; magnitudes from 2^-4 to 2^4 over the rows."""
+    tensors = dithered(draw, parameters)
+    scale = torch.exp2(draw.integers(-4, 5, parameters["num_tokens"], 1).to(torch.float64))
+    alternating = 1 - 2 * (torch.arange(parameters["intermediate_size"]) % 2)
+    return tensors | {"hidden_states": tensors["hidden_states"] * scale, "w2": tensors["w2"].abs() * alternating}
+
+
+def special(draw: Draw, parameters: Parameters) -> Tensors:
+    """A token of NaN and one with an infinity."""
+    tensors = dithered(draw, parameters)
+    tensors["hidden_states"][parameters["num_tokens"] // 2] = torch.nan
+    tensors["hidden_states"][-1, 0] = torch.inf
+    return tensors
+
+
+def tiny(draw: Draw, parameters: Parameters) -> Tensors:
+    """Values near the subnormal numbers of float16."""
+    tensors = dithered(draw, parameters)
+    return tensors | {"hidden_states": tensors["hidden_states"] * 2.0**-10, "w2": tensors["w2"] * 2.0**-8}
+
+
+# ------------------------------------------------------------------------------------------------------------ bad calls
+
+
+def _change(name: str, change: Callable[[torch.Tensor], Any]) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    return lambda call: {name: change(call[name])}
+
+
+REJECTIONS = (
+    Rejection(
+        "an id equal to num_experts", "topk_ids", lambda call: {"topk_ids": call["topk_ids"] * 0 + call["w13"].shape[0]}
+    ),
+    Rejection("a negative id", "topk_ids", _change("topk_ids", lambda each: each * 0 - 1)),
+    Rejection("floating ids", "topk_ids", lambda call: {"topk_ids": call["topk_weights"]}),
+    Rejection("ids for fewer tokens", "topk_ids", _change("topk_ids", lambda each: each[:-1])),
+    Rejection("weights of another top_k", "topk_weights", _change("topk_weights", lambda each: each[:, :-1])),
+    Rejection("integer weights", "topk_weights", lambda call: {"topk_weights": call["topk_ids"]}),
+    Rejection("tokens of rank 3", "hidden_states", _change("hidden_states", lambda each: each[None])),
+    Rejection("integer tokens", "hidden_states", lambda call: {"hidden_states": call["topk_ids"]}),
+    Rejection("w13 of another width", "w13", _change("w13", lambda each: each[:, :, :-1])),
+    Rejection("w13 with an odd number of rows", "w13", _change("w13", lambda each: each[:, :-1])),
+    Rejection("w13 of rank 2", "w13", _change("w13", lambda each: each[0])),
+    Rejection("w2 of fewer experts", "w2", _change("w2", lambda each: each[:-1])),
+    Rejection("w2 of another width", "w2", _change("w2", lambda each: each[:, :-1])),
+)
+
+
+def shuffled(draw: Draw, parameters: Parameters) -> torch.Tensor:
+    """Any order of the experts."""
+    return draw.permutation(parameters["num_experts"])
+
+
+FUSED_SWIGLU = Contract(
+    name="experts.fused_swiglu",
+    summary="Each token passes the SwiGLU experts that its router chose; their weighted outputs are added up.",
+    formula=(
+        "gate, up = halves of w13[e] @ hidden_states[t]; out[t] = sum over j of topk_weights[t, j] * w2[e] @ (silu(gate) * up), "
+        "e = topk_ids[t, j]"
+    ),
+    source="Shazeer et al. 2017 (arXiv:1701.06538) equation 1; Shazeer 2020 (arXiv:2002.05202) equation 6; weights as in vLLM",
+    reference=experts.fused_swiglu,
+    twin="gaugeblock.reference.jax.experts:fused_swiglu",
+    inputs=(
+        Input("hidden_states", ("num_tokens", "hidden_size"), differentiable=True),
+        Input("w13", ("num_experts", "two_intermediate_sizes", "hidden_size"), differentiable=True),
+        Input("w2", ("num_experts", "hidden_size", "intermediate_size"), differentiable=True),
+        Input("topk_weights", ("num_tokens", "top_k"), dtype="float32", differentiable=True),
+        Input("topk_ids", ("num_tokens", "top_k"), dtype="int64", indexes="num_experts"),
+    ),
+    outputs=(Output("hidden_states_out", ("num_tokens", "hidden_size"), differentiable=True),),
+    options=(),
+    batch="num_tokens",
+    parameters=parameters,
+    landmarks=(
+        sizes(33, 100, 70, 5, 2),  # tails everywhere
+        sizes(17, 64, 32, 8, 4),
+        sizes(6, 320, 96, 2, 1),  # long sums: an accumulator that is not float32 shows
+        sizes(4, 24, 16, 16, 2),  # most experts without tokens
+    ),
+    regimes=(
+        Regime("dithered", dithered),
+        Regime("skew", skewed),
+        Regime("adversarial", cancelling, "worst element"),
+        Regime(
+            "denormals", tiny, "worst element", differentiable=False
+        ),  # what underflows depends on where weights are applied
+        Regime("special", special, "worst element", differentiable=False),
+        Regime("lattice", lattice, "exact", differentiable=False),
+    ),
+    cost=cost,
+    workloads=(
+        Workload(
+            "mixtral-8x7b/prefill-4096", sizes(4096, 4096, 14336, 8, 2), "mistralai/Mixtral-8x7B-v0.1 config.json"
+        ),
+        Workload("qwen3-30b-a3b/prefill-4096", sizes(4096, 2048, 768, 128, 8), "Qwen/Qwen3-30B-A3B config.json"),
+        Workload("deepseek-v3/prefill-4096", sizes(4096, 7168, 2048, 256, 8), "deepseek-ai/DeepSeek-V3 config.json"),
+        Workload("olmoe-1b-7b/prefill-4096", sizes(4096, 2048, 1024, 64, 8), "allenai/OLMoE-1B-7B-0924 config.json"),
+        Workload("mixtral-8x7b/decode-64", sizes(64, 4096, 14336, 8, 2), "mistralai/Mixtral-8x7B-v0.1 config.json"),
+        Workload(
+            "two-cores/prefill-2048", sizes(2048, 1024, 512, 32, 4), "the size of this project's goal on a CPU, issue 2"
+        ),
+    ),
+    relabel=shuffled,
+    rejections=REJECTIONS,
+    builtins=(
+        Builtin(
+            "triton",
+            "gaugeblock.optimized.triton.experts:fused_swiglu",
+            "triton",
+            claims={"dtypes": EVERY_DTYPE, "devices": ("cpu", "cuda")},
+        ),
+        Builtin(
+            "jax-grouped",
+            "gaugeblock.optimized.jax.experts:fused_swiglu",
+            "jax",
+            "jax",
+            {"dtypes": EVERY_DTYPE},
+        ),
+    ),
+)
+
+CONTRACTS = (FUSED_SWIGLU,)

@@ -1,0 +1,322 @@
+"""Contracts of the routers (CATALOGUE section 1)."""
+
+import math
+from typing import Any
+
+import torch
+from hypothesis import strategies as st
+
+from gaugeblock.conformance.cases import Draw
+from gaugeblock.conformance.contract import (
+    Builtin,
+    Contract,
+    Cost,
+    Input,
+    Output,
+    Parameters,
+    Regime,
+    Rejection,
+    Selection,
+    Tensors,
+    Workload,
+)
+from gaugeblock.reference.torch import routers
+
+LOGITS = Input("router_logits", ("num_tokens", "num_experts"), differentiable=True)
+BIAS = Input("e_score_correction_bias", ("num_experts",), dtype="float32")
+OUTPUTS = (
+    Output("topk_weights", ("num_tokens", "top_k"), dtype="float32", differentiable=True),
+    Output("topk_ids", ("num_tokens", "top_k"), dtype="int64", indexes="num_experts"),
+)
+EVERY_DTYPE = ("float32", "float16", "bfloat16")
+TRITON_CLAIMS = {"dtypes": EVERY_DTYPE, "devices": ("cpu", "cuda")}
+
+
+def cost(parameters: Parameters, itemsize: int) -> Cost:
+    """Logits are read once, weights (4 bytes) and ids (8) written once; about 20 operations a logit."""
+    logits, chosen = (
+        parameters["num_tokens"] * parameters["num_experts"],
+        parameters["num_tokens"] * parameters["top_k"],
+    )
+    return Cost(20.0 * logits, float(itemsize * logits + 12 * chosen))
+
+
+# ---------------------------------------------------------------------------------------------------- sizes and options
+
+
+@st.composite
+def softmax_parameters(draw: st.DrawFn) -> dict[str, Any]:
+    """Sizes around powers of two and above 255 experts, where lanes and ids go wrong."""
+    experts = draw(st.sampled_from([1, 2, 3, 5, 8, 13, 16, 60, 64, 65, 128, 130, 257]))
+    return {
+        "num_tokens": draw(st.sampled_from([1, 2, 3, 7, 16, 17, 33, 64])),
+        "num_experts": experts,
+        "top_k": draw(st.integers(1, min(experts, 9))),
+        "renormalize": draw(st.booleans()),
+    }
+
+
+@st.composite
+def grouped_parameters(draw: st.DrawFn) -> dict[str, Any]:
+    """Groups of one expert, of odd sizes, all groups kept, and the published 8 groups."""
+    groups, members = draw(st.sampled_from([1, 2, 3, 4, 5, 8])), draw(st.sampled_from([1, 2, 3, 4, 7, 16, 33]))
+    kept = draw(st.integers(1, groups))
+    return {
+        "num_tokens": draw(st.sampled_from([1, 2, 3, 7, 16, 17, 33, 64])),
+        "num_experts": groups * members,
+        "top_k": draw(st.integers(1, min(kept * members, 9))),
+        "num_groups": groups,
+        "topk_groups": kept,
+        "renormalize": draw(st.booleans()),
+        "routed_scaling_factor": draw(st.sampled_from([1.0, 2.5])),
+    }
+
+
+def softmax_sizes(num_tokens: int, num_experts: int, top_k: int, renormalize: bool) -> dict[str, Any]:
+    """One point of the input space."""
+    return {"num_tokens": num_tokens, "num_experts": num_experts, "top_k": top_k, "renormalize": renormalize}
+
+
+def grouped_sizes(
+    num_tokens: int, num_experts: int, top_k: int, num_groups: int, topk_groups: int, renormalize: bool, factor: float
+) -> dict[str, Any]:
+    """One point of the input space."""
+    return softmax_sizes(num_tokens, num_experts, top_k, renormalize) | {
+        "num_groups": num_groups,
+        "topk_groups": topk_groups,
+        "routed_scaling_factor": factor,
+    }
+
+
+# ------------------------------------------------------------------------------------------------------ kinds of values
+
+
+def _shape(parameters: Parameters) -> tuple[int, int]:
+    return parameters["num_tokens"], parameters["num_experts"]
+
+
+def _with_bias(regime: Regime, scale: float, shift: float) -> Regime:
+    """The same logits, and a correction bias: small, and shifted so that many biased scores are negative."""
+
+    def make(draw: Draw, parameters: Parameters) -> Tensors:
+        tensors = regime.make(draw, parameters)
+        return tensors | {"e_score_correction_bias": scale * draw.normal(parameters["num_experts"]) + shift}
+
+    return Regime(regime.name, make, regime.judged, regime.differentiable)
+
+
+def dithered(draw: Draw, parameters: Parameters) -> Tensors:
+    """Random logits; each token has its own scale, from flat to peaked."""
+    tokens, experts = _shape(parameters)
+    return {"router_logits": draw.normal(tokens, experts) * 4 * draw.uniform(tokens, 1)}
+
+
+def tied(draw: Draw, parameters: Parameters) -> Tensors:
+    """Few distinct logits, so that most choices are ties; some rows all equal, zeros of both signs."""
+    logits = draw.integers(-1, 2, *_shape(parameters)).to(torch.float64)
+    logits[::3] = 0.5
+    return {"router_logits": torch.where((logits == 0) & (draw.uniform(*logits.shape) < 0.5), -0.0, logits)}
+
+
+def extreme(draw: Draw, parameters: Parameters) -> Tensors:
+    """Logits near ±10^4 with a common offset: exponentials overflow unless the maximum is subtracted."""
+    tokens, experts = _shape(parameters)
+    offset = torch.tensor([0.0, 1e4, -1e4, 200.0], dtype=torch.float64)[draw.integers(0, 4, tokens, 1)]
+    return {"router_logits": offset + 30 * draw.normal(tokens, experts)}
+
+
+def lattice(draw: Draw, parameters: Parameters) -> Tensors:
+    """A power of two of equal logits, all of them chosen, among -inf ones: every weight is a power of two, or 0."""
+    tokens, experts = _shape(parameters)
+    finite = 2 ** int(math.log2(parameters["top_k"]))
+    allowed = torch.zeros(tokens, experts, dtype=torch.bool).scatter(
+        1, draw.distinct_rows(tokens, finite, experts), True
+    )
+    return {"router_logits": torch.where(allowed, draw.integers(-8, 9, tokens, 1).to(torch.float64), -math.inf)}
+
+
+def saturated(draw: Draw, parameters: Parameters) -> Tensors:
+    """Sigmoids of exactly one half: weights are powers of two where top_k is, and sums are exact."""
+    return {"router_logits": torch.zeros(_shape(parameters), dtype=torch.float64)}
+
+
+def special(draw: Draw, parameters: Parameters) -> Tensors:
+    """Some rows hold NaN or +inf, some logits are -inf; the other rows are ordinary."""
+    tokens, experts = _shape(parameters)
+    logits = draw.normal(tokens, experts)
+    logits[draw.uniform(tokens, experts) < 0.1] = -math.inf
+    logits[:, 0] = logits[:, 0].nan_to_num(neginf=0.0)  # no row of -inf alone: its softmax has no value
+    logits[1::3, -1] = math.nan
+    return {"router_logits": logits}
+
+
+def vanishing(draw: Draw, parameters: Parameters) -> Tensors:
+    """Sigmoids near 10^-20, beside which the epsilon of the renormalization shows."""
+    return {"router_logits": -46 + 2 * draw.normal(*_shape(parameters))}
+
+
+SOFTMAX_REGIMES = (
+    Regime("dithered", dithered),
+    Regime("ties", tied, "worst element", differentiable=False),
+    Regime("adversarial", extreme, "worst element"),
+    Regime("special", special, "worst element", differentiable=False),
+)
+SIGMOID_REGIMES = (*SOFTMAX_REGIMES, Regime("constant-probing", vanishing, "worst element"))
+
+
+def shuffled_experts(draw: Draw, parameters: Parameters) -> torch.Tensor:
+    """Any order of the experts."""
+    return draw.permutation(parameters["num_experts"])
+
+
+def shuffled_groups(draw: Draw, parameters: Parameters) -> torch.Tensor:
+    """Any order of the groups, and of the experts inside each."""
+    groups = parameters["num_groups"]
+    members = parameters["num_experts"] // groups
+    order = torch.stack([draw.permutation(members) for _ in range(groups)])
+    return (draw.permutation(groups)[:, None] * members + order).flatten()
+
+
+# ------------------------------------------------------------------------------------------------------------ bad calls
+
+
+def _set(**changes: Any) -> Any:
+    """Replaces arguments; a callable value is given the good call's arguments."""
+    return lambda call: {name: change(call) if callable(change) else change for name, change in changes.items()}
+
+
+SOFTMAX_REJECTIONS = (
+    Rejection("top_k above num_experts", "top_k", _set(top_k=lambda call: call["router_logits"].shape[1] + 1)),
+    Rejection("top_k of zero", "top_k", _set(top_k=0)),
+    Rejection("logits of rank 1", "router_logits", _set(router_logits=lambda call: call["router_logits"][0])),
+    Rejection("logits of rank 3", "router_logits", _set(router_logits=lambda call: call["router_logits"][None])),
+    Rejection(
+        "integer logits", "router_logits", _set(router_logits=lambda call: call["router_logits"].to(torch.int32))
+    ),
+)
+GROUPED_REJECTIONS = (
+    *SOFTMAX_REJECTIONS,
+    Rejection(
+        "bias of another size",
+        "e_score_correction_bias",
+        _set(e_score_correction_bias=lambda call: call["e_score_correction_bias"][:-1]),
+    ),
+    Rejection(
+        "bias of rank 2",
+        "e_score_correction_bias",
+        _set(e_score_correction_bias=lambda call: call["e_score_correction_bias"][None]),
+    ),
+    Rejection(
+        "groups that do not divide", "num_groups", _set(num_groups=lambda call: call["router_logits"].shape[1] + 1)
+    ),
+    Rejection("no groups", "num_groups", _set(num_groups=0)),
+    Rejection("more groups kept than there are", "topk_groups", _set(topk_groups=lambda call: call["num_groups"] + 1)),
+    Rejection(
+        "top_k above what the kept groups hold",
+        "top_k",
+        lambda call: {"topk_groups": 1, "top_k": call["router_logits"].shape[1] // call["num_groups"] + 1},
+    ),
+)
+
+# ------------------------------------------------------------------------------------------------------------ the rows
+
+
+def _softmax_scores(router_logits: torch.Tensor, **_: Any) -> torch.Tensor:
+    return torch.softmax(router_logits, -1)
+
+
+def _biased_scores(router_logits: torch.Tensor, e_score_correction_bias: torch.Tensor, **_: Any) -> torch.Tensor:
+    return routers.sigmoid_choice_scores(router_logits, e_score_correction_bias)
+
+
+def _biased_group_scores(
+    router_logits: torch.Tensor, e_score_correction_bias: torch.Tensor, *, num_groups: int, **_: Any
+) -> torch.Tensor:
+    return routers.group_scores(_biased_scores(router_logits, e_score_correction_bias), num_groups)
+
+
+SOFTMAX_TOPK = Contract(
+    name="routers.softmax_topk",
+    summary="Each token goes to the top_k experts of highest softmax probability.",
+    formula="p = softmax(router_logits); ids = topk(p); weights = p[ids], divided by their sum if renormalize",
+    source="Mixtral (arXiv:2401.04088) section 2.1, renormalized; OLMoE (arXiv:2409.02060) section 2, not renormalized",
+    reference=routers.softmax_topk,
+    twin="gaugeblock.reference.jax.routers:softmax_topk",
+    inputs=(LOGITS,),
+    outputs=OUTPUTS,
+    options=("top_k", "renormalize"),
+    batch="num_tokens",
+    parameters=softmax_parameters,
+    landmarks=(
+        softmax_sizes(64, 60, 4, True),  # Qwen1.5-MoE's 60 experts: not a power of two
+        softmax_sizes(33, 8, 2, False),
+        softmax_sizes(17, 300, 8, True),  # ids above 255
+        softmax_sizes(5, 3, 3, False),  # every expert chosen
+    ),
+    regimes=(*SOFTMAX_REGIMES, Regime("lattice", lattice, "exact", differentiable=False)),
+    cost=cost,
+    workloads=(
+        Workload(
+            "mixtral-8x7b/prefill-4096", softmax_sizes(4096, 8, 2, True), "mistralai/Mixtral-8x7B-v0.1 config.json"
+        ),
+        Workload("qwen3-30b-a3b/prefill-4096", softmax_sizes(4096, 128, 8, True), "Qwen/Qwen3-30B-A3B config.json"),
+        Workload("olmoe-1b-7b/prefill-4096", softmax_sizes(4096, 64, 8, False), "allenai/OLMoE-1B-7B-0924 config.json"),
+        Workload("qwen3-30b-a3b/decode-64", softmax_sizes(64, 128, 8, True), "Qwen/Qwen3-30B-A3B config.json"),
+    ),
+    selection=Selection(_softmax_scores),
+    relabel=shuffled_experts,
+    rejections=SOFTMAX_REJECTIONS,
+    builtins=(
+        Builtin("triton", "gaugeblock.optimized.triton.routers:softmax_topk", "triton", claims=TRITON_CLAIMS),
+        Builtin("jax-jit", "gaugeblock.optimized.jax.routers:softmax_topk", "jax", "jax", {"dtypes": EVERY_DTYPE}),
+    ),
+)
+
+GROUPED_SIGMOID_TOPK = Contract(
+    name="routers.grouped_sigmoid_topk",
+    summary="Each token goes to top_k experts of its best groups, chosen by sigmoid plus bias, weighted by sigmoid alone.",
+    formula=(
+        "s = sigmoid(router_logits); c = s + bias; a group's score is the sum of its two highest c; of the topk_groups best "
+        "groups ids = topk(c); weights = s[ids] (/ (sum + 1e-20) if renormalize) * routed_scaling_factor"
+    ),
+    source="DeepSeek-V3 Technical Report (arXiv:2412.19437) section 2.1.2; the 1e-20 is of the public model's MoEGate",
+    reference=routers.grouped_sigmoid_topk,
+    twin="gaugeblock.reference.jax.routers:grouped_sigmoid_topk",
+    inputs=(LOGITS, BIAS),
+    outputs=OUTPUTS,
+    options=("top_k", "num_groups", "topk_groups", "renormalize", "routed_scaling_factor"),
+    batch="num_tokens",
+    parameters=grouped_parameters,
+    landmarks=(
+        grouped_sizes(33, 64, 8, 8, 4, True, 2.5),  # DeepSeek-V3's groups, fewer experts
+        grouped_sizes(17, 15, 4, 5, 3, False, 1.0),
+        grouped_sizes(5, 6, 2, 6, 3, True, 1.0),  # groups of one expert
+        grouped_sizes(3, 288, 8, 1, 1, True, 2.5),  # one group; ids above 255
+    ),
+    regimes=(
+        *(_with_bias(regime, 0.3, -0.5) for regime in SIGMOID_REGIMES),
+        _with_bias(Regime("lattice", saturated, "worst element", differentiable=False), 0.25, 0.0),
+    ),
+    cost=cost,
+    workloads=(
+        Workload(
+            "deepseek-v3/prefill-4096",
+            grouped_sizes(4096, 256, 8, 8, 4, True, 2.5),
+            "deepseek-ai/DeepSeek-V3 config.json",
+        ),
+        Workload(
+            "deepseek-v3/decode-64", grouped_sizes(64, 256, 8, 8, 4, True, 2.5), "deepseek-ai/DeepSeek-V3 config.json"
+        ),
+    ),
+    selection=Selection(_biased_scores, _biased_group_scores),
+    relabel=shuffled_groups,
+    rejections=GROUPED_REJECTIONS,
+    builtins=(
+        Builtin("triton", "gaugeblock.optimized.triton.routers:grouped_sigmoid_topk", "triton", claims=TRITON_CLAIMS),
+        Builtin(
+            "jax-jit", "gaugeblock.optimized.jax.routers:grouped_sigmoid_topk", "jax", "jax", {"dtypes": EVERY_DTYPE}
+        ),
+    ),
+)
+
+CONTRACTS = (SOFTMAX_TOPK, GROUPED_SIGMOID_TOPK)

@@ -1,0 +1,131 @@
+"""Calling an implementation, whatever framework it is written in: torch tensors in, torch tensors on the CPU out."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from gaugeblock.conformance.contract import Contract, Tensors, flatten, nest
+from gaugeblock.conformance.oracle import gradient_key
+
+
+class BadResult(Exception):
+    """What came back is not what the signature promises."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of an operation.
+
+    Attributes:
+        inputs: Flat inputs, laid out in memory as they are to be passed.
+        options: Keyword arguments.
+        cotangents: For each differentiable output, or None if only the outputs are wanted.
+        wanted: Keys of the inputs whose gradients are wanted; None for all that have one.
+    """
+
+    inputs: Tensors
+    options: dict[str, Any]
+    cotangents: Tensors | None = None
+    wanted: tuple[str, ...] | None = None
+
+
+def call_torch(contract: Contract, function: Callable[..., Any], call: Call) -> Tensors:
+    """Outputs of a PyTorch function, and gradients through autograd; a gradient that does not exist raises `BadResult`."""
+    wanted = _wanted(contract, call)
+    leaves = {key: tensor.detach().requires_grad_(key in wanted) for key, tensor in call.inputs.items()}
+    outputs = _named(contract, function(**nest(leaves), **call.options), torch.Tensor)
+    if not wanted:
+        return {key: tensor.detach() for key, tensor in outputs.items()}
+    assert call.cotangents is not None
+    through = contract.differentiable(outputs)
+    for key in through:
+        if not outputs[key].requires_grad:
+            raise BadResult(f"{key} has no gradient function, so no gradient reaches {', '.join(wanted)}")
+    gradients = torch.autograd.grad(
+        [outputs[key] for key in through],
+        [leaves[key] for key in wanted],
+        [call.cotangents[key].to(outputs[key].dtype) for key in through],
+        allow_unused=True,
+    )
+    for key, gradient in zip(wanted, gradients, strict=True):
+        if gradient is None:
+            raise BadResult(f"{key} gets no gradient")
+    return {key: tensor.detach() for key, tensor in outputs.items()} | _gradients(wanted, gradients)
+
+
+def call_jax(contract: Contract, function: Callable[..., Any], call: Call) -> Tensors:
+    """Outputs of a JAX function, and gradients by `jax.vjp`, as torch tensors."""
+    import jax
+
+    wanted = _wanted(contract, call)
+    names = [spec.name for spec in contract.outputs]
+    arrays = {key: _to_jax(tensor) for key, tensor in call.inputs.items()}
+
+    def differentiable(leaves: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        outputs = flatten(function(**nest(arrays | leaves), **call.options), names)
+        through = contract.differentiable(outputs)
+        return {key: outputs[key] for key in through}, {key: outputs[key] for key in outputs if key not in through}
+
+    if not wanted:
+        outputs = _named(contract, function(**nest(arrays), **call.options), jax.Array)
+        return {key: _from_jax(array) for key, array in outputs.items()}
+    assert call.cotangents is not None
+    flowing, pull_back, others = jax.vjp(differentiable, {key: arrays[key] for key in wanted}, has_aux=True)
+    cotangents = {key: _to_jax(call.cotangents[key]).astype(array.dtype) for key, array in flowing.items()}
+    gradients = pull_back(cotangents)[0]
+    outputs = _named(contract, tuple(nest(flowing | others)[name] for name in names), jax.Array)
+    results = {key: _from_jax(array) for key, array in outputs.items()}
+    return results | _gradients(wanted, [_from_jax(gradients[key]) for key in wanted])
+
+
+class ExactProducts(TorchDispatchMode):
+    """Matrix products of torch in float64, rounded once to their dtype.
+
+    CPU libraries choose a product's kernel, and so its summation order, by the number of rows. That is not the candidate's
+    doing; under this mode bits that still depend on the batch are.
+    """
+
+    def __torch_dispatch__(self, func: Any, types: Iterable[type], args: tuple = (), kwargs: dict | None = None) -> Any:
+        if func.overloadpacket.__name__ not in ("mm", "bmm", "addmm", "baddbmm", "mv", "dot") or func._schema.is_mutable:
+            return func(*args, **(kwargs or {}))
+        widened = [each.to(torch.float64) if isinstance(each, torch.Tensor) else each for each in args]
+        return func(*widened, **(kwargs or {})).to(args[0].dtype)
+
+
+CALLERS: dict[str, Callable[[Contract, Callable[..., Any], Call], Tensors]] = {"torch": call_torch, "jax": call_jax}
+
+
+def _wanted(contract: Contract, call: Call) -> list[str]:
+    if call.cotangents is None:
+        return []
+    return contract.differentiable(call.inputs) if call.wanted is None else list(call.wanted)
+
+
+def _named(contract: Contract, result: Any, kind: type) -> dict[str, Any]:
+    try:
+        outputs = flatten(result, [spec.name for spec in contract.outputs])
+    except TypeError as error:
+        raise BadResult(str(error)) from None
+    for key, value in outputs.items():
+        if not isinstance(value, kind):
+            raise BadResult(f"{key} is a {type(value).__name__}, expected a {kind.__module__}.{kind.__name__}")
+    return outputs
+
+
+def _gradients(wanted: list[str], gradients: Any) -> Tensors:
+    return {gradient_key(key): gradient for key, gradient in zip(wanted, gradients, strict=True)}
+
+
+def _to_jax(tensor: torch.Tensor) -> Any:
+    import jax
+
+    # a copy, since jax must not see torch write into its arrays; int64 becomes int32, as everywhere in jax
+    narrow = tensor.to(torch.int32) if tensor.dtype == torch.int64 else tensor
+    return jax.dlpack.from_dlpack(narrow.detach().clone(memory_format=torch.contiguous_format))
+
+
+def _from_jax(array: Any) -> torch.Tensor:
+    return torch.from_dlpack(array.copy())

@@ -1,0 +1,105 @@
+"""`gaugeblock check`: every property on every subject in worker processes; the verdicts shown and written down."""
+
+import argparse
+import datetime
+import os
+import signal
+import time
+from collections import defaultdict
+from collections.abc import Callable
+
+from rich.console import Console
+
+from gaugeblock.conformance.cli import CONFORM, FAILS, NOTHING_TESTED
+from gaugeblock.conformance.devices import interpret_without_gpu
+from gaugeblock.conformance.properties import find_property, properties
+from gaugeblock.conformance.report import files, terminal, waivers
+from gaugeblock.conformance.report.environment import capture_environment
+from gaugeblock.conformance.selection import Filters, subjects_of
+from gaugeblock.conformance.trial import PROFILES, Subject, examine
+from gaugeblock.conformance.verdict import FAILED, Verdict
+from gaugeblock.conformance.workers import Died, run_tasks
+
+Task = tuple[int, str]  # the subject's number and the property's name
+
+
+def run_gate(options: argparse.Namespace) -> int:
+    """Judges, prints, writes; returns the exit status.
+
+    Raises:
+        ValueError: If the call, a candidate or the waivers file is wrong.
+    """
+    start = time.monotonic()
+    console = Console(highlight=False)
+    interpret_without_gpu()
+    filters = Filters(tuple(options.contract), tuple(options.implementation), tuple(options.dtype), tuple(options.device))
+    chosen = [find_property(name).name for name in options.property] or list(properties())
+    subjects = subjects_of(tuple(options.candidates), filters)
+    waived = waivers.load_waivers(options.waivers) if options.waivers else None
+    if not subjects:
+        console.print("nothing was tested: no implementation fits the filters on this machine")
+        return NOTHING_TESTED
+
+    groups: dict[str, list[Task]] = defaultdict(list)
+    for number, (subject, _) in enumerate(subjects):
+        for name in chosen:
+            groups[f"{subject.implementation.contract}/{subject.dtype}/{subject.device}"].append((number, name))
+    profile = PROFILES[options.profile]
+    workers = len(os.sched_getaffinity(0)) if options.workers is None else max(1, options.workers)
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # one process for each core, not each with a thread for every core
+    found: dict[Task, Verdict] = {}
+    with terminal.progress(len(subjects) * len(chosen), console) as progress:
+        arguments = (tuple(options.candidates), filters, profile.name)
+        for task, result in run_tasks(groups, prepare, arguments, workers=workers, seconds=profile.verdict_seconds):
+            subject = subjects[task[0]][0]
+            found[task] = _no_answer(subject, task[1], result, profile.verdict_seconds) if isinstance(result, Died) else result
+            progress.advance(found[task])
+
+    verdicts = [found[number, name] for name in chosen for number in range(len(subjects))]
+    if waived is not None:
+        verdicts, remarks = waived.apply(verdicts, datetime.date.today())
+        for remark in remarks:
+            console.print(remark, style="yellow", markup=False)
+    if options.report:
+        sources = {(each.implementation.contract, each.implementation.name): source for each, source in subjects}
+        files.write_report(options.report, verdicts, capture_environment(), profile.name, sources)
+    terminal.print_matrix(verdicts, console, time.monotonic() - start, options.report)
+    if options.report:
+        console.print(f"report: {options.report / 'index.html'}")
+    return exit_status(verdicts)
+
+
+def prepare(candidates: tuple[str, ...], filters: Filters, profile: str) -> Callable[[Task], Verdict]:
+    """Sets a worker process up; the returned function judges one task."""
+    interpret_without_gpu()
+    subjects = subjects_of(candidates, filters)
+
+    def judge(task: Task) -> Verdict:
+        subject, source = subjects[task[0]]
+        return examine(subject, properties()[task[1]], PROFILES[profile], source)
+
+    return judge
+
+
+def exit_status(verdicts: list[Verdict]) -> int:
+    """0 all conform, 1 something fails, 3 nothing was tested."""
+    if any(each.status in FAILED for each in verdicts):
+        return FAILS
+    return CONFORM if any(each.cases for each in verdicts) else NOTHING_TESTED
+
+
+def _no_answer(subject: Subject, name: str, died: Died, seconds: float) -> Verdict:
+    implementation = subject.implementation
+    code = died.exit_code or 0
+    how = signal.Signals(-code).name if code < 0 else f"exit status {code}"
+    return Verdict(
+        implementation.contract,
+        implementation.name,
+        implementation.kind,
+        name,
+        subject.dtype,
+        subject.device,
+        "timeout" if died.late else "crash",
+        seconds=died.seconds,
+        reason=f"no answer within {seconds:.0f} s" if died.late else f"the process died ({how})",
+    )

@@ -1,0 +1,215 @@
+"""Is this result right? Form first, then the choice of ids, then every value against its budget."""
+
+import math
+from typing import Any
+
+import torch
+
+from gaugeblock.conformance.cases import Case, input_dtype
+from gaugeblock.conformance.contract import Contract, Output, Tensors
+from gaugeblock.conformance.diagnosis import describe_element, diagnose
+from gaugeblock.conformance.error_budget import (
+    KAPPA,
+    Budget,
+    Errors,
+    element_errors,
+    measure,
+)
+from gaugeblock.conformance.oracle import budgets, gradient_key, selection_scores
+from gaugeblock.conformance.verdict import Statistics
+
+
+class Violation(AssertionError):
+    """A broken promise: one line, and what helps to find the cause."""
+
+    def __init__(self, message: str, diagnosis: str = "", details: tuple[str, ...] = ()) -> None:
+        super().__init__(message)
+        self.message, self.diagnosis, self.details = message, diagnosis, details
+
+
+def check_form(contract: Contract, case: Case, dtype: str, device: str, results: Tensors) -> None:
+    """Outputs and gradients have the shapes, dtypes and device of the contract; ids may have any integer dtype."""
+    for spec in contract.outputs:
+        result = results[spec.name]
+        shape = tuple(case.parameters[name] for name in spec.shape)
+        if tuple(result.shape) != shape:
+            raise Violation(f"{spec.name} has shape {tuple(result.shape)}, expected {shape} = [{', '.join(spec.shape)}]")
+        if spec.indexes:
+            if result.is_floating_point() or result.dtype == torch.bool:
+                raise Violation(f"{spec.name} is {result.dtype}, expected an integer dtype")
+        elif result.dtype != input_dtype(contract, spec.name, dtype):
+            raise Violation(f"{spec.name} is {result.dtype}, expected {input_dtype(contract, spec.name, dtype)}")
+        if result.device.type != device:
+            raise Violation(f"{spec.name} is on {result.device}, expected {device}")
+    for argument in contract.inputs:
+        key = gradient_key(argument.name)
+        if key in results:
+            shape = tuple(case.parameters[name] for name in argument.shape)
+            expected = input_dtype(contract, argument.name, dtype)
+            if (tuple(results[key].shape), results[key].dtype) != (shape, expected):
+                raise Violation(f"{key} is {results[key].dtype} {tuple(results[key].shape)}, expected {expected} {shape}")
+
+
+def judge(contract: Contract, case: Case, dtype: str, profile: str, results: Tensors) -> dict[str, Errors]:
+    """Judges every output and gradient of one call.
+
+    Returns:
+        The errors of each, to be pooled.
+
+    Raises:
+        Violation: At the first that is wrong.
+    """
+    results = {key: tensor.cpu() for key, tensor in results.items()}
+    chosen = check_choice(contract, case, dtype, results)
+    gradients = any(gradient_key(spec.name) in results for spec in contract.inputs)
+    judged = budgets(contract, case, dtype, profile, gradients=gradients, chosen=chosen)
+    regime = contract.regime(case.regime)
+    errors: dict[str, Errors] = {}
+    for key, budget in judged.items():
+        if key in results:
+            target = results[key].dtype
+            if regime.judged == "exact":
+                require_exact(key, results[key], budget.value.to(target))
+                errors[key] = Errors(elements=0)
+            else:
+                independent = regime.judged == "budget" and case.layout != "broadcast"  # equal rows have equal errors
+                errors[key] = measure(results[key], budget, target, pooled=independent)
+                require_within(key, results[key], budget, errors[key])
+    return errors
+
+
+def require_exact(key: str, result: torch.Tensor, expected: torch.Tensor) -> None:
+    """Bit for bit the oracle: every partial sum of this case is exact."""
+    wrong = ~((result == expected) | (result.isnan() & expected.isnan()))
+    if wrong.any():
+        index = tuple(wrong.nonzero()[0].tolist())
+        raise Violation(
+            f"{key}: {int(wrong.sum())} of {wrong.numel()} elements are not exact, though every partial sum of this case is",
+            diagnose(wrong, torch.zeros_like(result, dtype=torch.float64)),
+            (f"{key}[{', '.join(map(str, index))}] = {result[index].item()!r}, expected {expected[index].item()!r}",),
+        )
+
+
+def require_within(key: str, result: torch.Tensor, budget: Budget, errors: Errors) -> None:
+    """No statistic of one output beyond its limit."""
+    statistics = errors.statistics()
+    if statistics.worst <= 1:
+        return
+    units = element_errors(result, budget, result.dtype)
+    raise Violation(
+        f"{key}: {name_worst(statistics)}",
+        diagnose(units > 1, (result.to(torch.float64) - budget.value).nan_to_num() * budget.value.sign().nan_to_num()),
+        (describe_element(key, result, budget, units), describe_statistics(statistics)),
+    )
+
+
+def name_worst(statistics: Statistics) -> str:
+    """The largest of the three statistics, in words."""
+    if statistics.max >= max(statistics.rms or 0, statistics.bias or 0):
+        return f"an element lies {_times(statistics.max)} its error budget from the oracle"
+    if (statistics.rms or 0) >= (statistics.bias or 0):
+        return f"rms error {_times(statistics.rms or 0)} its limit: precision is lost everywhere"
+    return f"bias {_times(statistics.bias or 0)} its limit: errors have one sign (truncation, or a wrong scale)"
+
+
+def describe_statistics(statistics: Statistics) -> str:
+    """How each statistic stands to its limit."""
+    if statistics.rms is None or statistics.bias is None:
+        return f"in units of the limit: max {statistics.max:.3g}; rms and bias are not judged in this regime"
+    return (
+        f"in units of the limits: max {statistics.max:.3g}, rms {statistics.rms:.3g}, bias {statistics.bias:.3g}; "
+        f"{statistics.elements} elements"
+    )
+
+
+def check_choice(contract: Contract, case: Case, dtype: str, results: Tensors) -> torch.Tensor | None:
+    """The ids that the candidate chose, as int64, if the scores and their error allow them.
+
+    They must be distinct and in range, hold every id that is among the best whatever the rounding (`must`) and only
+    ids that can be among the best (`may`), in descending order of score.
+
+    Raises:
+        Violation: Otherwise.
+    """
+    if contract.selection is None:
+        return None
+    spec = next(output for output in contract.outputs if output.indexes)
+    ids = results[spec.name].to(torch.int64)
+    _check_ids(spec, ids, case.parameters[str(spec.indexes)])
+    scores, groups = selection_scores(contract, case, dtype)
+    must, may = must_and_may(scores, groups, case.parameters)
+    returned = torch.zeros_like(must).scatter(1, ids, True)
+    _reject(~may & returned, spec, ids, scores, "chosen, though it cannot be among the best")
+    _reject(must & ~returned, spec, ids, scores, "not chosen, though it is among the best whatever the rounding")
+    error = KAPPA * scores.variance.sqrt() + torch.finfo(torch.float32).eps * scores.value.abs()
+    highest, lowest = (bound.gather(1, ids) for bound in (scores.value + error, scores.value - error))
+    unsorted = lowest[:, 1:] > highest[:, :-1]
+    if unsorted.any():
+        row = int(unsorted.any(1).nonzero()[0])
+        raise Violation(
+            f"{spec.name} is not sorted by descending score",
+            diagnose(unsorted, None),
+            (f"{spec.name}[{row}] = {ids[row].tolist()}",),
+        )
+    return ids
+
+
+def must_and_may(scores: Budget, groups: Budget | None, parameters: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+    """For each row, which ids are among the best `top_k` whatever the rounding, and which can be."""
+    low, high = _bounds(scores)
+    if groups is not None:
+        must_group, may_group = _must_and_may(*_bounds(groups), parameters["topk_groups"])
+        members = low.shape[1] // groups.value.shape[1]
+        low = low.masked_fill(~must_group.repeat_interleave(members, 1), -math.inf)
+        high = high.masked_fill(~may_group.repeat_interleave(members, 1), -math.inf)
+        must, may = _must_and_may(low, high, parameters["top_k"])
+        return must & must_group.repeat_interleave(members, 1), may & may_group.repeat_interleave(members, 1)
+    return _must_and_may(low, high, parameters["top_k"])
+
+
+def _bounds(scores: Budget) -> tuple[torch.Tensor, torch.Tensor]:
+    """Lowest and highest that an honest score can be; a NaN row can be anything."""
+    error = KAPPA * scores.variance.sqrt() + torch.finfo(torch.float32).eps * scores.value.abs()
+    unknown = scores.value.isnan().any(1, keepdim=True)
+    low = (scores.value - error).nan_to_num(-math.inf, math.inf, -math.inf)
+    high = (scores.value + error).nan_to_num(math.inf, math.inf, -math.inf)
+    return low.masked_fill(unknown, -math.inf), high.masked_fill(unknown, math.inf)
+
+
+def _must_and_may(low: torch.Tensor, high: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    rivals = (high.unsqueeze(1) >= low.unsqueeze(2)).sum(2) - 1  # all that can reach it, itself not counted
+    betters = (low.unsqueeze(1) > high.unsqueeze(2)).sum(2)  # all that beat it for certain
+    return rivals < count, betters < count
+
+
+def _check_ids(spec: Output, ids: torch.Tensor, bound: int) -> None:
+    outside = (ids < 0) | (ids >= bound)
+    if outside.any():
+        row = int(outside.any(1).nonzero()[0])
+        raise Violation(
+            f"{spec.name} is out of range 0..{bound - 1}",
+            diagnose(outside, None),
+            (f"{spec.name}[{row}] = {ids[row].tolist()}",),
+        )
+    repeated = ids.sort(1).values.diff(dim=1) == 0
+    if repeated.any():
+        row = int(repeated.any(1).nonzero()[0])
+        raise Violation(
+            f"{spec.name} holds an id twice in one row",
+            diagnose(repeated.any(1, keepdim=True), None),
+            (f"{spec.name}[{row}] = {ids[row].tolist()}",),
+        )
+
+
+def _reject(wrong: torch.Tensor, spec: Output, ids: torch.Tensor, scores: Budget, what: str) -> None:
+    if wrong.any():
+        row, expert = wrong.nonzero()[0].tolist()
+        raise Violation(
+            f"{spec.name}: id {expert} is {what}",
+            diagnose(wrong.any(1, keepdim=True), None),
+            (f"{spec.name}[{row}] = {ids[row].tolist()}; score of {expert}: {scores.value[row, expert].item():.9g}",),
+        )
+
+
+def _times(units: float) -> str:
+    return "infinitely far beyond" if math.isinf(units) else f"{units:.3g} times"

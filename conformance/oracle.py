@@ -1,0 +1,142 @@
+"""The oracle: the PyTorch reference in float64, its error budget, and its choices, cached per case.
+
+An output that chooses (expert ids) is replayed: `ReplayTopK` makes the reference's last top-k return given ids, so that the
+other outputs are judged at the choice that the candidate made.
+"""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from gaugeblock.conformance.cases import Case, cotangents, input_dtype, make_inputs, options
+from gaugeblock.conformance.contract import Contract, Tensors, flatten, nest
+from gaugeblock.conformance.error_budget import NOISE_RUNS, Budget, RoundingNoise, spread
+
+_cache: dict[tuple[Any, ...], Any] = {}
+
+
+class ReplayTopK(TorchDispatchMode):
+    """Counts the top-k operations of a run; the one numbered `at` returns `ids` instead of its own choice."""
+
+    def __init__(self, ids: torch.Tensor | None = None, at: int = -1) -> None:
+        super().__init__()
+        self.ids, self.at, self.calls = ids, at, 0
+
+    def __torch_dispatch__(self, func: Any, types: Iterable[type], args: tuple = (), kwargs: dict | None = None) -> Any:
+        if func.overloadpacket is not torch.ops.aten.topk:
+            return func(*args, **(kwargs or {}))
+        self.calls += 1
+        if self.ids is None or self.calls - 1 != self.at:
+            return func(*args, **(kwargs or {}))
+        return torch.ops.aten.gather(args[0], -1, self.ids), self.ids
+
+
+def reference_run(contract: Contract, inputs: Tensors, opts: dict[str, Any], cotangent: Tensors | None = None) -> Tensors:
+    """The reference's outputs, and with cotangents the gradients under keys `"gradient of hidden_states"`."""
+    wanted = contract.differentiable(inputs) if cotangent is not None else []
+    leaves = {key: tensor.detach().requires_grad_(key in wanted) for key, tensor in inputs.items()}
+    outputs = flatten(contract.reference(**nest(leaves), **opts), [spec.name for spec in contract.outputs])
+    if not cotangent:
+        return {key: tensor.detach() for key, tensor in outputs.items()}
+    through = [key for key in contract.differentiable(outputs) if outputs[key].requires_grad]
+    gradients = torch.autograd.grad(
+        [outputs[key] for key in through],
+        [leaves[key] for key in wanted],
+        [cotangent[key] for key in through],
+        materialize_grads=True,
+    )
+    return {key: tensor.detach() for key, tensor in outputs.items()} | {
+        gradient_key(key): gradient for key, gradient in zip(wanted, gradients, strict=True)
+    }
+
+
+def gradient_key(key: str) -> str:
+    """How results name the gradient with respect to the input `key`."""
+    return f"gradient of {key}"
+
+
+def exact_inputs(contract: Contract, case: Case, dtype: str) -> Tensors:
+    """The case's inputs, rounded to the dtype under test, then held in float64."""
+    return {key: _widen(tensor) for key, tensor in make_inputs(contract, case, dtype).items()}
+
+
+def rounded_cotangents(contract: Contract, case: Case, dtype: str) -> Tensors:
+    """The case's cotangents in the dtypes of the outputs they belong to."""
+    return {key: tensor.to(input_dtype(contract, key, dtype)) for key, tensor in cotangents(contract, case).items()}
+
+
+def budgets(
+    contract: Contract,
+    case: Case,
+    dtype: str,
+    profile: str,
+    *,
+    gradients: bool = False,
+    chosen: torch.Tensor | None = None,
+) -> dict[str, Budget]:
+    """Oracle and error budget of every floating output (and gradient), at the choice `chosen` where the operation chooses."""
+    case = _values_of(case)
+    key = (contract.name, case, dtype, profile, gradients, None if chosen is None else chosen.numpy().tobytes())
+    if key not in _cache:
+        inputs = exact_inputs(contract, case, dtype)
+        cotangent = (
+            {name: _widen(each) for name, each in rounded_cotangents(contract, case, dtype).items()} if gradients else None
+        )
+
+        def run() -> Tensors:
+            results = reference_run(contract, inputs, options(contract, case), cotangent)
+            return {name: each for name, each in results.items() if each.is_floating_point()}
+
+        replayed = _replaying(run, chosen)
+        _cache[key] = _spread(replayed, dtype, profile, cancelling=contract.regime(case.regime).judged == "worst element")
+    return _cache[key]
+
+
+def selection_scores(contract: Contract, case: Case, dtype: str) -> tuple[Budget, Budget | None]:
+    """Oracle and budget of the scores that the operation chooses by, and of its groups' scores."""
+    assert contract.selection is not None
+    case = _values_of(case)
+    key = (contract.name, case, dtype, "selection")
+    if key not in _cache:
+        inputs, opts = nest(exact_inputs(contract, case, dtype)), options(contract, case)
+        functions = {"scores": contract.selection.scores, "groups": contract.selection.group_scores}
+
+        def run() -> Tensors:
+            return {name: function(**inputs, **opts) for name, function in functions.items() if function is not None}
+
+        # choices are made in float32 under every profile
+        scored = _spread(run, "float32", "strict", cancelling=False)
+        _cache[key] = scored["scores"], scored.get("groups")
+    return _cache[key]
+
+
+def _spread(run: Callable[[], Tensors], dtype: str, profile: str, *, cancelling: bool) -> dict[str, Budget]:
+    noisy = []
+    for seed in range(NOISE_RUNS):
+        with RoundingNoise(dtype, profile, seed, cancelling=cancelling):
+            noisy.append(run())
+    return spread(run(), noisy)
+
+
+def _replaying(run: Callable[[], Tensors], chosen: torch.Tensor | None) -> Callable[[], Tensors]:
+    if chosen is None:
+        return run
+    with ReplayTopK() as counter:
+        run()
+
+    def replayed() -> Tensors:
+        with ReplayTopK(chosen, at=counter.calls - 1):
+            return run()
+
+    return replayed
+
+
+def _values_of(case: Case) -> Case:
+    """The case by which values are cached: of the layouts only "broadcast" changes them."""
+    return case if case.layout == "broadcast" else case.replace(layout="contiguous")
+
+
+def _widen(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.to(torch.float64) if tensor.is_floating_point() else tensor

@@ -1,0 +1,69 @@
+"""How a property becomes a test: `@conformance_property` over a function of one trial."""
+
+import importlib
+import inspect
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+from gaugeblock.conformance.registry import RegistrationError
+from gaugeblock.conformance.trial import Property, Trial
+
+
+def conformance_property(
+    *,
+    regimes: str = "main",
+    needs: tuple[str, ...] = (),
+    weight: float = 1.0,
+    frameworks: tuple[str, ...] = ("torch", "jax"),
+    kinds: tuple[str, ...] = (),
+    devices: tuple[str, ...] = ("cpu", "cuda"),
+) -> Callable[[Callable[[Trial], None]], Callable[..., None]]:
+    """Turns `test_<name>(trial)` into a pytest test that is generic over contracts and implementations.
+
+    Args are the fields of `Property`. The test asks the plugin for a verdict on its subject; the property itself stays
+    reachable as the attribute `property`, so that the engine, the faults and `gaugeblock reproduce` run it without pytest.
+    """
+
+    def decorate(check: Callable[[Trial], None]) -> Callable[..., None]:
+        name = check.__name__.removeprefix("test_")
+        prop = Property(name, check, inspect.getdoc(check) or "", regimes, needs, weight, frameworks, kinds, devices)
+
+        def test(gauge_verdict: Callable[[Property], None]) -> None:
+            gauge_verdict(prop)
+
+        test.__name__ = test.__qualname__ = check.__name__
+        test.__doc__ = check.__doc__
+        test.property = prop  # type: ignore[attr-defined]
+        return test
+
+    return decorate
+
+
+@cache
+def properties() -> dict[str, Property]:
+    """Every property by name, in the order of the report."""
+    files = sorted(Path(__file__).parent.glob("test_*.py"))
+    tests = [
+        member
+        for file in files
+        for member in vars(importlib.import_module(f"gaugeblock.conformance.{file.stem}")).values()
+        if hasattr(member, "property")
+    ]
+    found = [test.property for test in tests]
+    found.sort(key=lambda each: (each.name not in FIRST, FIRST.index(each.name) if each.name in FIRST else 0, each.name))
+    return {each.name: each for each in found}
+
+
+FIRST = ("parity", "gradients")
+
+
+def find_property(name: str) -> Property:
+    """The property of that name.
+
+    Raises:
+        RegistrationError: If there is none.
+    """
+    if name not in properties():
+        raise RegistrationError(f"unknown property {name!r}; known: {', '.join(properties())}")
+    return properties()[name]

@@ -1,0 +1,248 @@
+"""Who claims to fulfil which contract: the built-in rows, installed packages, and a user's own file or module."""
+
+import difflib
+import importlib
+import importlib.util
+import inspect
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields
+from functools import cache
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any, Literal, TypeVar, cast, get_args
+
+from gaugeblock.conformance.contract import Contract
+
+ENTRY_POINTS = "gaugeblock.implementations"
+SUBJECTS = ("routers", "experts")
+
+Framework = Literal["torch", "jax"]
+DType = Literal["float32", "float16", "bfloat16"]
+Device = Literal["cpu", "cuda"]
+Profile = Literal["strict", "eager"]
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+class RegistrationError(ValueError):
+    """A registration that cannot be taken; the message is one line for the user."""
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """Something that claims to fulfil a contract. The defaults are the strong claims.
+
+    Attributes:
+        contract: The contract's name.
+        name: The implementation's own.
+        function: What is called; for a built-in row its import path `module:function`.
+        kind: `reference`, `triton`, `distributed`, `jax`, `compiled` or `user`.
+        framework: Whose arrays it takes and returns.
+        dtypes, devices: What it supports.
+        profile: `strict`: only the operands of matrix products may be rounded to the dtype, all else is float32;
+            `eager`: every operation's result may be.
+        differentiable: Gradients are right.
+        deterministic: The same call gives the same bits.
+        batch_invariant: An example's bits do not depend on the other examples.
+        validates: Bad input raises ValueError or TypeError naming the argument.
+    """
+
+    contract: str
+    name: str
+    function: Callable[..., Any] | str
+    kind: str = "user"
+    framework: Framework = "torch"
+    dtypes: tuple[DType, ...] = ("float32",)
+    devices: tuple[Device, ...] = ("cpu",)
+    profile: Profile = "strict"
+    differentiable: bool = True
+    deterministic: bool = True
+    batch_invariant: bool = True
+    validates: bool = True
+
+    def load(self) -> Callable[..., Any]:
+        """The callable itself.
+
+        Raises:
+            ImportError: If a package that it needs is not installed.
+        """
+        return import_path(self.function) if isinstance(self.function, str) else self.function
+
+
+CLAIMS = {each.name: each.type for each in fields(Implementation)[4:]}
+_registered: dict[tuple[str, str], Implementation] = {}
+
+
+def implements(contract: str, *, name: str, **claims: Any) -> Callable[[Function], Function]:
+    """Registers a function as an implementation of `contract`; it is returned unchanged.
+
+    Args:
+        contract: A contract's name, e.g. `"routers.softmax_topk"` (`gaugeblock list` shows them).
+        name: How the report calls the implementation.
+        **claims: Fields of `Implementation`: `framework`, `dtypes`, `devices`, `profile`, `differentiable`,
+            `deterministic`, `batch_invariant`, `validates`.
+
+    Raises:
+        RegistrationError: If the contract, a claim, a claim's value, or the function's signature is wrong, or the name is
+            taken for this contract.
+    """
+
+    def register(function: Function) -> Function:
+        row = find_contract(contract)
+        _check_claims(contract, name, claims)
+        _check_signature(row, name, function)
+        if any(name == each.name for each in implementations(contract)):
+            raise RegistrationError(f"{contract}: an implementation named {name!r} is already registered")
+        tuples = {
+            key: (value,) if isinstance(value, str) else tuple(value)
+            for key, value in claims.items()
+            if key in ("dtypes", "devices")
+        }
+        _registered[contract, name] = Implementation(contract, name, function, **(claims | tuples))
+        return function
+
+    return register
+
+
+def _check_claims(contract: str, name: str, claims: dict[str, Any]) -> None:
+    for claim, value in claims.items():
+        if claim not in CLAIMS:
+            raise RegistrationError(f"{contract} ({name}): unknown claim {claim!r}{_suggest(claim, CLAIMS)}")
+        kind = CLAIMS[claim]
+        allowed = (True, False) if kind is bool else get_args(get_args(kind)[0] if claim in ("dtypes", "devices") else kind)
+        values = tuple(value) if claim in ("dtypes", "devices") and not isinstance(value, str) else (value,)
+        wrong = [each for each in values if each not in allowed]
+        if wrong or not values:
+            raise RegistrationError(f"{contract} ({name}): {claim} must be of {allowed}, got {value!r}")
+
+
+def _check_signature(contract: Contract, name: str, function: Callable[..., Any]) -> None:
+    if not callable(function):
+        raise RegistrationError(f"{contract.name} ({name}): expected a function, got {type(function).__name__}")
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):  # a builtin or an extension without a signature: the first call will tell
+        return
+    try:
+        signature.bind(*contract.inputs, **dict.fromkeys(contract.options))
+    except TypeError as error:
+        raise RegistrationError(
+            f"{contract.name} ({name}): wrong signature {name}{signature}, expected {contract.signature}: {error}"
+        ) from None
+
+
+@cache
+def contracts() -> dict[str, Contract]:
+    """Every contract by name, in the catalogue's order."""
+    modules = [importlib.import_module(f"gaugeblock.conformance.contracts.{subject}") for subject in SUBJECTS]
+    return {row.name: row for module in modules for row in module.CONTRACTS}
+
+
+def find_contract(name: str) -> Contract:
+    """The contract of that name.
+
+    Raises:
+        RegistrationError: If there is none; the nearest name is suggested.
+    """
+    try:
+        return contracts()[name]
+    except KeyError:
+        raise RegistrationError(f"unknown contract {name!r}{_suggest(name, contracts())}") from None
+
+
+def implementations(contract: str) -> tuple[Implementation, ...]:
+    """All implementations of a contract: references, built-in rows, then registered ones."""
+    registered = tuple(each for (key, _), each in _registered.items() if key == contract)
+    return (*builtin_implementations(find_contract(contract)), *registered)
+
+
+def registered_implementations() -> tuple[Implementation, ...]:
+    """Those that users registered, in order."""
+    return tuple(_registered.values())
+
+
+@cache
+def builtin_implementations(contract: Contract) -> tuple[Implementation, ...]:
+    """The two references and our optimized versions."""
+    every: tuple[DType, ...] = get_args(DType)
+    references = (
+        Implementation(contract.name, "reference", contract.reference, "reference", dtypes=every, devices=("cpu", "cuda")),
+        Implementation(contract.name, "reference-jax", contract.twin, "reference", "jax", dtypes=every),
+    )
+    ours = (
+        Implementation(contract.name, row.name, row.function, row.kind, cast(Framework, row.framework), **row.claims)
+        for row in contract.builtins
+    )
+    return (*references, *ours)
+
+
+def load_candidates(source: str) -> tuple[Implementation, ...]:
+    """Runs a user's file (or imports a module) and returns what it registered.
+
+    Raises:
+        RegistrationError: If it cannot be read, run or imported, or registers nothing; one line says where and why.
+    """
+    before = set(_registered)
+    try:
+        if source.endswith(".py"):
+            _run_file(Path(source))
+        else:
+            importlib.import_module(source)
+    except RegistrationError as error:
+        raise RegistrationError(f"{source}: {error}") from None
+    except FileNotFoundError as error:
+        raise RegistrationError(f"{source}: no such file" if str(error.filename) == source else f"{source}: {error}") from None
+    except SyntaxError as error:
+        raise RegistrationError(f"{source}:{error.lineno}: syntax error: {error.msg}") from None
+    except Exception as error:
+        raise RegistrationError(f"{source}{_line_of(error, source)}: {type(error).__name__}: {error}") from None
+    added = tuple(each for key, each in _registered.items() if key not in before)
+    if not added:
+        raise RegistrationError(
+            f"{source}: registers no implementation; decorate a function with gaugeblock.conformance.implements"
+        )
+    return added
+
+
+def load_entry_points() -> tuple[Implementation, ...]:
+    """Imports the modules that installed packages name in the entry-point group `gaugeblock.implementations`."""
+    before = set(_registered)
+    for point in entry_points(group=ENTRY_POINTS):
+        try:
+            point.load()
+        except Exception as error:
+            raise RegistrationError(f"entry point {point.name!r} ({point.value}): {type(error).__name__}: {error}") from error
+    return tuple(each for key, each in _registered.items() if key not in before)
+
+
+def import_path(path: str) -> Any:
+    """The object at `package.module:attribute`."""
+    module, _, attribute = path.partition(":")
+    return getattr(importlib.import_module(module), attribute)
+
+
+def _run_file(path: Path) -> None:
+    if not path.is_file():
+        raise FileNotFoundError(2, "no such file", str(path))
+    sys.path.insert(0, str(path.resolve().parent))  # as `python path` would: its neighbours can be imported
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None and spec.loader is not None  # a .py file always has a loader
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[path.stem] = module
+    spec.loader.exec_module(module)
+
+
+def _line_of(error: Exception, source: str) -> str:
+    trace = error.__traceback__
+    lines = []
+    while trace is not None:
+        if trace.tb_frame.f_code.co_filename == source or trace.tb_frame.f_code.co_filename == str(Path(source).resolve()):
+            lines.append(trace.tb_lineno)
+        trace = trace.tb_next
+    return f":{lines[-1]}" if lines else ""
+
+
+def _suggest(name: str, known: Any) -> str:
+    near: Iterator[str] = iter(difflib.get_close_matches(name, known, n=1, cutoff=0.4))
+    found = next(near, None)
+    return f"; did you mean {found!r}?" if found else f"; known: {', '.join(known)}"

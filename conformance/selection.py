@@ -1,0 +1,74 @@
+"""Which subjects a run is about: candidates or built-in implementations, at each dtype and device that they claim."""
+
+from dataclasses import dataclass
+from fnmatch import fnmatch
+
+from gaugeblock.conformance.devices import available_devices
+from gaugeblock.conformance.registry import (
+    Implementation,
+    RegistrationError,
+    contracts,
+    implementations,
+    load_candidates,
+    load_entry_points,
+)
+from gaugeblock.conformance.trial import Subject
+
+
+@dataclass(frozen=True)
+class Filters:
+    """What to keep; an empty tuple keeps all. Contracts and implementations are globs."""
+
+    contracts: tuple[str, ...] = ()
+    implementations: tuple[str, ...] = ()
+    dtypes: tuple[str, ...] = ()
+    devices: tuple[str, ...] = ()
+
+    def keeps(self, subject: Subject) -> bool:
+        """Whether a subject passes every filter."""
+        implementation = subject.implementation
+        return (
+            (not self.contracts or any(fnmatch(implementation.contract, each) for each in self.contracts))
+            and (not self.implementations or any(fnmatch(implementation.name, each) for each in self.implementations))
+            and (not self.dtypes or subject.dtype in self.dtypes)
+            and (not self.devices or subject.device in self.devices)
+        )
+
+
+def subjects_of(candidates: tuple[str, ...], filters: Filters) -> list[tuple[Subject, str | None]]:
+    """Subjects and their sources; without candidates, all that is built in or installed.
+
+    Raises:
+        RegistrationError: If a candidate cannot be registered.
+    """
+    check_filters(filters)
+    installed = load_entry_points()
+    if candidates:
+        found: list[tuple[Implementation, str | None]] = [
+            (each, source) for source in candidates for each in load_candidates(source)
+        ]
+    else:
+        found = [
+            (each, None) for name in contracts() for each in implementations(name) if each.kind != "user" or each in installed
+        ]
+    subjects = [
+        (Subject(implementation, dtype, device), source)
+        for implementation, source in found
+        for device in implementation.devices
+        if device in available_devices()
+        for dtype in implementation.dtypes
+    ]
+    kept = [(subject, source) for subject, source in subjects if filters.keeps(subject)]
+    order = list(contracts())
+    return sorted(kept, key=lambda each: (order.index(each[0].implementation.contract), each[0].device, each[0].dtype))
+
+
+def check_filters(filters: Filters) -> None:
+    """Every filter must fit something that exists.
+
+    Raises:
+        RegistrationError: If a contract or implementation filter fits nothing.
+    """
+    for pattern in filters.contracts:
+        if not any(fnmatch(name, pattern) for name in contracts()):
+            raise RegistrationError(f"no contract fits {pattern!r}; known: {', '.join(contracts())}")

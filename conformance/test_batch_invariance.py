@@ -1,0 +1,21 @@
+"""Property: batch invariance."""
+
+import torch
+
+from gaugeblock.conformance.cases import take
+from gaugeblock.conformance.frameworks import ExactProducts
+from gaugeblock.conformance.properties import conformance_property
+from gaugeblock.conformance.trial import Trial
+
+
+@conformance_property(needs=("batch_invariant", "deterministic"), frameworks=("torch",))
+def test_batch_invariance(trial: Trial) -> None:
+    """An example's bits do not depend on how many or which other examples are in the batch, nor on its place."""
+    batch, inputs = trial.contract.batch, trial.inputs()
+    length = trial.case.parameters[batch]
+    with ExactProducts():
+        whole = trial.run(inputs)
+        for chosen in (torch.tensor([0]), torch.tensor([length - 1]), torch.arange(length // 2, length).flip(0)):
+            part = trial.run(take(trial.contract, inputs, batch, chosen))
+            expected = take(trial.contract, whole, batch, chosen)
+            trial.same_bits(part, expected, f"when only {len(chosen)} of {length} {batch} are in the batch")

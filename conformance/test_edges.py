@@ -1,0 +1,37 @@
+"""Properties at the edges: an empty batch, one example, an example of NaN."""
+
+import torch
+
+from gaugeblock.conformance.cases import take
+from gaugeblock.conformance.properties import conformance_property
+from gaugeblock.conformance.trial import Trial
+
+
+@conformance_property(weight=0.5)
+def test_empty_and_one(trial: Trial) -> None:
+    """An empty batch gives empty outputs and zero gradients; a batch of one is an ordinary one."""
+    for length in (0, 1):
+        case = trial.case.replace(**{trial.contract.batch: length})
+        trial.judge(trial.run(case=case, gradients=trial.implementation.differentiable), case)
+
+
+@conformance_property(needs=("deterministic",), weight=0.5)
+def test_nan_containment(trial: Trial) -> None:
+    """An example of NaN changes no bit of the other examples' results."""
+    batch, inputs = trial.contract.batch, trial.inputs()
+    length = trial.case.parameters[batch]
+    poisoned, others = (
+        length // 2,
+        torch.tensor([row for row in range(length) if row != length // 2], dtype=torch.int64),
+    )
+    clean = trial.run(inputs)
+    for key, tensor in inputs.items():
+        spec = trial.contract.spec(key)
+        if spec.differentiable and batch in spec.shape:
+            tensor.select(spec.shape.index(batch), poisoned).fill_(torch.nan)
+    dirty = trial.run(inputs)
+    trial.same_bits(
+        take(trial.contract, dirty, batch, others),
+        take(trial.contract, clean, batch, others),
+        f"where one of the {batch} is NaN",
+    )

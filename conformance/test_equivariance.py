@@ -1,0 +1,35 @@
+"""Properties: permuting the batch permutes the result; renaming experts changes nothing else."""
+
+import torch
+
+from gaugeblock.conformance.cases import Draw, take
+from gaugeblock.conformance.contract import Tensors
+from gaugeblock.conformance.properties import conformance_property
+from gaugeblock.conformance.trial import Trial
+
+
+@conformance_property(weight=0.5)
+def test_permutation_equivariance(trial: Trial) -> None:
+    """Permuting the examples of a batch permutes the outputs."""
+    batch, inputs = trial.contract.batch, trial.inputs()
+    order = Draw(trial.case.seed).permutation(trial.case.parameters[batch])
+    permuted = trial.run(take(trial.contract, inputs, batch, order))
+    trial.judge(take(trial.contract, permuted, batch, order.argsort()))
+
+
+@conformance_property(weight=0.5)
+def test_expert_relabelling(trial: Trial) -> None:
+    """Experts renamed, together with their weights and ids, give the same result under the new names."""
+    assert trial.contract.relabel is not None
+    order = trial.contract.relabel(Draw(trial.case.seed), trial.case.parameters)  # new expert e is old expert order[e]
+    renamed = take(trial.contract, trial.inputs(), "num_experts", order)
+    results = trial.run(_rename(trial, renamed, order.argsort()))
+    trial.judge(_rename(trial, results, order))
+
+
+def _rename(trial: Trial, tensors: Tensors, names: torch.Tensor) -> Tensors:
+    """Replaces each value that indexes experts by its new name."""
+    return {
+        key: names.to(tensor.device)[tensor.to(torch.int64)] if trial.contract.spec(key).indexes == "num_experts" else tensor
+        for key, tensor in tensors.items()
+    }

@@ -1,0 +1,41 @@
+"""Properties: no state between calls, none in the process."""
+
+from typing import Any
+
+import torch
+
+from gaugeblock.conformance.judge import Violation
+from gaugeblock.conformance.properties import conformance_property
+from gaugeblock.conformance.trial import Trial
+
+
+@conformance_property(needs=("deterministic",), weight=0.5)
+def test_hidden_state(trial: Trial) -> None:
+    """A call is not changed by another problem in between (A, B, A again), and leaves the process's settings alone."""
+    batch = trial.contract.batch
+    first, settings = trial.run(), _settings()
+    between = trial.case.replace(**{batch: trial.case.parameters[batch] + 1, "seed": trial.case.seed + 1})
+    trial.judge(trial.run(case=between), between)
+    trial.same_bits(trial.run(), first, "after a call with other sizes")
+    changed = [name for name, value in _settings().items() if value != settings[name]]
+    if changed:
+        raise Violation(f"the call changes {', '.join(changed)} of the process")
+
+
+@conformance_property(frameworks=("torch",), weight=0.5)
+def test_grad_modes(trial: Trial) -> None:
+    """The result is the same under no_grad and inference_mode."""
+    for mode in (torch.no_grad(), torch.inference_mode()):
+        with mode:
+            trial.judge(trial.run())
+
+
+def _settings() -> dict[str, Any]:
+    return {
+        "the default dtype": torch.get_default_dtype(),
+        "the random state": torch.get_rng_state().numpy().tobytes(),
+        "deterministic algorithms": torch.are_deterministic_algorithms_enabled(),
+        "float32 matmul precision": torch.get_float32_matmul_precision(),
+        "the number of threads": torch.get_num_threads(),
+        "grad mode": torch.is_grad_enabled(),
+    }

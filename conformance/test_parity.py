@@ -1,0 +1,12 @@
+"""Property: parity with the oracle."""
+
+from gaugeblock.conformance.properties import conformance_property
+from gaugeblock.conformance.trial import Trial
+
+
+@conformance_property(regimes="all")
+def test_parity(trial: Trial) -> None:
+    """Every output lies within its error budget of the float64 oracle, in every regime."""
+    results = trial.run()
+    trial.judge(results)
+    trial.fingerprint(results)

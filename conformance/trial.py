@@ -1,0 +1,354 @@
+"""One implementation put through one property: draw cases, call, judge, keep the statistics, shrink what fails."""
+
+import hashlib
+import importlib.util
+import inspect
+import math
+import time
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from hypothesis import HealthCheck, Phase, given, settings
+
+from gaugeblock.conformance.cases import Case, Layout, cases, lay_out, make_inputs, options
+from gaugeblock.conformance.contract import Contract, Tensors
+from gaugeblock.conformance.devices import triton_is_interpreted
+from gaugeblock.conformance.diagnosis import diagnose
+from gaugeblock.conformance.error_budget import Errors
+from gaugeblock.conformance.frameworks import CALLERS, BadResult, Call
+from gaugeblock.conformance.judge import Violation, check_form, describe_statistics, judge, name_worst
+from gaugeblock.conformance.oracle import rounded_cotangents
+from gaugeblock.conformance.registry import Implementation, find_contract
+from gaugeblock.conformance.reproduction import script_for
+from gaugeblock.conformance.triton_checks.interpreter import watch
+from gaugeblock.conformance.verdict import Failure, Verdict
+
+WARNING = 0.9  # of a limit: a right implementation has an rms of about 1 deviation, which is 0.83 of its limit
+SHRINK_EXAMPLES = 40  # cases drawn in search of a smaller failure, if time allows
+
+
+@dataclass(frozen=True)
+class Profile:
+    """How long the gate may take.
+
+    Attributes:
+        examples: Cases per regime and unit of a property's weight.
+        compiled_examples: The same for JAX, which compiles for every new shape.
+        shrink_seconds: How long a failure may be shrunk.
+        verdict_seconds: How long one property of one subject may take before its process is killed.
+        derandomize: The same cases every time; else new ones.
+    """
+
+    name: str
+    examples: int
+    compiled_examples: int
+    shrink_seconds: float
+    verdict_seconds: float
+    derandomize: bool = True
+
+
+PROFILES = {
+    each.name: each
+    for each in (
+        Profile("quick", examples=4, compiled_examples=2, shrink_seconds=4, verdict_seconds=120),
+        Profile("ci", examples=20, compiled_examples=6, shrink_seconds=15, verdict_seconds=600),
+        Profile("thorough", examples=300, compiled_examples=60, shrink_seconds=120, verdict_seconds=7200, derandomize=False),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is on trial: an implementation at one dtype on one device."""
+
+    implementation: Implementation
+    dtype: str
+    device: str
+
+    @property
+    def contract(self) -> Contract:
+        """The contract that it claims to fulfil."""
+        return find_contract(self.implementation.contract)
+
+    @property
+    def untestable(self) -> str:
+        """Why it cannot be judged on this machine, or an empty string."""
+        implementation = self.implementation
+        packages = [name for name in (implementation.framework, implementation.kind) if name in ("torch", "jax", "triton")]
+        missing = [name for name in packages if importlib.util.find_spec(name) is None]
+        if missing:
+            return f"{missing[0]} is not installed"
+        if implementation.kind == "triton" and self.device == "cpu":
+            if not triton_is_interpreted():
+                return "on the CPU Triton kernels run only in the interpreter (TRITON_INTERPRET=1)"
+            if self.dtype == "bfloat16":
+                return "Triton's interpreter computes bfloat16 wrongly"
+        return ""
+
+
+@dataclass
+class Ledger:
+    """What the cases of one property add up to."""
+
+    cases: list[Case] = field(default_factory=list)
+    errors: dict[str, Errors] = field(default_factory=dict)
+    fingerprints: dict[str, str] = field(default_factory=dict)
+
+    def add(self, errors: dict[str, Errors]) -> None:
+        """Pools the errors of one more case."""
+        self.errors |= {key: self.errors.get(key, Errors()) + each for key, each in errors.items()}
+
+
+class Trial:
+    """One case of one subject, with the verbs that properties are written in."""
+
+    def __init__(self, subject: Subject, case: Case, ledger: Ledger | None = None) -> None:
+        self.subject, self.case, self.ledger = subject, case, ledger or Ledger()
+        self.contract, self.implementation = subject.contract, subject.implementation
+
+    def inputs(self, case: Case | None = None) -> Tensors:
+        """Fresh contiguous inputs of the case (or another), on the subject's device."""
+        made = make_inputs(self.contract, case or self.case, self.subject.dtype)
+        return {key: tensor.to(self.subject.device, copy=True) for key, tensor in made.items()}
+
+    def options(self, case: Case | None = None) -> dict[str, Any]:
+        """The keyword arguments of the case (or another)."""
+        return options(self.contract, case or self.case)
+
+    def run(
+        self,
+        inputs: Tensors | None = None,
+        *,
+        gradients: bool = False,
+        wanted: Iterable[str] | None = None,
+        case: Case | None = None,
+        cotangent_layout: Layout = "contiguous",
+    ) -> Tensors:
+        """Outputs, and gradients if asked for (of all inputs, or those `wanted`), of the case's inputs or the given ones."""
+        case = case or self.case
+        inputs = self.inputs(case) if inputs is None else inputs
+        cotangents = None
+        if gradients and self.contract.differentiable(inputs):
+            made = rounded_cotangents(self.contract, case, self.subject.dtype)
+            cotangents = {key: lay_out(tensor.to(self.subject.device), cotangent_layout) for key, tensor in made.items()}
+        call = Call(inputs, self.options(case), cotangents, None if wanted is None else tuple(wanted))
+        return self.call(call)
+
+    def call(self, call: Call) -> Tensors:
+        """The candidate called once, under watch."""
+        with watch() as self.watched:
+            return CALLERS[self.implementation.framework](self.contract, self.implementation.load(), call)
+
+    def judge(self, results: Tensors, case: Case | None = None) -> None:
+        """Form, choice and values of the results, against the oracle of the case."""
+        case = case or self.case
+        device = "cpu" if self.implementation.framework == "jax" else self.subject.device
+        check_form(self.contract, case, self.subject.dtype, device, results)
+        errors = judge(self.contract, case, self.subject.dtype, self.implementation.profile, results)
+        self.ledger.add(errors)
+
+    def fingerprint(self, results: Tensors) -> None:
+        """Keeps a digest of the bits, so that two runs of the gate can be compared."""
+        self.ledger.fingerprints[repr(self.case)] = digest(results)
+
+    def same_bits(self, results: Tensors, expected: Tensors, when: str) -> None:
+        """Every result equals the expected one, bit for bit."""
+        for key, tensor in expected.items():
+            if digest({key: tensor}) != digest({key: results[key]}):
+                different = ~((results[key] == tensor) | (results[key].isnan() & tensor.isnan()))
+                count = int(different.sum())
+                raise Violation(
+                    f"{key}: {count} of {different.numel()} elements differ {when}"
+                    if count
+                    else f"{key}: signs of zeros or NaN bits differ {when}",
+                    diagnose(different.cpu(), None) if count else "",
+                )
+
+
+def digest(tensors: Tensors) -> str:
+    """A short digest of the bits of tensors."""
+    total = hashlib.sha1(usedforsecurity=False)
+    for key in sorted(tensors):
+        total.update(tensors[key].detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return total.hexdigest()[:12]
+
+
+@dataclass(frozen=True)
+class Property:
+    """One thing that must hold for every case.
+
+    Attributes:
+        name: Of the property, and of its file `test_<name>.py`.
+        check: Raises `Violation` where it does not hold for a trial.
+        statement: The docstring of `check`.
+        regimes: `"main"`: the contract's first regime; `"differentiable"`, `"all"`: those.
+        needs: Claims of the implementation without which it is not tested.
+        weight: Cases per regime, in units of the profile's examples.
+        frameworks, kinds, devices: Those it makes sense for; no kinds means all.
+    """
+
+    name: str
+    check: Callable[[Trial], None]
+    statement: str
+    regimes: str = "main"
+    needs: tuple[str, ...] = ()
+    weight: float = 1.0
+    frameworks: tuple[str, ...] = ("torch", "jax")
+    kinds: tuple[str, ...] = ()
+    devices: tuple[str, ...] = ("cpu", "cuda")
+
+    @property
+    def file(self) -> str:
+        """The file of its test."""
+        return inspect.getfile(self.check)
+
+    def inapplicable(self, subject: Subject) -> str:
+        """Why the property is not tested for a subject, or an empty string."""
+        implementation, contract = subject.implementation, subject.contract
+        if subject.untestable:
+            return subject.untestable
+        if self.name in contract.without:
+            return contract.without[self.name]
+        missing = [claim for claim in self.needs if not getattr(implementation, claim)]
+        if missing:
+            return f"claims {missing[0]}=False"
+        if implementation.framework not in self.frameworks:
+            return f"not judged for {implementation.framework}"
+        if self.kinds and implementation.kind not in self.kinds:
+            return f"only for implementations of kind {', '.join(self.kinds)}"
+        if subject.device not in self.devices:
+            return f"needs {', '.join(self.devices)}"
+        return ""
+
+    def regimes_of(self, contract: Contract) -> list[str]:
+        """The regimes that its cases are drawn from."""
+        if self.regimes == "main":
+            return [contract.regimes[0].name]
+        return [each.name for each in contract.regimes if self.regimes == "all" or each.differentiable]
+
+
+def examine(subject: Subject, prop: Property, profile: Profile, source: str | None = None) -> Verdict:
+    """Puts a subject through a property and says what came of it; never raises for what a candidate does."""
+    verdict = Verdict(
+        subject.implementation.contract, subject.implementation.name, subject.implementation.kind, prop.name, subject.dtype,
+        subject.device, "not supported",
+    )  # fmt: skip
+    reason = prop.inapplicable(subject)
+    if reason:
+        return replace(verdict, reason=reason)
+    start, ledger = time.monotonic(), Ledger()
+    violation, failing = explore(subject, prop, profile, ledger)
+    statistics = {key: errors.statistics() for key, errors in ledger.errors.items()}
+    if violation is None:
+        violation, failing = pooled_violation(ledger), ledger.cases
+    verdict = replace(
+        verdict,
+        status="pass",
+        cases=len(ledger.cases),
+        seconds=time.monotonic() - start,
+        statistics=statistics,
+        fingerprints=ledger.fingerprints,
+    )
+    if violation is not None:
+        failure = Failure(violation.message, violation.diagnosis, violation.details, tuple(case.to_json() for case in failing))
+        failure = replace(failure, script=script_for(subject, prop.name, failing, violation.message, source))
+        return replace(verdict, status="fail", reason=violation.message, failure=failure)
+    if (verdict.worst or 0) > WARNING:
+        worst = max(statistics, key=lambda key: statistics[key].worst)
+        return replace(verdict, status="warning", reason=f"{worst} uses {statistics[worst].worst:.0%} of its budget")
+    return verdict
+
+
+def pooled_violation(ledger: Ledger) -> Violation | None:
+    """What all cases of a property show together, though none of them alone."""
+    for key, errors in ledger.errors.items():
+        each = errors.statistics()
+        if each.worst > 1:
+            return Violation(
+                f"{key}: pooled over {len(ledger.cases)} cases, {name_worst(each)}", "", (describe_statistics(each),)
+            )
+    return None
+
+
+def explore(subject: Subject, prop: Property, profile: Profile, ledger: Ledger) -> tuple[Violation | None, list[Case]]:
+    """Runs a property on landmarks and drawn cases, one regime after the other, up to the first violation, which is shrunk."""
+    jax = subject.implementation.framework == "jax"
+    examples = max(1, round(prop.weight * (profile.compiled_examples if jax else profile.examples)))
+    outcomes: dict[Case, Violation | None] = {}
+    stop_at = math.inf
+
+    def attempt(case: Case) -> None:
+        nonlocal stop_at
+        if case not in outcomes:
+            if time.monotonic() > stop_at:
+                return  # time is up: nothing smaller is tried, and Hypothesis settles on the smallest known failure
+            counted = Ledger()
+            outcomes[case] = check(subject, prop, case, counted)
+            if outcomes[case] is not None:
+                stop_at = min(stop_at, time.monotonic() + profile.shrink_seconds)
+            elif stop_at == math.inf:
+                ledger.cases.append(case)
+                ledger.add(counted.errors)
+                ledger.fingerprints |= counted.fingerprints
+        violation = outcomes[case]
+        if violation is not None:
+            raise violation.with_traceback(None)  # always from this line, by which Hypothesis tells failures apart
+
+    for regime in prop.regimes_of(subject.contract):
+        visits = [Case(**each, regime=regime, seed=seed) for seed, each in enumerate(subject.contract.landmarks[:examples])]
+        try:
+            for case in visits:
+                attempt(case)
+            _search(subject, regime, attempt, profile, examples, landmarks_only=jax)
+        except Violation:
+            with suppress(Violation):  # a landmark failed: look for something smaller among the free sizes
+                _search(subject, regime, attempt, profile, SHRINK_EXAMPLES, landmarks_only=jax)
+            failed = {case: violation for case, violation in outcomes.items() if violation is not None}
+            smallest = min(failed, key=size_of)
+            ledger.cases.append(smallest)
+            return failed[smallest], [smallest]
+    return None, []
+
+
+def _search(
+    subject: Subject,
+    regime: str,
+    attempt: Callable[[Case], None],
+    profile: Profile,
+    examples: int,
+    *,
+    landmarks_only: bool,
+) -> None:
+    """Lets Hypothesis draw cases of a regime, and shrink what fails."""
+    search = settings(
+        max_examples=examples, derandomize=profile.derandomize, database=None, deadline=None, report_multiple_bugs=False,
+        suppress_health_check=list(HealthCheck), phases=(Phase.generate, Phase.shrink), print_blob=False,
+    )(given(cases(subject.contract, regime, landmarks_only=landmarks_only))(lambda case: attempt(case)))  # fmt: skip
+    search()
+
+
+def size_of(case: Case) -> tuple[float, str]:
+    """How much there is to look at in a case; a stable order."""
+    numbers = [value for value in case.parameters.values() if isinstance(value, int) and not isinstance(value, bool)]
+    return math.prod(max(1, each) for each in numbers) + math.log1p(case.seed) / 100, repr(case)
+
+
+def check(subject: Subject, prop: Property, case: Case, ledger: Ledger) -> Violation | None:
+    """One property on one case; whatever the candidate raises is a violation too."""
+    try:
+        prop.check(Trial(subject, case, ledger))
+    except Violation as violation:
+        return violation
+    except BadResult as error:
+        return Violation(str(error))
+    except Exception as error:
+        return Violation(f"raised {type(error).__name__}: {one_line(error)}")
+    return None
+
+
+def one_line(error: BaseException) -> str:
+    """The first line of an error's message."""
+    return (str(error).strip().splitlines() or ["(no message)"])[0]

@@ -1,0 +1,103 @@
+"""What the gate says: verdicts, the statistics behind them, and failures."""
+
+import builtins
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+Status = Literal["pass", "warning", "fail", "not supported", "waived", "crash", "timeout"]
+STATUSES: tuple[Status, ...] = ("pass", "warning", "fail", "not supported", "waived", "crash", "timeout")
+FAILED: frozenset[Status] = frozenset({"fail", "crash", "timeout"})
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """An output's errors in units of its error budget; 1 is the limit of each.
+
+    Attributes:
+        max: The worst element.
+        rms: Root mean square; None where there are too few elements to say.
+        bias: Mean of the signed error; None likewise.
+        elements: How many elements were judged.
+    """
+
+    max: float
+    rms: float | None
+    bias: float | None
+    elements: int
+
+    @property
+    def worst(self) -> float:
+        """The largest of the three."""
+        return max(self.max, self.rms or 0.0, self.bias or 0.0)
+
+
+@dataclass(frozen=True)
+class Failure:
+    """One broken promise, small enough to read.
+
+    Attributes:
+        message: What failed and by how much, in one line.
+        diagnosis: The pattern of the bad elements, or an empty string.
+        details: Further lines: the worst element, how each statistic stands.
+        cases: The shrunk case, as keyword arguments of `Case`; several where only the pool of them fails.
+        script: A stand-alone Python script that fails again.
+    """
+
+    message: str
+    diagnosis: str = ""
+    details: tuple[str, ...] = ()
+    cases: tuple[dict[str, Any], ...] = ()
+    script: str = ""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Contract × implementation × property × dtype × device, and what came of it.
+
+    Attributes:
+        reason: One line: why not supported, the failure's message, the waiver's link, ...
+        statistics: For each output and gradient, over all cases.
+        profile: The tightest numerics profile that was met ("strict", "eager"), or an empty string.
+        fingerprints: For each case, a digest of the output bits, so that two runs can be compared.
+    """
+
+    contract: str
+    implementation: str
+    kind: str
+    property: str
+    dtype: str
+    device: str
+    status: Status
+    cases: int = 0
+    seconds: float = 0.0
+    reason: str = ""
+    statistics: dict[str, Statistics] = field(default_factory=dict)
+    profile: str = ""
+    fingerprints: dict[str, str] = field(default_factory=dict)
+    failure: Failure | None = None
+
+    @builtins.property  # `property` is a field here
+    def identity(self) -> str:
+        """A stable name: `contract/implementation/property/dtype/device`."""
+        return "/".join((self.contract, self.implementation, self.property, self.dtype, self.device))
+
+    @builtins.property
+    def worst(self) -> float | None:
+        """The worst statistic over all outputs, in units of the budget; None where nothing was measured."""
+        return max((each.worst for each in self.statistics.values()), default=None)
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain data."""
+        return asdict(self)
+
+    @staticmethod
+    def from_json(data: dict[str, Any]) -> "Verdict":
+        """The inverse of `to_json`."""
+        failure = data["failure"]
+        return Verdict(
+            **{
+                **data,
+                "statistics": {name: Statistics(**each) for name, each in data["statistics"].items()},
+                "failure": failure and Failure(**failure | {key: tuple(failure[key]) for key in ("details", "cases")}),
+            }
+        )

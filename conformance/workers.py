@@ -1,0 +1,131 @@
+"""Worker processes of the gate: a candidate that kills or hangs its process costs one verdict, not the run.
+
+pytest-xdist's grouped schedulers do not survive a worker's death (KeyError in 3.8), and its ungrouped one would compute every
+error budget in every process; hence this small pool.
+"""
+
+import multiprocessing
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from typing import Any, Generic, TypeVar
+
+Task = TypeVar("Task")
+
+
+@dataclass(frozen=True)
+class Died:
+    """A task that got no answer: its process died, or was killed when its time was up."""
+
+    late: bool
+    exit_code: int | None
+    seconds: float
+
+
+@dataclass
+class _Worker(Generic[Task]):
+    process: Any
+    connection: Connection
+    group: str = ""
+    task: Task | None = None
+    started: float = 0.0
+
+
+def run_tasks(
+    groups: dict[str, Sequence[Task]],
+    prepare: Callable[..., Callable[[Task], Any]],
+    arguments: tuple[Any, ...],
+    *,
+    workers: int,
+    seconds: float,
+) -> Iterator[tuple[Task, Any]]:
+    """Runs every task in some worker and yields it with its result, or with `Died`, as they come.
+
+    Args:
+        groups: Tasks that share cached work; a worker finishes a group before it takes the next, or helps another.
+        prepare: Called with `arguments` once in each process; returns the function of a task. Both must be importable.
+        seconds: How long one task may take.
+    """
+    waiting = {name: list(tasks) for name, tasks in groups.items() if tasks}
+    pool = [_start(prepare, arguments) for _ in range(min(workers, sum(map(len, waiting.values()))))]
+    try:
+        while pool:
+            for worker in [each for each in pool if each.task is None]:
+                if not _assign(worker, waiting, [each.group for each in pool]):
+                    pool.remove(worker)
+                    _stop(worker)
+            now = time.monotonic()
+            soonest = min((each.started + seconds for each in pool), default=now)
+            ready = wait([each.connection for each in pool], timeout=max(0.0, soonest - now))
+            for worker in list(pool):
+                late = time.monotonic() - worker.started > seconds
+                if worker.connection not in ready and not late:
+                    continue
+                result = _answer(worker) if worker.connection in ready else _kill(worker, late=True)
+                assert worker.task is not None
+                yield worker.task, result
+                worker.task = None
+                if isinstance(result, Died):
+                    pool.remove(worker)
+                    if waiting:
+                        pool.append(_start(prepare, arguments))
+    finally:
+        for worker in pool:
+            _kill(worker, late=False)
+
+
+def _start(prepare: Callable[..., Any], arguments: tuple[Any, ...]) -> _Worker:
+    context = multiprocessing.get_context("spawn")  # fork is unsafe once torch or jax has started threads
+    ours, theirs = context.Pipe()
+    process = context.Process(target=_serve, args=(theirs, prepare, arguments), daemon=True)
+    process.start()
+    theirs.close()
+    return _Worker(process, ours)
+
+
+def _serve(connection: Connection, prepare: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+    function = prepare(*arguments)
+    while (task := connection.recv()) is not None:
+        connection.send(function(task))
+
+
+def _assign(worker: _Worker, waiting: dict[str, list], busy: list[str]) -> bool:
+    """Gives a worker its next task: of its own group, of one that nobody works at, else of the largest."""
+    if not waiting:
+        return False
+    free = [name for name in waiting if name not in busy]
+    if worker.group not in waiting:
+        worker.group = max(free or waiting, key=lambda name: len(waiting[name]))
+    worker.task = waiting[worker.group].pop(0)
+    if not waiting[worker.group]:
+        del waiting[worker.group]
+    worker.started = time.monotonic()
+    worker.connection.send(worker.task)
+    return True
+
+
+def _answer(worker: _Worker) -> Any:
+    try:
+        return worker.connection.recv()
+    except (EOFError, ConnectionResetError):
+        return _kill(worker, late=False)
+
+
+def _kill(worker: _Worker, *, late: bool) -> Died:
+    if late:
+        worker.process.kill()
+    worker.process.join(timeout=1)
+    if worker.process.is_alive():
+        worker.process.kill()
+        worker.process.join()
+    worker.connection.close()
+    return Died(late, worker.process.exitcode, time.monotonic() - worker.started)
+
+
+def _stop(worker: _Worker) -> None:
+    worker.connection.send(None)
+    worker.process.join(timeout=5)
+    if worker.process.is_alive():
+        worker.process.kill()
+    worker.connection.close()
