@@ -17,6 +17,7 @@ from gaugeblock.conformance.contract import Contract, Tensors
 
 Layout = Literal["contiguous", "transposed", "sliced", "padded rows", "storage offset", "broadcast"]
 LAYOUTS: tuple[Layout, ...] = get_args(Layout)
+CACHED = 512  # cases whose tensors are kept
 GUARD = 64  # elements on either side of a guarded tensor
 
 
@@ -86,15 +87,18 @@ def cases(contract: Contract, regime: str, *, landmarks_only: bool = False) -> S
     return st.builds(lambda parameters, seed: Case(**parameters, regime=regime, seed=seed), sizes, st.integers(0, 2**16))
 
 
-@lru_cache(maxsize=4096)
+def value_case(case: Case) -> Case:
+    """The case that has the same values: of the layouts only "broadcast" changes them, to its repeated first row."""
+    return case if case.layout == "broadcast" else case.replace(layout="contiguous")
+
+
+@lru_cache(CACHED)
 def _drawn(contract: Contract, case: Case) -> Tensors:
     tensors = contract.regime(case.regime).make(Draw(case.seed), case.parameters)
-    return {
-        key: lay_out(tensor, case.layout).contiguous() for key, tensor in tensors.items()
-    }  # "broadcast" repeats the first row
+    return {key: lay_out(tensor, case.layout).contiguous() for key, tensor in tensors.items()}
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(CACHED)
 def cotangents(contract: Contract, case: Case) -> Tensors:
     """A random cotangent for each differentiable output, in float64 (never ones: a sum hides permutations and signs)."""
     draw = Draw(case.seed + 1)
@@ -104,7 +108,7 @@ def cotangents(contract: Contract, case: Case) -> Tensors:
 
 def make_inputs(contract: Contract, case: Case, dtype: str) -> Tensors:
     """The case's inputs, contiguous and on the CPU, rounded to the dtypes that the contract gives them."""
-    return {key: tensor.to(input_dtype(contract, key, dtype)) for key, tensor in _drawn(contract, case).items()}
+    return {key: tensor.to(input_dtype(contract, key, dtype)) for key, tensor in _drawn(contract, value_case(case)).items()}
 
 
 def input_dtype(contract: Contract, key: str, dtype: str) -> torch.dtype:

@@ -57,7 +57,7 @@ def _parser() -> argparse.ArgumentParser:
     check.add_argument(
         "--waivers", type=Path, metavar="FILE", help="TOML file of known failures, each with a link and an expiry date"
     )
-    check.add_argument("--workers", type=int, metavar="N", help="processes (default: one for each core, at most 2 on a GPU)")
+    check.add_argument("--workers", type=int, metavar="N", help="processes (default: one for each core)")
 
     listing = commands.add_parser("list", help="contracts and implementations, and what is missing")
     listing.add_argument("--json", action="store_true", help="one JSON object for each contract")

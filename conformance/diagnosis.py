@@ -66,5 +66,5 @@ def _last(touched: torch.Tensor) -> str:
         return ""
     if first == length - 1:
         return " (the last one)"
-    tile = next((tile for tile in TILES if first % tile == 0 and first and length - first <= tile), None)
+    tile = next((tile for tile in TILES if first % tile == 0 and first and length - first < tile), None)
     return f" (the last, partial tile of {tile})" if tile else f" (the last {length - first})"

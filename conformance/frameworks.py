@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gaugeblock.conformance.contract import Contract, Tensors, flatten, nest
+from gaugeblock.conformance.contract import Contract, Tensors, argument_of, flatten, nest
 from gaugeblock.conformance.oracle import gradient_key
 
 
@@ -36,7 +36,7 @@ def call_torch(contract: Contract, function: Callable[..., Any], call: Call) -> 
     """Outputs of a PyTorch function, and gradients through autograd; a gradient that does not exist raises `BadResult`."""
     wanted = _wanted(contract, call)
     leaves = {key: tensor.detach().requires_grad_(key in wanted) for key, tensor in call.inputs.items()}
-    outputs = _named(contract, function(**nest(leaves), **call.options), torch.Tensor)
+    outputs = _named(contract, _apply(contract, function, leaves, call.options), torch.Tensor)
     if not wanted:
         return {key: tensor.detach() for key, tensor in outputs.items()}
     assert call.cotangents is not None
@@ -61,23 +61,21 @@ def call_jax(contract: Contract, function: Callable[..., Any], call: Call) -> Te
     import jax
 
     wanted = _wanted(contract, call)
-    names = [spec.name for spec in contract.outputs]
     arrays = {key: _to_jax(tensor) for key, tensor in call.inputs.items()}
 
     def differentiable(leaves: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-        outputs = flatten(function(**nest(arrays | leaves), **call.options), names)
+        outputs = _named(contract, _apply(contract, function, arrays | leaves, call.options), jax.Array)
         through = contract.differentiable(outputs)
         return {key: outputs[key] for key in through}, {key: outputs[key] for key in outputs if key not in through}
 
     if not wanted:
-        outputs = _named(contract, function(**nest(arrays), **call.options), jax.Array)
+        outputs = _named(contract, _apply(contract, function, arrays, call.options), jax.Array)
         return {key: _from_jax(array) for key, array in outputs.items()}
     assert call.cotangents is not None
     flowing, pull_back, others = jax.vjp(differentiable, {key: arrays[key] for key in wanted}, has_aux=True)
     cotangents = {key: _to_jax(call.cotangents[key]).astype(array.dtype) for key, array in flowing.items()}
     gradients = pull_back(cotangents)[0]
-    outputs = _named(contract, tuple(nest(flowing | others)[name] for name in names), jax.Array)
-    results = {key: _from_jax(array) for key, array in outputs.items()}
+    results = {key: _from_jax(array) for key, array in (flowing | others).items()}
     return results | _gradients(wanted, [_from_jax(gradients[key]) for key in wanted])
 
 
@@ -104,11 +102,20 @@ def _wanted(contract: Contract, call: Call) -> list[str]:
     return contract.differentiable(call.inputs) if call.wanted is None else list(call.wanted)
 
 
+def _apply(contract: Contract, function: Callable[..., Any], inputs: dict[str, Any], options: dict[str, Any]) -> Any:
+    """Calls as the signature says: inputs by position, options by keyword."""
+    given = nest(inputs)
+    return function(*(given[spec.name] for spec in contract.inputs), **options)
+
+
 def _named(contract: Contract, result: Any, kind: type) -> dict[str, Any]:
     try:
         outputs = flatten(result, [spec.name for spec in contract.outputs])
     except TypeError as error:
         raise BadResult(str(error)) from None
+    missing = [spec.name for spec in contract.outputs if spec.name not in map(argument_of, outputs)]
+    if missing:
+        raise BadResult(f"{missing[0]} is an empty dict")
     for key, value in outputs.items():
         if not isinstance(value, kind):
             raise BadResult(f"{key} is a {type(value).__name__}, expected a {kind.__module__}.{kind.__name__}")

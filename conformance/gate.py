@@ -4,6 +4,7 @@ import argparse
 import datetime
 import os
 import signal
+import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable
@@ -36,6 +37,8 @@ def run_gate(options: argparse.Namespace) -> int:
     chosen = [find_property(name).name for name in options.property] or list(properties())
     subjects = subjects_of(tuple(options.candidates), filters)
     waived = waivers.load_waivers(options.waivers) if options.waivers else None
+    if options.report:
+        files.make_folder(options.report)
     if not subjects:
         console.print("nothing was tested: no implementation fits the filters on this machine")
         return NOTHING_TESTED
@@ -46,6 +49,7 @@ def run_gate(options: argparse.Namespace) -> int:
             groups[f"{subject.implementation.contract}/{subject.dtype}/{subject.device}"].append((number, name))
     profile = PROFILES[options.profile]
     workers = len(os.sched_getaffinity(0)) if options.workers is None else max(1, options.workers)
+    os.environ.setdefault("HYPOTHESIS_STORAGE_DIRECTORY", tempfile.gettempdir())  # nothing is left in the user's folder
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # one process for each core, not each with a thread for every core
     found: dict[Task, Verdict] = {}
     with terminal.progress(len(subjects) * len(chosen), console) as progress:

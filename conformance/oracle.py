@@ -5,16 +5,18 @@ other outputs are judged at the choice that the candidate made.
 """
 
 from collections.abc import Callable, Iterable
+from functools import lru_cache
 from typing import Any
 
+import numpy as np
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gaugeblock.conformance.cases import Case, cotangents, input_dtype, make_inputs, options
+from gaugeblock.conformance.cases import Case, cotangents, input_dtype, make_inputs, options, value_case
 from gaugeblock.conformance.contract import Contract, Tensors, flatten, nest
 from gaugeblock.conformance.error_budget import NOISE_RUNS, Budget, RoundingNoise, spread
 
-_cache: dict[tuple[Any, ...], Any] = {}
+CACHED = 512  # cases; a budget with gradients takes about a megabyte
 
 
 class ReplayTopK(TorchDispatchMode):
@@ -68,48 +70,45 @@ def rounded_cotangents(contract: Contract, case: Case, dtype: str) -> Tensors:
 
 
 def budgets(
-    contract: Contract,
-    case: Case,
-    dtype: str,
-    profile: str,
-    *,
-    gradients: bool = False,
-    chosen: torch.Tensor | None = None,
+    contract: Contract, case: Case, dtype: str, profile: str, *, gradients: bool = False, chosen: torch.Tensor | None = None
 ) -> dict[str, Budget]:
     """Oracle and error budget of every floating output (and gradient), at the choice `chosen` where the operation chooses."""
-    case = _values_of(case)
-    key = (contract.name, case, dtype, profile, gradients, None if chosen is None else chosen.numpy().tobytes())
-    if key not in _cache:
-        inputs = exact_inputs(contract, case, dtype)
-        cotangent = (
-            {name: _widen(each) for name, each in rounded_cotangents(contract, case, dtype).items()} if gradients else None
-        )
+    choice = None if chosen is None else (chosen.numpy().tobytes(), tuple(chosen.shape))
+    return _budgets(contract, value_case(case), dtype, profile, gradients, choice)
 
-        def run() -> Tensors:
-            results = reference_run(contract, inputs, options(contract, case), cotangent)
-            return {name: each for name, each in results.items() if each.is_floating_point()}
 
-        replayed = _replaying(run, chosen)
-        _cache[key] = _spread(replayed, dtype, profile, cancelling=contract.regime(case.regime).judged == "worst element")
-    return _cache[key]
+@lru_cache(CACHED)
+def _budgets(
+    contract: Contract, case: Case, dtype: str, profile: str, gradients: bool, choice: tuple[bytes, tuple[int, ...]] | None
+) -> dict[str, Budget]:
+    inputs = exact_inputs(contract, case, dtype)
+    cotangent = {key: _widen(each) for key, each in rounded_cotangents(contract, case, dtype).items()} if gradients else None
+
+    def run() -> Tensors:
+        results = reference_run(contract, inputs, options(contract, case), cotangent)
+        return {key: each for key, each in results.items() if each.is_floating_point()}
+
+    chosen = None if choice is None else torch.from_numpy(np.frombuffer(choice[0], np.int64).reshape(choice[1]).copy())
+    cancelling = contract.regime(case.regime).judged == "worst element"
+    return _spread(_replaying(run, chosen), dtype, profile, cancelling=cancelling)
 
 
 def selection_scores(contract: Contract, case: Case, dtype: str) -> tuple[Budget, Budget | None]:
     """Oracle and budget of the scores that the operation chooses by, and of its groups' scores."""
+    return _selection_scores(contract, value_case(case), dtype)
+
+
+@lru_cache(CACHED)
+def _selection_scores(contract: Contract, case: Case, dtype: str) -> tuple[Budget, Budget | None]:
     assert contract.selection is not None
-    case = _values_of(case)
-    key = (contract.name, case, dtype, "selection")
-    if key not in _cache:
-        inputs, opts = nest(exact_inputs(contract, case, dtype)), options(contract, case)
-        functions = {"scores": contract.selection.scores, "groups": contract.selection.group_scores}
+    inputs, opts = nest(exact_inputs(contract, case, dtype)), options(contract, case)
+    functions = {"scores": contract.selection.scores, "groups": contract.selection.group_scores}
 
-        def run() -> Tensors:
-            return {name: function(**inputs, **opts) for name, function in functions.items() if function is not None}
+    def run() -> Tensors:
+        return {name: function(**inputs, **opts) for name, function in functions.items() if function is not None}
 
-        # choices are made in float32 under every profile
-        scored = _spread(run, "float32", "strict", cancelling=False)
-        _cache[key] = scored["scores"], scored.get("groups")
-    return _cache[key]
+    scored = _spread(run, "float32", "strict", cancelling=False)  # choices are made in float32 under every profile
+    return scored["scores"], scored.get("groups")
 
 
 def _spread(run: Callable[[], Tensors], dtype: str, profile: str, *, cancelling: bool) -> dict[str, Budget]:
@@ -131,11 +130,6 @@ def _replaying(run: Callable[[], Tensors], chosen: torch.Tensor | None) -> Calla
             return run()
 
     return replayed
-
-
-def _values_of(case: Case) -> Case:
-    """The case by which values are cached: of the layouts only "broadcast" changes them."""
-    return case if case.layout == "broadcast" else case.replace(layout="contiguous")
 
 
 def _widen(tensor: torch.Tensor) -> torch.Tensor:

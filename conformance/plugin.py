@@ -104,4 +104,6 @@ def _select(config: pytest.Config) -> list[Selected]:
         found = subjects_of(tuple(config.getoption("--candidate")), filters)
     except RegistrationError as error:
         raise pytest.UsageError(str(error)) from None
+    if not found:
+        raise pytest.UsageError("gaugeblock: nothing to test: no implementation fits the options on this machine")
     return [Selected(subject, source) for subject, source in found]

@@ -6,8 +6,10 @@ from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
-from gaugeblock.conformance.registry import RegistrationError
+from gaugeblock.conformance.registry import RegistrationError, suggest
 from gaugeblock.conformance.trial import Property, Trial
+
+FIRST = ("parity", "gradients")  # in the report; the others follow by name
 
 
 def conformance_property(
@@ -51,11 +53,8 @@ def properties() -> dict[str, Property]:
         if hasattr(member, "property")
     ]
     found = [test.property for test in tests]
-    found.sort(key=lambda each: (each.name not in FIRST, FIRST.index(each.name) if each.name in FIRST else 0, each.name))
+    found.sort(key=lambda each: (FIRST.index(each.name) if each.name in FIRST else len(FIRST), each.name))
     return {each.name: each for each in found}
-
-
-FIRST = ("parity", "gradients")
 
 
 def find_property(name: str) -> Property:
@@ -65,5 +64,5 @@ def find_property(name: str) -> Property:
         RegistrationError: If there is none.
     """
     if name not in properties():
-        raise RegistrationError(f"unknown property {name!r}; known: {', '.join(properties())}")
+        raise RegistrationError(f"unknown property {name!r}{suggest(name, properties())}")
     return properties()[name]

@@ -5,7 +5,7 @@ import importlib
 import importlib.util
 import inspect
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from functools import cache
 from importlib.metadata import entry_points
@@ -17,6 +17,7 @@ from gaugeblock.conformance.contract import Contract
 ENTRY_POINTS = "gaugeblock.implementations"
 SUBJECTS = ("routers", "experts")
 
+Kind = Literal["reference", "triton", "distributed", "jax", "compiled", "user"]
 Framework = Literal["torch", "jax"]
 DType = Literal["float32", "float16", "bfloat16"]
 Device = Literal["cpu", "cuda"]
@@ -36,7 +37,8 @@ class Implementation:
         contract: The contract's name.
         name: The implementation's own.
         function: What is called; for a built-in row its import path `module:function`.
-        kind: `reference`, `triton`, `distributed`, `jax`, `compiled` or `user`.
+        kind: `reference`, `triton`, `distributed`, `jax`, `compiled` or `user`; kernels of kind `triton` are watched as
+            they run, and not judged where the interpreter is wrong.
         framework: Whose arrays it takes and returns.
         dtypes, devices: What it supports.
         profile: `strict`: only the operands of matrix products may be rounded to the dtype, all else is float32;
@@ -50,7 +52,7 @@ class Implementation:
     contract: str
     name: str
     function: Callable[..., Any] | str
-    kind: str = "user"
+    kind: Kind = "user"
     framework: Framework = "torch"
     dtypes: tuple[DType, ...] = ("float32",)
     devices: tuple[Device, ...] = ("cpu",)
@@ -69,7 +71,8 @@ class Implementation:
         return import_path(self.function) if isinstance(self.function, str) else self.function
 
 
-CLAIMS = {each.name: each.type for each in fields(Implementation)[4:]}
+COMPILED_DTYPES: tuple[DType, ...] = ("float32", "bfloat16")  # of our JAX versions: each shape and dtype takes a compilation
+CLAIMS = {each.name: each.type for each in fields(Implementation)[3:]}
 _registered: dict[tuple[str, str], Implementation] = {}
 
 
@@ -80,7 +83,7 @@ def implements(contract: str, *, name: str, **claims: Any) -> Callable[[Function
         contract: A contract's name, e.g. `"routers.softmax_topk"` (`gaugeblock list` shows them).
         name: How the report calls the implementation.
         **claims: Fields of `Implementation`: `framework`, `dtypes`, `devices`, `profile`, `differentiable`,
-            `deterministic`, `batch_invariant`, `validates`.
+            `deterministic`, `batch_invariant`, `validates`, `kind`.
 
     Raises:
         RegistrationError: If the contract, a claim, a claim's value, or the function's signature is wrong, or the name is
@@ -107,7 +110,7 @@ def implements(contract: str, *, name: str, **claims: Any) -> Callable[[Function
 def _check_claims(contract: str, name: str, claims: dict[str, Any]) -> None:
     for claim, value in claims.items():
         if claim not in CLAIMS:
-            raise RegistrationError(f"{contract} ({name}): unknown claim {claim!r}{_suggest(claim, CLAIMS)}")
+            raise RegistrationError(f"{contract} ({name}): unknown claim {claim!r}{suggest(claim, CLAIMS)}")
         kind = CLAIMS[claim]
         allowed = (True, False) if kind is bool else get_args(get_args(kind)[0] if claim in ("dtypes", "devices") else kind)
         values = tuple(value) if claim in ("dtypes", "devices") and not isinstance(value, str) else (value,)
@@ -147,7 +150,7 @@ def find_contract(name: str) -> Contract:
     try:
         return contracts()[name]
     except KeyError:
-        raise RegistrationError(f"unknown contract {name!r}{_suggest(name, contracts())}") from None
+        raise RegistrationError(f"unknown contract {name!r}{suggest(name, contracts())}") from None
 
 
 def implementations(contract: str) -> tuple[Implementation, ...]:
@@ -167,10 +170,10 @@ def builtin_implementations(contract: Contract) -> tuple[Implementation, ...]:
     every: tuple[DType, ...] = get_args(DType)
     references = (
         Implementation(contract.name, "reference", contract.reference, "reference", dtypes=every, devices=("cpu", "cuda")),
-        Implementation(contract.name, "reference-jax", contract.twin, "reference", "jax", dtypes=every),
+        Implementation(contract.name, "reference-jax", contract.twin, "reference", "jax", dtypes=COMPILED_DTYPES),
     )
     ours = (
-        Implementation(contract.name, row.name, row.function, row.kind, cast(Framework, row.framework), **row.claims)
+        Implementation(contract.name, row.name, row.function, cast(Kind, row.kind), cast(Framework, row.framework), **row.claims)
         for row in contract.builtins
     )
     return (*references, *ours)
@@ -193,9 +196,9 @@ def load_candidates(source: str) -> tuple[Implementation, ...]:
     except FileNotFoundError as error:
         raise RegistrationError(f"{source}: no such file" if str(error.filename) == source else f"{source}: {error}") from None
     except SyntaxError as error:
-        raise RegistrationError(f"{source}:{error.lineno}: syntax error: {error.msg}") from None
-    except Exception as error:
-        raise RegistrationError(f"{source}{_line_of(error, source)}: {type(error).__name__}: {error}") from None
+        raise RegistrationError(f"{error.filename or source}:{error.lineno}: syntax error: {error.msg}") from None
+    except (Exception, SystemExit) as error:
+        raise RegistrationError(f"{source}{_line_of(error, source)}: {type(error).__name__}: {one_line(error)}") from None
     added = tuple(each for key, each in _registered.items() if key not in before)
     if not added:
         raise RegistrationError(
@@ -204,15 +207,15 @@ def load_candidates(source: str) -> tuple[Implementation, ...]:
     return added
 
 
-def load_entry_points() -> tuple[Implementation, ...]:
+@cache
+def load_entry_points() -> None:
     """Imports the modules that installed packages name in the entry-point group `gaugeblock.implementations`."""
-    before = set(_registered)
     for point in entry_points(group=ENTRY_POINTS):
         try:
             point.load()
-        except Exception as error:
-            raise RegistrationError(f"entry point {point.name!r} ({point.value}): {type(error).__name__}: {error}") from error
-    return tuple(each for key, each in _registered.items() if key not in before)
+        except (Exception, SystemExit) as error:
+            reason = f"{type(error).__name__}: {one_line(error)}"
+            raise RegistrationError(f"entry point {point.name!r} ({point.value}): {reason}") from error
 
 
 def import_path(path: str) -> Any:
@@ -232,7 +235,7 @@ def _run_file(path: Path) -> None:
     spec.loader.exec_module(module)
 
 
-def _line_of(error: Exception, source: str) -> str:
+def _line_of(error: BaseException, source: str) -> str:
     trace = error.__traceback__
     lines = []
     while trace is not None:
@@ -242,7 +245,11 @@ def _line_of(error: Exception, source: str) -> str:
     return f":{lines[-1]}" if lines else ""
 
 
-def _suggest(name: str, known: Any) -> str:
-    near: Iterator[str] = iter(difflib.get_close_matches(name, known, n=1, cutoff=0.4))
-    found = next(near, None)
-    return f"; did you mean {found!r}?" if found else f"; known: {', '.join(known)}"
+def suggest(name: str, known: Any) -> str:
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
+    return f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(known)}"
+
+
+def one_line(error: BaseException) -> str:
+    """The first line of an error's message."""
+    return (str(error).strip().splitlines() or ["(no message)"])[0]

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gaugeblock.conformance.cases import Case
-from gaugeblock.conformance.devices import interpret_without_gpu
+from gaugeblock.conformance.devices import available_devices, interpret_without_gpu
 
 if TYPE_CHECKING:
     from gaugeblock.conformance.trial import Subject
@@ -38,7 +38,7 @@ def script_for(subject: "Subject", prop: str, cases: Sequence[Case], message: st
     return SCRIPT.format(
         title=f"{implementation.contract}: {implementation.name} fails {prop} in {subject.dtype} on {subject.device}.",
         message=message.replace("\\", "\\\\").replace('"""', "'''"),
-        source=None if source is None else str(Path(source).resolve()) if source.endswith(".py") else source,
+        source=source,
         contract=implementation.contract,
         implementation=implementation.name,
         property=prop,
@@ -69,13 +69,16 @@ def reproduce(
     from gaugeblock.conformance.registry import RegistrationError, implementations, load_candidates, load_entry_points
     from gaugeblock.conformance.trial import Ledger, Subject, check, pooled_violation
 
-    load_entry_points()
-    if source is not None:
+    if source is None:
+        load_entry_points()
+    else:
         load_candidates(source)
     found = next((each for each in implementations(contract) if each.name == implementation), None)
     if found is None:
         raise RegistrationError(f"{contract}: no implementation named {implementation!r}")
     subject, ledger = Subject(found, dtype, device), Ledger()
+    if device not in available_devices() or subject.untestable:
+        raise RegistrationError(f"cannot be judged here: {subject.untestable or f'this machine has no {device}'}")
     for case in cases:
         violation = check(subject, find_property(property), case, ledger)
         if violation is not None:
@@ -96,10 +99,11 @@ def reproduce_file(path: Path) -> None:
     """
     try:
         failure: dict[str, Any] = json.loads(path.read_text())
-        cases = [Case(**each) for each in failure.pop("cases")]
-        version = failure.pop("format")
+        cases = [Case(**each) for each in failure["cases"]]
+        given = {name: failure[name] for name in ("source", "contract", "implementation", "property", "dtype", "device")}
+        version = failure["format"]
     except (OSError, json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path}: not a failure written by gaugeblock check: {type(error).__name__}: {error}") from None
     if version != 1:
         raise ValueError(f"{path}: format {version!r}, expected 1")
-    reproduce(**failure, cases=cases)
+    reproduce(**given, cases=cases)

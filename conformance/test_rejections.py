@@ -6,7 +6,8 @@ from gaugeblock.conformance.contract import argument_of
 from gaugeblock.conformance.frameworks import BadResult, Call
 from gaugeblock.conformance.judge import Violation
 from gaugeblock.conformance.properties import conformance_property
-from gaugeblock.conformance.trial import Trial, one_line
+from gaugeblock.conformance.registry import one_line
+from gaugeblock.conformance.trial import Trial
 
 
 @conformance_property(needs=("validates",), weight=0.01)

@@ -21,9 +21,9 @@ from gaugeblock.conformance.error_budget import Errors
 from gaugeblock.conformance.frameworks import CALLERS, BadResult, Call
 from gaugeblock.conformance.judge import Violation, check_form, describe_statistics, judge, name_worst
 from gaugeblock.conformance.oracle import rounded_cotangents
-from gaugeblock.conformance.registry import Implementation, find_contract
+from gaugeblock.conformance.registry import Implementation, find_contract, one_line
 from gaugeblock.conformance.reproduction import script_for
-from gaugeblock.conformance.triton_checks.interpreter import watch
+from gaugeblock.conformance.triton_checks.interpreter import Watch, watch
 from gaugeblock.conformance.verdict import Failure, Verdict
 
 WARNING = 0.9  # of a limit: a right implementation has an rms of about 1 deviation, which is 0.83 of its limit
@@ -35,7 +35,8 @@ class Profile:
     """How long the gate may take.
 
     Attributes:
-        examples: Cases per regime and unit of a property's weight.
+        examples: Drawn cases of the main regime, and as many landmarks, per unit of a property's weight; half as many of
+            each other regime.
         compiled_examples: The same for JAX, which compiles for every new shape.
         shrink_seconds: How long a failure may be shrunk.
         verdict_seconds: How long one property of one subject may take before its process is killed.
@@ -96,6 +97,7 @@ class Ledger:
     cases: list[Case] = field(default_factory=list)
     errors: dict[str, Errors] = field(default_factory=dict)
     fingerprints: dict[str, str] = field(default_factory=dict)
+    profile: str = "strict"  # the tightest that every case met
 
     def add(self, errors: dict[str, Errors]) -> None:
         """Pools the errors of one more case."""
@@ -103,7 +105,15 @@ class Ledger:
 
 
 class Trial:
-    """One case of one subject, with the verbs that properties are written in."""
+    """One case of one subject, with the verbs that properties are written in.
+
+    Attributes:
+        watched: What Triton kernels did during the last call.
+        raw: What the last call returned, in the candidate's own memory; results are copies of it.
+    """
+
+    watched: Watch
+    raw: Tensors
 
     def __init__(self, subject: Subject, case: Case, ledger: Ledger | None = None) -> None:
         self.subject, self.case, self.ledger = subject, case, ledger or Ledger()
@@ -140,7 +150,8 @@ class Trial:
     def call(self, call: Call) -> Tensors:
         """The candidate called once, under watch."""
         with watch() as self.watched:
-            return CALLERS[self.implementation.framework](self.contract, self.implementation.load(), call)
+            self.raw = CALLERS[self.implementation.framework](self.contract, self.implementation.load(), call)
+        return {key: tensor.clone() for key, tensor in self.raw.items()}
 
     def judge(self, results: Tensors, case: Case | None = None) -> None:
         """Form, choice and values of the results, against the oracle of the case."""
@@ -149,6 +160,11 @@ class Trial:
         check_form(self.contract, case, self.subject.dtype, device, results)
         errors = judge(self.contract, case, self.subject.dtype, self.implementation.profile, results)
         self.ledger.add(errors)
+        if self.implementation.profile != "strict" and self.ledger.profile == "strict":
+            try:
+                judge(self.contract, case, self.subject.dtype, "strict", results)
+            except Violation:
+                self.ledger.profile = self.implementation.profile
 
     def fingerprint(self, results: Tensors) -> None:
         """Keeps a digest of the bits, so that two runs of the gate can be compared."""
@@ -251,15 +267,27 @@ def examine(subject: Subject, prop: Property, profile: Profile, source: str | No
         seconds=time.monotonic() - start,
         statistics=statistics,
         fingerprints=ledger.fingerprints,
+        profile=ledger.profile if ledger.errors else "",
     )
     if violation is not None:
-        failure = Failure(violation.message, violation.diagnosis, violation.details, tuple(case.to_json() for case in failing))
+        details = (*violation.details, *_weaker_claim(subject, prop, failing))
+        failure = Failure(violation.message, violation.diagnosis, details, tuple(case.to_json() for case in failing))
         failure = replace(failure, script=script_for(subject, prop.name, failing, violation.message, source))
         return replace(verdict, status="fail", reason=violation.message, failure=failure)
     if (verdict.worst or 0) > WARNING:
         worst = max(statistics, key=lambda key: statistics[key].worst)
         return replace(verdict, status="warning", reason=f"{worst} uses {statistics[worst].worst:.0%} of its budget")
     return verdict
+
+
+def _weaker_claim(subject: Subject, prop: Property, failing: list[Case]) -> tuple[str, ...]:
+    """Says so if what fails the strict profile meets the eager one."""
+    weaker = replace(subject, implementation=replace(subject.implementation, profile="eager"))
+    ledger = Ledger()
+    strict = subject.implementation.profile == "strict" and subject.dtype != "float32"
+    if strict and all(check(weaker, prop, case, ledger) is None for case in failing) and ledger.errors and not pooled_violation(ledger):
+        return ('profile="eager" is met, "strict" is not: results are rounded to the dtype between operations',)
+    return ()
 
 
 def pooled_violation(ledger: Ledger) -> Violation | None:
@@ -276,7 +304,7 @@ def pooled_violation(ledger: Ledger) -> Violation | None:
 def explore(subject: Subject, prop: Property, profile: Profile, ledger: Ledger) -> tuple[Violation | None, list[Case]]:
     """Runs a property on landmarks and drawn cases, one regime after the other, up to the first violation, which is shrunk."""
     jax = subject.implementation.framework == "jax"
-    examples = max(1, round(prop.weight * (profile.compiled_examples if jax else profile.examples)))
+    most = prop.weight * (profile.compiled_examples if jax else profile.examples)
     outcomes: dict[Case, Violation | None] = {}
     stop_at = math.inf
 
@@ -293,11 +321,13 @@ def explore(subject: Subject, prop: Property, profile: Profile, ledger: Ledger) 
                 ledger.cases.append(case)
                 ledger.add(counted.errors)
                 ledger.fingerprints |= counted.fingerprints
+                ledger.profile = max(ledger.profile, counted.profile, key=("strict", "eager").index)
         violation = outcomes[case]
         if violation is not None:
             raise violation.with_traceback(None)  # always from this line, by which Hypothesis tells failures apart
 
-    for regime in prop.regimes_of(subject.contract):
+    for position, regime in enumerate(prop.regimes_of(subject.contract)):
+        examples = max(1, round(most if position == 0 else most / 2))
         visits = [Case(**each, regime=regime, seed=seed) for seed, each in enumerate(subject.contract.landmarks[:examples])]
         try:
             for case in visits:
@@ -347,8 +377,3 @@ def check(subject: Subject, prop: Property, case: Case, ledger: Ledger) -> Viola
     except Exception as error:
         return Violation(f"raised {type(error).__name__}: {one_line(error)}")
     return None
-
-
-def one_line(error: BaseException) -> str:
-    """The first line of an error's message."""
-    return (str(error).strip().splitlines() or ["(no message)"])[0]

@@ -17,7 +17,7 @@ class Statistics:
         max: The worst element.
         rms: Root mean square; None where there are too few elements to say.
         bias: Mean of the signed error; None likewise.
-        elements: How many elements were judged.
+        elements: How many elements rms and bias are taken over.
     """
 
     max: float

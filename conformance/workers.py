@@ -6,7 +6,8 @@ error budget in every process; hence this small pool.
 
 import multiprocessing
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from typing import Any, Generic, TypeVar
@@ -33,7 +34,7 @@ class _Worker(Generic[Task]):
 
 
 def run_tasks(
-    groups: dict[str, Sequence[Task]],
+    groups: Mapping[str, Sequence[Task]],
     prepare: Callable[..., Callable[[Task], Any]],
     arguments: tuple[Any, ...],
     *,
@@ -101,21 +102,22 @@ def _assign(worker: _Worker, waiting: dict[str, list], busy: list[str]) -> bool:
     if not waiting[worker.group]:
         del waiting[worker.group]
     worker.started = time.monotonic()
-    worker.connection.send(worker.task)
+    with suppress(OSError):  # the answer of one that died in between will be its end
+        worker.connection.send(worker.task)
     return True
 
 
 def _answer(worker: _Worker) -> Any:
     try:
         return worker.connection.recv()
-    except (EOFError, ConnectionResetError):
+    except (EOFError, OSError):
         return _kill(worker, late=False)
 
 
 def _kill(worker: _Worker, *, late: bool) -> Died:
     if late:
         worker.process.kill()
-    worker.process.join(timeout=1)
+    worker.process.join(timeout=5)
     if worker.process.is_alive():
         worker.process.kill()
         worker.process.join()
@@ -124,8 +126,6 @@ def _kill(worker: _Worker, *, late: bool) -> Died:
 
 
 def _stop(worker: _Worker) -> None:
-    worker.connection.send(None)
-    worker.process.join(timeout=5)
-    if worker.process.is_alive():
-        worker.process.kill()
-    worker.connection.close()
+    with suppress(OSError):
+        worker.connection.send(None)
+    _kill(worker, late=False)
