@@ -79,11 +79,13 @@ class RoundingNoise(TorchDispatchMode):
         if func.is_view or (name in MOVES and not adds) or not _is_float64(result):
             return result
         if adds:
-            noisy = self._disturb(result, self._scattered_deviation(func, before, result, args, kwargs))
+            noisy = self._add_noise(result, self._scattered_deviation(func, before, result, args, kwargs))
         elif name in SUMS:
-            noisy = self._disturb(result, self._sum_deviation(func, result, args, kwargs))
+            noisy = self._add_noise(result, self._sum_deviation(func, result, args, kwargs))
         else:
-            noisy = self._disturb(result, self._function_deviation(name.removesuffix("_"), result, args))
+            exact = result.to(torch.float32).to(torch.float64) == result
+            deviation = self._function_deviation(name.removesuffix("_"), result, args)
+            noisy = self._add_noise(result, deviation.masked_fill(exact, 0.0))
         return result.copy_(noisy) if func._schema.is_mutable else noisy
 
     def _matrix_product(self, func: Any, first: int, args: tuple, kwargs: dict) -> torch.Tensor:
@@ -91,14 +93,14 @@ class RoundingNoise(TorchDispatchMode):
         result = func(*args[:first], left, right, *args[first + 2 :], **kwargs)
         size = torch.abs if self.cancelling else torch.square
         sizes = func(*(0 * each for each in args[:first]), size(left), size(right), *args[first + 2 :], **kwargs)
-        return self._disturb(result, self._accumulation_deviation(left.shape[-1], result, sizes))
+        return self._add_noise(result, self._accumulation_deviation(left.shape[-1], result, sizes))
 
     def _sum_deviation(self, func: Any, result: torch.Tensor, args: tuple, kwargs: dict) -> torch.Tensor:
         name = func.overloadpacket.__name__
         terms = args[0].shape[args[1]] if name == "cumsum" else args[0].numel() // max(1, result.numel())
         scale = terms if name == "mean" and not self.cancelling else 1
         size = torch.abs if self.cancelling else torch.square
-        return self._accumulation_deviation(terms, result, func(size(args[0]), *args[1:], **kwargs) / scale)
+        return self._accumulation_deviation(terms - 1, result, func(size(args[0]), *args[1:], **kwargs) / scale)
 
     def _scattered_deviation(self, func: Any, before: Any, result: torch.Tensor, args: tuple, kwargs: dict) -> torch.Tensor:
         position = SCATTERED_SUMS[func.overloadpacket.__name__]
@@ -108,7 +110,7 @@ class RoundingNoise(TorchDispatchMode):
         return self._accumulation_deviation(6, result, func(*sizes, **kwargs))  # few terms meet in one place
 
     def _accumulation_deviation(self, terms: int, result: torch.Tensor, sizes: torch.Tensor) -> torch.Tensor:
-        """Of a float32 sum: one rounding of each partial sum, squared and added up.
+        """Of a float32 sum: one rounding of each partial sum, squared and added up; that the total is exact says nothing.
 
         `sizes` is the sum of squares, and orders are random, so that partial sums have expected squares of a third of the
         result's and a sixth of that sum (JUDGING.md 2.3); or, if `cancelling`, the sum of magnitudes, which bounds them.
@@ -120,10 +122,9 @@ class RoundingNoise(TorchDispatchMode):
         ulps = ULPS.get(name, 1) + _argument_growth(name, result, args)
         return math.sqrt(ROUNDING_VARIANCE) * rounding_unit("float32") * ulps * result.abs()
 
-    def _disturb(self, result: torch.Tensor, deviation: torch.Tensor) -> torch.Tensor:
-        """Adds an error of this deviation (float32 arithmetic), unless float32 holds the value, then the store's rounding."""
-        exact = result.to(torch.float32).to(torch.float64) == result
-        result = torch.where(exact, result, result + deviation * self._unit_noise(result))
+    def _add_noise(self, result: torch.Tensor, deviation: torch.Tensor) -> torch.Tensor:
+        """Adds the error of float32 arithmetic, then that of storing the result."""
+        result = result + deviation * self._unit_noise(result)
         return result if self.result_dtype is torch.float32 else self._round(result, self.result_dtype)
 
     def _round(self, value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -15,7 +15,7 @@ from gaugeblock.conformance.error_budget import (
     element_errors,
     measure,
 )
-from gaugeblock.conformance.oracle import budgets, gradient_key, selection_scores
+from gaugeblock.conformance.oracle import GRADIENT, budgets, selection_scores
 from gaugeblock.conformance.verdict import Statistics
 
 
@@ -41,13 +41,15 @@ def check_form(contract: Contract, case: Case, dtype: str, device: str, results:
             raise Violation(f"{spec.name} is {result.dtype}, expected {input_dtype(contract, spec.name, dtype)}")
         if result.device.type != device:
             raise Violation(f"{spec.name} is on {result.device}, expected {device}")
-    for argument in contract.inputs:
-        key = gradient_key(argument.name)
-        if key in results:
-            shape = tuple(case.parameters[name] for name in argument.shape)
-            expected = input_dtype(contract, argument.name, dtype)
-            if (tuple(results[key].shape), results[key].dtype) != (shape, expected):
-                raise Violation(f"{key} is {results[key].dtype} {tuple(results[key].shape)}, expected {expected} {shape}")
+    for key in (each for each in results if each.startswith(GRADIENT)):
+        argument = key.removeprefix(GRADIENT)
+        due = input_dtype(contract, argument, dtype)
+        if results[key].dtype != due:
+            raise Violation(f"{key} is {results[key].dtype}, expected {due}")
+        if "/" not in argument:
+            shape = tuple(case.parameters[name] for name in contract.spec(argument).shape)
+            if tuple(results[key].shape) != shape:
+                raise Violation(f"{key} has shape {tuple(results[key].shape)}, expected {shape}")
 
 
 def judge(contract: Contract, case: Case, dtype: str, profile: str, results: Tensors) -> dict[str, Errors]:
@@ -61,7 +63,7 @@ def judge(contract: Contract, case: Case, dtype: str, profile: str, results: Ten
     """
     results = {key: tensor.cpu() for key, tensor in results.items()}
     chosen = check_choice(contract, case, dtype, results)
-    gradients = any(gradient_key(spec.name) in results for spec in contract.inputs)
+    gradients = any(key.startswith(GRADIENT) for key in results)
     judged = budgets(contract, case, dtype, profile, gradients=gradients, chosen=chosen)
     regime = contract.regime(case.regime)
     errors: dict[str, Errors] = {}

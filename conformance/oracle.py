@@ -16,6 +16,7 @@ from gaugeblock.conformance.cases import Case, cotangents, input_dtype, make_inp
 from gaugeblock.conformance.contract import Contract, Tensors, flatten, nest
 from gaugeblock.conformance.error_budget import NOISE_RUNS, Budget, RoundingNoise, spread
 
+GRADIENT = "gradient of "  # begins the key of a gradient among results
 CACHED = 512  # cases; a budget with gradients takes about a megabyte
 
 
@@ -56,7 +57,7 @@ def reference_run(contract: Contract, inputs: Tensors, opts: dict[str, Any], cot
 
 def gradient_key(key: str) -> str:
     """How results name the gradient with respect to the input `key`."""
-    return f"gradient of {key}"
+    return GRADIENT + key
 
 
 def exact_inputs(contract: Contract, case: Case, dtype: str) -> Tensors:

@@ -46,13 +46,10 @@ def conformance_property(
 def properties() -> dict[str, Property]:
     """Every property by name, in the order of the report."""
     files = sorted(Path(__file__).parent.glob("test_*.py"))
-    tests = [
-        member
-        for file in files
-        for member in vars(importlib.import_module(f"gaugeblock.conformance.{file.stem}")).values()
-        if hasattr(member, "property")
+    members = [
+        member for file in files for member in vars(importlib.import_module(f"gaugeblock.conformance.{file.stem}")).values()
     ]
-    found = [test.property for test in tests]
+    found = [prop for member in members if isinstance(prop := getattr(member, "property", None), Property)]
     found.sort(key=lambda each: (FIRST.index(each.name) if each.name in FIRST else len(FIRST), each.name))
     return {each.name: each for each in found}
 

@@ -246,6 +246,7 @@ def _line_of(error: BaseException, source: str) -> str:
 
 
 def suggest(name: str, known: Any) -> str:
+    """The end of an error message: the nearest known name, or all of them."""
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
     return f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(known)}"
 

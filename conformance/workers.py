@@ -72,8 +72,8 @@ def run_tasks(
                     if waiting:
                         pool.append(_start(prepare, arguments))
     finally:
-        for worker in pool:
-            _kill(worker, late=False)
+        for worker in pool:  # only after an error or an interrupt
+            _kill(worker, late=True)
 
 
 def _start(prepare: Callable[..., Any], arguments: tuple[Any, ...]) -> _Worker:
