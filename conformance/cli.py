@@ -79,6 +79,7 @@ def _parser() -> argparse.ArgumentParser:
 
     codegen = commands.add_parser("codegen", help="compile every Triton kernel for four chips, without a GPU")
     codegen.add_argument("--target", action="append", default=[], metavar="CHIP", help="only this chip, e.g. sm_90 (repeatable)")
+    codegen.add_argument("--json", type=Path, metavar="FILE", help="also write every compiled kernel there")
 
     bench = commands.add_parser("bench", help="a roofline table, here and now")
     bench.add_argument("--contract", action="append", default=[], metavar="NAME", help="only this contract (repeatable)")
@@ -154,7 +155,8 @@ def _selftest(options: argparse.Namespace) -> int:
 def _codegen(options: argparse.Namespace) -> int:
     from gaugeblock.conformance.triton_checks.codegen import main as codegen
 
-    return codegen(options.target)
+    arguments = ["--target", *options.target] if options.target else []
+    return codegen(arguments + (["--json", str(options.json)] if options.json else []))
 
 
 def _bench(options: argparse.Namespace) -> int:

@@ -17,10 +17,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from gaugeblock.conformance.contract import Tensors
 from gaugeblock.conformance.verdict import Statistics
 
-NOISE_RUNS = 16
+NOISE_RUNS = 12
 # A rounding error is uniform within half an ulp; over mantissas spread evenly in the logarithm its variance is 0.18 u² x².
 ROUNDING_VARIANCE = 0.18
-# Deviations of the propagated error that one element may have. Its variance is estimated from 16 runs, pooled with its row and
+# Deviations of the propagated error that one element may have. Its variance is estimated from 12 runs, pooled with its row and
 # column, so 8 estimated deviations are rarely less than 5 true ones.
 KAPPA = 8.0
 # Limits of the two statistics, in deviations, for very many independent elements; for fewer, or for elements whose errors hang
@@ -131,15 +131,17 @@ class RoundingNoise(TorchDispatchMode):
         """The noise of rounding once to `dtype`, where that changes the value."""
         if dtype is torch.float32:  # the result's own noise was that rounding
             return value
+        inexact = value.to(dtype).to(torch.float64) != value
+        if not inexact.any():
+            return value
         info = torch.finfo(dtype)
-        underflow = info.smallest_normal * info.eps / 2
-        deviation = (ROUNDING_VARIANCE * (info.eps / 2 * value) ** 2 + underflow**2 / 3).sqrt()
-        exact = value.to(dtype).to(torch.float64) == value
-        return torch.where(exact, value, value + deviation * self._unit_noise(value))
+        underflow = info.smallest_normal * info.eps / 2 * math.sqrt(1 / 3)
+        deviation = (value.abs() * (math.sqrt(ROUNDING_VARIANCE) * info.eps / 2)).clamp_min_(underflow)
+        return value + deviation.mul_(self._unit_noise(value)).mul_(inexact)
 
     def _unit_noise(self, like: torch.Tensor) -> torch.Tensor:
         """Uniform noise of variance 1."""
-        return math.sqrt(3) * (2 * torch.rand(like.shape, dtype=torch.float64, generator=self.generator) - 1)
+        return torch.empty_like(like).uniform_(-math.sqrt(3), math.sqrt(3), generator=self.generator)
 
 
 def _argument_growth(name: str, result: torch.Tensor, args: tuple) -> torch.Tensor | float:

@@ -6,6 +6,7 @@ import os
 import signal
 import tempfile
 import time
+import warnings
 from collections import defaultdict
 from collections.abc import Callable
 
@@ -76,6 +77,7 @@ def run_gate(options: argparse.Namespace) -> int:
 def prepare(candidates: tuple[str, ...], filters: Filters, profile: str) -> Callable[[Task], Verdict]:
     """Sets a worker process up; the returned function judges one task."""
     interpret_without_gpu()
+    warnings.filterwarnings("ignore", module="triton")  # its interpreter tells of NaN and infinity that cases hold on purpose
     subjects = subjects_of(candidates, filters)
 
     def judge(task: Task) -> Verdict:

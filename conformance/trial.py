@@ -149,7 +149,7 @@ class Trial:
 
     def call(self, call: Call) -> Tensors:
         """The candidate called once, under watch."""
-        with watch() as self.watched:
+        with watch(reachable=call.inputs.values()) as self.watched:
             self.raw = CALLERS[self.implementation.framework](self.contract, self.implementation.load(), call)
         return {key: tensor.clone() for key, tensor in self.raw.items()}
 
