@@ -83,9 +83,7 @@ class RoundingNoise(TorchDispatchMode):
         elif name in SUMS:
             noisy = self._add_noise(result, self._sum_deviation(func, result, args, kwargs))
         else:
-            exact = result.to(torch.float32).to(torch.float64) == result
-            deviation = self._function_deviation(name.removesuffix("_"), result, args)
-            noisy = self._add_noise(result, deviation.masked_fill(exact, 0.0))
+            noisy = self._add_noise(result, self._function_deviation(name.removesuffix("_"), result, args))
         return result.copy_(noisy) if func._schema.is_mutable else noisy
 
     def _matrix_product(self, func: Any, first: int, args: tuple, kwargs: dict) -> torch.Tensor:
@@ -120,7 +118,11 @@ class RoundingNoise(TorchDispatchMode):
 
     def _function_deviation(self, name: str, result: torch.Tensor, args: tuple) -> torch.Tensor:
         ulps = ULPS.get(name, 1) + _argument_growth(name, result, args)
-        return math.sqrt(ROUNDING_VARIANCE) * rounding_unit("float32") * ulps * result.abs()
+        deviation = math.sqrt(ROUNDING_VARIANCE) * rounding_unit("float32") * ulps * result.abs()
+        exact = result.to(torch.float32).to(torch.float64) == result
+        # a sigmoid of 1 is so only in float64: what is taken from it afterwards has no digits, in the oracle either
+        saturated = torch.finfo(torch.float64).eps * result.abs() if name in ULPS else torch.zeros_like(result)
+        return torch.where(exact, saturated, deviation)
 
     def _add_noise(self, result: torch.Tensor, deviation: torch.Tensor) -> torch.Tensor:
         """Adds the error of float32 arithmetic, then that of storing the result."""

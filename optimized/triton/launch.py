@@ -1,0 +1,39 @@
+"""What every launcher shares: where a tensor may lie, the device to launch on, and 64-bit rows."""
+
+from contextlib import AbstractContextManager, suppress
+
+import torch
+import triton
+import triton.language as tl
+
+# Triton decides by the same variable when it decorates a kernel, so it is read once, on import.
+INTERPRETED = triton.knobs.runtime.interpret
+
+
+@triton.jit
+def program_rows(BLOCK_ROWS: tl.constexpr):
+    """Return the rows of this program, int64: a row times its stride may pass 2^31."""
+    return tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+
+
+def require_triton_device(tensor_name: str, tensor: torch.Tensor) -> None:
+    """Raise unless a Triton kernel can work on `tensor`.
+
+    It can on the device of Triton's active driver (a GPU; the CPU for a driver that only compiles) and, under
+    the interpreter, on the CPU.
+
+    Raises:
+        ValueError: `tensor` lies elsewhere, or there is neither a GPU nor the interpreter.
+    """
+    device_types = {"cpu"} if INTERPRETED else set()
+    with suppress(RuntimeError):  # no active driver: this machine has no GPU
+        device_types.add(triton.runtime.driver.active.get_active_torch_device().type)
+    if tensor.device.type not in device_types:
+        expected = " or ".join(sorted(device_types)) or "a GPU, and Triton finds none"
+        advice = "" if INTERPRETED else "; TRITON_INTERPRET=1, set before the import, runs kernels on the CPU"
+        raise ValueError(f"{tensor_name} must be on {expected}, got {tensor.device}{advice}")
+
+
+def device_of(tensor: torch.Tensor) -> AbstractContextManager:
+    """Make the device of `tensor` the current one, where Triton launches; nothing to do on the CPU."""
+    return torch.cuda.device_of(tensor)

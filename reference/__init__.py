@@ -1,0 +1,17 @@
+"""Plain implementations that say what each operation computes, in PyTorch and in JAX.
+
+`gaugeblock.reference.torch` and `gaugeblock.reference.jax` are twins: same files, functions and local names.
+
+Local arrays carry their shape as a suffix, one letter per axis (`logits_TE` is [num_tokens, num_experts]):
+
+    T  num_tokens
+    E  num_experts
+    K  top_k: experts chosen per token
+    N  routed rows: one per token and chosen expert, N = T * K
+    G  num_groups: groups of experts
+    M  experts in one group, M = E / G
+    H  hidden_size
+    I  intermediate_size
+
+A module names the letters it uses at its top.
+"""
