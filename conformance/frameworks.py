@@ -8,6 +8,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gaugeblock.conformance.contract import Contract, Tensors, argument_of, flatten, nest
+from gaugeblock.conformance.error_budget import MATRIX_PRODUCTS, SUMS, ULPS
 from gaugeblock.conformance.oracle import gradient_key
 
 
@@ -79,15 +80,16 @@ def call_jax(contract: Contract, function: Callable[..., Any], call: Call) -> Te
     return results | _gradients(wanted, [_from_jax(gradients[key]) for key in wanted])
 
 
-class ExactProducts(TorchDispatchMode):
-    """Matrix products of torch in float64, rounded once to their dtype.
+class LibraryInFloat64(TorchDispatchMode):
+    """Torch's own matrix products, sums and functions in float64, each rounded once to its dtype.
 
-    CPU libraries choose a product's kernel, and so its summation order, by the number of rows. That is not the candidate's
-    doing; under this mode bits that still depend on the batch are.
+    On a CPU their bits depend on the batch: products choose a summation order by the number of rows, functions have one code for
+    whole vectors and another for the rest. That is not the candidate's doing; what depends on the batch under this mode is.
     """
 
     def __torch_dispatch__(self, func: Any, types: Iterable[type], args: tuple = (), kwargs: dict | None = None) -> Any:
-        if func.overloadpacket.__name__ not in ("mm", "bmm", "addmm", "baddbmm", "mv", "dot") or func._schema.is_mutable:
+        name = func.overloadpacket.__name__
+        if name not in MATRIX_PRODUCTS and name not in SUMS and name not in ULPS or not args[0].is_floating_point():
             return func(*args, **(kwargs or {}))
         widened = [each.to(torch.float64) if isinstance(each, torch.Tensor) else each for each in args]
         return func(*widened, **(kwargs or {})).to(args[0].dtype)

@@ -143,6 +143,8 @@ def check_choice(contract: Contract, case: Case, dtype: str, results: Tensors) -
     returned = torch.zeros_like(must).scatter(1, ids, True)
     _reject(~may & returned, spec, ids, scores, "chosen, though it cannot be among the best")
     _reject(must & ~returned, spec, ids, scores, "not chosen, though it is among the best whatever the rounding")
+    if groups is not None:
+        _check_groups(spec, ids, scores, groups, case.parameters["topk_groups"])
     error = _score_error(scores)
     highest, lowest = (bound.gather(1, ids) for bound in (scores.value + error, scores.value - error))
     unsorted = lowest[:, 1:] > highest[:, :-1]
@@ -159,14 +161,20 @@ def check_choice(contract: Contract, case: Case, dtype: str, results: Tensors) -
 def must_and_may(scores: Budget, groups: Budget | None, parameters: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
     """For each row, which ids are among the best `top_k` whatever the rounding, and which can be."""
     low, high = _bounds(scores)
-    if groups is not None:
-        must_group, may_group = _must_and_may(*_bounds(groups), parameters["topk_groups"])
-        members = low.shape[1] // groups.value.shape[1]
-        low = low.masked_fill(~must_group.repeat_interleave(members, 1), -math.inf)
-        high = high.masked_fill(~may_group.repeat_interleave(members, 1), -math.inf)
-        must, may = _must_and_may(low, high, parameters["top_k"])
-        return must, may & may_group.repeat_interleave(members, 1)
-    return _must_and_may(low, high, parameters["top_k"])
+    if groups is None:
+        return _must_and_may(low, high, parameters["top_k"])
+    must_group, may_group = _must_and_may(*_bounds(groups), parameters["topk_groups"])
+    group = _group_of_each(scores, groups)
+    kept, possible = must_group[:, group], may_group[:, group]
+    must, _ = _must_and_may(low.masked_fill(~kept, -math.inf), high.masked_fill(~possible, -math.inf), parameters["top_k"])
+    together = kept.unsqueeze(1) | (group.unsqueeze(1) == group)  # [T, i, j]: wherever i can be chosen, so can j
+    betters = ((low.unsqueeze(1) > high.unsqueeze(2)) & together).sum(2)
+    return must, possible & (betters < parameters["top_k"])
+
+
+def _group_of_each(scores: Budget, groups: Budget) -> torch.Tensor:
+    """The group of each expert, `[E]`."""
+    return torch.arange(groups.value.shape[1]).repeat_interleave(scores.value.shape[1] // groups.value.shape[1])
 
 
 def _bounds(scores: Budget) -> tuple[torch.Tensor, torch.Tensor]:
@@ -181,7 +189,8 @@ def _bounds(scores: Budget) -> tuple[torch.Tensor, torch.Tensor]:
 def _score_error(scores: Budget) -> torch.Tensor:
     """Propagated error, an ulp, and on machines that flush subnormal numbers to zero the smallest normal one."""
     float32 = torch.finfo(torch.float32)
-    return KAPPA * scores.variance.sqrt() + float32.eps * scores.value.abs() + float32.smallest_normal
+    error = KAPPA * scores.variance.sqrt() + float32.eps * scores.value.abs() + float32.smallest_normal
+    return error.where(scores.value.isfinite(), 0.0)
 
 
 def _must_and_may(low: torch.Tensor, high: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -205,6 +214,19 @@ def _check_ids(spec: Output, ids: torch.Tensor, bound: int) -> None:
         raise Violation(
             f"{spec.name} holds an id twice in one row",
             diagnose(repeated.any(1, keepdim=True), None),
+            (f"{spec.name}[{row}] = {ids[row].tolist()}",),
+        )
+
+
+def _check_groups(spec: Output, ids: torch.Tensor, scores: Budget, groups: Budget, topk_groups: int) -> None:
+    """Where groups tie, `may` holds the ids of all of them, but no row those of more than `topk_groups`."""
+    used = torch.zeros_like(groups.value).scatter(1, _group_of_each(scores, groups)[ids], 1.0).sum(1)
+    too_many = (used > topk_groups) & ~scores.value.isnan().any(1)
+    if too_many.any():
+        row = int(too_many.nonzero()[0])
+        raise Violation(
+            f"{spec.name} holds ids of {int(used[row])} groups, of which {topk_groups} may be kept",
+            diagnose(too_many.unsqueeze(1), None),
             (f"{spec.name}[{row}] = {ids[row].tolist()}",),
         )
 

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from fnmatch import fnmatch
+from pathlib import Path
 
 from gaugeblock.conformance.devices import available_devices
 from gaugeblock.conformance.registry import (
@@ -44,7 +45,9 @@ def subjects_of(candidates: tuple[str, ...], filters: Filters) -> list[tuple[Sub
     check_filters(filters)
     if candidates:
         found: list[tuple[Implementation, str | None]] = [
-            (each, source) for source in candidates for each in load_candidates(source)
+            (each, str(Path(source).resolve()) if source.endswith(".py") else source)
+            for source in candidates
+            for each in load_candidates(source)
         ]
     else:
         load_entry_points()

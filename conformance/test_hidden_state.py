@@ -17,22 +17,29 @@ def test_hidden_state(trial: Trial) -> None:
     first = trial.run()
     memory = trial.raw
     trial.judge(trial.run(case=between), between)
-    trial.same_bits(trial.run(), first, "after a call with other sizes")
-    trial.same_bits(memory, first, "after later calls: they write to the memory of this result")
+    trial.same_bits(memory, first, "after a later call, which writes to the memory of this result")
+    trial.run(case=trial.case.replace(seed=trial.case.seed + 1))
+    trial.same_bits(memory, first, "after a later call of the same sizes, which writes to the memory of this result")
+    trial.same_bits(trial.run(), first, "after calls with other inputs")
 
 
 @conformance_property(weight=0.5)
 def test_process_settings(trial: Trial) -> None:
-    """A call leaves the settings of the process alone: dtype, random state, precision, threads, grad mode."""
-    before, threads = torch.get_float32_matmul_precision(), torch.get_num_threads()
+    """A call leaves the settings of the process alone: default dtype, random state, precision, threads, grad mode."""
+    inputs = trial.inputs()
+    precision, threads = torch.get_float32_matmul_precision(), torch.get_num_threads()
+    torch.set_default_dtype(torch.float32)  # an earlier property may have let the candidate change it
+    torch.set_float32_matmul_precision("medium")  # unusual values, which a call that sets usual ones changes
+    torch.set_num_threads(threads + 1)
+    torch.manual_seed(trial.case.seed + 1)
+    torch.rand(1)  # away from where a seed would put the random state
     try:
-        torch.set_float32_matmul_precision("medium")  # unusual values, which a call that sets usual ones would change
-        torch.set_num_threads(threads + 1)
-        settings = _settings()
-        trial.run()
-        changed = [name for name, value in _settings().items() if value != settings[name]]
+        before = _settings()
+        trial.run(inputs)
+        changed = [name for name, value in _settings().items() if value != before[name]]
     finally:
-        torch.set_float32_matmul_precision(before)
+        torch.set_default_dtype(torch.float32)
+        torch.set_float32_matmul_precision(precision)
         torch.set_num_threads(threads)
     if changed:
         raise Violation(f"the call changes {', '.join(changed)} of the process")

@@ -203,8 +203,9 @@ FUSED_SWIGLU = Contract(
     parameters=parameters,
     landmarks=(
         sizes(33, 100, 70, 5, 2),  # tails everywhere
-        sizes(17, 64, 32, 8, 4),
+        sizes(130, 16, 32, 3, 2),  # several tiles of rows for an expert
         sizes(6, 320, 96, 2, 1),  # long sums: an accumulator that is not float32 shows
+        sizes(17, 64, 32, 8, 4),
         sizes(4, 24, 16, 16, 2),  # most experts without tokens
     ),
     regimes=(

@@ -1,6 +1,7 @@
 """Contracts of the routers (CATALOGUE section 1)."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -96,14 +97,23 @@ def _shape(parameters: Parameters) -> tuple[int, int]:
     return parameters["num_tokens"], parameters["num_experts"]
 
 
-def _with_bias(regime: Regime, scale: float, shift: float) -> Regime:
+def _with_bias(regime: Regime, noise: Callable[[Draw, int], torch.Tensor]) -> Regime:
     """The same logits, and a correction bias: small, and shifted so that many biased scores are negative."""
 
     def make(draw: Draw, parameters: Parameters) -> Tensors:
         tensors = regime.make(draw, parameters)
-        return tensors | {"e_score_correction_bias": scale * draw.normal(parameters["num_experts"]) + shift}
+        return tensors | {"e_score_correction_bias": noise(draw, parameters["num_experts"]) - 0.5}
 
     return Regime(regime.name, make, regime.judged, regime.differentiable)
+
+
+def _smooth(draw: Draw, experts: int) -> torch.Tensor:
+    return 0.3 * draw.normal(experts)
+
+
+def _few(draw: Draw, experts: int) -> torch.Tensor:
+    """One of three values, or the same for all: experts tie, and groups of experts too."""
+    return 0.25 * (draw.integers(-1, 2, experts) * draw.integers(0, 2, 1)).to(torch.float64)
 
 
 def dithered(draw: Draw, parameters: Parameters) -> Tensors:
@@ -294,13 +304,13 @@ GROUPED_SIGMOID_TOPK = Contract(
     parameters=grouped_parameters,
     landmarks=(
         grouped_sizes(33, 64, 8, 8, 4, True, 2.5),  # DeepSeek-V3's groups, fewer experts
-        grouped_sizes(17, 15, 4, 5, 3, False, 1.0),
+        grouped_sizes(17, 15, 4, 5, 3, False, 2.5),
         grouped_sizes(5, 6, 2, 6, 3, True, 1.0),  # groups of one expert
         grouped_sizes(3, 288, 8, 1, 1, True, 2.5),  # one group; ids above 255
     ),
     regimes=(
-        *(_with_bias(regime, 0.3, -0.5) for regime in SIGMOID_REGIMES),
-        _with_bias(Regime("lattice", saturated, "worst element", differentiable=False), 0.25, 0.0),
+        *(_with_bias(regime, _few if regime.name == "ties" else _smooth) for regime in SIGMOID_REGIMES),
+        _with_bias(Regime("lattice", saturated, "worst element", differentiable=False), _few),
     ),
     cost=cost,
     workloads=(

@@ -1,0 +1,238 @@
+"""Cases and how they become tensors: the same from their repr, of the declared shapes, anywhere in memory."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gaugeblock.conformance.cases import (
+    GUARD,
+    LAYOUTS,
+    Case,
+    Draw,
+    cases,
+    cotangents,
+    guarded,
+    input_dtype,
+    lay_out,
+    make_inputs,
+    options,
+    take,
+)
+from gaugeblock.conformance.contract import nest
+from gaugeblock.conformance.oracle import exact_inputs, reference_run
+from gaugeblock.conformance.registry import contracts
+
+CONTRACTS = tuple(contracts().values())
+REGIMES = [pytest.param(row, each, id=f"{row.name}-{each.name}") for row in CONTRACTS for each in row.regimes]
+EXACT = [each for each in REGIMES if each.values[1].judged == "exact"]
+contract_of_each = pytest.mark.parametrize("contract", CONTRACTS, ids=lambda row: row.name)
+
+few_examples = settings(max_examples=30, derandomize=True, database=None, deadline=None)
+
+
+def main_case(contract, **changes) -> Case:
+    return Case(**contract.landmarks[0], regime=contract.regimes[0].name).replace(**changes)
+
+
+# ----------------------------------------------------------------------------------------------------- a case
+
+
+@contract_of_each
+@given(data=st.data())
+@few_examples
+def test_the_repr_of_a_case_is_its_reproduction(contract, data):
+    case = data.draw(cases(contract, contract.regimes[0].name)).replace(
+        layout=data.draw(st.sampled_from(LAYOUTS))
+    )
+    again = eval(repr(case), {"Case": Case})
+    assert again == case and hash(again) == hash(case)
+    assert Case(**case.to_json()) == case
+
+
+def test_a_case_is_replaced_in_parts():
+    case = Case(num_tokens=3, top_k=2, regime="ties", seed=5)
+    assert case.replace(num_tokens=0, layout="sliced") == Case(
+        num_tokens=0, top_k=2, regime="ties", layout="sliced", seed=5
+    )
+    assert case != case.replace(seed=6)
+
+
+@contract_of_each
+@given(data=st.data())
+@few_examples
+def test_landmarks_workloads_and_drawn_parameters_name_the_same_sizes(contract, data):
+    named = {*data.draw(contract.parameters())}
+    for parameters in (*contract.landmarks, *(each.parameters for each in contract.workloads)):
+        assert {*parameters} == named
+    sizes = {size for spec in (*contract.inputs, *contract.outputs) for size in spec.shape}
+    assert sizes | {*contract.options} <= named
+
+
+# ---------------------------------------------------------------------------------------------- what is drawn
+
+
+@pytest.mark.parametrize(("contract", "regime"), REGIMES)
+@given(data=st.data())
+@few_examples
+def test_every_regime_makes_the_declared_inputs(contract, regime, data):
+    case = data.draw(cases(contract, regime.name))
+    made = make_inputs(contract, case, "float16")
+    assert {*nest(made)} == {spec.name for spec in contract.inputs}
+    for key, tensor in made.items():
+        spec = contract.spec(key)
+        assert tensor.shape == tuple(case.parameters[name] for name in spec.shape)
+        assert tensor.dtype == input_dtype(contract, key, "float16")
+        if spec.indexes:
+            assert tensor.min() >= 0 and tensor.max() < case.parameters[spec.indexes]
+
+
+@contract_of_each
+@pytest.mark.parametrize("length", [0, 1])
+def test_the_main_regime_fills_a_batch_of_any_length(contract, length):
+    case = main_case(contract, **{contract.batch: length})
+    batched = [spec for spec in contract.inputs if contract.batch in spec.shape]
+    made = make_inputs(contract, case, "float32")
+    assert all(made[spec.name].shape[spec.shape.index(contract.batch)] == length for spec in batched)
+
+
+@contract_of_each
+def test_equal_cases_make_equal_inputs_and_other_seeds_make_others(contract):
+    first, again, other = (
+        make_inputs(contract, main_case(contract, seed=seed), "float32") for seed in (3, 3, 4)
+    )
+    assert all(torch.equal(first[key], again[key]) for key in first)
+    assert all(not torch.equal(first[key], other[key]) for key in first)
+
+
+@contract_of_each
+def test_cotangents_are_random_and_fit_the_differentiable_outputs(contract):
+    case = main_case(contract)
+    made = cotangents(contract, case)
+    assert [*made] == [spec.name for spec in contract.outputs if spec.differentiable]
+    for name, tensor in made.items():
+        assert tensor.shape == tuple(case.parameters[size] for size in contract.spec(name).shape)
+        assert tensor.unique().numel() == tensor.numel()
+
+
+@contract_of_each
+def test_options_are_those_of_the_signature(contract):
+    assert [*options(contract, main_case(contract))] == [*contract.options]
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+@pytest.mark.parametrize(("contract", "regime"), EXACT)
+@given(data=st.data())
+@few_examples
+def test_on_a_lattice_the_reference_is_exact_in_every_dtype(contract, regime, dtype, data):
+    case = data.draw(cases(contract, regime.name))
+    results = reference_run(contract, make_inputs(contract, case, dtype), options(contract, case))
+    oracle = reference_run(contract, exact_inputs(contract, case, dtype), options(contract, case))
+    for key in results:
+        if not contract.spec(key).indexes:
+            assert oracle[key].dtype == torch.float64
+            assert torch.equal(results[key], oracle[key].to(results[key].dtype))
+
+
+@given(st.integers(0, 5), st.integers(1, 9), st.integers(0, 4), st.integers(0, 2**16))
+@few_examples
+def test_distinct_rows_are_distinct_and_below_the_bound(rows, columns, more, seed):
+    drawn = Draw(seed).distinct_rows(rows, columns, columns + more)
+    assert drawn.shape == (rows, columns) and drawn.dtype == torch.int64
+    assert all(len({*row}) == columns and {*row} <= {*range(columns + more)} for row in drawn.tolist())
+
+
+# -------------------------------------------------------------------------------------------------- in memory
+
+
+def whole_storage(tensor: torch.Tensor) -> torch.Tensor:
+    """All memory that a tensor lies in, as one row."""
+    return torch.empty(0, dtype=tensor.dtype).set_(tensor.untyped_storage())
+
+
+def outside(tensor: torch.Tensor) -> torch.Tensor:
+    """The elements of a tensor's memory that are not its own."""
+    memory = whole_storage(tensor)
+    own = torch.arange(memory.numel()).as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
+    return memory[torch.ones(memory.numel(), dtype=torch.bool).index_fill(0, own.flatten(), False)]
+
+
+def is_poison(memory: torch.Tensor) -> bool:
+    poison = memory.isnan() if memory.is_floating_point() else memory == torch.iinfo(memory.dtype).max
+    return bool(poison.all())
+
+
+@pytest.fixture(params=[torch.float32, torch.bfloat16, torch.int64], ids=str)
+def dtype(request):
+    return request.param
+
+
+@pytest.fixture(params=[(6,), (4, 6), (2, 4, 6)], ids=str)
+def values(request, dtype):
+    length = torch.Size(request.param).numel()
+    return torch.arange(1, length + 1).to(dtype).view(request.param)
+
+
+@pytest.mark.parametrize("layout", [each for each in LAYOUTS if each != "broadcast"])
+def test_layouts_keep_the_values_and_lie_among_poison(values, layout):
+    laid_out = lay_out(values, layout)
+    assert torch.equal(laid_out, values) and laid_out.dtype == values.dtype
+    assert laid_out.data_ptr() != values.data_ptr()
+    assert is_poison(outside(laid_out))
+
+
+def test_layouts_are_what_they_are_called():
+    values = torch.arange(24.0).view(4, 6)
+    stride = {layout: lay_out(values, layout).stride() for layout in LAYOUTS}
+    assert stride == {
+        "contiguous": (6, 1),
+        "transposed": (1, 4),
+        "sliced": (13, 2),
+        "padded rows": (9, 1),
+        "storage offset": (6, 1),
+        "broadcast": (0, 1),
+    }
+    assert lay_out(values, "storage offset").storage_offset() % 2 == 1, (
+        "no alignment beyond the element's own"
+    )
+    assert outside(lay_out(values, "sliced")).numel() > values.numel()
+
+
+def test_a_broadcast_layout_repeats_the_first_row(values):
+    assert torch.equal(lay_out(values, "broadcast"), values[:1].expand_as(values))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shape", [(), (0, 3), (3, 0), (1, 1)], ids=str)
+def test_layouts_take_empty_and_single_elements(layout, shape):
+    assert lay_out(torch.ones(shape), layout).shape == shape
+
+
+def test_inputs_of_a_broadcast_case_have_equal_rows():
+    (contract, *_) = CONTRACTS
+    made = make_inputs(contract, main_case(contract, layout="broadcast"), "float32")["router_logits"]
+    plain = make_inputs(contract, main_case(contract), "float32")["router_logits"]
+    assert torch.equal(made, plain[:1].expand_as(plain)) and made.is_contiguous()
+
+
+def test_guard_zones_lie_on_either_side(values):
+    inside, buffer = guarded(values)
+    assert torch.equal(inside, values) and inside.is_contiguous()
+    assert buffer.numel() == values.numel() + 2 * GUARD
+    assert is_poison(buffer[:GUARD]) and is_poison(buffer[-GUARD:])
+    inside.zero_()
+    assert not is_poison(buffer) and is_poison(outside(inside))
+
+
+def test_take_picks_along_the_named_dimension_and_leaves_the_rest():
+    contract = contracts()["experts.fused_swiglu"]
+    inputs = make_inputs(contract, main_case(contract), "float32")
+    experts = take(contract, inputs, "num_experts", torch.tensor([2, 0]))
+    assert torch.equal(experts["w13"], inputs["w13"][[2, 0]]) and torch.equal(
+        experts["w2"], inputs["w2"][[2, 0]]
+    )
+    assert all(experts[key] is inputs[key] for key in ("hidden_states", "topk_weights", "topk_ids"))
+    columns = take(contract, inputs, "hidden_size", torch.tensor([1]))
+    assert torch.equal(columns["w13"], inputs["w13"][:, :, [1]]) and torch.equal(
+        columns["w2"], inputs["w2"][:, [1]]
+    )
