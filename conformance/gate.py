@@ -13,7 +13,7 @@ from collections.abc import Callable
 from rich.console import Console
 
 from gaugeblock.conformance.cli import CONFORM, FAILS, NOTHING_TESTED
-from gaugeblock.conformance.devices import interpret_without_gpu
+from gaugeblock.conformance.devices import cache_compilations, interpret_without_gpu
 from gaugeblock.conformance.properties import find_property, properties
 from gaugeblock.conformance.report import files, terminal, waivers
 from gaugeblock.conformance.report.environment import capture_environment
@@ -51,6 +51,7 @@ def run_gate(options: argparse.Namespace) -> int:
     profile = PROFILES[options.profile]
     workers = len(os.sched_getaffinity(0)) if options.workers is None else max(1, options.workers)
     os.environ.setdefault("HYPOTHESIS_STORAGE_DIRECTORY", tempfile.gettempdir())  # nothing is left in the user's folder
+    cache_compilations()
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # one process for each core, not each with a thread for every core
     found: dict[Task, Verdict] = {}
     with terminal.progress(len(subjects) * len(chosen), console) as progress:

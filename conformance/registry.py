@@ -71,7 +71,6 @@ class Implementation:
         return import_path(self.function) if isinstance(self.function, str) else self.function
 
 
-COMPILED_DTYPES: tuple[DType, ...] = ("float32", "bfloat16")  # of our JAX versions: each shape and dtype takes a compilation
 CLAIMS = {each.name: each.type for each in fields(Implementation)[3:]}
 _registered: dict[tuple[str, str], Implementation] = {}
 
@@ -170,7 +169,7 @@ def builtin_implementations(contract: Contract) -> tuple[Implementation, ...]:
     every: tuple[DType, ...] = get_args(DType)
     references = (
         Implementation(contract.name, "reference", contract.reference, "reference", dtypes=every, devices=("cpu", "cuda")),
-        Implementation(contract.name, "reference-jax", contract.twin, "reference", "jax", dtypes=COMPILED_DTYPES),
+        Implementation(contract.name, "reference-jax", contract.twin, "reference", "jax"),
     )
     ours = (
         Implementation(contract.name, row.name, row.function, cast(Kind, row.kind), cast(Framework, row.framework), **row.claims)
