@@ -266,7 +266,8 @@ class Errors:
             return Statistics(self.worst, None, None, 0)
         independent = 2 * self.elements**2 / self.squares_variance  # errors: the mean of so many squares varies like that of q²
         tail = 2 / (9 * independent)
-        mean_square_limit = RMS_LIMIT**2 * (1 - tail + SIGMAS * math.sqrt(tail)) ** 3  # Wilson and Hilferty's quantile of chi-squared
+        # Wilson and Hilferty's quantile of chi-squared
+        mean_square_limit = RMS_LIMIT**2 * (1 - tail + SIGMAS * math.sqrt(tail)) ** 3
         bias_limit = BIAS_LIMIT + SIGMAS * math.sqrt(self.signed_variance) / self.elements
         rms = math.sqrt(self.squares / self.elements / mean_square_limit)
         return Statistics(self.worst, rms, abs(self.signed / self.elements) / bias_limit, self.elements)

@@ -89,7 +89,7 @@ class LibraryInFloat64(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Iterable[type], args: tuple = (), kwargs: dict | None = None) -> Any:
         name = func.overloadpacket.__name__
-        if name not in MATRIX_PRODUCTS and name not in SUMS and name not in ULPS or not args[0].is_floating_point():
+        if name not in {*MATRIX_PRODUCTS, *SUMS, *ULPS} or not args[0].is_floating_point():
             return func(*args, **(kwargs or {}))
         widened = [each.to(torch.float64) if isinstance(each, torch.Tensor) else each for each in args]
         return func(*widened, **(kwargs or {})).to(args[0].dtype)

@@ -1,8 +1,8 @@
 """What `gaugeblock codegen` launches: every Triton implementation of ours, as its contract says it is called.
 
-The compiler makes another version for each dtype, each `tl.constexpr` (so for each number of experts), for addresses, sizes and
-strides that are multiples of 16 or not, and for sizes and strides of 1. The contracts' first landmarks (sizes of tails and even ones),
-each in two layouts, and their published workloads bring them.
+The compiler makes another version for each dtype, each `tl.constexpr` (so for each number of experts), for addresses, sizes
+and strides that are multiples of 16 or not, and for sizes and strides of 1. The contracts' first landmarks (sizes with tails
+and even ones), each in two layouts, and their published workloads bring them.
 """
 
 import math

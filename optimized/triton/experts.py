@@ -16,10 +16,12 @@ w13 and w2 are read once per block of rows, from cache where an expert has sever
 columns. Many rows per expert are bound by the matrix units, few by reading w13 and w2.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import once_differentiable
 
 from gaugeblock.optimized.triton.dispatch import Blocks, sort_by_expert, split_into_blocks, sum_rows
 from gaugeblock.optimized.triton.grouped_matmul import (
@@ -195,7 +197,7 @@ def _gate_up_backward(
 class _FusedSwiglu(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: FunctionCtx,
+        ctx: Any,
         hidden_states: torch.Tensor,
         w13: torch.Tensor,
         w2: torch.Tensor,
@@ -216,7 +218,7 @@ class _FusedSwiglu(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, out_gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: Any, out_gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         hidden_states, w13, w2, topk_weights, rows, expert_offsets = ctx.saved_tensors
         needs_hidden, needs_w13, needs_w2, needs_weights, _ = ctx.needs_input_grad
         hidden_gradient = w13_gradient = w2_gradient = weights_gradient = None

@@ -1,0 +1,34 @@
+# Every target makes .venv and installs what it needs, when needed; a second call installs nothing.
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALL := $(BIN)/pip install --constraint constraints.txt
+
+.DEFAULT_GOAL := help
+.PHONY: help setup check lint test clean
+
+help:  ## this list
+	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
+
+setup: .venv/.installed  ## .venv, with everything of pyproject.toml at the versions of constraints.txt
+
+# The CPU build of torch is not on PyPI: it comes from where pip is told to look, or else from PyTorch's index.
+.venv/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(INSTALL) --no-deps torch || $(INSTALL) --no-deps --index-url https://download.pytorch.org/whl/cpu torch
+	$(INSTALL) --editable '.[torch,jax,triton,conformance,benchmarks,dev]'
+	touch $@
+
+check: setup  ## the gate over all built-in implementations: verdicts here and in report/ (a minute)
+	$(BIN)/gaugeblock check --report report
+
+lint: setup  ## ruff, mypy, and the direction of imports
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+# One OpenMP thread per process: two workers fill two cores, more threads only wait for each other.
+test: lint  ## the linters and all tests (some minutes)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist worksteal
+
+clean:  ## remove .venv, reports and caches
+	rm -rf .venv report build dist *.egg-info .hypothesis .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

@@ -1,0 +1,84 @@
+"""Who takes part: every registered implementation, and for some contracts what public libraries offer."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+
+from gaugeblock.conformance.bench.outsiders import OUTSIDERS
+from gaugeblock.conformance.bench.problem import Problem, Results, Unavailable
+from gaugeblock.conformance.contract import Contract, flatten, nest
+from gaugeblock.conformance.frameworks import call_torch
+from gaugeblock.conformance.oracle import gradient_key
+from gaugeblock.conformance.registry import Implementation, implementations
+
+
+@dataclass(frozen=True)
+class Competitor:
+    """A row of the table.
+
+    Attributes:
+        name: As the table shows it.
+        prepare: Returns the call to be timed; raises `Unavailable` if the competitor cannot take part.
+    """
+
+    name: str
+    prepare: Callable[[Problem], Callable[[], Results]]
+
+
+def competitors(contract: Contract) -> list[Competitor]:
+    """All that can be asked to run a contract's workloads."""
+    ours = [Competitor(each.name, partial(_registered, each)) for each in implementations(contract.name)]
+    others = [Competitor(name, prepare) for name, prepare in OUTSIDERS.get(contract.name, {}).items()]
+    return ours + others
+
+
+def _registered(implementation: Implementation, problem: Problem) -> Callable[[], Results]:
+    device, dtype = problem.machine.device, problem.machine.dtype
+    if implementation.kind == "triton" and device == "cpu":
+        raise Unavailable("needs a GPU: the interpreter's time says nothing")
+    if device not in implementation.devices or dtype not in implementation.dtypes:
+        raise Unavailable(f"does not claim {dtype} on {device}")
+    if problem.call.cotangents is not None and not implementation.differentiable:
+        raise Unavailable("claims no gradients")
+    function = implementation.load()
+    if implementation.framework == "jax":
+        return _jax_call(problem, function, whole=implementation.kind == "reference")
+    return partial(call_torch, problem.contract, function, problem.call)
+
+
+def _jax_call(problem: Problem, function: Callable[..., Any], *, whole: bool) -> Callable[[], Results]:
+    """Outputs, and gradients by `jax.vjp`; `whole` compiles both as one."""
+    import jax
+
+    contract, call = problem.contract, problem.call
+    names = [spec.name for spec in contract.outputs]
+    arrays = {key: _to_jax(tensor) for key, tensor in call.inputs.items()}
+
+    def forward(arrays: Results) -> Results:
+        return flatten(function(**nest(arrays), **call.options), names)
+
+    def both(arrays: Results) -> Results:
+        wanted = {key: arrays[key] for key in contract.differentiable(arrays)}
+
+        def flowing(leaves: Results) -> tuple[Results, Results]:
+            outputs = forward(arrays | leaves)
+            return {key: outputs[key] for key in cotangents}, outputs
+
+        _, pull_back, outputs = jax.vjp(flowing, wanted, has_aux=True)
+        return outputs | {gradient_key(key): each for key, each in pull_back(cotangents)[0].items()}
+
+    cotangents = {key: _to_jax(tensor) for key, tensor in (call.cotangents or {}).items()}
+    step = both if cotangents else forward
+    compiled = jax.jit(step) if whole else step
+    return lambda: jax.block_until_ready(compiled(arrays))
+
+
+def _to_jax(tensor: torch.Tensor) -> Any:
+    """The same values as a jax array; int64 as int32."""
+    import jax
+
+    narrow = tensor.to(torch.int32) if tensor.dtype == torch.int64 else tensor.clone()
+    return jax.dlpack.from_dlpack(narrow)

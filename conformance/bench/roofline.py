@@ -1,0 +1,110 @@
+"""The machine's two ceilings, and the time below which no implementation can finish."""
+
+import json
+import os
+import platform
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gaugeblock.conformance.contract import Cost
+
+SECONDS = 1.0  # how long each ceiling is measured
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Where a bench runs, and what can be reached there in the best case.
+
+    Attributes:
+        name: Host, chip, threads and version of torch.
+        device: `"cpu"` or `"cuda"`.
+        dtype: Of the operands.
+        flops: Operations a second of a large matrix product.
+        bytes: Bytes a second of a large copy, read and written.
+    """
+
+    name: str
+    device: str
+    dtype: str
+    flops: float
+    bytes: float
+
+    def seconds(self, cost: Cost) -> float:
+        """The roofline time: the slower of computing and moving the data, each at its ceiling."""
+        return max(cost.flops / self.flops, cost.bytes / self.bytes)
+
+
+def this_machine(cache: Path | None = None) -> Machine:
+    """Measures the ceilings of the GPU in bfloat16, or of the CPU in float32 where there is no GPU.
+
+    The best ever seen is kept in a file, by machine, since other processes can only lower what is measured.
+
+    Args:
+        cache: The file; by default `gaugeblock/ceilings.json` in the user's cache folder.
+    """
+    device, dtype = ("cuda", "bfloat16") if torch.cuda.is_available() else ("cpu", "float32")
+    cache = _cache_file() if cache is None else cache
+    known = _read(cache)
+    name = _name(device)
+    flops, bytes_ = _measure(device, getattr(torch, dtype))
+    before = known.get(f"{name}, {dtype}", {"flops": 0.0, "bytes": 0.0})
+    machine = Machine(name, device, dtype, max(flops, before["flops"]), max(bytes_, before["bytes"]))
+    with suppress(OSError):  # a folder that cannot be written to: measured again next time
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        cache.write_text(json.dumps(known | {f"{name}, {dtype}": asdict(machine)}, indent=1))
+    return machine
+
+
+def _measure(device: str, dtype: torch.dtype) -> tuple[float, float]:
+    """Operations and bytes a second."""
+    size = 2048 if device == "cpu" else 8192
+    left, right, product = (torch.ones(size, size, dtype=dtype, device=device) for _ in range(3))
+    length = 2**26 if device == "cpu" else 2**28
+    source, target = (torch.ones(length, device=device) for _ in range(2))
+    matmul = _shortest(lambda: torch.mm(left, right, out=product), device)
+    copy = _shortest(lambda: target.copy_(source), device)
+    return 2 * size**3 / matmul, 2 * source.nbytes / copy
+
+
+def _shortest(call: Callable[[], object], device: str) -> float:
+    """The shortest of the calls that fit into `SECONDS`, after one that does not count."""
+    synchronize = torch.cuda.synchronize if device == "cuda" else lambda: None
+    call()
+    shortest, end = float("inf"), time.perf_counter() + SECONDS
+    while time.perf_counter() < end:
+        synchronize()
+        start = time.perf_counter()
+        call()
+        synchronize()
+        shortest = min(shortest, time.perf_counter() - start)
+    return shortest
+
+
+def _name(device: str) -> str:
+    on_cpu = f"{_processor()}, {torch.get_num_threads()} threads"
+    chip = torch.cuda.get_device_name() if device == "cuda" else on_cpu
+    return f"{platform.node()}, {chip}, torch {torch.__version__}"
+
+
+def _processor() -> str:
+    with suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _cache_file() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gaugeblock" / "ceilings.json"
+
+
+def _read(cache: Path) -> dict[str, dict[str, Any]]:
+    with suppress(OSError, ValueError):  # none yet, or not JSON: it is written anew
+        return json.loads(cache.read_text())
+    return {}

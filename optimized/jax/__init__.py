@@ -1,0 +1,1 @@
+"""Operations in JAX: compiled, and laid out for the platform they run on."""

@@ -1,0 +1,15 @@
+"""Routers in JAX: the references, compiled.
+
+XLA makes one pass of what lies between the logits and each `top_k`; there is nothing to lay out by hand.
+"""
+
+import jax
+
+from gaugeblock.reference.jax import routers as reference
+
+softmax_topk = jax.jit(reference.softmax_topk, static_argnames=("top_k", "renormalize"))
+
+grouped_sigmoid_topk = jax.jit(
+    reference.grouped_sigmoid_topk,
+    static_argnames=("top_k", "num_groups", "topk_groups", "renormalize", "routed_scaling_factor"),
+)
