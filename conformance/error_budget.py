@@ -111,9 +111,10 @@ class RoundingNoise(TorchDispatchMode):
         """Of a float32 sum: one rounding of each partial sum, squared and added up; that the total is exact says nothing.
 
         `sizes` is the sum of squares, and orders are random, so that partial sums have expected squares of a third of the
-        result's and a sixth of that sum (JUDGING.md 2.3); or, if `cancelling`, the sum of magnitudes, which bounds them.
+        result's and a sixth of that sum (JUDGING.md 2.3), in one order of a thousand seven times as much; or, if `cancelling`,
+        the sum of magnitudes, which bounds them.
         """
-        partial = sizes**2 if self.cancelling else result**2 / 3 + sizes / 6
+        partial = sizes**2 if self.cancelling else result**2 / 3 + sizes
         return (ROUNDING_VARIANCE * terms * partial).sqrt() * rounding_unit("float32")
 
     def _function_deviation(self, name: str, result: torch.Tensor, args: tuple) -> torch.Tensor:

@@ -31,9 +31,7 @@ def cost(parameters: Parameters, itemsize: int) -> Cost:
     tokens, width, inner = parameters["num_tokens"], parameters["hidden_size"], parameters["intermediate_size"]
     routed = tokens * parameters["top_k"]
     used = min(parameters["num_experts"], routed)
-    return Cost(
-        6.0 * routed * width * inner, float(itemsize * (3 * used * width * inner + 2 * tokens * width) + 12 * routed)
-    )
+    return Cost(6.0 * routed * width * inner, float(itemsize * (3 * used * width * inner + 2 * tokens * width) + 12 * routed))
 
 
 def sizes(num_tokens: int, hidden_size: int, intermediate_size: int, num_experts: int, top_k: int) -> dict[str, Any]:
@@ -157,9 +155,7 @@ def _change(name: str, change: Callable[[torch.Tensor], Any]) -> Callable[[dict[
 
 
 REJECTIONS = (
-    Rejection(
-        "an id equal to num_experts", "topk_ids", lambda call: {"topk_ids": call["topk_ids"] * 0 + call["w13"].shape[0]}
-    ),
+    Rejection("an id equal to num_experts", "topk_ids", lambda call: {"topk_ids": call["topk_ids"] * 0 + call["w13"].shape[0]}),
     Rejection("a negative id", "topk_ids", _change("topk_ids", lambda each: each * 0 - 1)),
     Rejection("floating ids", "topk_ids", lambda call: {"topk_ids": call["topk_weights"]}),
     Rejection("ids for fewer tokens", "topk_ids", _change("topk_ids", lambda each: each[:-1])),
@@ -205,31 +201,25 @@ FUSED_SWIGLU = Contract(
         sizes(33, 100, 70, 5, 2),  # tails everywhere
         sizes(130, 16, 32, 3, 2),  # several tiles of rows for an expert
         sizes(6, 320, 96, 2, 1),  # long sums: an accumulator that is not float32 shows
-        sizes(17, 64, 32, 8, 4),
-        sizes(4, 24, 16, 16, 2),  # most experts without tokens
+        sizes(5, 40, 24, 32, 4),  # most experts without tokens
+        sizes(260, 16, 32, 2, 2),  # gradients of weights over many tiles of rows
     ),
     regimes=(
         Regime("dithered", dithered),
         Regime("skew", skewed),
         Regime("adversarial", cancelling, "worst element"),
-        Regime(
-            "denormals", tiny, "worst element", differentiable=False
-        ),  # what underflows depends on where weights are applied
+        Regime("denormals", tiny, "worst element", differentiable=False),  # what underflows depends on where weights are applied
         Regime("special", special, "worst element", differentiable=False),
         Regime("lattice", lattice, "exact", differentiable=False),
     ),
     cost=cost,
     workloads=(
-        Workload(
-            "mixtral-8x7b/prefill-4096", sizes(4096, 4096, 14336, 8, 2), "mistralai/Mixtral-8x7B-v0.1 config.json"
-        ),
+        Workload("mixtral-8x7b/prefill-4096", sizes(4096, 4096, 14336, 8, 2), "mistralai/Mixtral-8x7B-v0.1 config.json"),
         Workload("qwen3-30b-a3b/prefill-4096", sizes(4096, 2048, 768, 128, 8), "Qwen/Qwen3-30B-A3B config.json"),
         Workload("deepseek-v3/prefill-4096", sizes(4096, 7168, 2048, 256, 8), "deepseek-ai/DeepSeek-V3 config.json"),
         Workload("olmoe-1b-7b/prefill-4096", sizes(4096, 2048, 1024, 64, 8), "allenai/OLMoE-1B-7B-0924 config.json"),
         Workload("mixtral-8x7b/decode-64", sizes(64, 4096, 14336, 8, 2), "mistralai/Mixtral-8x7B-v0.1 config.json"),
-        Workload(
-            "two-cores/prefill-2048", sizes(2048, 1024, 512, 32, 4), "the size of this project's goal on a CPU, issue 2"
-        ),
+        Workload("two-cores/prefill-2048", sizes(2048, 1024, 512, 32, 4), "the size of this project's goal on a CPU, issue 2"),
     ),
     relabel=shuffled,
     rejections=REJECTIONS,

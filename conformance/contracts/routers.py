@@ -140,9 +140,7 @@ def lattice(draw: Draw, parameters: Parameters) -> Tensors:
     """A power of two of equal logits, all of them chosen, among -inf ones: every weight is a power of two, or 0."""
     tokens, experts = _shape(parameters)
     finite = 2 ** int(math.log2(parameters["top_k"]))
-    allowed = torch.zeros(tokens, experts, dtype=torch.bool).scatter(
-        1, draw.distinct_rows(tokens, finite, experts), True
-    )
+    allowed = torch.zeros(tokens, experts, dtype=torch.bool).scatter(1, draw.distinct_rows(tokens, finite, experts), True)
     return {"router_logits": torch.where(allowed, draw.integers(-8, 9, tokens, 1).to(torch.float64), -math.inf)}
 
 
@@ -169,7 +167,8 @@ def vanishing(draw: Draw, parameters: Parameters) -> Tensors:
 SOFTMAX_REGIMES = (
     Regime("dithered", dithered),
     Regime("ties", tied, "worst element", differentiable=False),
-    Regime("adversarial", extreme, "worst element"),
+    # where one probability is all but 1, formulas of its gradient that are equally good lose all their digits or none
+    Regime("adversarial", extreme, "worst element", differentiable=False),
     Regime("special", special, "worst element", differentiable=False),
 )
 SIGMOID_REGIMES = (*SOFTMAX_REGIMES, Regime("constant-probing", vanishing, "worst element"))
@@ -205,9 +204,7 @@ SOFTMAX_REJECTIONS = (
     Rejection("top_k of zero", "top_k", _set(top_k=0)),
     Rejection("logits of rank 1", "router_logits", _set(router_logits=lambda call: call["router_logits"][0])),
     Rejection("logits of rank 3", "router_logits", _set(router_logits=lambda call: call["router_logits"][None])),
-    Rejection(
-        "integer logits", "router_logits", _set(router_logits=lambda call: call["router_logits"].to(torch.int32))
-    ),
+    Rejection("integer logits", "router_logits", _set(router_logits=lambda call: call["router_logits"].to(torch.int32))),
 )
 GROUPED_REJECTIONS = (
     *SOFTMAX_REJECTIONS,
@@ -271,9 +268,7 @@ SOFTMAX_TOPK = Contract(
     regimes=(*SOFTMAX_REGIMES, Regime("lattice", lattice, "exact", differentiable=False)),
     cost=cost,
     workloads=(
-        Workload(
-            "mixtral-8x7b/prefill-4096", softmax_sizes(4096, 8, 2, True), "mistralai/Mixtral-8x7B-v0.1 config.json"
-        ),
+        Workload("mixtral-8x7b/prefill-4096", softmax_sizes(4096, 8, 2, True), "mistralai/Mixtral-8x7B-v0.1 config.json"),
         Workload("qwen3-30b-a3b/prefill-4096", softmax_sizes(4096, 128, 8, True), "Qwen/Qwen3-30B-A3B config.json"),
         Workload("olmoe-1b-7b/prefill-4096", softmax_sizes(4096, 64, 8, False), "allenai/OLMoE-1B-7B-0924 config.json"),
         Workload("qwen3-30b-a3b/decode-64", softmax_sizes(64, 128, 8, True), "Qwen/Qwen3-30B-A3B config.json"),
@@ -319,18 +314,14 @@ GROUPED_SIGMOID_TOPK = Contract(
             grouped_sizes(4096, 256, 8, 8, 4, True, 2.5),
             "deepseek-ai/DeepSeek-V3 config.json",
         ),
-        Workload(
-            "deepseek-v3/decode-64", grouped_sizes(64, 256, 8, 8, 4, True, 2.5), "deepseek-ai/DeepSeek-V3 config.json"
-        ),
+        Workload("deepseek-v3/decode-64", grouped_sizes(64, 256, 8, 8, 4, True, 2.5), "deepseek-ai/DeepSeek-V3 config.json"),
     ),
     selection=Selection(_biased_scores, _biased_group_scores),
     relabel=shuffled_groups,
     rejections=GROUPED_REJECTIONS,
     builtins=(
         Builtin("triton", "gaugeblock.optimized.triton.routers:grouped_sigmoid_topk", "triton", claims=TRITON_CLAIMS),
-        Builtin(
-            "jax-jit", "gaugeblock.optimized.jax.routers:grouped_sigmoid_topk", "jax", "jax", {"dtypes": COMPILED_DTYPES}
-        ),
+        Builtin("jax-jit", "gaugeblock.optimized.jax.routers:grouped_sigmoid_topk", "jax", "jax", {"dtypes": COMPILED_DTYPES}),
     ),
 )
 

@@ -6,11 +6,11 @@ rows of each token, weighted, in the order of its choices, and rounds once. Noth
 that every run gives the same bits, and no token's bits depend on its batch.
 
 Backward keeps nothing of the forward pass but its inputs and their order. `_gate_up_backward` computes gate
-and up again, beside out_gradient @ w2, in one loop over hidden_size: 2/9 more products than a pass that
-keeps gate and up, which are 8 bytes per routed row and intermediate column. All four gradients come from
-that: of topk_weights, as <activation, out_gradient @ w2>, which is <expert output, out_gradient> without
-the output; of w13 and w2, as sums over each expert's rows; of the tokens, as rows, summed as in the forward
-pass.
+and up again, beside out_gradient @ w2, in one loop over hidden_size. A training step has 2/9 more products
+so, and saves the 8 bytes per routed row and intermediate column that gate and up are. All four gradients
+come from there: of topk_weights, as <activation, out_gradient @ w2>, which is <expert output, out_gradient>
+without the output; of w13 and w2, as sums over each expert's rows; of the tokens, as rows, summed as in the
+forward pass.
 
 w13 and w2 are read once per block of rows, from cache where an expert has several; tokens once per block of
 columns. Many rows per expert are bound by the matrix units, few by reading w13 and w2.

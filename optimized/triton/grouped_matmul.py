@@ -56,7 +56,7 @@ def choose_tiles(*operands: torch.Tensor, accumulators: int = 1, rows_are_depth:
         # an operation takes 50 us whatever its size: the largest that leave two tiles along a side of 100
         return Tiles(128, 64, 16, 1, 1) if rows_are_depth else Tiles(16, 64, 64, 1, 1)
     if operands[0].dtype == torch.float32:
-        # NVIDIA's matrix units do not multiply float32 exactly: operands go through registers, so little
+        # no matrix unit of NVIDIA multiplies float32 exactly: operands pass through registers, so small tiles
         tiles = Tiles(32, 64, 16, num_warps=8, num_stages=3)
     elif not all(_is_aligned(operand) for operand in operands):
         # each element has an address of its own, in two registers; 64 rows are the fewest that wgmma takes
@@ -65,7 +65,7 @@ def choose_tiles(*operands: torch.Tensor, accumulators: int = 1, rows_are_depth:
         # gfx942 has 64 KiB of shared memory, and 256 registers for each lane of 8 warps
         tiles = Tiles(64, 128, 64, num_warps=8, num_stages=2)
     else:
-        # 64 rows of wgmma for each of two warp groups; three stages are what sm_80 has shared memory for
+        # 64 rows of wgmma for each of two warp groups; two forward programs fit on a multiprocessor of sm_90
         tiles = Tiles(128, 128, 64, num_warps=8, num_stages=3)
     return tiles._replace(columns=tiles.columns // triton.next_power_of_2(accumulators))
 
