@@ -7,7 +7,7 @@ from gaugeblock.conformance.properties import conformance_property
 from gaugeblock.conformance.trial import Trial
 
 
-@conformance_property(weight=0.5)
+@conformance_property(weight=0.25)
 def test_empty_and_one(trial: Trial) -> None:
     """An empty batch gives empty outputs and zero gradients; a batch of one is an ordinary one."""
     for length in (0, 1):

@@ -10,7 +10,7 @@ def test_gradients(trial: Trial) -> None:
     trial.judge(trial.run(gradients=True))
 
 
-@conformance_property(needs=("differentiable",), weight=0.5)
+@conformance_property(needs=("differentiable",), weight=0.25)
 def test_gradient_subsets(trial: Trial) -> None:
     """A gradient is right when it is the only one asked for."""
     inputs = trial.inputs()

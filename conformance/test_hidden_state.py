@@ -9,7 +9,7 @@ from gaugeblock.conformance.properties import conformance_property
 from gaugeblock.conformance.trial import Trial
 
 
-@conformance_property(needs=("deterministic",), weight=0.5)
+@conformance_property(needs=("deterministic",), weight=0.25)
 def test_hidden_state(trial: Trial) -> None:
     """A call is not changed by another problem in between (A, B, A again), and changes no earlier result."""
     batch = trial.contract.batch
