@@ -80,11 +80,11 @@ class Draw:
         return self.uniform(rows, bound).argsort(dim=1)[:, :columns]
 
 
-def cases(contract: Contract, regime: str, *, landmarks_only: bool = False) -> SearchStrategy[Case]:
-    """Cases of one regime: free sizes and landmarks in turn; they shrink towards small free sizes."""
-    landmarks = st.sampled_from(contract.landmarks)
-    sizes = landmarks if landmarks_only else st.one_of(contract.parameters(), landmarks)
-    return st.builds(lambda parameters, seed: Case(**parameters, regime=regime, seed=seed), sizes, st.integers(0, 2**16))
+def cases(contract: Contract, regime: str, sizes: Literal["free", "landmarks", "both"] = "both") -> SearchStrategy[Case]:
+    """Cases of one regime, of free sizes, landmarks, or both in turn."""
+    strategies = {"free": contract.parameters(), "landmarks": st.sampled_from(contract.landmarks)}
+    drawn = st.one_of(*strategies.values()) if sizes == "both" else strategies[sizes]
+    return st.builds(lambda parameters, seed: Case(**parameters, regime=regime, seed=seed), drawn, st.integers(0, 2**16))
 
 
 def value_case(case: Case) -> Case:

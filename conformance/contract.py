@@ -136,6 +136,7 @@ class Contract:
         landmarks: Sizes and options that are always worth a visit; the first is an ordinary one. JAX, which compiles
             for every new shape, visits only these.
         regimes: Kinds of values; the first is the main one.
+        formulas: Other ways to write the reference, equal in exact arithmetic; a budget allows for the rounding of each.
         selection: For operations that choose.
         relabel: Draws a permutation of `"num_experts"` under which the operation is equivariant; None if
             it has no experts.
@@ -161,6 +162,7 @@ class Contract:
     regimes: tuple[Regime, ...]
     cost: Callable[[Parameters, int], Cost]
     workloads: tuple[Workload, ...]
+    formulas: tuple[Callable[..., Any], ...] = ()
     selection: Selection | None = None
     relabel: Callable[["Draw", Parameters], "torch.Tensor"] | None = None
     rejections: tuple[Rejection, ...] = ()

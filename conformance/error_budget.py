@@ -186,6 +186,19 @@ def spread(oracle: Tensors, runs: list[Tensors]) -> dict[str, Budget]:
     return {key: _budget(value, torch.stack([run[key] for run in runs])) for key, value in oracle.items()}
 
 
+def widest(budgets: list[dict[str, Budget]]) -> dict[str, Budget]:
+    """What is allowed by any of several budgets around the same oracle, output by output."""
+    return {
+        key: Budget(
+            first.value,
+            torch.stack([each[key].variance for each in budgets]).amax(0),
+            max(each[key].squares_variance for each in budgets),
+            max(each[key].signed_variance for each in budgets),
+        )
+        for key, first in budgets[0].items()
+    }
+
+
 def _budget(value: torch.Tensor, runs: torch.Tensor) -> Budget:
     errors = runs - value
     variance = _pooled(errors.square().mean(0).nan_to_num(0.0, 0.0, 0.0))

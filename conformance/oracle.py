@@ -5,7 +5,7 @@ other outputs are judged at the choice that the candidate made.
 """
 
 from collections.abc import Callable, Iterable
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from gaugeblock.conformance.cases import Case, cotangents, input_dtype, make_inputs, options, value_case
 from gaugeblock.conformance.contract import Contract, Tensors, flatten, nest
-from gaugeblock.conformance.error_budget import NOISE_RUNS, Budget, RoundingNoise, spread
+from gaugeblock.conformance.error_budget import NOISE_RUNS, Budget, RoundingNoise, spread, widest
 
 GRADIENT = "gradient of "  # begins the key of a gradient among results
 CACHED = 512  # cases; a budget with gradients takes about a megabyte
@@ -36,11 +36,13 @@ class ReplayTopK(TorchDispatchMode):
         return torch.ops.aten.gather(args[0], -1, self.ids), self.ids
 
 
-def reference_run(contract: Contract, inputs: Tensors, opts: dict[str, Any], cotangent: Tensors | None = None) -> Tensors:
-    """The reference's outputs, and with cotangents the gradients under keys `"gradient of hidden_states"`."""
+def reference_run(
+    contract: Contract, inputs: Tensors, opts: dict[str, Any], cotangent: Tensors | None = None, formula: Any = None
+) -> Tensors:
+    """Outputs of the reference or another formula; with cotangents, gradients under keys `"gradient of hidden_states"` too."""
     wanted = contract.differentiable(inputs) if cotangent is not None else []
     leaves = {key: tensor.detach().requires_grad_(key in wanted) for key, tensor in inputs.items()}
-    outputs = flatten(contract.reference(**nest(leaves), **opts), [spec.name for spec in contract.outputs])
+    outputs = flatten((formula or contract.reference)(**nest(leaves), **opts), [spec.name for spec in contract.outputs])
     if not cotangent:
         return {key: tensor.detach() for key, tensor in outputs.items()}
     through = [key for key in contract.differentiable(outputs) if outputs[key].requires_grad]
@@ -85,13 +87,14 @@ def _budgets(
     inputs = exact_inputs(contract, case, dtype)
     cotangent = {key: _widen(each) for key, each in rounded_cotangents(contract, case, dtype).items()} if gradients else None
 
-    def run() -> Tensors:
-        results = reference_run(contract, inputs, options(contract, case), cotangent)
+    def run(formula: Callable[..., Any]) -> Tensors:
+        results = reference_run(contract, inputs, options(contract, case), cotangent, formula)
         return {key: each for key, each in results.items() if each.is_floating_point()}
 
     chosen = None if choice is None else torch.from_numpy(np.frombuffer(choice[0], np.int64).reshape(choice[1]).copy())
     cancelling = contract.regime(case.regime).judged == "worst element"
-    return _spread(_replaying(run, chosen), dtype, profile, cancelling=cancelling)
+    runs = [_replaying(partial(run, formula), chosen) for formula in (contract.reference, *contract.formulas)]
+    return widest([_spread(each, runs[0](), dtype, profile, cancelling=cancelling) for each in runs])
 
 
 def selection_scores(contract: Contract, case: Case, dtype: str) -> tuple[Budget, Budget | None]:
@@ -108,16 +111,16 @@ def _selection_scores(contract: Contract, case: Case, dtype: str) -> tuple[Budge
     def run() -> Tensors:
         return {name: function(**inputs, **opts) for name, function in functions.items() if function is not None}
 
-    scored = _spread(run, "float32", "strict", cancelling=False)  # choices are made in float32 under every profile
+    scored = _spread(run, run(), "float32", "strict", cancelling=False)  # choices are made in float32 under every profile
     return scored["scores"], scored.get("groups")
 
 
-def _spread(run: Callable[[], Tensors], dtype: str, profile: str, *, cancelling: bool) -> dict[str, Budget]:
+def _spread(run: Callable[[], Tensors], oracle: Tensors, dtype: str, profile: str, *, cancelling: bool) -> dict[str, Budget]:
     noisy = []
     for seed in range(NOISE_RUNS):
         with RoundingNoise(dtype, profile, seed, cancelling=cancelling):
             noisy.append(run())
-    return spread(run(), noisy)
+    return spread(oracle, noisy)
 
 
 def _replaying(run: Callable[[], Tensors], chosen: torch.Tensor | None) -> Callable[[], Tensors]:

@@ -93,13 +93,13 @@ def implements(contract: str, *, name: str, **claims: Any) -> Callable[[Function
         row = find_contract(contract)
         _check_claims(contract, name, claims)
         _check_signature(row, name, function)
-        if any(name == each.name for each in implementations(contract)):
-            raise RegistrationError(f"{contract}: an implementation named {name!r} is already registered")
         tuples = {
             key: (value,) if isinstance(value, str) else tuple(value)
             for key, value in claims.items()
             if key in ("dtypes", "devices")
         }
+        if any(name == each.name for each in implementations(contract)):
+            raise RegistrationError(f"{contract}: an implementation named {name!r} is already registered")
         _registered[contract, name] = Implementation(contract, name, function, **(claims | tuples))
         return function
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis.strategies import SearchStrategy
 
 from gaugeblock.conformance.cases import Case, Layout, cases, lay_out, make_inputs, options
 from gaugeblock.conformance.contract import Contract, Tensors
@@ -27,7 +28,7 @@ from gaugeblock.conformance.triton_checks.interpreter import Watch, watch
 from gaugeblock.conformance.verdict import Failure, Verdict
 
 WARNING = 0.9  # of a limit: a right implementation has an rms of about 1 deviation, which is 0.83 of its limit
-SHRINK_EXAMPLES = 40  # cases drawn in search of a smaller failure, if time allows
+SHRINK_EXAMPLES = 400  # cases drawn in search of a smaller failure, if time allows
 
 
 @dataclass(frozen=True)
@@ -334,10 +335,10 @@ def explore(subject: Subject, prop: Property, profile: Profile, ledger: Ledger) 
         try:
             for case in visits:
                 attempt(case)
-            _search(subject, regime, attempt, profile, examples, landmarks_only=jax)
+            _search(cases(subject.contract, regime, "landmarks" if jax else "both"), attempt, profile, examples)
         except Violation:
-            with suppress(Violation):  # a landmark failed: look for something smaller among the free sizes
-                _search(subject, regime, attempt, profile, SHRINK_EXAMPLES, landmarks_only=jax)
+            with suppress(Violation):  # look for something smaller: without landmarks, across which Hypothesis cannot shrink
+                _search(cases(subject.contract, regime, "landmarks" if jax else "free"), attempt, profile, SHRINK_EXAMPLES)
             failed = {case: violation for case, violation in outcomes.items() if violation is not None}
             smallest = min(failed, key=size_of)
             ledger.cases.append(smallest)
@@ -345,20 +346,12 @@ def explore(subject: Subject, prop: Property, profile: Profile, ledger: Ledger) 
     return None, []
 
 
-def _search(
-    subject: Subject,
-    regime: str,
-    attempt: Callable[[Case], None],
-    profile: Profile,
-    examples: int,
-    *,
-    landmarks_only: bool,
-) -> None:
-    """Lets Hypothesis draw cases of a regime, and shrink what fails."""
+def _search(drawn: SearchStrategy[Case], attempt: Callable[[Case], None], profile: Profile, examples: int) -> None:
+    """Lets Hypothesis draw cases, and shrink what fails."""
     search = settings(
         max_examples=examples, derandomize=profile.derandomize, database=None, deadline=None, report_multiple_bugs=False,
         suppress_health_check=list(HealthCheck), phases=(Phase.generate, Phase.shrink), print_blob=False,
-    )(given(cases(subject.contract, regime, landmarks_only=landmarks_only))(lambda case: attempt(case)))  # fmt: skip
+    )(given(drawn)(lambda case: attempt(case)))  # fmt: skip
     search()
 
 

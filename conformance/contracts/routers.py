@@ -237,6 +237,15 @@ def _softmax_scores(router_logits: torch.Tensor, **_: Any) -> torch.Tensor:
     return torch.softmax(router_logits, -1)
 
 
+def _softmax_of_chosen(router_logits: torch.Tensor, *, top_k: int, renormalize: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """The commonest other way: the softmax of the chosen logits is the renormalized softmax of all."""
+    topk_ids = router_logits.topk(top_k, -1).indices
+    chosen = router_logits.gather(-1, topk_ids)
+    if renormalize:
+        return chosen.softmax(-1), topk_ids
+    return torch.softmax(router_logits, -1).gather(-1, topk_ids), topk_ids
+
+
 def _biased_scores(router_logits: torch.Tensor, e_score_correction_bias: torch.Tensor, **_: Any) -> torch.Tensor:
     return routers.sigmoid_choice_scores(router_logits, e_score_correction_bias)
 
@@ -273,6 +282,7 @@ SOFTMAX_TOPK = Contract(
         Workload("olmoe-1b-7b/prefill-4096", softmax_sizes(4096, 64, 8, False), "allenai/OLMoE-1B-7B-0924 config.json"),
         Workload("qwen3-30b-a3b/decode-64", softmax_sizes(64, 128, 8, True), "Qwen/Qwen3-30B-A3B config.json"),
     ),
+    formulas=(_softmax_of_chosen,),
     selection=Selection(_softmax_scores),
     relabel=shuffled_experts,
     rejections=SOFTMAX_REJECTIONS,
