@@ -80,9 +80,11 @@ class Draw:
         return self.uniform(rows, bound).argsort(dim=1)[:, :columns]
 
 
-def cases(contract: Contract, regime: str, sizes: Literal["free", "landmarks", "both"] = "both") -> SearchStrategy[Case]:
-    """Cases of one regime, of free sizes, landmarks, or both in turn."""
-    strategies = {"free": contract.parameters(), "landmarks": st.sampled_from(contract.landmarks)}
+def cases(
+    contract: Contract, regime: str, sizes: Literal["free", "landmarks", "both"] = "both", landmarks: int | None = None
+) -> SearchStrategy[Case]:
+    """Cases of one regime, of free sizes, the first so many landmarks (default: all), or both in turn."""
+    strategies = {"free": contract.parameters(), "landmarks": st.sampled_from(contract.landmarks[:landmarks])}
     drawn = st.one_of(*strategies.values()) if sizes == "both" else strategies[sizes]
     return st.builds(lambda parameters, seed: Case(**parameters, regime=regime, seed=seed), drawn, st.integers(0, 2**16))
 

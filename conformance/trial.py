@@ -38,7 +38,7 @@ class Profile:
     Attributes:
         examples: Drawn cases of the main regime, and as many landmarks, per unit of a property's weight; half as many of
             each other regime.
-        compiled_examples: The same for JAX, which compiles for every new shape.
+        compiled_examples: The same for JAX, which compiles for every new shape and so draws landmarks only.
         shrink_seconds: How long a failure may be shrunk.
         verdict_seconds: How long one property of one subject may take before its process is killed.
         derandomize: The same cases every time; else new ones.
@@ -335,10 +335,12 @@ def explore(subject: Subject, prop: Property, profile: Profile, ledger: Ledger) 
         try:
             for case in visits:
                 attempt(case)
-            _search(cases(subject.contract, regime, "landmarks" if jax else "both"), attempt, profile, examples)
+            drawn = cases(subject.contract, regime, "landmarks", examples) if jax else cases(subject.contract, regime)
+            _search(drawn, attempt, profile, examples)
         except Violation:
             with suppress(Violation):  # look for something smaller: without landmarks, across which Hypothesis cannot shrink
-                _search(cases(subject.contract, regime, "landmarks" if jax else "free"), attempt, profile, SHRINK_EXAMPLES)
+                drawn = cases(subject.contract, regime, "landmarks" if jax else "free")
+                _search(drawn, attempt, profile, SHRINK_EXAMPLES)
             failed = {case: violation for case, violation in outcomes.items() if violation is not None}
             smallest = min(failed, key=size_of)
             ledger.cases.append(smallest)
