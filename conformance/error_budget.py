@@ -154,6 +154,8 @@ def _argument_growth(name: str, result: torch.Tensor, args: tuple) -> torch.Tens
             return args[0].abs()
         case "sigmoid" | "silu":
             return args[0].abs() * args[0].neg().sigmoid()
+        case "silu_backward":
+            return args[1].abs() * args[1].neg().sigmoid()
         case "_softmax":
             return (args[0] - args[0].amax(args[1], keepdim=True)).abs().nan_to_num(0.0)
         case _:

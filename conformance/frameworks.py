@@ -92,7 +92,9 @@ class LibraryInFloat64(TorchDispatchMode):
         if name not in {*MATRIX_PRODUCTS, *SUMS, *ULPS} or not args[0].is_floating_point():
             return func(*args, **(kwargs or {}))
         widened = [each.to(torch.float64) if isinstance(each, torch.Tensor) else each for each in args]
-        return func(*widened, **(kwargs or {})).to(args[0].dtype)
+        others = {key: value for key, value in (kwargs or {}).items() if key != "out"}
+        result = func.overloadpacket(*widened, **others).to(args[0].dtype)
+        return kwargs["out"].copy_(result) if kwargs and "out" in kwargs else result
 
 
 CALLERS: dict[str, Callable[[Contract, Callable[..., Any], Call], Tensors]] = {"torch": call_torch, "jax": call_jax}

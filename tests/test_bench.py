@@ -130,6 +130,7 @@ def test_an_unknown_name_is_answered_with_the_nearest():
 
 def test_the_command_prints_a_table_and_writes_json(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(command, "this_machine", lambda: MACHINE)
+    monkeypatch.setattr(command, "keep_freed_memory", lambda: False)  # it would last as long as the process
     monkeypatch.setattr(command, "competitors", lambda contract: [RIGHT])
     options = argparse.Namespace(
         contract=[ROUTER.name],

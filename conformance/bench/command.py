@@ -22,7 +22,7 @@ from gaugeblock.conformance.bench.problem import (
     scaled,
 )
 from gaugeblock.conformance.bench.roofline import Machine, this_machine
-from gaugeblock.conformance.bench.timing import Timing, measure
+from gaugeblock.conformance.bench.timing import Timing, keep_freed_memory, measure
 from gaugeblock.conformance.contract import Contract, Workload
 from gaugeblock.conformance.registry import contracts, find_contract, load_entry_points
 
@@ -86,9 +86,10 @@ def main(options: argparse.Namespace) -> int:
     effort = Effort(QUICK, 0.3) if options.quick else Effort(FULL, 3.0)
     selected = list(select(options.contract, options.workload))
     machine = this_machine()
-    print(
-        f"{machine.name}: {machine.dtype} {machine.flops / 1e9:.0f} GFLOP/s, {machine.bytes / 1e9:.1f} GB/s"
-    )
+    print(machine.name)
+    print(f"ceilings: {machine.flops / 1e9:.0f} GFLOP/s ({machine.dtype}), {machine.bytes / 1e9:.1f} GB/s")
+    if keep_freed_memory():
+        print("malloc keeps freed memory: page faults of fresh memory are not timed")
 
     rows: list[Row] = []
     for contract, workload in selected:

@@ -1,5 +1,6 @@
 """Times of several calls, taken in turn, with the samples left out during which other processes were busy."""
 
+import ctypes
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -10,8 +11,30 @@ from pathlib import Path
 import torch
 
 SHORTEST_SAMPLE = 0.1  # seconds: /proc/stat counts in hundredths
-MOST_SAMPLES = 15
+QUIET_SAMPLES = 15
 QUIET = 0.1  # of the cores' time, taken by other processes
+PATIENCE = 5
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # options of glibc's mallopt
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Some calls in a row.
+
+    Attributes:
+        elapsed: Seconds of all of them.
+        calls: How many.
+        others: The share of the cores' time that other processes took meanwhile.
+    """
+
+    elapsed: float
+    calls: int
+    others: float
+
+    @property
+    def is_quiet(self) -> bool:
+        """Whether other processes hardly disturbed it."""
+        return self.others < QUIET
 
 
 @dataclass(frozen=True)
@@ -22,7 +45,7 @@ class Timing:
         median: Of the quiet samples, or of all if none was quiet.
         best: The shortest sample.
         samples: How many were taken.
-        quiet: During how many of them other processes took less than a tenth of the cores' time.
+        quiet: How many other processes hardly disturbed.
     """
 
     median: float
@@ -37,43 +60,51 @@ def measure(calls: Mapping[str, Callable[[], object]], device: str, seconds: flo
     Args:
         calls: What to time, warmed up; each returns when its work is done, or has queued it on the GPU.
         device: On `"cuda"` the GPU's own clock times each call, with a cold cache.
-        seconds: For each call; at least one sample is taken.
+        seconds: For each call; `PATIENCE` times as long while none of its samples is quiet.
     """
     if device == "cuda":
         return {name: _on_gpu(call, seconds) for name, call in calls.items()}
-    loops = {name: _loops(call) for name, call in calls.items()}
-    samples: dict[str, list[tuple[float, float]]] = {name: [] for name in calls}
-    spent = dict.fromkeys(calls, 0.0)
-    while pending := [name for name in calls if spent[name] < seconds and len(samples[name]) < MOST_SAMPLES]:
+    samples: dict[str, list[Sample]] = {name: [] for name in calls}
+    while pending := [name for name in calls if not _is_enough(samples[name], seconds)]:
         for name in pending:
-            samples[name].append(_sample(calls[name], loops[name]))
-            spent[name] += samples[name][-1][0] * loops[name]
+            samples[name].append(_sample(calls[name]))
     return {name: _summary(each) for name, each in samples.items()}
 
 
-def _loops(call: Callable[[], object]) -> int:
-    """How often to call for one sample."""
-    shortest, end = float("inf"), time.perf_counter() + SHORTEST_SAMPLE
-    while time.perf_counter() < end:
-        start = time.perf_counter()
-        call()
-        shortest = min(shortest, time.perf_counter() - start)
-    return max(1, round(SHORTEST_SAMPLE / shortest))
+def keep_freed_memory() -> bool:
+    """Has malloc keep what is freed, as jemalloc would, so that no call is timed with fresh memory.
+
+    The page faults of fresh memory took 0.2 to 1.1 ms a megabyte on one machine within an hour, for gradients
+    of 200 MB 10 to 40 % of the time, and say nothing of an operation.
+
+    Returns:
+        Whether malloc complies; only glibc's does.
+    """
+    with suppress(OSError, AttributeError):
+        mallopt = ctypes.CDLL(None).mallopt
+        return mallopt(M_MMAP_MAX, 0) == 1 and mallopt(M_TRIM_THRESHOLD, -1) == 1
+    return False
 
 
-def _sample(call: Callable[[], object], loops: int) -> tuple[float, float]:
-    """Seconds of one call, and the share of the cores that other processes took meanwhile."""
+def _is_enough(samples: list[Sample], seconds: float) -> bool:
+    quiet = sum(each.is_quiet for each in samples)
+    spent = sum(each.elapsed for each in samples)
+    return quiet >= QUIET_SAMPLES or spent > (seconds if quiet else PATIENCE * seconds)
+
+
+def _sample(call: Callable[[], object]) -> Sample:
     busy, own, start = _busy_seconds(), time.process_time(), time.perf_counter()
-    for _ in range(loops):
+    calls, elapsed = 0, 0.0
+    while elapsed < SHORTEST_SAMPLE:
         call()
-    elapsed = time.perf_counter() - start
+        calls, elapsed = calls + 1, time.perf_counter() - start
     others = (_busy_seconds() - busy) - (time.process_time() - own)
-    return elapsed / loops, others / (elapsed * torch.get_num_threads())
+    return Sample(elapsed, calls, others / (elapsed * torch.get_num_threads()))
 
 
-def _summary(samples: list[tuple[float, float]]) -> Timing:
-    every = [seconds for seconds, _ in samples]
-    quiet = [seconds for seconds, others in samples if others < QUIET]
+def _summary(samples: list[Sample]) -> Timing:
+    every = [each.elapsed / each.calls for each in samples]
+    quiet = [each.elapsed / each.calls for each in samples if each.is_quiet]
     return Timing(statistics.median(quiet or every), min(every), len(every), len(quiet))
 
 

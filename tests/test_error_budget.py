@@ -1,0 +1,146 @@
+"""The constants of the error budget, measured again on real roundings; and no alarm for what is right."""
+
+import functools
+import os
+
+import pytest
+import torch
+
+from gaugeblock.conformance.cases import Case
+from gaugeblock.conformance.error_budget import (
+    BIAS_LIMIT,
+    KAPPA,
+    RMS_LIMIT,
+    ROUNDING_VARIANCE,
+    Errors,
+    RoundingNoise,
+    measure,
+    rounding_unit,
+    spread,
+)
+from gaugeblock.conformance.faults.fault import faults
+from gaugeblock.conformance.faults.rates import drawn_cases, judge_variants
+from gaugeblock.conformance.properties import properties
+from gaugeblock.conformance.registry import contracts
+from gaugeblock.conformance.trial import Ledger, check
+
+LOW_PRECISION = ("float16", "bfloat16")
+DTYPES = ("float32", *LOW_PRECISION)
+# Cases for each contract, regime and dtype; 24 of them make about 10,000 judgements, which take some minutes.
+CASES = int(os.environ.get("GAUGEBLOCK_VARIANT_CASES", "1"))
+
+
+def draw(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def noise_of(function, dtype: str, profile: str, runs: int = 24) -> torch.Tensor:
+    """The predicted deviation of a function's result, element by element."""
+    errors = []
+    for seed in range(runs):
+        with RoundingNoise(dtype, profile, seed):
+            noisy = function()
+        errors.append(noisy - function())
+    return torch.stack(errors).square().mean(0).sqrt()
+
+
+# ------------------------------------------------------------------------------------------------------- the constants
+
+
+@pytest.mark.parametrize("dtype", LOW_PRECISION)
+def test_variance_of_a_rounding(dtype: str) -> None:
+    values = torch.exp2(torch.rand(200_000, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) * 8 - 4)
+    errors = values.to(getattr(torch, dtype)).double() / values - 1
+    assert errors.square().mean() / rounding_unit(dtype) ** 2 == pytest.approx(ROUNDING_VARIANCE, rel=0.02)
+    assert errors.abs().max() <= rounding_unit(dtype)
+
+
+@pytest.mark.parametrize("dtype", LOW_PRECISION)
+@pytest.mark.parametrize("depth", (16, 100, 512))
+def test_matrix_product_of_rounded_operands(dtype: str, depth: int) -> None:
+    left, right, low = draw(64, depth), draw(depth, 48, seed=1), getattr(torch, dtype)
+    true_error = left.to(low).double() @ right.to(low).double() - left @ right
+    predicted = noise_of(lambda: left @ right, dtype, "strict")
+    assert (true_error / predicted).square().mean().sqrt() == pytest.approx(1, abs=0.08)
+
+
+@pytest.mark.parametrize("dtype", LOW_PRECISION)
+def test_chain_of_operations_rounded_one_by_one(dtype: str) -> None:
+    low = getattr(torch, dtype)
+    gate, up = draw(256, 64).to(low), draw(256, 64, seed=1).to(low)
+    true_error = (torch.nn.functional.silu(gate) * up).double() - torch.nn.functional.silu(gate.double()) * up.double()
+    predicted = noise_of(lambda: torch.nn.functional.silu(gate.double()) * up.double(), dtype, "eager")
+    assert (true_error / predicted)[predicted > 0].square().mean().sqrt() == pytest.approx(1, abs=0.08)
+
+
+@pytest.mark.parametrize("terms", (64, 1024))
+def test_sum_in_float32_one_after_the_other(terms: int) -> None:
+    """What is predicted is the unluckiest order of a thousand, 2.6 times an ordinary one."""
+    values = draw(512, terms).float().double()
+    true_error = functools.reduce(torch.add, values.float().unbind(1)).double() - values.sum(1)
+    predicted = noise_of(lambda: values.sum(1), "float32", "strict")
+    ratio = (true_error / predicted).square().mean().sqrt()
+    assert 0.25 < ratio < 0.75
+    assert (true_error / predicted).abs().max() < KAPPA / 2
+
+
+def test_exact_values_get_no_noise() -> None:
+    left, right = draw(8, 32).sign(), draw(32, 8, seed=1).sign()
+    for dtype in DTYPES:
+        with RoundingNoise(dtype, "eager", 0):
+            assert torch.equal(left.where(left > 0, 0.0) * 0.5 + right.mT, left.where(left > 0, 0.0) * 0.5 + right.mT)
+
+
+# ---------------------------------------------------------------------------------------------------------- the limits
+
+
+@pytest.mark.parametrize(("rows", "columns", "shared"), [(1, 1, False), (4, 4, False), (64, 64, False), (1, 64, True), (64, 16, True)])
+def test_honest_errors_stay_within_every_limit(rows: int, columns: int, shared: bool) -> None:
+    """Independent errors of one deviation, or one error shared by each row, as where all depends on one rounded factor."""
+    value, generator = draw(rows, columns), torch.Generator().manual_seed(7)
+
+    def errors() -> torch.Tensor:
+        drawn = torch.randn(rows, 1 if shared else columns, dtype=torch.float64, generator=generator)
+        return 1e-3 * drawn.expand(rows, columns) * value.abs()
+
+    for _ in range(300):
+        budget = spread({"out": value}, [{"out": value + errors()} for _ in range(12)])["out"]
+        statistics = measure(value + errors(), budget, torch.float64, pooled=True).statistics()
+        assert statistics.worst <= 1, statistics
+
+
+def test_many_small_faults_exceed_the_limits_of_their_statistic() -> None:
+    elements, spread_variance = 100_000, 200_000.0
+    lossy = Errors(0.5, elements * (1.1 * RMS_LIMIT) ** 2, 0.0, spread_variance, elements, elements).statistics()
+    biased = Errors(0.5, elements * 1.0, elements * 1.5 * BIAS_LIMIT, spread_variance, elements, elements).statistics()
+    assert lossy.rms is not None and lossy.rms > 1 and lossy.max < 1
+    assert biased.bias is not None and biased.bias > 1 and biased.max < 1
+
+
+# ------------------------------------------------------------------------------------------------- right and wrong ones
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("contract", "regime"), [(name, regime.name) for name, row in contracts().items() for regime in row.regimes])
+def test_right_variants_raise_no_alarm(contract: str, regime: str, dtype: str) -> None:
+    found = judge_variants(contract, dtype, drawn_cases(contract, regime, CASES, seed=CASES))
+    assert found.judged >= 7 * CASES
+    assert not found.alarms, "\n".join(found.alarms[:5])
+
+
+@pytest.mark.parametrize(
+    ("name", "statistic"),
+    [
+        ("output-truncated", "bias"),
+        ("result-two-thousandths-off", "bias"),
+        ("bfloat16-accumulator-of-the-second-product", "rms"),
+        ("gate-and-up-rounded", "rms"),
+    ],
+)
+def test_precision_faults_that_no_single_element_shows(name: str, statistic: str) -> None:
+    subject = next(each for each in faults() if each.name == name).subject()
+    case = Case(**subject.contract.landmarks[0], regime="dithered", seed=0)
+    violation = check(subject, properties()["parity"], case, Ledger())
+    assert violation is not None
+    assert violation.message.startswith(f"hidden_states_out: {statistic}")
+    assert "max 0." in violation.details[1]
