@@ -59,12 +59,14 @@ def run_selftest(options: argparse.Namespace) -> int:
     os.environ["OMP_NUM_THREADS"] = "1"  # one process for each core
     results = measure(tasks_of(extent), options.profile, console)
     kills = results["kill"]
-    rates = summarize(kills, sum(results["variants"][1:], results["variants"][0]), sum(results["trivial"][1:], results["trivial"][0]))
+    variants, trivial = (sum(results[kind][1:], results[kind][0]) for kind in ("variants", "trivial"))
+    rates = summarize(kills, variants, trivial)
     rates["reproduction"] = reproduce(kills, extent.scripts, console)
     rates["profile"], rates["seconds"] = options.profile, round(time.monotonic() - start, 1)
     print_rates(rates, kills, console)
     if options.json:
-        options.json.write_text(json.dumps(rates | {"faults": [asdict(each) | {"script": ""} for each in kills]}, indent=1) + "\n")
+        caught = [asdict(each) | {"script": ""} for each in kills]
+        options.json.write_text(json.dumps(rates | {"faults": caught}, indent=1) + "\n")
     return CONFORM if complaints(rates) == [] else FAILS
 
 
@@ -139,9 +141,12 @@ def reproduce(kills: Sequence[Any], count: int | None, console: Console) -> dict
     killed = [each for each in kills if each.killed]
     step = max(1, len(killed) // count) if count else 1
     chosen = killed[::step]
-    with tempfile.TemporaryDirectory() as folder, console.status(f"running {len(chosen)} printed scripts again"):
-        with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-            again = list(pool.map(lambda each: fails_again(each.script, folder), chosen))
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        console.status(f"running {len(chosen)} printed scripts again"),
+        ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool,
+    ):
+        again = list(pool.map(lambda each: fails_again(each.script, folder), chosen))
     quiet = [f"{each.contract} {each.name}" for each, failed in zip(chosen, again, strict=True) if not failed]
     return {"scripts": len(chosen), "fail_again": sum(again), "do_not": quiet}
 
@@ -206,7 +211,13 @@ def print_rates(rates: dict[str, Any], kills: Sequence[Any], console: Console) -
     for title, rows in (("class of bug", kill["by_kind"]), ("property", kill["by_property"])):
         table = Table(title, "planted", "caught", "median examples", "most", *plain, title=f"planted bugs, by {title}")
         for name, row in [*rows.items(), ("all", kill)]:
-            counts = [row["faults"], row["killed"], row["median_examples"], row["most_examples"], *(row["plain"][each] for each in plain)]
+            counts = [
+                row["faults"],
+                row["killed"],
+                row["median_examples"],
+                row["most_examples"],
+                *(row["plain"][each] for each in plain),
+            ]
             table.add_row(name, *(f"{each:g}" for each in counts), end_section=name == list(rows)[-1])
         console.print(table)
 
@@ -222,7 +233,9 @@ def print_rates(rates: dict[str, Any], kills: Sequence[Any], console: Console) -
     bound = alarms["at_most_with_95_percent"]
     if bound:
         console.print(f"no false alarm in {alarms['judged']:,} judgements: fewer than {bound:.1e} each, with 95 % confidence")
-    console.print(f"{vacuity['coincidences']:,} trivial results were the right ones (weights that are 1 for all tokens, zeros that underflow)")
+    console.print(
+        f"{vacuity['coincidences']:,} trivial results were the right ones: weights that are 1 for all tokens, zeros that underflow"
+    )
     console.print(
         f"shrunk cases: {shrinking['at_the_minimum']} of {shrinking['known_minima']} with a known smallest case are that case, "
         f"{shrinking['within_twice']} within twice its size"

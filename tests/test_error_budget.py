@@ -94,7 +94,9 @@ def test_exact_values_get_no_noise() -> None:
 # ---------------------------------------------------------------------------------------------------------- the limits
 
 
-@pytest.mark.parametrize(("rows", "columns", "shared"), [(1, 1, False), (4, 4, False), (64, 64, False), (1, 64, True), (64, 16, True)])
+@pytest.mark.parametrize(
+    ("rows", "columns", "shared"), [(1, 1, False), (4, 4, False), (64, 64, False), (1, 64, True), (64, 16, True)]
+)
 def test_honest_errors_stay_within_every_limit(rows: int, columns: int, shared: bool) -> None:
     """Independent errors of one deviation, or one error shared by each row, as where all depends on one rounded factor."""
     value, generator = draw(rows, columns), torch.Generator().manual_seed(7)
@@ -121,7 +123,9 @@ def test_many_small_faults_exceed_the_limits_of_their_statistic() -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("contract", "regime"), [(name, regime.name) for name, row in contracts().items() for regime in row.regimes])
+@pytest.mark.parametrize(
+    ("contract", "regime"), [(name, regime.name) for name, row in contracts().items() for regime in row.regimes]
+)
 def test_right_variants_raise_no_alarm(contract: str, regime: str, dtype: str) -> None:
     found = judge_variants(contract, dtype, drawn_cases(contract, regime, CASES, seed=CASES))
     assert found.judged >= 7 * CASES

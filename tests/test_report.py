@@ -14,7 +14,7 @@ from gaugeblock.conformance.report.environment import capture_environment
 from gaugeblock.conformance.verdict import Failure, Statistics, Verdict
 
 ROOT = Path(__file__).parents[1]
-NASTY = '<script>alert("1")</script> & \'quotes\'\nsecond line'
+NASTY = "<script>alert(\"1\")</script> & 'quotes'\nsecond line"
 CASE = {"num_tokens": 3, "top_k": 1, "regime": "dithered", "layout": "contiguous", "seed": 0}
 
 
@@ -83,7 +83,7 @@ def test_waiver_hides_a_failure_until_its_date(tmp_path):
 def test_bad_waivers_name_file_and_key(tmp_path, line):
     path = tmp_path / "waivers.toml"
     path.write_text(f'[[waiver]]\nid = "*"\n{line}\n')
-    with pytest.raises(ValueError, match="waivers.toml"):
+    with pytest.raises(ValueError, match=r"waivers\.toml"):
         waivers.load_waivers(path)
 
 

@@ -56,9 +56,9 @@ def catalogue_rows(rows_of: Callable[[Contract], Sequence[Implementation]]) -> l
     rows = []
     for contract in contracts().values():
         found = rows_of(contract)
-        references = [each.framework for each in found if each.kind == "reference"]
+        references: list[str] = [each.framework for each in found if each.kind == "reference"]
         by_kind = [[each.name for each in found if each.kind == kind] for kind in KINDS]
-        rows.append([contract.name, *(", ".join(names) or NONE for names in [[*references], *by_kind])])
+        rows.append([contract.name, *(", ".join(names) or NONE for names in [references, *by_kind])])
     return rows
 
 

@@ -1,0 +1,1 @@
+"""Planted bugs and right variants: what the suite is measured by."""

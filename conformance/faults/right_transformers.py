@@ -1,0 +1,101 @@
+"""transformers' own modules as right variants; imported only where transformers is installed."""
+
+import torch
+from torch.func import functional_call
+from transformers import DeepseekV3Config, MixtralConfig, Qwen3MoeConfig
+from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3TopkRouter
+from transformers.models.mixtral.modeling_mixtral import MixtralExperts
+from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts, Qwen3MoeTopKRouter
+
+from gaugeblock.conformance.cases import Case
+from gaugeblock.conformance.faults.right import EXPERTS, GROUPED, SOFTMAX, right
+
+
+def finite(case: Case) -> bool:
+    """A projection turns infinities into NaN."""
+    return case.regime not in ("special", "lattice")
+
+
+def finite_groups(case: Case) -> bool:
+    """DeepSeek's groups have at least two experts."""
+    return case.regime != "special" and case.parameters["num_experts"] > case.parameters["num_groups"]
+
+
+def aligned(case: Case) -> bool:
+    """torch's grouped products want rows that are multiples of 16 bytes."""
+    return case.parameters["hidden_size"] % 4 == 0 and case.parameters["intermediate_size"] % 4 == 0
+
+
+@right(SOFTMAX, fits=finite, dtypes=("float32",), batch_invariant=False)
+class TransformersQwen3Router:
+    """Qwen3-MoE's router, whose projection is the identity."""
+
+    def __call__(self, router_logits, *, top_k, renormalize):
+        experts = router_logits.shape[1]
+        module = Qwen3MoeTopKRouter(
+            Qwen3MoeConfig(num_experts=experts, hidden_size=experts, num_experts_per_tok=top_k, norm_topk_prob=renormalize)
+        )
+        return functional_call(module, {"weight": torch.eye(experts)}, router_logits)[1:]
+
+
+@right(GROUPED, fits=finite_groups, dtypes=("float32",), batch_invariant=False)
+class TransformersDeepseekRouter:
+    """DeepSeek-V3's router, whose projection is the identity; it does not sort, so its result is sorted here."""
+
+    def __call__(
+        self, router_logits, e_score_correction_bias, *, top_k, num_groups, topk_groups, renormalize, routed_scaling_factor
+    ):
+        experts = router_logits.shape[1]
+        config = DeepseekV3Config(
+            n_routed_experts=experts, hidden_size=experts, num_experts_per_tok=top_k, n_group=num_groups, topk_group=topk_groups,
+            norm_topk_prob=renormalize, routed_scaling_factor=routed_scaling_factor,
+        )  # fmt: skip
+        state = {"weight": torch.eye(experts), "e_score_correction_bias": e_score_correction_bias}
+        _, weights, ids = functional_call(DeepseekV3TopkRouter(config), state, router_logits)
+        scores = router_logits.detach().sigmoid() + e_score_correction_bias
+        order = scores.gather(1, ids).argsort(1, descending=True)
+        return weights.gather(1, order), ids.gather(1, order)
+
+
+class TransformersExperts:
+    """An experts module with the given weights."""
+
+    def __init__(self, module_class, config_class, implementation):
+        self.module_class, self.config_class, self.implementation = module_class, config_class, implementation
+
+    def __call__(self, hidden_states, w13, w2, topk_weights, topk_ids):
+        num_experts, hidden_size, intermediate_size = w2.shape
+        sizes = {"intermediate_size": intermediate_size, "moe_intermediate_size": intermediate_size}
+        config = self.config_class(hidden_size=hidden_size, num_local_experts=num_experts, num_experts=num_experts, **sizes)
+        config._experts_implementation = self.implementation
+        state = {"gate_up_proj": w13, "down_proj": w2}
+        return functional_call(self.module_class(config), state, (hidden_states, topk_ids, topk_weights))
+
+
+@right(EXPERTS, dtypes=("float32",), batch_invariant=False)
+class TransformersMixtralExperts(TransformersExperts):
+    """Mixtral's experts, one after the other."""
+
+    def __init__(self):
+        super().__init__(MixtralExperts, MixtralConfig, "eager")
+
+
+@right(EXPERTS, dtypes=("float16", "bfloat16"), profile="eager", batch_invariant=False)
+class TransformersMixtralExpertsEager(TransformersMixtralExperts):
+    """Mixtral's experts in low precision, which rounds every result."""
+
+
+@right(EXPERTS, dtypes=("float32",), batch_invariant=False)
+class TransformersQwen3Experts(TransformersExperts):
+    """Qwen3-MoE's experts by batched products of copied matrices."""
+
+    def __init__(self):
+        super().__init__(Qwen3MoeExperts, Qwen3MoeConfig, "batched_mm")
+
+
+@right(EXPERTS, fits=aligned, dtypes=("float32",), batch_invariant=False)
+class TransformersGroupedExperts(TransformersExperts):
+    """Qwen3-MoE's experts by torch's grouped products."""
+
+    def __init__(self):
+        super().__init__(Qwen3MoeExperts, Qwen3MoeConfig, "grouped_mm")
