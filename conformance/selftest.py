@@ -234,7 +234,7 @@ def print_rates(rates: dict[str, Any], kills: Sequence[Any], console: Console) -
     if bound:
         console.print(f"no false alarm in {alarms['judged']:,} judgements: fewer than {bound:.1e} each, with 95 % confidence")
     console.print(
-        f"{vacuity['coincidences']:,} trivial results were the right ones: weights that are 1 for all tokens, zeros that underflow"
+        f"{vacuity['coincidences']:,} trivial results were the right ones: weights of 1 for all tokens, zeros that underflow"
     )
     console.print(
         f"shrunk cases: {shrinking['at_the_minimum']} of {shrinking['known_minima']} with a known smallest case are that case, "

@@ -160,6 +160,14 @@ class DefaultDtypeLeftChanged(SoftmaxRouter):
         return super().load(logits)
 
 
+@fault(SOFTMAX, caught_by="grad_modes", kind="state", source="separate inference paths")
+class InferencePathForgetsToRenormalize(SoftmaxRouter):
+    """Without gradients a shorter path is taken, which leaves out the renormalization."""
+
+    def weigh(self, scores, ids, renormalize):
+        return super().weigh(scores, ids, renormalize and torch.is_grad_enabled())
+
+
 @fault(GROUPED, caught_by="hidden_state", kind="state", source="static output buffers for CUDA graphs")
 class OutputBufferReused(GroupedRouter):
     """Every call of the same size returns the same memory, so a result changes when the next call is made."""
