@@ -110,5 +110,5 @@ def test_help_appears_at_once(distribution: Distribution):
 
 def test_pytest_plugin_is_announced(distribution: Distribution):
     find = "from importlib.metadata import entry_points as find\n"
-    code = find + "print(*[point.value for point in find(group='pytest11', name='gaugeblock')])"
+    code = find + "print(*[point.value for point in find(group='pytest11', name='gaugeblock.conformance.plugin')])"
     assert distribution.run(code).split() == ["gaugeblock.conformance.plugin"]

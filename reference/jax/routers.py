@@ -9,6 +9,10 @@ import jax.numpy as jnp
 from gaugeblock.reference import validation
 from gaugeblock.reference.jax.precision import at_least_float32
 
+# x / y with another derivative: JAX's own has y**-2, which is infinite for y = 1e-20
+_quotient = jax.custom_jvp(jnp.divide)
+_quotient.defjvps(lambda dx, quotient, x, y: dx / y, lambda dy, quotient, x, y: -dy * quotient / y)
+
 
 def softmax_topk(router_logits: jax.Array, *, top_k: int, renormalize: bool) -> tuple[jax.Array, jax.Array]:
     """Choose the `top_k` most probable experts of each token.
@@ -97,7 +101,7 @@ def grouped_sigmoid_topk(
     scores_TE = jax.nn.sigmoid(at_least_float32(router_logits))
     weights_TK = jnp.take_along_axis(scores_TE, ids_TK, axis=-1)
     if renormalize:
-        weights_TK = quotient(weights_TK, weights_TK.sum(axis=-1, keepdims=True) + 1e-20)
+        weights_TK = _quotient(weights_TK, weights_TK.sum(axis=-1, keepdims=True) + 1e-20)
     return weights_TK * routed_scaling_factor, ids_TK
 
 
@@ -111,16 +115,3 @@ def group_scores(choice_scores: jax.Array, num_groups: int) -> jax.Array:
     num_tokens, num_experts = choice_scores.shape
     scores_TGM = choice_scores.reshape(num_tokens, num_groups, num_experts // num_groups)
     return jax.lax.top_k(scores_TGM, min(2, scores_TGM.shape[-1]))[0].sum(axis=-1)
-
-
-@jax.custom_jvp
-def quotient(x: jax.Array, y: jax.Array) -> jax.Array:
-    """Return x / y; JAX's own derivative has y**-2, which is infinite for y = 1e-20."""
-    return x / y
-
-
-@quotient.defjvp
-def _quotient_jvp(primals: tuple[jax.Array, ...], tangents: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
-    x, y = primals
-    dx, dy = tangents
-    return x / y, (dx - x / y * dy) / y
