@@ -30,7 +30,6 @@ OUTPUTS = (
     Output("topk_ids", ("num_tokens", "top_k"), dtype="int64", indexes="num_experts"),
 )
 EVERY_DTYPE = ("float32", "float16", "bfloat16")
-COMPILED_DTYPES = ("float32", "bfloat16")  # each shape and dtype takes JAX a compilation
 TRITON_CLAIMS = {"dtypes": EVERY_DTYPE, "devices": ("cpu", "cuda")}
 
 
@@ -288,7 +287,7 @@ SOFTMAX_TOPK = Contract(
     rejections=SOFTMAX_REJECTIONS,
     builtins=(
         Builtin("triton", "gaugeblock.optimized.triton.routers:softmax_topk", "triton", claims=TRITON_CLAIMS),
-        Builtin("jax-jit", "gaugeblock.optimized.jax.routers:softmax_topk", "jax", "jax", {"dtypes": COMPILED_DTYPES}),
+        Builtin("jax-jit", "gaugeblock.optimized.jax.routers:softmax_topk", "jax", "jax"),
     ),
 )
 
@@ -331,7 +330,7 @@ GROUPED_SIGMOID_TOPK = Contract(
     rejections=GROUPED_REJECTIONS,
     builtins=(
         Builtin("triton", "gaugeblock.optimized.triton.routers:grouped_sigmoid_topk", "triton", claims=TRITON_CLAIMS),
-        Builtin("jax-jit", "gaugeblock.optimized.jax.routers:grouped_sigmoid_topk", "jax", "jax", {"dtypes": COMPILED_DTYPES}),
+        Builtin("jax-jit", "gaugeblock.optimized.jax.routers:grouped_sigmoid_topk", "jax", "jax"),
     ),
 )
 
