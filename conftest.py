@@ -5,6 +5,10 @@ from pathlib import Path
 
 import pytest
 
+from gaugeblock.conformance.devices import split_cpu_for_jax
+
+split_cpu_for_jax()  # before any test imports jax
+
 ROOT = Path(__file__).parent
 REALMS = ["reference", "optimized", "conformance"]
 

@@ -13,7 +13,7 @@ import torch
 from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
 
-from gaugeblock.conformance.contract import Contract, Tensors
+from gaugeblock.conformance.contract import Contract, Parameters, Tensors
 
 Layout = Literal["contiguous", "transposed", "sliced", "padded rows", "storage offset", "broadcast"]
 LAYOUTS: tuple[Layout, ...] = get_args(Layout)
@@ -104,23 +104,26 @@ def _drawn(contract: Contract, case: Case) -> Tensors:
 def cotangents(contract: Contract, case: Case) -> Tensors:
     """A random cotangent for each differentiable output, in float64 (never ones: a sum hides permutations and signs)."""
     draw = Draw(case.seed + 1)
-    shapes = {spec.name: tuple(case.parameters[name] for name in spec.shape) for spec in contract.outputs if spec.differentiable}
+    shapes = {spec.name: spec.sizes(case.parameters) for spec in contract.outputs if spec.differentiable}
     return {name: draw.normal(*shape) for name, shape in shapes.items()}
 
 
 def make_inputs(contract: Contract, case: Case, dtype: str) -> Tensors:
     """The case's inputs, contiguous and on the CPU, rounded to the dtypes that the contract gives them."""
-    return {key: tensor.to(input_dtype(contract, key, dtype)) for key, tensor in _drawn(contract, value_case(case)).items()}
+    dtypes = dtypes_of(contract, case.parameters, dtype)
+    return {key: tensor.to(dtypes[key]) for key, tensor in _drawn(contract, value_case(case)).items()}
 
 
-def input_dtype(contract: Contract, key: str, dtype: str) -> torch.dtype:
-    """The dtype of an input or output when `dtype` is under test."""
-    fixed = contract.spec(key).dtype
-    return getattr(torch, dtype if fixed == "tested" else fixed)
+def dtypes_of(contract: Contract, parameters: Parameters, dtype: str) -> dict[str, torch.dtype]:
+    """The dtypes of all inputs and outputs, by flat key, when `dtype` is under test."""
+    specs = contract.specs(parameters).items()
+    return {key: getattr(torch, dtype if spec.dtype == "tested" else spec.dtype) for key, spec in specs}
 
 
 def options(contract: Contract, case: Case) -> dict[str, Any]:
     """The keyword arguments of the call."""
+    if contract.configure is not None:
+        return dict(contract.configure(case.parameters))
     return {name: case.parameters[name] for name in contract.options}
 
 
@@ -162,11 +165,12 @@ def _poisoned(like: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
     return torch.full(shape, poison, dtype=like.dtype, device=like.device)
 
 
-def take(contract: Contract, tensors: Mapping[str, torch.Tensor], dimension: str, index: torch.Tensor) -> Tensors:
+def take(
+    contract: Contract, parameters: Parameters, tensors: Mapping[str, torch.Tensor], dimension: str, index: torch.Tensor
+) -> Tensors:
     """The inputs or outputs with the positions `index` along a named dimension; others unchanged."""
+    shapes = {key: contract.spec(key, parameters).shape for key in tensors}
     return {
-        key: tensor.index_select(contract.spec(key).shape.index(dimension), index.to(tensor.device))
-        if dimension in contract.spec(key).shape
-        else tensor
+        key: tensor.index_select(shapes[key].index(dimension), index.to(tensor.device)) if dimension in shapes[key] else tensor
         for key, tensor in tensors.items()
     }

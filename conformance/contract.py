@@ -5,11 +5,12 @@ Nothing here knows of a particular operation, framework or property. Sizes are n
 and outputs, so that the engine can find the batch dimension, permute experts or slice tokens by itself.
 
 An argument is a tensor or a flat dict of tensors (a state dict). The engine keeps arguments and results as flat dicts
-keyed by `"hidden_states"` or `"state/blocks.0.weight"`; `nest` and `flatten` are the two ways across.
+keyed by `"hidden_states"` or `"state/blocks.0.weight"`; `nest` and `flatten` are the two ways across, `apply` makes a call.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
@@ -28,17 +29,23 @@ class Input:
 
     Attributes:
         name: The argument's name in the public signature.
-        shape: Names of its dimensions.
+        shape: Its dimensions: names of sizes, or, where the engine has nothing to do with one, the size itself.
         dtype: `"tested"` (the dtype under test), or a fixed dtype such as `"float32"` or `"int64"`.
-        differentiable: Whether a gradient with respect to it is due.
+        differentiable: Whether a gradient with respect to it is due; of a dict, with respect to each floating tensor in it.
         indexes: The dimension whose indices its values are (`topk_ids` indexes `"num_experts"`), if any.
+        leaves: Of a dict of tensors (a state dict): its tensors by name, at given sizes.
     """
 
     name: str
-    shape: tuple[str, ...]
+    shape: tuple[str | int, ...] = ()
     dtype: str = "tested"
     differentiable: bool = False
     indexes: str | None = None
+    leaves: Callable[[Parameters], Mapping[str, "Input"]] | None = None
+
+    def sizes(self, parameters: Parameters) -> tuple[int, ...]:
+        """The shape in numbers."""
+        return tuple(each if isinstance(each, int) else parameters[each] for each in self.shape)
 
 
 @dataclass(frozen=True)
@@ -83,11 +90,32 @@ class Regime:
 
 @dataclass(frozen=True)
 class Rejection:
-    """A bad call, made from a good one, that must raise ValueError or TypeError naming `argument`."""
+    """A bad call, made from a good one, that must raise an error naming `argument`.
+
+    Attributes:
+        name: What is bad about it.
+        argument: What the error's message must name.
+        spoil: From the good call's flat inputs and options, those that are to be replaced; None takes a tensor out of its dict.
+        raises: What may be raised.
+    """
 
     name: str
     argument: str
     spoil: Callable[[dict[str, Any]], Mapping[str, Any]]
+    raises: tuple[type[Exception], ...] = (ValueError, TypeError)
+
+
+@dataclass(frozen=True)
+class Recurrence:
+    """An operation that is one step of many: it is applied again and again, what it returns being its next input.
+
+    Attributes:
+        steps: The leading dimension of the inputs that each step gets one slice of, and of the outputs that are not carried.
+        carried: For an input, the output that becomes it in the next step.
+    """
+
+    steps: str
+    carried: Mapping[str, str]
 
 
 @dataclass(frozen=True)
@@ -140,6 +168,13 @@ class Contract:
         selection: For operations that choose.
         relabel: Draws a permutation of `"num_experts"` under which the operation is equivariant; None if
             it has no experts.
+        configure: The keyword arguments at given parameters, where they are not parameters themselves (a frozen config).
+        dtypes: Those that can be tested.
+        recurrence: For an operation that is one step of many.
+        cases: How many cases a property gets, relative to others: a training step costs as much as twenty routers.
+        microbatches: The parameter that says in how many parts a batch is processed, which must not matter.
+        sharded: Dimensions that are split over the ranks of a distributed implementation, in contiguous chunks as by
+            `torch.tensor_split`; whether the ranks' shares must be of one size. All else is on every rank, in and out.
         rejections: Bad calls.
         without: Properties that do not apply, each with the reason.
         cost: Of a forward pass, from parameters and bytes per element.
@@ -165,6 +200,12 @@ class Contract:
     formulas: tuple[Callable[..., Any], ...] = ()
     selection: Selection | None = None
     relabel: Callable[["Draw", Parameters], "torch.Tensor"] | None = None
+    configure: Callable[[Parameters], Mapping[str, Any]] | None = None
+    dtypes: tuple[str, ...] = ("float32", "float16", "bfloat16")
+    recurrence: Recurrence | None = None
+    cases: float = 1.0
+    microbatches: str | None = None
+    sharded: Mapping[str, Literal["even", "uneven"]] = field(default_factory=dict)
     rejections: tuple[Rejection, ...] = ()
     without: Mapping[str, str] = field(default_factory=dict)
     builtins: tuple[Builtin, ...] = ()
@@ -179,14 +220,39 @@ class Contract:
         """The regime of that name."""
         return next(regime for regime in self.regimes if regime.name == name)
 
-    def differentiable(self, tensors: Mapping[str, Any]) -> list[str]:
-        """Keys of `tensors` (flat inputs or outputs) through which gradients flow."""
-        flowing = {spec.name for spec in (*self.inputs, *self.outputs) if spec.differentiable}
-        return [key for key in tensors if argument_of(key) in flowing]
+    @property
+    def gradients(self) -> tuple[str, ...]:
+        """The arguments that have one."""
+        return tuple(spec.name for spec in self.inputs if spec.differentiable)
 
-    def spec(self, key: str) -> Input:
-        """The input or output that the flat key `key` belongs to."""
-        return next(spec for spec in (*self.inputs, *self.outputs) if spec.name == argument_of(key))
+    @property
+    def state(self) -> Input | None:
+        """The argument that is a dict of tensors, if there is one."""
+        return next((spec for spec in self.inputs if spec.leaves), None)
+
+    def differentiable(self, tensors: Mapping[str, Any]) -> list[str]:
+        """Keys of `tensors` (flat inputs or outputs) through which gradients flow; integers in a state dict have none."""
+        flowing = {spec.name for spec in (*self.inputs, *self.outputs) if spec.differentiable}
+        return [key for key in tensors if argument_of(key) in flowing and "int" not in str(tensors[key].dtype)]
+
+    def specs(self, parameters: Parameters) -> Mapping[str, Input]:
+        """Every tensor of the inputs and outputs, by flat key, at given parameters."""
+        return _specs(self, tuple(parameters.items()))
+
+    def spec(self, key: str, parameters: Parameters) -> Input:
+        """The tensor of the inputs or outputs at the flat key `key`."""
+        return self.specs(parameters)[key]
+
+
+@lru_cache(512)
+def _specs(contract: Contract, parameters: tuple[tuple[str, Any], ...]) -> Mapping[str, Input]:
+    flat: dict[str, Input] = {}
+    for spec in (*contract.inputs, *contract.outputs):
+        if spec.leaves is None:
+            flat[spec.name] = spec
+        else:
+            flat |= {f"{spec.name}/{leaf}": each for leaf, each in spec.leaves(dict(parameters)).items()}
+    return flat
 
 
 def argument_of(key: str) -> str:
@@ -206,19 +272,61 @@ def nest(tensors: Mapping[str, Any]) -> dict[str, Any]:
     return arguments
 
 
+class ResultCount(TypeError):
+    """A function returned more or fewer results than its contract has."""
+
+
 def flatten(result: Any, names: Sequence[str]) -> dict[str, Any]:
     """What a function returned to flat keys: a value, or a tuple or list of them, in the order of `names`.
 
+    A value may be a dict or a dataclass of tensors.
+
     Raises:
-        TypeError: If the number of results is not that of `names`.
+        ResultCount: If the number of results is not that of `names`.
     """
     values = tuple(result) if isinstance(result, tuple | list) else (result,)
     if len(values) != len(names):
-        raise TypeError(f"returned {len(values)} values, expected {len(names)}: ({', '.join(names)})")
+        raise ResultCount(f"returned {len(values)} values, expected {len(names)}: ({', '.join(names)})")
     flat: dict[str, Any] = {}
     for name, value in zip(names, values, strict=True):
+        if is_dataclass(value):
+            value = {each.name: getattr(value, each.name) for each in fields(value)}
         if isinstance(value, Mapping):
             flat |= {f"{name}/{leaf}": tensor for leaf, tensor in value.items()}
         else:
             flat[name] = value
     return flat
+
+
+def apply(
+    contract: Contract,
+    function: Callable[..., Any],
+    inputs: Mapping[str, Any],
+    options: Mapping[str, Any],
+    stack: Callable[[list[Any]], Any],
+) -> dict[str, Any]:
+    """Calls a function as the contract's signature says, inputs by position and options by keyword; once for each step.
+
+    Args:
+        inputs: Flat inputs.
+        stack: Puts the arrays of all steps along a new leading dimension.
+
+    Returns:
+        Flat outputs.
+
+    Raises:
+        ResultCount: If the number of results is not that of the contract's outputs.
+    """
+    names = [spec.name for spec in contract.outputs]
+    given = nest(inputs)
+    if contract.recurrence is None:
+        return flatten(function(*(given[spec.name] for spec in contract.inputs), **options), names)
+    stepped = [spec.name for spec in contract.inputs if spec.shape[:1] == (contract.recurrence.steps,)]
+    results = []
+    for step in range(len(given[stepped[0]])):
+        now = given | {name: given[name][step] for name in stepped}
+        results.append(flatten(function(*(now[spec.name] for spec in contract.inputs), **options), names))
+        returned = nest(results[-1])
+        given |= {name: returned[output] for name, output in contract.recurrence.carried.items()}
+    last, carried = results[-1], contract.recurrence.carried.values()
+    return {key: last[key] if argument_of(key) in carried else stack([each[key] for each in results]) for key in last}

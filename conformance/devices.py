@@ -15,6 +15,24 @@ def interpret_without_gpu() -> None:
         os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
+JAX_DEVICES = 4  # that a CPU is split into
+MOST_PROCESSES = 16  # on one machine
+RANKS = "GAUGEBLOCK_RANKS"  # host:port:size of the store that torchrun's ranks meet at, in the environment of such a run
+
+
+def set_up_process() -> None:
+    """Prepares a process in which subjects are judged; before triton, jax or a candidate is imported."""
+    interpret_without_gpu()
+    split_cpu_for_jax()
+
+
+def split_cpu_for_jax() -> None:
+    """Lets JAX take the CPU for several devices, on which sharded functions can be run."""
+    flags = os.environ.get("XLA_FLAGS", "")
+    if "xla_force_host_platform_device_count" not in flags:
+        os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count={JAX_DEVICES}".strip()
+
+
 def cache_compilations() -> None:
     """Has JAX keep what it compiles, which takes a quarter of a second for every new shape; must run before jax is imported."""
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "gaugeblock" / "jax"
@@ -28,6 +46,15 @@ def available_devices() -> tuple[str, ...]:
     import torch
 
     return ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
+
+
+def available_world_size(framework: str) -> int:
+    """On how many devices an implementation can be judged; rank processes can be as many as one likes, but for torchrun."""
+    if framework == "jax":
+        import jax
+
+        return len(jax.devices())
+    return int(os.environ[RANKS].rsplit(":", 1)[1]) if RANKS in os.environ else MOST_PROCESSES
 
 
 def triton_is_interpreted() -> bool:

@@ -83,7 +83,7 @@ class RoundingNoise(TorchDispatchMode):
         elif name in SUMS:
             noisy = self._add_noise(result, self._sum_deviation(func, result, args, kwargs))
         else:
-            noisy = self._add_noise(result, self._function_deviation(name.removesuffix("_"), result, args))
+            noisy = self._function(name.removesuffix("_"), result, args)
         return result.copy_(noisy) if func._schema.is_mutable else noisy
 
     def _matrix_product(self, func: Any, first: int, args: tuple, kwargs: dict) -> torch.Tensor:
@@ -117,17 +117,24 @@ class RoundingNoise(TorchDispatchMode):
         partial = sizes**2 if self.cancelling else result**2 / 3 + sizes
         return (ROUNDING_VARIANCE * terms * partial).sqrt() * rounding_unit("float32")
 
-    def _function_deviation(self, name: str, result: torch.Tensor, args: tuple) -> torch.Tensor:
-        ulps = ULPS.get(name, 1) + _argument_growth(name, result, args)
-        deviation = math.sqrt(ROUNDING_VARIANCE) * rounding_unit("float32") * ulps * result.abs()
-        exact = result.to(torch.float32).to(torch.float64) == result
-        # a sigmoid of 1 is so only in float64: what is taken from it afterwards has no digits, in the oracle either
-        saturated = torch.finfo(torch.float64).eps * result.abs() if name in ULPS else torch.zeros_like(result)
-        return torch.where(exact, saturated, deviation)
+    def _function(self, name: str, result: torch.Tensor, args: tuple) -> torch.Tensor:
+        """Adds the error of an elementwise function, relative to its result; what float32 holds exactly gets none."""
+        noise = self._unit_noise(result, math.sqrt(ROUNDING_VARIANCE) * rounding_unit("float32"))
+        exact = result.to(torch.float32) == result
+        kept = result
+        if name in ULPS:
+            noise *= ULPS[name] + _argument_growth(name, result, args)
+            # a sigmoid of 1 is so only in float64: what is taken from it afterwards has no digits, in the oracle either
+            saturated = torch.addcmul(result, result, self._unit_noise(result, torch.finfo(torch.float64).eps))
+            kept = torch.where(result.isfinite(), saturated, result)
+        return self._store(torch.where(exact, kept, torch.addcmul(result, result, noise)))  # an infinity is exact
 
     def _add_noise(self, result: torch.Tensor, deviation: torch.Tensor) -> torch.Tensor:
-        """Adds the error of float32 arithmetic, then that of storing the result."""
-        result = torch.where(result.isfinite(), result + deviation * self._unit_noise(result), result)
+        """Adds the error of float32 arithmetic."""
+        return self._store(torch.where(result.isfinite(), torch.addcmul(result, deviation, self._unit_noise(result)), result))
+
+    def _store(self, result: torch.Tensor) -> torch.Tensor:
+        """Adds the error of storing the result."""
         return result if self.result_dtype is torch.float32 else self._round(result, self.result_dtype)
 
     def _round(self, value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -142,9 +149,10 @@ class RoundingNoise(TorchDispatchMode):
         deviation = (value.abs() * (math.sqrt(ROUNDING_VARIANCE) * info.eps / 2)).clamp_min_(underflow)
         return value + deviation.mul_(self._unit_noise(value)).mul_(inexact)
 
-    def _unit_noise(self, like: torch.Tensor) -> torch.Tensor:
-        """Uniform noise of variance 1."""
-        return torch.empty_like(like).uniform_(-math.sqrt(3), math.sqrt(3), generator=self.generator)
+    def _unit_noise(self, like: torch.Tensor, deviation: float = 1.0) -> torch.Tensor:
+        """Uniform noise."""
+        widest = math.sqrt(3) * deviation
+        return torch.empty_like(like).uniform_(-widest, widest, generator=self.generator)
 
 
 def _argument_growth(name: str, result: torch.Tensor, args: tuple) -> torch.Tensor | float:
@@ -202,6 +210,8 @@ def widest(budgets: list[dict[str, Budget]]) -> dict[str, Budget]:
 
 
 def _budget(value: torch.Tensor, runs: torch.Tensor) -> Budget:
+    if not value.is_floating_point():
+        return Budget(value, torch.zeros_like(value), 0.0, 0.0)
     errors = runs - value
     variance = _pooled(errors.square().mean(0).nan_to_num(0.0, 0.0, 0.0))
     scaled = torch.where(variance > 0, errors / variance.sqrt(), 0.0).flatten(1)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gaugeblock.conformance.contract import Contract, Tensors, argument_of, flatten, nest
+from gaugeblock.conformance.contract import Contract, ResultCount, Tensors, apply
 from gaugeblock.conformance.error_budget import MATRIX_PRODUCTS, SUMS, ULPS
 from gaugeblock.conformance.oracle import gradient_key
 
@@ -37,14 +37,14 @@ def call_torch(contract: Contract, function: Callable[..., Any], call: Call) -> 
     """Outputs of a PyTorch function, and gradients through autograd; a gradient that does not exist raises `BadResult`."""
     wanted = _wanted(contract, call)
     leaves = {key: tensor.detach().requires_grad_(key in wanted) for key, tensor in call.inputs.items()}
-    outputs = _named(contract, _apply(contract, function, leaves, call.options), torch.Tensor)
+    outputs = _returned(contract, function, leaves, call, torch.stack, torch.Tensor)
     if not wanted:
         return {key: tensor.detach() for key, tensor in outputs.items()}
     assert call.cotangents is not None
-    through = contract.differentiable(outputs)
-    for key in through:
-        if not outputs[key].requires_grad:
-            raise BadResult(f"{key} has no gradient function, so no gradient reaches {', '.join(wanted)}")
+    through = [key for key in contract.differentiable(outputs) if outputs[key].requires_grad]
+    if not through:
+        without = ", ".join(contract.differentiable(outputs))
+        raise BadResult(f"{without} has no gradient function, so no gradient reaches {', '.join(wanted)}")
     gradients = torch.autograd.grad(
         [outputs[key] for key in through],
         [leaves[key] for key in wanted],
@@ -60,17 +60,18 @@ def call_torch(contract: Contract, function: Callable[..., Any], call: Call) -> 
 def call_jax(contract: Contract, function: Callable[..., Any], call: Call) -> Tensors:
     """Outputs of a JAX function, and gradients by `jax.vjp`, as torch tensors."""
     import jax
+    import jax.numpy as jnp
 
     wanted = _wanted(contract, call)
     arrays = {key: _to_jax(tensor) for key, tensor in call.inputs.items()}
 
     def differentiable(leaves: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-        outputs = _named(contract, _apply(contract, function, arrays | leaves, call.options), jax.Array)
+        outputs = _returned(contract, function, arrays | leaves, call, jnp.stack, jax.Array)
         through = contract.differentiable(outputs)
         return {key: outputs[key] for key in through}, {key: outputs[key] for key in outputs if key not in through}
 
     if not wanted:
-        outputs = _named(contract, _apply(contract, function, arrays, call.options), jax.Array)
+        outputs = _returned(contract, function, arrays, call, jnp.stack, jax.Array)
         return {key: _from_jax(array) for key, array in outputs.items()}
     assert call.cotangents is not None
     flowing, pull_back, others = jax.vjp(differentiable, {key: arrays[key] for key in wanted}, has_aux=True)
@@ -106,20 +107,14 @@ def _wanted(contract: Contract, call: Call) -> list[str]:
     return contract.differentiable(call.inputs) if call.wanted is None else list(call.wanted)
 
 
-def _apply(contract: Contract, function: Callable[..., Any], inputs: dict[str, Any], options: dict[str, Any]) -> Any:
-    """Calls as the signature says: inputs by position, options by keyword."""
-    given = nest(inputs)
-    return function(*(given[spec.name] for spec in contract.inputs), **options)
-
-
-def _named(contract: Contract, result: Any, kind: type) -> dict[str, Any]:
+def _returned(
+    contract: Contract, function: Callable[..., Any], inputs: dict[str, Any], call: Call, stack: Any, kind: type
+) -> dict[str, Any]:
+    """Flat outputs, all of them arrays of the framework."""
     try:
-        outputs = flatten(result, [spec.name for spec in contract.outputs])
-    except TypeError as error:
+        outputs = apply(contract, function, inputs, call.options, stack)
+    except ResultCount as error:
         raise BadResult(str(error)) from None
-    missing = [spec.name for spec in contract.outputs if spec.name not in map(argument_of, outputs)]
-    if missing:
-        raise BadResult(f"{missing[0]} is an empty dict")
     for key, value in outputs.items():
         if not isinstance(value, kind):
             raise BadResult(f"{key} is a {type(value).__name__}, expected a {kind.__module__}.{kind.__name__}")
@@ -139,4 +134,7 @@ def _to_jax(tensor: torch.Tensor) -> Any:
 
 
 def _from_jax(array: Any) -> torch.Tensor:
-    return torch.from_dlpack(array.copy())
+    import jax
+
+    on_one = array.copy() if len(array.devices()) == 1 else jax.device_put(array, jax.devices()[0])
+    return torch.from_dlpack(on_one)

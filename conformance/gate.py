@@ -13,7 +13,7 @@ from collections.abc import Callable
 from rich.console import Console
 
 from gaugeblock.conformance.cli import CONFORM, FAILS, NOTHING_TESTED
-from gaugeblock.conformance.devices import cache_compilations, interpret_without_gpu
+from gaugeblock.conformance.devices import cache_compilations, set_up_process
 from gaugeblock.conformance.properties import find_property, properties
 from gaugeblock.conformance.report import files, terminal, waivers
 from gaugeblock.conformance.report.environment import capture_environment
@@ -23,6 +23,7 @@ from gaugeblock.conformance.verdict import FAILED, Verdict
 from gaugeblock.conformance.workers import Died, run_tasks
 
 Task = tuple[int, str]  # the subject's number and the property's name
+RANKS = "ranks"
 
 
 def run_gate(options: argparse.Namespace) -> int:
@@ -33,7 +34,7 @@ def run_gate(options: argparse.Namespace) -> int:
     """
     start = time.monotonic()
     console = Console(highlight=False)
-    interpret_without_gpu()
+    set_up_process()
     filters = Filters(tuple(options.contract), tuple(options.implementation), tuple(options.dtype), tuple(options.device))
     chosen = [find_property(name).name for name in options.property] or list(properties())
     subjects = subjects_of(tuple(options.candidates), filters)
@@ -46,8 +47,9 @@ def run_gate(options: argparse.Namespace) -> int:
 
     groups: dict[str, list[Task]] = defaultdict(list)
     for number, (subject, _) in enumerate(subjects):
+        shared = f"{subject.implementation.contract}/{subject.dtype}/{subject.device}"  # cases and budgets
         for name in chosen:
-            groups[f"{subject.implementation.contract}/{subject.dtype}/{subject.device}"].append((number, name))
+            groups[f"{RANKS}/{subject.device}" if subject.on_ranks else shared].append((number, name))
     profile = PROFILES[options.profile]
     workers = len(os.sched_getaffinity(0)) if options.workers is None else max(1, options.workers)
     os.environ.setdefault("HYPOTHESIS_STORAGE_DIRECTORY", tempfile.gettempdir())  # nothing is left in the user's folder
@@ -56,7 +58,8 @@ def run_gate(options: argparse.Namespace) -> int:
     found: dict[Task, Verdict] = {}
     with terminal.progress(len(subjects) * len(chosen), console) as progress:
         arguments = (tuple(options.candidates), filters, profile.name)
-        for task, result in run_tasks(groups, prepare, arguments, workers=workers, seconds=profile.verdict_seconds):
+        alone = [name for name in groups if name.startswith(RANKS)]  # one worker leads the ranks, so that they start once
+        for task, result in run_tasks(groups, prepare, arguments, workers=workers, seconds=profile.verdict_seconds, alone=alone):
             subject = subjects[task[0]][0]
             found[task] = _no_answer(subject, task[1], result, profile.verdict_seconds) if isinstance(result, Died) else result
             progress.advance(found[task])
@@ -77,7 +80,7 @@ def run_gate(options: argparse.Namespace) -> int:
 
 def prepare(candidates: tuple[str, ...], filters: Filters, profile: str) -> Callable[[Task], Verdict]:
     """Sets a worker process up; the returned function judges one task."""
-    interpret_without_gpu()
+    set_up_process()
     warnings.filterwarnings("ignore", module="triton")  # its interpreter tells of NaN and infinity that cases hold on purpose
     subjects = subjects_of(candidates, filters)
 

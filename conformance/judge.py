@@ -5,8 +5,8 @@ from typing import Any
 
 import torch
 
-from gaugeblock.conformance.cases import Case, input_dtype
-from gaugeblock.conformance.contract import Contract, Output, Tensors
+from gaugeblock.conformance.cases import Case, dtypes_of
+from gaugeblock.conformance.contract import Contract, Output, Tensors, argument_of
 from gaugeblock.conformance.diagnosis import describe_element, diagnose
 from gaugeblock.conformance.error_budget import (
     KAPPA,
@@ -16,6 +16,7 @@ from gaugeblock.conformance.error_budget import (
     measure,
 )
 from gaugeblock.conformance.oracle import GRADIENT, budgets, selection_scores
+from gaugeblock.conformance.registry import suggest
 from gaugeblock.conformance.verdict import Statistics
 
 
@@ -27,29 +28,40 @@ class Violation(AssertionError):
         self.message, self.diagnosis, self.details = message, diagnosis, details
 
 
-def check_form(contract: Contract, case: Case, dtype: str, device: str, results: Tensors) -> None:
+def check_form(contract: Contract, case: Case, dtype: str, device: str, results: Tensors, framework: str = "torch") -> None:
     """Outputs and gradients have the shapes, dtypes and device of the contract; ids may have any integer dtype."""
-    for spec in contract.outputs:
-        result = results[spec.name]
-        shape = tuple(case.parameters[name] for name in spec.shape)
-        if tuple(result.shape) != shape:
-            raise Violation(f"{spec.name} has shape {tuple(result.shape)}, expected {shape} = [{', '.join(spec.shape)}]")
+    specs, dtypes = contract.specs(case.parameters), dtypes_of(contract, case.parameters, dtype)
+    outputs = {spec.name for spec in contract.outputs}
+    due_keys = [key for key in specs if argument_of(key) in outputs]
+    for key in results:
+        if key not in due_keys and not key.startswith(GRADIENT):
+            raise Violation(f"{key} is returned, but not among the results{suggest(key, due_keys)}")
+    for key in due_keys:
+        if key not in results:
+            raise Violation(f"{key} is missing among the results")
+        spec, result = specs[key], results[key]
+        if tuple(result.shape) != spec.sizes(case.parameters):
+            named = f" = [{', '.join(map(str, spec.shape))}]" if spec.shape else ""
+            raise Violation(f"{key} has shape {tuple(result.shape)}, expected {spec.sizes(case.parameters)}{named}")
         if spec.indexes:
             if result.is_floating_point() or result.dtype == torch.bool:
-                raise Violation(f"{spec.name} is {result.dtype}, expected an integer dtype")
-        elif result.dtype != input_dtype(contract, spec.name, dtype):
-            raise Violation(f"{spec.name} is {result.dtype}, expected {input_dtype(contract, spec.name, dtype)}")
+                raise Violation(f"{key} is {result.dtype}, expected an integer dtype")
+        elif result.dtype != dtypes[key] and not (framework == "jax" and is_narrowed(result.dtype, dtypes[key])):
+            raise Violation(f"{key} is {result.dtype}, expected {dtypes[key]}")
         if result.device.type != device:
-            raise Violation(f"{spec.name} is on {result.device}, expected {device}")
+            raise Violation(f"{key} is on {result.device}, expected {device}")
     for key in (each for each in results if each.startswith(GRADIENT)):
         argument = key.removeprefix(GRADIENT)
-        due = input_dtype(contract, argument, dtype)
-        if results[key].dtype != due:
-            raise Violation(f"{key} is {results[key].dtype}, expected {due}")
-        if "/" not in argument:
-            shape = tuple(case.parameters[name] for name in contract.spec(argument).shape)
-            if tuple(results[key].shape) != shape:
-                raise Violation(f"{key} has shape {tuple(results[key].shape)}, expected {shape}")
+        if results[key].dtype != dtypes[argument]:
+            raise Violation(f"{key} is {results[key].dtype}, expected {dtypes[argument]}")
+        shape = specs[argument].sizes(case.parameters)
+        if tuple(results[key].shape) != shape:
+            raise Violation(f"{key} has shape {tuple(results[key].shape)}, expected {shape}")
+
+
+def is_narrowed(dtype: torch.dtype, due: torch.dtype) -> bool:
+    """JAX holds int32 where torch holds int64."""
+    return dtype == torch.int32 and due == torch.int64
 
 
 def judge(contract: Contract, case: Case, dtype: str, profile: str, results: Tensors) -> dict[str, Errors]:
@@ -70,7 +82,9 @@ def judge(contract: Contract, case: Case, dtype: str, profile: str, results: Ten
     for key, budget in judged.items():
         if key in results:
             target = results[key].dtype
-            if regime.judged == "exact" and profile == "strict":
+            if not budget.value.is_floating_point():
+                require_exact(key, results[key], budget.value.to(target), "it is an integer")
+            elif regime.judged == "exact" and profile == "strict":
                 require_exact(key, results[key], budget.value.to(target))
                 errors[key] = Errors()
             else:
@@ -80,13 +94,15 @@ def judge(contract: Contract, case: Case, dtype: str, profile: str, results: Ten
     return errors
 
 
-def require_exact(key: str, result: torch.Tensor, expected: torch.Tensor) -> None:
-    """Equal to the oracle (zeros of either sign are equal): every partial sum of this case is exact."""
+def require_exact(
+    key: str, result: torch.Tensor, expected: torch.Tensor, why: str = "every partial sum of this case is"
+) -> None:
+    """Equal to the oracle (zeros of either sign are equal)."""
     wrong = ~((result == expected) | (result.isnan() & expected.isnan()))
     if wrong.any():
         index = tuple(wrong.nonzero()[0].tolist())
         raise Violation(
-            f"{key}: {int(wrong.sum())} of {wrong.numel()} elements are not exact, though every partial sum of this case is",
+            f"{key}: {int(wrong.sum())} of {wrong.numel()} elements are not exact, though {why}",
             diagnose(wrong, None),
             (f"{key}[{', '.join(map(str, index))}] = {result[index].item()!r}, expected {expected[index].item()!r}",),
         )

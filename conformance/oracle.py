@@ -4,17 +4,19 @@ An output that chooses (expert ids) is replayed: `ReplayTopK` makes the referenc
 other outputs are judged at the choice that the candidate made.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from functools import lru_cache, partial
 from typing import Any
 
 import numpy as np
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-from gaugeblock.conformance.cases import Case, cotangents, input_dtype, make_inputs, options, value_case
-from gaugeblock.conformance.contract import Contract, Tensors, flatten, nest
+from gaugeblock.conformance.cases import Case, cotangents, dtypes_of, make_inputs, options, value_case
+from gaugeblock.conformance.contract import Contract, Tensors, apply, nest
 from gaugeblock.conformance.error_budget import NOISE_RUNS, Budget, RoundingNoise, spread, widest
+from gaugeblock.reference.torch import random
 
 GRADIENT = "gradient of "  # begins the key of a gradient among results
 CACHED = 512  # cases; a budget with gradients takes about a megabyte
@@ -42,7 +44,7 @@ def reference_run(
     """Outputs of the reference or another formula; with cotangents, gradients under keys `"gradient of hidden_states"` too."""
     wanted = contract.differentiable(inputs) if cotangent is not None else []
     leaves = {key: tensor.detach().requires_grad_(key in wanted) for key, tensor in inputs.items()}
-    outputs = flatten((formula or contract.reference)(**nest(leaves), **opts), [spec.name for spec in contract.outputs])
+    outputs = apply(contract, formula or contract.reference, leaves, opts, torch.stack)
     if not cotangent:
         return {key: tensor.detach() for key, tensor in outputs.items()}
     through = [key for key in contract.differentiable(outputs) if outputs[key].requires_grad]
@@ -69,13 +71,17 @@ def exact_inputs(contract: Contract, case: Case, dtype: str) -> Tensors:
 
 def rounded_cotangents(contract: Contract, case: Case, dtype: str) -> Tensors:
     """The case's cotangents in the dtypes of the outputs they belong to."""
-    return {key: tensor.to(input_dtype(contract, key, dtype)) for key, tensor in cotangents(contract, case).items()}
+    dtypes = dtypes_of(contract, case.parameters, dtype)
+    return {key: tensor.to(dtypes[key]) for key, tensor in cotangents(contract, case).items()}
 
 
 def budgets(
     contract: Contract, case: Case, dtype: str, profile: str, *, gradients: bool = False, chosen: torch.Tensor | None = None
 ) -> dict[str, Budget]:
-    """Oracle and error budget of every floating output (and gradient), at the choice `chosen` where the operation chooses."""
+    """Oracle and error budget of every output (and gradient), at the choice `chosen` where the operation chooses.
+
+    Integers have no budget but must be equal.
+    """
     choice = None if chosen is None else (chosen.numpy().tobytes(), tuple(chosen.shape))
     return _budgets(contract, value_case(case), dtype, profile, gradients, choice)
 
@@ -88,8 +94,7 @@ def _budgets(
     cotangent = {key: _widen(each) for key, each in rounded_cotangents(contract, case, dtype).items()} if gradients else None
 
     def run(formula: Callable[..., Any]) -> Tensors:
-        results = reference_run(contract, inputs, options(contract, case), cotangent, formula)
-        return {key: each for key, each in results.items() if each.is_floating_point()}
+        return reference_run(contract, inputs, options(contract, case), cotangent, formula)
 
     chosen = None if choice is None else torch.from_numpy(np.frombuffer(choice[0], np.int64).reshape(choice[1]).copy())
     cancelling = contract.regime(case.regime).judged == "worst element"
@@ -118,9 +123,30 @@ def _selection_scores(contract: Contract, case: Case, dtype: str) -> tuple[Budge
 def _spread(run: Callable[[], Tensors], oracle: Tensors, dtype: str, profile: str, *, cancelling: bool) -> dict[str, Budget]:
     noisy = []
     for seed in range(NOISE_RUNS):
-        with RoundingNoise(dtype, profile, seed, cancelling=cancelling):
+        with RoundingNoise(dtype, profile, seed, cancelling=cancelling), exact_draws():
             noisy.append(run())
     return spread(oracle, noisy)
+
+
+@contextmanager
+def exact_draws() -> Iterator[None]:
+    """Keeps rounding noise out of random numbers: they are the same bits everywhere, so nothing may be lost in them."""
+
+    def undisturbed(draw: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        def drawn(*args: Any, **kwargs: Any) -> torch.Tensor:
+            with _disable_current_modes():
+                return draw(*args, **kwargs)
+
+        return drawn
+
+    drawing = {name: getattr(random, name) for name in ("uniform", "normal")}
+    for name, draw in drawing.items():
+        setattr(random, name, undisturbed(draw))
+    try:
+        yield
+    finally:
+        for name, draw in drawing.items():
+            setattr(random, name, draw)
 
 
 def _replaying(run: Callable[[], Tensors], chosen: torch.Tensor | None) -> Callable[[], Tensors]:

@@ -93,9 +93,9 @@ def select(config: pytest.Config) -> list[Selected]:
 
 
 def _select(config: pytest.Config) -> list[Selected]:
-    from gaugeblock.conformance.devices import interpret_without_gpu
+    from gaugeblock.conformance.devices import set_up_process
 
-    interpret_without_gpu()  # before any candidate imports triton
+    set_up_process()  # before any candidate imports triton
     from gaugeblock.conformance.registry import RegistrationError
     from gaugeblock.conformance.selection import Filters, subjects_of
 

@@ -20,6 +20,8 @@ def conformance_property(
     frameworks: tuple[str, ...] = ("torch", "jax"),
     kinds: tuple[str, ...] = (),
     devices: tuple[str, ...] = ("cpu", "cuda"),
+    requires: tuple[str, ...] = (),
+    every_world_size: bool = False,
 ) -> Callable[[Callable[[Trial], None]], Callable[..., None]]:
     """Turns `test_<name>(trial)` into a pytest test that is generic over contracts and implementations.
 
@@ -28,8 +30,10 @@ def conformance_property(
     """
 
     def decorate(check: Callable[[Trial], None]) -> Callable[..., None]:
-        name = check.__name__.removeprefix("test_")
-        prop = Property(name, check, inspect.getdoc(check) or "", regimes, needs, weight, frameworks, kinds, devices)
+        name, statement = check.__name__.removeprefix("test_"), inspect.getdoc(check) or ""
+        prop = Property(
+            name, check, statement, regimes, needs, weight, frameworks, kinds, devices, requires, every_world_size
+        )
 
         def test(gauge_verdict: Callable[[Property], None]) -> None:
             gauge_verdict(prop)

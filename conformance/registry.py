@@ -15,7 +15,7 @@ from typing import Any, Literal, TypeVar, cast, get_args
 from gaugeblock.conformance.contract import Contract
 
 ENTRY_POINTS = "gaugeblock.implementations"
-SUBJECTS = ("routers", "experts")
+SUBJECTS = ("routers", "experts", "moe_layers", "layers", "dit", "objectives", "train_image_diffusion")
 
 Kind = Literal["reference", "triton", "distributed", "jax", "compiled", "user"]
 Framework = Literal["torch", "jax"]
@@ -47,6 +47,8 @@ class Implementation:
         deterministic: The same call gives the same bits.
         batch_invariant: An example's bits do not depend on the other examples.
         validates: Bad input raises ValueError or TypeError naming the argument.
+        world_sizes: Numbers of devices that it runs on; it is called with `mesh` too, of one dimension "ranks". In PyTorch
+            it is called once per rank with the rank's shard and a `DeviceMesh`; in JAX once, with global arrays and a `Mesh`.
     """
 
     contract: str
@@ -61,6 +63,7 @@ class Implementation:
     deterministic: bool = True
     batch_invariant: bool = True
     validates: bool = True
+    world_sizes: tuple[int, ...] = ()
 
     def load(self) -> Callable[..., Any]:
         """The callable itself.
@@ -73,6 +76,7 @@ class Implementation:
 
 CLAIMS = {each.name: each.type for each in fields(Implementation)[3:]}
 _registered: dict[tuple[str, str], Implementation] = {}
+_sources: list[str] = []
 
 
 def implements(contract: str, *, name: str, **claims: Any) -> Callable[[Function], Function]:
@@ -82,7 +86,7 @@ def implements(contract: str, *, name: str, **claims: Any) -> Callable[[Function
         contract: A contract's name, e.g. `"routers.softmax_topk"` (`gaugeblock list` shows them).
         name: How the report calls the implementation.
         **claims: Fields of `Implementation`: `framework`, `dtypes`, `devices`, `profile`, `differentiable`,
-            `deterministic`, `batch_invariant`, `validates`, `kind`.
+            `deterministic`, `batch_invariant`, `validates`, `world_sizes`, `kind`.
 
     Raises:
         RegistrationError: If the contract, a claim, a claim's value, or the function's signature is wrong, or the name is
@@ -92,11 +96,11 @@ def implements(contract: str, *, name: str, **claims: Any) -> Callable[[Function
     def register(function: Function) -> Function:
         row = find_contract(contract)
         _check_claims(contract, name, claims)
-        _check_signature(row, name, function)
+        _check_signature(row, name, function, bool(claims.get("world_sizes")))
         tuples = {
-            key: (value,) if isinstance(value, str) else tuple(value)
+            key: (value,) if isinstance(value, str | int) else tuple(value)
             for key, value in claims.items()
-            if key in ("dtypes", "devices")
+            if key in ("dtypes", "devices", "world_sizes")
         }
         if any(name == each.name for each in implementations(contract)):
             raise RegistrationError(f"{contract}: an implementation named {name!r} is already registered")
@@ -111,6 +115,9 @@ def _check_claims(contract: str, name: str, claims: dict[str, Any]) -> None:
         if claim not in CLAIMS:
             raise RegistrationError(f"{contract} ({name}): unknown claim {claim!r}{suggest(claim, CLAIMS)}")
         kind = CLAIMS[claim]
+        if claim == "world_sizes":
+            _check_world_sizes(contract, name, value)
+            continue
         allowed = (True, False) if kind is bool else get_args(get_args(kind)[0] if claim in ("dtypes", "devices") else kind)
         values = tuple(value) if claim in ("dtypes", "devices") and not isinstance(value, str) else (value,)
         wrong = [each for each in values if each not in allowed]
@@ -118,7 +125,15 @@ def _check_claims(contract: str, name: str, claims: dict[str, Any]) -> None:
             raise RegistrationError(f"{contract} ({name}): {claim} must be of {allowed}, got {value!r}")
 
 
-def _check_signature(contract: Contract, name: str, function: Callable[..., Any]) -> None:
+def _check_world_sizes(contract: str, name: str, value: Any) -> None:
+    sizes = (value,) if isinstance(value, int) else value
+    if not isinstance(sizes, tuple | list) or not all(isinstance(each, int) and each >= 1 for each in sizes):
+        raise RegistrationError(f"{contract} ({name}): world_sizes must be positive integers, got {value!r}")
+    if sizes and not find_contract(contract).sharded:
+        raise RegistrationError(f"{contract} ({name}): world_sizes={value!r}, but the contract does not shard its inputs")
+
+
+def _check_signature(contract: Contract, name: str, function: Callable[..., Any], distributed: bool) -> None:
     if not callable(function):
         raise RegistrationError(f"{contract.name} ({name}): expected a function, got {type(function).__name__}")
     try:
@@ -126,17 +141,18 @@ def _check_signature(contract: Contract, name: str, function: Callable[..., Any]
     except (TypeError, ValueError):  # a builtin or an extension without a signature: the first call will tell
         return
     try:
-        signature.bind(*contract.inputs, **dict.fromkeys(contract.options))
+        signature.bind(*contract.inputs, **dict.fromkeys((*contract.options, "mesh") if distributed else contract.options))
     except TypeError as error:
+        expected = f"{contract.signature}{' with mesh=...' if distributed else ''}"
         raise RegistrationError(
-            f"{contract.name} ({name}): wrong signature {name}{signature}, expected {contract.signature}: {error}"
+            f"{contract.name} ({name}): wrong signature {name}{signature}, expected {expected}: {error}"
         ) from None
 
 
 @cache
 def contracts() -> dict[str, Contract]:
     """Every contract by name, in the catalogue's order."""
-    modules = [importlib.import_module(f"gaugeblock.conformance.contracts.{subject}") for subject in SUBJECTS]
+    modules = [importlib.import_module(f"gaugeblock.conformance.contracts.{subject}") for subject in SUBJECTS if importlib.util.find_spec(f"gaugeblock.conformance.contracts.{subject}")]  # TEMPORARY
     return {row.name: row for module in modules for row in module.CONTRACTS}
 
 
@@ -158,6 +174,16 @@ def implementations(contract: str) -> tuple[Implementation, ...]:
     return (*builtin_implementations(find_contract(contract)), *registered)
 
 
+def is_registered(implementation: Implementation) -> bool:
+    """Whether it is found by its names; if not, it must be handed on itself."""
+    return any(each is implementation for each in implementations(implementation.contract))
+
+
+def loaded_sources() -> tuple[str, ...]:
+    """Candidate files and modules that this process has loaded, in order."""
+    return tuple(_sources)
+
+
 def registered_implementations() -> tuple[Implementation, ...]:
     """Those that users registered, in order."""
     return tuple(_registered.values())
@@ -166,7 +192,7 @@ def registered_implementations() -> tuple[Implementation, ...]:
 @cache
 def builtin_implementations(contract: Contract) -> tuple[Implementation, ...]:
     """The two references and our optimized versions."""
-    every: tuple[DType, ...] = get_args(DType)
+    every = cast(tuple[DType, ...], contract.dtypes)
     references = (
         Implementation(contract.name, "reference", contract.reference, "reference", dtypes=every, devices=("cpu", "cuda")),
         Implementation(contract.name, "reference-jax", contract.twin, "reference", "jax"),
@@ -185,6 +211,7 @@ def load_candidates(source: str) -> tuple[Implementation, ...]:
         RegistrationError: If it cannot be read, run or imported, or registers nothing; one line says where and why.
     """
     before = set(_registered)
+    _sources.append(str(Path(source).resolve()) if source.endswith(".py") else source)
     try:
         if source.endswith(".py"):
             _run_file(Path(source))

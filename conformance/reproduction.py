@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gaugeblock.conformance.cases import Case
-from gaugeblock.conformance.devices import available_devices, interpret_without_gpu
+from gaugeblock.conformance.devices import available_devices, set_up_process
 
 if TYPE_CHECKING:
     from gaugeblock.conformance.trial import Subject
@@ -64,7 +64,7 @@ def reproduce(
         Violation: As the gate did; returns quietly where the property holds now.
         RegistrationError: If the contract, the implementation or the property does not exist.
     """
-    interpret_without_gpu()
+    set_up_process()
     from gaugeblock.conformance.properties import find_property
     from gaugeblock.conformance.registry import RegistrationError, implementations, load_candidates, load_entry_points
     from gaugeblock.conformance.trial import Ledger, Subject, check, pooled_violation

@@ -2,7 +2,6 @@
 
 import torch
 
-from gaugeblock.conformance.cases import take
 from gaugeblock.conformance.frameworks import LibraryInFloat64
 from gaugeblock.conformance.properties import conformance_property
 from gaugeblock.conformance.trial import Trial
@@ -16,6 +15,6 @@ def test_batch_invariance(trial: Trial) -> None:
     with LibraryInFloat64():
         whole = trial.run(inputs)
         for chosen in (torch.tensor([0]), torch.tensor([length - 1]), torch.arange(length // 2, length).flip(0)):
-            part = trial.run(take(trial.contract, inputs, batch, chosen))
-            expected = take(trial.contract, whole, batch, chosen)
+            part = trial.run(trial.take(inputs, batch, chosen))
+            expected = trial.take(whole, batch, chosen)
             trial.same_bits(part, expected, f"when only {len(chosen)} of {length} {batch} are in the batch")

@@ -2,7 +2,7 @@
 
 import torch
 
-from gaugeblock.conformance.cases import take
+from gaugeblock.conformance.frameworks import LibraryInFloat64
 from gaugeblock.conformance.properties import conformance_property
 from gaugeblock.conformance.trial import Trial
 
@@ -24,14 +24,16 @@ def test_nan_containment(trial: Trial) -> None:
         length // 2,
         torch.tensor([row for row in range(length) if row != length // 2], dtype=torch.int64),
     )
-    clean = trial.run(inputs)
+    with LibraryInFloat64():  # a row of NaN may be routed elsewhere, and torch's bits depend on how many rows it multiplies
+        clean = trial.run(inputs)
     for key, tensor in inputs.items():
-        spec = trial.contract.spec(key)
+        spec = trial.contract.spec(key, trial.case.parameters)
         if spec.differentiable and batch in spec.shape:
             tensor.select(spec.shape.index(batch), poisoned).fill_(torch.nan)
-    dirty = trial.run(inputs)
+    with LibraryInFloat64():
+        dirty = trial.run(inputs)
     trial.same_bits(
-        take(trial.contract, dirty, batch, others),
-        take(trial.contract, clean, batch, others),
+        trial.take(dirty, batch, others),
+        trial.take(clean, batch, others),
         f"where one of the {batch} is NaN",
     )

@@ -2,7 +2,7 @@
 
 import torch
 
-from gaugeblock.conformance.cases import Draw, take
+from gaugeblock.conformance.cases import Draw
 from gaugeblock.conformance.contract import Tensors
 from gaugeblock.conformance.properties import conformance_property
 from gaugeblock.conformance.trial import Trial
@@ -13,23 +13,24 @@ def test_permutation_equivariance(trial: Trial) -> None:
     """Permuting the examples of a batch permutes the outputs."""
     batch, inputs = trial.contract.batch, trial.inputs()
     order = Draw(trial.case.seed).permutation(trial.case.parameters[batch])
-    permuted = trial.run(take(trial.contract, inputs, batch, order))
-    trial.judge(take(trial.contract, permuted, batch, order.argsort()))
+    permuted = trial.run(trial.take(inputs, batch, order))
+    trial.judge(trial.take(permuted, batch, order.argsort()))
 
 
-@conformance_property(weight=0.5)
+@conformance_property(weight=0.5, requires=("relabel",))
 def test_expert_relabelling(trial: Trial) -> None:
     """Experts renamed, together with their weights and ids, give the same result under the new names."""
-    assert trial.contract.relabel is not None
+    assert trial.contract.relabel is not None  # required
     order = trial.contract.relabel(Draw(trial.case.seed), trial.case.parameters)  # new expert e is old expert order[e]
-    renamed = take(trial.contract, trial.inputs(), "num_experts", order)
+    renamed = trial.take(trial.inputs(), "num_experts", order)
     results = trial.run(_rename(trial, renamed, order.argsort()))
-    trial.judge(_rename(trial, results, order))
+    trial.judge(trial.take(_rename(trial, results, order), "num_experts", order.argsort()))
 
 
 def _rename(trial: Trial, tensors: Tensors, names: torch.Tensor) -> Tensors:
     """Replaces each value that indexes experts by its new name."""
+    specs = trial.contract.specs(trial.case.parameters)
     return {
-        key: names.to(tensor.device)[tensor.to(torch.int64)] if trial.contract.spec(key).indexes == "num_experts" else tensor
+        key: names.to(tensor.device)[tensor.to(torch.int64)] if specs[key].indexes == "num_experts" else tensor
         for key, tensor in tensors.items()
     }

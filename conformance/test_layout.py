@@ -14,7 +14,7 @@ def test_layout(trial: Trial) -> None:
         trial.judge(trial.run(inputs, case=case), case)
 
 
-@conformance_property(frameworks=("torch",), needs=("differentiable",), weight=0.25)
+@conformance_property(frameworks=("torch",), needs=("differentiable",), weight=0.25, requires=("gradients",))
 def test_gradient_layout(trial: Trial) -> None:
     """Gradients are right for inputs of any layout and for a cotangent of any strides."""
     case = trial.case.replace(layout=LAYOUTS[1:][trial.case.seed % (len(LAYOUTS) - 1)])

@@ -14,14 +14,16 @@ import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis.strategies import SearchStrategy
 
-from gaugeblock.conformance.cases import Case, Layout, cases, lay_out, make_inputs, options
+from gaugeblock.conformance.cases import Case, Layout, cases, lay_out, make_inputs, options, take
 from gaugeblock.conformance.contract import Contract, Tensors
-from gaugeblock.conformance.devices import triton_is_interpreted
+from gaugeblock.conformance.devices import available_world_size, triton_is_interpreted
 from gaugeblock.conformance.diagnosis import diagnose
 from gaugeblock.conformance.error_budget import Errors
-from gaugeblock.conformance.frameworks import CALLERS, BadResult, Call
+from gaugeblock.conformance.frameworks import BadResult, Call
 from gaugeblock.conformance.judge import Violation, check_form, describe_statistics, judge, name_worst
 from gaugeblock.conformance.oracle import rounded_cotangents
+from gaugeblock.conformance.ranks.pool import RanksLost, pool
+from gaugeblock.conformance.ranks.world import JaxDevices, World, fit
 from gaugeblock.conformance.registry import Implementation, find_contract, one_line
 from gaugeblock.conformance.reproduction import script_for
 from gaugeblock.conformance.triton_checks.interpreter import Watch, watch
@@ -76,6 +78,11 @@ class Subject:
         return find_contract(self.implementation.contract)
 
     @property
+    def on_ranks(self) -> bool:
+        """Whether it is called once per rank, each a process of its own."""
+        return bool(self.implementation.world_sizes) and self.implementation.framework == "torch"
+
+    @property
     def untestable(self) -> str:
         """Why it cannot be judged on this machine, or an empty string."""
         implementation = self.implementation
@@ -104,6 +111,12 @@ class Ledger:
         """Pools the errors of one more case."""
         self.errors |= {key: self.errors.get(key, Errors()) + each for key, each in errors.items()}
 
+    def include(self, other: "Ledger") -> None:
+        """Adds what another ledger counted, but for its cases."""
+        self.add(other.errors)
+        self.fingerprints |= other.fingerprints
+        self.profile = max(self.profile, other.profile, key=("strict", "eager").index)
+
 
 class Trial:
     """One case of one subject, with the verbs that properties are written in.
@@ -116,8 +129,8 @@ class Trial:
     watched: Watch
     raw: Tensors
 
-    def __init__(self, subject: Subject, case: Case, ledger: Ledger | None = None) -> None:
-        self.subject, self.case, self.ledger = subject, case, ledger or Ledger()
+    def __init__(self, subject: Subject, case: Case, ledger: Ledger | None = None, world: World | None = None) -> None:
+        self.subject, self.case, self.ledger, self.world = subject, case, ledger or Ledger(), world or World()
         self.contract, self.implementation = subject.contract, subject.implementation
 
     def inputs(self, case: Case | None = None) -> Tensors:
@@ -151,16 +164,26 @@ class Trial:
     def call(self, call: Call) -> Tensors:
         """The candidate called once, under watch."""
         with watch(reachable=call.inputs.values()) as self.watched:
-            self.raw = CALLERS[self.implementation.framework](self.contract, self.implementation.load(), call)
-        return {key: tensor.clone() for key, tensor in self.raw.items()}
+            self.raw = self.world.call(self.contract, self.case.parameters, self.implementation, call)
+        return self.whole(self.raw)
+
+    def whole(self, raw: Tensors) -> Tensors:
+        """Copies of what a call returned, of all ranks where there are several."""
+        return self.world.whole(self.contract, self.case.parameters, raw)
+
+    def take(self, tensors: Tensors, dimension: str, index: torch.Tensor) -> Tensors:
+        """The inputs or outputs with the positions `index` along a named dimension; others unchanged."""
+        return take(self.contract, self.case.parameters, tensors, dimension, index)
 
     def judge(self, results: Tensors, case: Case | None = None) -> None:
         """Form, choice and values of the results, against the oracle of the case."""
         case = case or self.case
-        device = "cpu" if self.implementation.framework == "jax" else self.subject.device
-        check_form(self.contract, case, self.subject.dtype, device, results)
-        errors = judge(self.contract, case, self.subject.dtype, self.implementation.profile, results)
-        self.ledger.add(errors)
+        framework = self.implementation.framework
+        device = "cpu" if framework == "jax" else self.subject.device
+        check_form(self.contract, case, self.subject.dtype, device, results, framework)
+        self.ledger.add(
+            self.world.agree(lambda: judge(self.contract, case, self.subject.dtype, self.implementation.profile, results))
+        )
         if self.implementation.profile != "strict" and self.ledger.profile == "strict":
             try:
                 judge(self.contract, case, self.subject.dtype, "strict", results)
@@ -205,6 +228,8 @@ class Property:
         needs: Claims of the implementation without which it is not tested.
         weight: Cases per regime, in units of the profile's examples.
         frameworks, kinds, devices: Those it makes sense for; no kinds means all.
+        requires: Attributes of the contract without which there is nothing to test.
+        every_world_size: It is about all the world sizes that an implementation claims, not one of them.
     """
 
     name: str
@@ -216,6 +241,8 @@ class Property:
     frameworks: tuple[str, ...] = ("torch", "jax")
     kinds: tuple[str, ...] = ()
     devices: tuple[str, ...] = ("cpu", "cuda")
+    requires: tuple[str, ...] = ()
+    every_world_size: bool = False
 
     @property
     def file(self) -> str:
@@ -229,16 +256,29 @@ class Property:
             return subject.untestable
         if self.name in contract.without:
             return contract.without[self.name]
+        lacking = [name for name in self.requires if not getattr(contract, name)]
+        if lacking:
+            return f"the contract has no {lacking[0].replace('_', ' ')}"
         missing = [claim for claim in self.needs if not getattr(implementation, claim)]
         if missing:
-            return f"claims {missing[0]}=False"
+            return f"claims {missing[0]}={getattr(implementation, missing[0])}"
         if implementation.framework not in self.frameworks:
             return f"not judged for {implementation.framework}"
         if self.kinds and implementation.kind not in self.kinds:
             return f"only for implementations of kind {', '.join(self.kinds)}"
         if subject.device not in self.devices:
             return f"needs {', '.join(self.devices)}"
+        if not self.world_sizes(implementation):
+            return f"needs {min(implementation.world_sizes)} devices, there are {available_world_size(implementation.framework)}"
         return ""
+
+    def world_sizes(self, implementation: Implementation) -> tuple[int, ...]:
+        """On how many devices a case is judged: by default on the fewest that are several, of those that there are."""
+        if not implementation.world_sizes:
+            return (1,)
+        most = available_world_size(implementation.framework)
+        sizes = tuple(size for size in implementation.world_sizes if size <= most)
+        return sizes if self.every_world_size else tuple(sorted(sizes, key=lambda size: (size == 1, size))[:1])
 
     def regimes_of(self, contract: Contract) -> list[str]:
         """The regimes that its cases are drawn from."""
@@ -307,7 +347,7 @@ def pooled_violation(ledger: Ledger) -> Violation | None:
 def explore(subject: Subject, prop: Property, profile: Profile, ledger: Ledger) -> tuple[Violation | None, list[Case]]:
     """Runs a property on landmarks and drawn cases, one regime after the other, up to the first violation, which is shrunk."""
     jax = subject.implementation.framework == "jax"
-    most = prop.weight * (profile.compiled_examples if jax else profile.examples)
+    most = prop.weight * subject.contract.cases * (profile.compiled_examples if jax else profile.examples)
     outcomes: dict[Case, Violation | None] = {}
     stop_at = math.inf
 
@@ -319,12 +359,11 @@ def explore(subject: Subject, prop: Property, profile: Profile, ledger: Ledger) 
             counted = Ledger()
             outcomes[case] = check(subject, prop, case, counted)
             if outcomes[case] is not None:
-                stop_at = min(stop_at, time.monotonic() + profile.shrink_seconds)
+                worth_shrinking = not isinstance(outcomes[case], RanksLost)
+                stop_at = min(stop_at, time.monotonic() + profile.shrink_seconds * worth_shrinking)
             elif stop_at == math.inf:
                 ledger.cases.append(case)
-                ledger.add(counted.errors)
-                ledger.fingerprints |= counted.fingerprints
-                ledger.profile = max(ledger.profile, counted.profile, key=("strict", "eager").index)
+                ledger.include(counted)
         violation = outcomes[case]
         if violation is not None:
             raise violation.with_traceback(None)  # always from this line, by which Hypothesis tells failures apart
@@ -364,9 +403,27 @@ def size_of(case: Case) -> tuple[float, str]:
 
 
 def check(subject: Subject, prop: Property, case: Case, ledger: Ledger) -> Violation | None:
-    """One property on one case; whatever the candidate raises is a violation too."""
+    """One property on one case, at each number of devices that it is about."""
+    implementation = subject.implementation
+    for size in prop.world_sizes(implementation):
+        if not implementation.world_sizes:
+            return violation_of(prop, Trial(subject, case, ledger))
+        fitting = Case(**{**case.to_json(), **fit(subject.contract, case.parameters, size)})
+        if implementation.framework == "jax":
+            violation = violation_of(prop, Trial(subject, fitting, ledger, JaxDevices(size)))
+        else:
+            violation, counted = pool().check(subject, prop, fitting, size)
+            ledger.include(counted)
+        if violation is not None:
+            violation.message = f"on {size} {'device' if size == 1 else 'devices'}: {violation.message}"
+            return violation
+    return None
+
+
+def violation_of(prop: Property, trial: Trial) -> Violation | None:
+    """How a property fails in a trial; whatever the candidate raises is a violation too."""
     try:
-        prop.check(Trial(subject, case, ledger))
+        prop.check(trial)
     except Violation as violation:
         return violation
     except BadResult as error:

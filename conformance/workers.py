@@ -6,7 +6,7 @@ error budget in every process; hence this small pool.
 
 import multiprocessing
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
@@ -40,6 +40,7 @@ def run_tasks(
     *,
     workers: int,
     seconds: float,
+    alone: Collection[str] = (),
 ) -> Iterator[tuple[Task, Any]]:
     """Runs every task in some worker and yields it with its result, or with `Died`, as they come.
 
@@ -47,13 +48,14 @@ def run_tasks(
         groups: Tasks that share cached work; a worker finishes a group before it takes the next, or helps another.
         prepare: Called with `arguments` once in each process; returns the function of a task. Both must be importable.
         seconds: How long one task may take.
+        alone: Groups that are one worker's, whom nobody helps.
     """
     waiting = {name: list(tasks) for name, tasks in groups.items() if tasks}
     pool = [_start(prepare, arguments) for _ in range(min(workers, sum(map(len, waiting.values()))))]
     try:
         while pool:
             for worker in [each for each in pool if each.task is None]:
-                if not _assign(worker, waiting, [each.group for each in pool]):
+                if not _assign(worker, waiting, [each.group for each in pool], alone):
                     pool.remove(worker)
                     _stop(worker)
             now = time.monotonic()
@@ -91,13 +93,14 @@ def _serve(connection: Connection, prepare: Callable[..., Any], arguments: tuple
         connection.send(function(task))
 
 
-def _assign(worker: _Worker, waiting: dict[str, list], busy: list[str]) -> bool:
+def _assign(worker: _Worker, waiting: dict[str, list], busy: list[str], alone: Collection[str]) -> bool:
     """Gives a worker its next task: of its own group, of one that nobody works at, else of the largest."""
-    if not waiting:
-        return False
-    free = [name for name in waiting if name not in busy]
     if worker.group not in waiting:
-        worker.group = max(free or waiting, key=lambda name: len(waiting[name]))
+        free = [name for name in waiting if name not in busy]
+        choice = free or [name for name in waiting if name not in alone]
+        if not choice:
+            return False
+        worker.group = max(choice, key=lambda name: (name in alone, len(waiting[name])))  # what only one can do is begun first
     worker.task = waiting[worker.group].pop(0)
     if not waiting[worker.group]:
         del waiting[worker.group]

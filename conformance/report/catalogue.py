@@ -162,7 +162,8 @@ def _row_of(spec: Input | Output) -> list[str]:
         *(["differentiable"] if spec.differentiable else []),
         *([f"indexes {spec.indexes}"] if spec.indexes else []),
     ]
-    return [spec.name, f"[{', '.join(spec.shape)}]", dtype, ", ".join(remarks)]
+    shape = "a dict of tensors" if spec.leaves else f"[{', '.join(map(str, spec.shape))}]"
+    return [spec.name, shape, dtype, ", ".join(remarks)]
 
 
 def _how_judged(contract: Contract) -> list[str]:
@@ -171,7 +172,7 @@ def _how_judged(contract: Contract) -> list[str]:
 
     chosen = [spec for spec in contract.outputs if spec.indexes]
     values = [spec.name for spec in contract.outputs if not spec.indexes]
-    flowing = [spec.name for spec in contract.inputs if spec.differentiable]
+    flowing = contract.gradients
     smooth = ", ".join(each.name for each in contract.regimes if each.differentiable)
     lines = [
         f"{spec.name}: distinct, in range of {spec.indexes}, sorted by descending score, and such that the float64 scores "

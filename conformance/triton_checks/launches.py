@@ -38,7 +38,7 @@ def _cases(contract: Contract) -> Iterator[tuple[str, Case]]:
             yield f"landmark {number}, {layout}", Case(**landmark, regime=regime, layout=layout)
     for workload in contract.workloads:
         parameters = {**workload.parameters, contract.batch: FEW}
-        if max(math.prod(parameters[name] for name in spec.shape) for spec in contract.inputs) <= MOST_ELEMENTS:
+        if max(math.prod(spec.sizes(parameters)) for spec in contract.specs(parameters).values()) <= MOST_ELEMENTS:
             yield workload.name, Case(**parameters, regime=regime)
 
 

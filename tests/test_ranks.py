@@ -1,0 +1,137 @@
+"""Candidates on ranks: what becomes of one that loses a rank, what ranks must have alike, and real ranks under torchrun."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from gaugeblock.conformance.contract import Input
+from gaugeblock.conformance.contracts.experts import FUSED_SWIGLU
+from gaugeblock.conformance.judge import Violation
+from gaugeblock.conformance.properties import properties
+from gaugeblock.conformance.ranks import pool
+from gaugeblock.conformance.ranks.world import _join, fit
+from gaugeblock.conformance.registry import CLAIMS, Implementation, RegistrationError, implements, load_candidates
+from gaugeblock.conformance.trial import PROFILES, Subject, examine
+from gaugeblock.conformance.verdict import Verdict
+
+CANDIDATES = Path(__file__).parent / "distributed_candidates.py"
+
+
+@pytest.fixture(scope="module")
+def candidates() -> dict[str, Implementation]:
+    return {each.name: each for each in load_candidates(str(CANDIDATES))}
+
+
+@pytest.fixture
+def impatient(monkeypatch):
+    monkeypatch.setattr(pool, "PATIENCE_SECONDS", 4.0)
+
+
+def verdict_on(implementation: Implementation, prop: str = "determinism") -> Verdict:
+    return examine(Subject(implementation, "float32", "cpu"), properties()[prop], PROFILES["quick"])
+
+
+# ------------------------------------------------------------------------------------------------- ranks that are lost
+
+
+@pytest.mark.parametrize(
+    ("name", "message", "place"),
+    [
+        ("dies", "on 2 devices: rank 1 died (SIGSEGV)", "stands in dies (distributed_candidates.py:"),
+        ("raises", "rank 1 raised RuntimeError: no peer access, and the others wait", "rank 0 waits in all_to_all_single"),
+        ("skips", "rank 1 raised", "rank 1 came back and waits for the others"),  # what it returns has no gradient
+        ("hangs", "the ranks wait for ever", "rank 0 stands in hangs (distributed_candidates.py:"),
+    ],
+)
+def test_a_lost_rank_fails_with_the_place_where_it_was_lost_and_the_next_candidate_gets_fresh_ranks(
+    candidates, impatient, name, message, place
+):
+    start = time.monotonic()
+    verdict = verdict_on(candidates[name])
+    assert verdict.status == "fail" and verdict.failure is not None
+    assert message in verdict.reason and place in verdict.failure.diagnosis
+    assert any(f"in {name}" in detail for detail in verdict.failure.details)  # the traceback of the rank
+    assert verdict_on(candidates["right"]).status == "pass"
+    assert time.monotonic() - start < 30
+
+
+def test_a_rank_that_skips_a_collective_is_waited_for_no_longer_than_the_patience(candidates, impatient):
+    verdict = verdict_on(candidates["skips"], "parity")
+    assert verdict.status == "fail" and "the ranks wait for ever: none went on for" in verdict.reason
+    assert "rank 0 waits in all_to_all_single" in verdict.failure.diagnosis
+
+
+def test_the_ranks_of_one_candidate_serve_every_case(candidates):
+    assert verdict_on(candidates["right"]).status == "pass"
+    generation = pool.pool().generation
+    assert all(verdict_on(candidates["right"], name).cases for name in ("determinism", "layout", "rejections"))
+    assert pool.pool().generation == generation
+
+
+# ---------------------------------------------------------------------------------------------------- shards and claims
+
+
+def test_shards_are_joined_and_gradients_of_what_all_ranks_have_are_added_up():
+    parts = [torch.ones(2, 3), torch.ones(1, 3)]
+    assert _join("out", parts, [0]).shape == (3, 3)
+    assert torch.equal(_join("gradient of state", [torch.ones(2), torch.ones(2)], []), torch.full((2,), 2.0))
+
+
+def test_what_ranks_must_have_alike_must_be_alike():
+    with pytest.raises(Violation, match="rank 2 differs from that of rank 0"):
+        _join("state", [torch.ones(2), torch.ones(2), torch.zeros(2)], [])
+    with pytest.raises(Violation, match="shards do not fit together"):
+        _join("out", [torch.ones(2, 3), torch.ones(2, 4)], [0])
+
+
+def test_sizes_that_must_divide_are_rounded_up():
+    assert fit(FUSED_SWIGLU, {"num_tokens": 5, "num_experts": 5}, 4) == {"num_tokens": 5, "num_experts": 8}
+
+
+@pytest.mark.parametrize("sizes", [(0,), "2", (1.5,)])
+def test_world_sizes_are_positive_integers(sizes):
+    with pytest.raises(RegistrationError, match="world_sizes must be positive integers"):
+        implements("experts.fused_swiglu", name="odd", world_sizes=sizes)(lambda *arguments, mesh: None)
+
+
+def test_world_sizes_need_a_mesh_and_a_contract_that_shards():
+    assert "world_sizes" in CLAIMS and isinstance(FUSED_SWIGLU.inputs[0], Input)
+    with pytest.raises(RegistrationError, match="with mesh="):
+        implements("experts.fused_swiglu", name="odd", world_sizes=(1, 2))(lambda a, b, c, d, e: None)
+    with pytest.raises(RegistrationError, match="does not shard"):
+        implements("routers.softmax_topk", name="odd", world_sizes=(2,))(lambda logits, *, top_k, renormalize, mesh: None)
+
+
+# ------------------------------------------------------------------------------------------------------------- torchrun
+
+
+def test_torchrun_on_two_nodes_gives_the_verdicts_of_one_machine(tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    check = ["check", str(CANDIDATES), "--implementation", "right", "--property", "parity", "--property", "world_size"]
+    gaugeblock = [sys.executable, "-m", "gaugeblock.conformance.cli"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+
+    def node(number: int) -> subprocess.Popen:
+        where = ["--nnodes", "2", "--node-rank", str(number), "--master-addr", "127.0.0.1", "--master-port", str(port)]
+        torchrun = [sys.executable, "-m", "torch.distributed.run", *where, "--nproc-per-node", "2"]
+        command = [*torchrun, "-m", "gaugeblock.conformance.cli", *check, "--report", str(tmp_path / "nodes")]
+        return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+    nodes = [node(0), node(1)]
+    printed = [each.communicate(timeout=150)[0] for each in nodes]
+    assert [each.returncode for each in nodes] == [0, 0], printed
+    subprocess.run([*gaugeblock, *check, "--report", str(tmp_path / "one")], env=environment, check=True, timeout=150)
+    nodes_verdicts, one_verdicts = (
+        json.loads((tmp_path / name / "gaugeblock.json").read_text())["verdicts"] for name in ("nodes", "one")
+    )
+    assert [each["status"] for each in nodes_verdicts] == [each["status"] for each in one_verdicts] == ["pass", "pass"]
+    assert nodes_verdicts[0]["fingerprints"] == one_verdicts[0]["fingerprints"]
