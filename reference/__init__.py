@@ -13,5 +13,19 @@ Local arrays carry their shape as a suffix, one letter per axis (`logits_TE` is 
     H  hidden_size
     I  intermediate_size
 
+The diffusion models (`layers`, `dit`) have images and sequences, and name some letters anew:
+
+    B  batch_size
+    S  tokens of a sequence: one per patch
+    D  hidden_size
+    A  num_heads
+    F  features of a head, or frequencies of an embedding
+    C  channels
+    H  height
+    W  width
+    P  height and width of a patch
+    Y  rows of patches
+    X  columns of patches
+
 A module names the letters it uses at its top.
 """

@@ -23,7 +23,8 @@ class DiTConfig:
         mlp_ratio: Width of a block's hidden layer, in units of `hidden_size`.
         num_classes: Classes; the embedding table has one row more, for the label that was dropped.
         learn_sigma: Whether the variance is predicted too, which doubles the output channels.
-        norm_eps: Added to the variance by the LayerNorms of the blocks (diffusers: 1e-5); the final one has 1e-6.
+        norm_eps: Added to the variance by the second LayerNorm of a block (diffusers: 1e-5); the first one and the final one
+            have 1e-6.
         frequency_embedding_size: Width of the sinusoidal timestep embedding; even.
         frequency_shift: The lowest frequency is 1 / 10000 ** ((n - 1) / (n - frequency_shift)) with n of them; the paper's
             code has 0, diffusers 1.

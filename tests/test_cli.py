@@ -52,7 +52,8 @@ def test_list_json_has_an_object_for_each_contract(output_of):
     for row in rows:
         assert [*row] == ["contract", "references", "implementations", "properties", "workloads"]
         assert row["references"] == ["torch", "jax"]
-        assert {"name": "triton", "framework": "torch", "kind": "triton"} in row["implementations"]
+        if row["contract"].startswith(("routers", "experts")):
+            assert {"name": "triton", "framework": "torch", "kind": "triton"} in row["implementations"]
         assert {*row["properties"]} <= {*properties()} and row["properties"][:2] == ["parity", "gradients"]
         assert row["workloads"] == [each.name for each in contracts()[row["contract"]].workloads]
 

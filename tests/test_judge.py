@@ -65,7 +65,7 @@ PRODUCT = Contract(
     twin="none",
     inputs=(
         Input("x", ("rows", "inner"), differentiable=True),
-        Input("state", ("inner", "columns"), differentiable=True),
+        Input("state", differentiable=True, leaves=lambda sizes: {"weight": Input("weight", ("inner", "columns"))}),
     ),
     outputs=(Output("y", ("rows", "columns"), differentiable=True),),
     options=(),

@@ -222,6 +222,7 @@ FUSED_SWIGLU = Contract(
         Workload("two-cores/prefill-2048", sizes(2048, 1024, 512, 32, 4), "the size of this project's goal on a CPU, issue 2"),
     ),
     relabel=shuffled,
+    sharded={"num_tokens": "uneven", "num_experts": "even"},
     rejections=REJECTIONS,
     builtins=(
         Builtin(
@@ -242,6 +243,19 @@ FUSED_SWIGLU = Contract(
             "jax",
             "jax",
             {"dtypes": COMPILED_DTYPES},
+        ),
+        Builtin(
+            "expert-parallel",
+            "gaugeblock.optimized.distributed.experts:fused_swiglu",
+            "distributed",
+            claims={"dtypes": EVERY_DTYPE, "devices": ("cpu", "cuda"), "world_sizes": (1, 2, 4)},
+        ),
+        Builtin(
+            "jax-expert-parallel",
+            "gaugeblock.optimized.jax.expert_parallel:fused_swiglu",
+            "distributed",
+            "jax",
+            {"world_sizes": (1, 2, 4)},
         ),
     ),
 )

@@ -25,7 +25,7 @@ RENORMALIZE_EPSILON = tl.constexpr(1e-20)
 
 
 @triton.jit
-def _divide(x, y):
+def divide(x, y):
     """Return x / y, correctly rounded; `/` of float32 is an approximation on GPUs."""
     if x.dtype == tl.float64:
         quotient = x / y
@@ -87,7 +87,7 @@ def _softmax_topk_forward(
         total = tl.sum(weights, axis=1)
     else:
         total = tl.sum(tl.exp(logits - highest), axis=1)
-    _store_choice(weights_ptr, ids_ptr, _divide(weights, total[:, None]), ids, rows, in_batch, columns, top_k)
+    _store_choice(weights_ptr, ids_ptr, divide(weights, total[:, None]), ids, rows, in_batch, columns, top_k)
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
@@ -110,7 +110,7 @@ def _softmax_topk_backward(
     exponentials = tl.exp(logits - tl.max(logits, axis=1)[:, None])
     if renormalize:
         exponentials = tl.where(is_chosen, exponentials, 0.0)
-    probabilities = _divide(exponentials, tl.sum(exponentials, axis=1)[:, None])
+    probabilities = divide(exponentials, tl.sum(exponentials, axis=1)[:, None])
     # centered twice: where a probability is near 1, what rounding leaves of the mean is as large as the gradient
     for _ in tl.static_range(2):
         grads -= tl.sum(probabilities * grads, axis=1)[:, None]
@@ -160,7 +160,7 @@ def _grouped_sigmoid_topk_forward(
     chosen_logits = _load_logits(logits_ptr, row_stride, column_stride, rows, ids, in_batch & is_column, dtype)
     weights = tl.where(is_column, tl.sigmoid(chosen_logits), 0.0)
     if renormalize:
-        weights = _divide(weights, (tl.sum(weights, axis=1) + RENORMALIZE_EPSILON)[:, None])
+        weights = divide(weights, (tl.sum(weights, axis=1) + RENORMALIZE_EPSILON)[:, None])
     _store_choice(weights_ptr, ids_ptr, weights * routed_scaling_factor, ids, rows, in_batch, columns, top_k)
 
 
@@ -186,8 +186,8 @@ def _grouped_sigmoid_topk_backward(
     if renormalize:
         chosen_scores = tl.where(is_chosen, scores, 0.0)
         total = (tl.sum(chosen_scores, axis=1) + RENORMALIZE_EPSILON)[:, None]
-        inner = _divide(tl.sum(chosen_scores * grads, axis=1)[:, None], total)
-        grads = tl.where(is_chosen, _divide(grads - inner, total), 0.0)
+        inner = divide(tl.sum(chosen_scores * grads, axis=1)[:, None], total)
+        grads = tl.where(is_chosen, divide(grads - inner, total), 0.0)
     grads *= scores * tl.sigmoid(-logits)  # not 1 - s, which has no digits left where s is near 1
     tl.store(grad_logits_ptr + rows * num_experts + experts, grads, mask=in_batch & exists)
 

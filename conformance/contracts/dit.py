@@ -1,0 +1,248 @@
+"""The contract of DiT (CATALOGUE section 5)."""
+
+from collections.abc import Callable
+from dataclasses import asdict, fields
+from typing import Any
+
+import torch
+from hypothesis import strategies as st
+
+from gaugeblock.conformance.cases import Draw
+from gaugeblock.conformance.contract import (
+    Builtin,
+    Contract,
+    Cost,
+    Input,
+    Output,
+    Parameters,
+    Regime,
+    Rejection,
+    Tensors,
+    Workload,
+)
+from gaugeblock.reference.configs import DIT_PRESETS, DiTConfig
+from gaugeblock.reference.torch import dit, layers
+
+EVERY_DTYPE = ("float32", "float16", "bfloat16")
+# torch rounds what its products give, and on a CPU their bits depend on how many rows there are.
+LIBRARY_PRODUCTS = {"profile": "eager", "batch_invariant": False}
+
+
+def configuration(parameters: Parameters) -> DiTConfig:
+    """The model at given parameters."""
+    return DiTConfig(**{field.name: parameters[field.name] for field in fields(DiTConfig)})
+
+
+def state_leaves(parameters: Parameters) -> dict[str, Input]:
+    """The model's parameters."""
+    return {name: Input(name, shape) for name, shape in dit.state_shapes(configuration(parameters)).items()}
+
+
+def cost(parameters: Parameters, itemsize: int) -> Cost:
+    """Matrix products of tokens and of what steers them, and attention; parameters, latents and result move once."""
+    config, batch_size = configuration(parameters), parameters["batch_size"]
+    shapes = dit.state_shapes(config)
+    flops = 4.0 * config.depth * config.num_patches**2 * config.hidden_size
+    for name, shape in shapes.items():
+        uses = 1 if name.startswith("t_embedder") or "adaLN" in name else config.num_patches
+        flops += 2.0 * uses * torch.Size(shape).numel() if len(shape) > 1 and not name.startswith("y_embedder") else 0.0
+    moved = sum(torch.Size(shape).numel() for name, shape in shapes.items() if not name.startswith("y_embedder"))
+    moved += batch_size * (config.in_channels + config.out_channels) * config.input_size**2
+    return Cost(batch_size * flops, float(itemsize * moved))
+
+
+def sizes(batch_size: int, config: DiTConfig) -> dict[str, Any]:
+    """One point of the input space."""
+    return {"batch_size": batch_size, **asdict(config), "out_channels": config.out_channels}
+
+
+def tiny_model(
+    hidden_size: int = 32, num_heads: int = 2, depth: int = 2, input_size: int = 4, patch_size: int = 2, **others: Any
+) -> DiTConfig:
+    """A model small enough for an interpreter."""
+    return DiTConfig(
+        input_size=input_size,
+        patch_size=patch_size,
+        in_channels=others.pop("in_channels", 3),
+        hidden_size=hidden_size,
+        depth=depth,
+        num_heads=num_heads,
+        num_classes=others.pop("num_classes", 3),
+        frequency_embedding_size=others.pop("frequency_embedding_size", 32),
+        **others,
+    )
+
+
+@st.composite
+def parameters(draw: st.DrawFn) -> dict[str, Any]:
+    """Tiny models with one to three heads, all tokens in one patch or one pixel in each."""
+    hidden_size, num_heads = draw(st.sampled_from([(16, 1), (16, 2), (24, 3), (32, 2), (48, 3)]))
+    input_size, patch_size = draw(st.sampled_from([(4, 2), (4, 4), (4, 1), (6, 2), (8, 4)]))
+    config = tiny_model(
+        hidden_size,
+        num_heads,
+        draw(st.sampled_from([1, 2])),
+        input_size,
+        patch_size,
+        in_channels=draw(st.sampled_from([1, 3, 4])),
+        num_classes=draw(st.sampled_from([1, 3, 10])),
+        mlp_ratio=draw(st.sampled_from([4.0, 1.5])),
+        learn_sigma=draw(st.booleans()),
+        norm_eps=draw(st.sampled_from([1e-6, 1e-5, 1e-1])),
+        frequency_shift=draw(st.sampled_from([0, 1])),
+    )
+    return sizes(draw(st.sampled_from([1, 2, 3])), config)
+
+
+# ------------------------------------------------------------------------------------------------------ kinds of values
+
+
+def dithered(draw: Draw, parameters: Parameters) -> Tensors:
+    """Random latents and weights scaled by fan-in, none of them 0; times up to 999, with neighbours; the dropped label."""
+    shapes, batch_size = dit.state_shapes(configuration(parameters)), parameters["batch_size"]
+    state = {}
+    for name, shape in shapes.items():
+        deviation = torch.Size(shape[1:]).numel() ** -0.5 if len(shape) > 1 and not name.startswith("y_embedder") else 0.5
+        state[f"state/{name}"] = draw.normal(*shape) * deviation
+    times = 1000 * draw.uniform(batch_size)
+    times[:2] = torch.tensor([999.0, 998.0], dtype=torch.float64)[:batch_size]
+    labels = draw.integers(0, parameters["num_classes"] + 1, batch_size)
+    labels[:1] = parameters["num_classes"]
+    size = parameters["input_size"]
+    return {
+        **state,
+        "latents": draw.normal(batch_size, parameters["in_channels"], size, size),
+        "timesteps": times,
+        "class_labels": labels,
+    }
+
+
+def near_constants(draw: Draw, parameters: Parameters) -> Tensors:
+    """Where constants count: the first patch's variance stays near the eps of every LayerNorm; inputs of GELU are near -3.
+
+    There exact GELU is a tenth larger in magnitude than its tanh approximation.
+    """
+    tensors, config = dithered(draw, parameters), configuration(parameters)
+    width = config.hidden_size
+    place = layers.sincos_position_embedding(config.input_size // config.patch_size, like=draw.normal(width))[0]
+    tensors["state/x_embedder.proj.weight"] *= 2.0**-10
+    tensors["state/x_embedder.proj.bias"] = -place
+    for index in range(config.depth):
+        block = f"state/blocks.{index}"
+        for part in ("weight", "bias"):
+            gates = tensors[f"{block}.adaLN_modulation.1.{part}"].unflatten(0, (6, width))[2::3]
+            gates *= 2.0**-10
+        tensors[f"{block}.mlp.fc1.weight"] *= 2.0**-4
+        tensors[f"{block}.mlp.fc1.bias"] = tensors[f"{block}.mlp.fc1.bias"] / 8 - 3
+        tensors[f"{block}.mlp.fc2.weight"] *= 2.0**8
+    return tensors
+
+
+def extreme(draw: Draw, parameters: Parameters) -> Tensors:
+    """Attention that picks single tokens; latents from 2^-4 to 2^4."""
+    tensors = dithered(draw, parameters)
+    scale = torch.exp2(draw.integers(-4, 5, parameters["batch_size"], 1, 1, 1).to(torch.float64))
+    tensors["latents"] *= scale
+    for index in range(parameters["depth"]):
+        tensors[f"state/blocks.{index}.attn.qkv.weight"][: 2 * parameters["hidden_size"]] *= 3
+    return tensors
+
+
+def special(draw: Draw, parameters: Parameters) -> Tensors:
+    """An example with a NaN and one with an infinity."""
+    tensors = dithered(draw, parameters)
+    tensors["latents"][parameters["batch_size"] // 2, 0, 0, 0] = torch.nan
+    tensors["latents"][-1, 0, -1, -1] = torch.inf
+    return tensors
+
+
+# ------------------------------------------------------------------------------------------------------------ bad calls
+
+
+def _change(name: str, change: Callable[[torch.Tensor], Any]) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    return lambda call: {name: change(call[name])}
+
+
+def _another_dtype(each: torch.Tensor) -> torch.Tensor:
+    return each.to(torch.float16 if each.dtype == torch.float32 else torch.float32)
+
+
+QKV = "state/blocks.0.attn.qkv.weight"
+REJECTIONS = (
+    Rejection("a parameter is missing", "blocks.0.attn.qkv.weight", lambda call: {QKV: None}),
+    Rejection("a parameter too many", "blocks.99.attn.qkv.weight", lambda call: {"state/blocks.99.attn.qkv.weight": call[QKV]}),
+    Rejection("a parameter of another shape", "blocks.0.attn.qkv.weight", _change(QKV, lambda each: each[:-1])),
+    Rejection("a parameter transposed", "blocks.0.attn.qkv.weight", _change(QKV, lambda each: each.T)),
+    Rejection("a parameter of another dtype", "blocks.0.attn.qkv.weight", _change(QKV, _another_dtype)),
+    Rejection("latents of another size", "latents", _change("latents", lambda each: each[..., :-1])),
+    Rejection("latents of rank 3", "latents", _change("latents", lambda each: each[0])),
+    Rejection("integer latents", "latents", _change("latents", lambda each: each.int())),
+    Rejection("a time for each two examples", "timesteps", _change("timesteps", lambda each: each[:-1])),
+    Rejection("times that cannot tell 998 from 999", "timesteps", _change("timesteps", lambda each: each.bfloat16())),
+    Rejection("labels for fewer examples", "class_labels", _change("class_labels", lambda each: each[:-1])),
+    Rejection("floating labels", "class_labels", _change("class_labels", lambda each: each.float())),
+    Rejection("a negative label", "class_labels", _change("class_labels", lambda each: each * 0 - 1)),
+    Rejection(
+        "a label above num_classes",
+        "class_labels",
+        lambda call: {"class_labels": call["class_labels"] * 0 + call["config"].num_classes + 1},
+    ),
+)
+
+DIT = Contract(
+    name="dit.dit",
+    summary="A transformer on patches of latents, steered by a time and a class through adaLN-Zero.",
+    formula=(
+        "x = patches, embedded, + position table; c = time embedding + class embedding; x = block(x, c), depth times; "
+        "out = unpatchify(linear(layer_norm_modulate(x, shift, scale))), shift, scale = linear(silu(c))"
+    ),
+    source="Peebles and Xie 2022 (arXiv:2212.09748), section 3.2 and figure 3; facebookresearch/DiT models.py",
+    reference=dit.dit,
+    twin="gaugeblock.reference.jax.dit:dit",
+    inputs=(
+        Input("state", leaves=state_leaves, differentiable=True),
+        Input("latents", ("batch_size", "in_channels", "input_size", "input_size"), differentiable=True),
+        Input("timesteps", ("batch_size",), dtype="float32"),
+        Input("class_labels", ("batch_size",), dtype="int64"),
+    ),
+    outputs=(Output("out", ("batch_size", "out_channels", "input_size", "input_size"), differentiable=True),),
+    options=("config",),
+    batch="batch_size",
+    parameters=parameters,
+    landmarks=(
+        sizes(3, tiny_model(norm_eps=1e-2)),
+        sizes(2, tiny_model(24, 3, 1, 6, 2, in_channels=4, learn_sigma=False, frequency_shift=1, num_classes=10)),
+    ),
+    regimes=(
+        Regime("dithered", dithered),
+        Regime("constants", near_constants, "worst element"),
+        Regime("adversarial", extreme, "worst element"),
+        Regime("special", special, "worst element", differentiable=False),
+    ),
+    cases=0.5,  # a budget with the gradients of all parameters takes about a second
+    configure=lambda parameters: {"config": configuration(parameters)},
+    cost=cost,
+    workloads=(
+        Workload("dit-xl-2/256px-batch-8", sizes(8, DIT_PRESETS["DiT-XL/2"]), "facebookresearch/DiT models.py, DiT_XL_2"),
+        Workload("dit-b-4/256px-batch-32", sizes(32, DIT_PRESETS["DiT-B/4"]), "facebookresearch/DiT models.py, DiT_B_4"),
+        Workload("two-cores/dit-s-8-batch-2", sizes(2, DIT_PRESETS["DiT-S/8"]), "a size for a CPU, DiT_S_8"),
+    ),
+    rejections=REJECTIONS,
+    builtins=(
+        Builtin(
+            "triton",
+            "gaugeblock.optimized.triton.dit:dit",
+            "triton",
+            claims={"dtypes": EVERY_DTYPE, "devices": ("cpu", "cuda"), **LIBRARY_PRODUCTS},
+        ),
+        Builtin(  # on a CPU every compilation takes a minute
+            "compiled",
+            "gaugeblock.optimized.compiled.dit:dit",
+            "compiled",
+            claims={"dtypes": EVERY_DTYPE, "devices": ("cuda",), **LIBRARY_PRODUCTS},
+        ),
+        Builtin("jax-compiled", "gaugeblock.optimized.jax.dit:dit", "jax", "jax"),
+    ),
+)
+
+CONTRACTS = (DIT,)

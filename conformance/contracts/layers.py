@@ -1,0 +1,230 @@
+"""Contracts of the layers that the diffusion models share (CATALOGUE section 5, shared blocks)."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from hypothesis import strategies as st
+
+from gaugeblock.conformance.cases import Draw
+from gaugeblock.conformance.contract import (
+    Builtin,
+    Contract,
+    Cost,
+    Input,
+    Output,
+    Parameters,
+    Regime,
+    Rejection,
+    Tensors,
+    Workload,
+)
+from gaugeblock.reference.torch import layers
+
+EVERY_DTYPE = ("float32", "float16", "bfloat16")
+
+
+def norm_cost(parameters: Parameters, itemsize: int) -> Cost:
+    """Tokens read and written once; about 9 operations an element."""
+    values = parameters["batch_size"] * parameters["num_tokens"] * parameters["hidden_size"]
+    steering = parameters["batch_size"] * parameters["hidden_size"]
+    return Cost(9.0 * values, float(itemsize * (2 * values + 2 * steering)))
+
+
+def residual_norm_cost(parameters: Parameters, itemsize: int) -> Cost:
+    """Two tokens read and two written for each; about 11 operations an element."""
+    values = parameters["batch_size"] * parameters["num_tokens"] * parameters["hidden_size"]
+    steering = parameters["batch_size"] * parameters["hidden_size"]
+    return Cost(11.0 * values, float(itemsize * (4 * values + 3 * steering)))
+
+
+def sizes(batch_size: int, num_tokens: int, hidden_size: int, eps: float = 1e-6) -> dict[str, Any]:
+    """One point of the input space."""
+    return {"batch_size": batch_size, "num_tokens": num_tokens, "hidden_size": hidden_size, "eps": eps}
+
+
+@st.composite
+def parameters(draw: st.DrawFn) -> dict[str, Any]:
+    """Sizes around block sizes, with tails."""
+    return sizes(
+        batch_size=draw(st.sampled_from([1, 2, 3, 5])),
+        num_tokens=draw(st.sampled_from([1, 2, 4, 9, 16, 17, 33])),
+        hidden_size=draw(st.sampled_from([2, 4, 16, 31, 64, 65, 100])),
+        eps=draw(st.sampled_from([1e-6, 1e-5, 1e-3])),
+    )
+
+
+# ------------------------------------------------------------------------------------------------------ kinds of values
+
+
+def _steering(draw: Draw, parameters: Parameters, *names: str) -> Tensors:
+    return {name: draw.normal(parameters["batch_size"], parameters["hidden_size"]) for name in names}
+
+
+def _tokens(draw: Draw, parameters: Parameters) -> torch.Tensor:
+    return draw.normal(parameters["batch_size"], parameters["num_tokens"], parameters["hidden_size"])
+
+
+def _near_constant(draw: Draw, parameters: Parameters) -> torch.Tensor:
+    """Tokens whose variance is from a hundredth to a hundred times eps."""
+    decades = 2 * draw.uniform(parameters["batch_size"], parameters["num_tokens"], 1) - 1
+    return _tokens(draw, parameters) * parameters["eps"] ** 0.5 * 10**decades
+
+
+def _far_from_zero(draw: Draw, parameters: Parameters) -> torch.Tensor:
+    """Tokens whose mean is up to a thousand times their deviation, which is from 2^-4 to 2^4."""
+    shape = (parameters["batch_size"], parameters["num_tokens"], 1)
+    means = (1 - 2 * draw.integers(0, 2, *shape)) * 10 ** (3 * draw.uniform(*shape))
+    return (_tokens(draw, parameters) + means) * torch.exp2(draw.integers(-4, 5, *shape).to(torch.float64))
+
+
+def _with_a_bad_token(draw: Draw, parameters: Parameters) -> torch.Tensor:
+    """A token with a NaN in one example, one with an infinity in the last."""
+    tokens = _tokens(draw, parameters)
+    tokens[parameters["batch_size"] // 2, 0, -1] = torch.nan
+    tokens[-1, -1, 0] = torch.inf
+    return tokens
+
+
+Tokens = Callable[[Draw, Parameters], torch.Tensor]
+
+
+def _norm(tokens: Tokens) -> Callable[[Draw, Parameters], Tensors]:
+    return lambda draw, parameters: {
+        "hidden_states": tokens(draw, parameters),
+        **_steering(draw, parameters, "shift", "scale"),
+    }
+
+
+def _residual_norm(tokens: Tokens) -> Callable[[Draw, Parameters], Tensors]:
+    """Residuals and branches of a kind."""
+    return lambda draw, parameters: {
+        "residual": tokens(draw, parameters),
+        "branch": tokens(draw, parameters),
+        **_steering(draw, parameters, "gate", "shift", "scale"),
+    }
+
+
+def _regimes(make: Callable[[Tokens], Callable[[Draw, Parameters], Tensors]]) -> tuple[Regime, ...]:
+    return (
+        Regime("dithered", make(_tokens)),
+        Regime("constants", make(_near_constant)),
+        # without gradients: those of torch's own float32 layer_norm lie up to 1.7 times this budget from the oracle
+        Regime("adversarial", make(_far_from_zero), "worst element", differentiable=False),
+        Regime("special", make(_with_a_bad_token), "worst element", differentiable=False),
+    )
+
+
+# ------------------------------------------------------------------------------------------------------------ bad calls
+
+
+def _change(name: str, change: Callable[[torch.Tensor], Any]) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    return lambda call: {name: change(call[name])}
+
+
+def _another_dtype(each: torch.Tensor) -> torch.Tensor:
+    return each.to(torch.float16 if each.dtype == torch.float32 else torch.float32)
+
+
+def _rejections(tokens: str) -> tuple[Rejection, ...]:
+    return (
+        Rejection("tokens of rank 2", tokens, _change(tokens, lambda each: each[0])),
+        Rejection("integer tokens", tokens, _change(tokens, lambda each: each.int())),
+        Rejection("shift for another batch", "shift", _change("shift", lambda each: torch.cat([each, each]))),
+        Rejection("shift of another width", "shift", _change("shift", lambda each: each[:, :-1])),
+        Rejection("scale of a token each", "scale", _change("scale", lambda each: each[:, None])),
+        Rejection("scale of another dtype", "scale", _change("scale", _another_dtype)),
+        Rejection("eps of 0", "eps", lambda call: {"eps": 0.0}),
+        Rejection("eps as text", "eps", lambda call: {"eps": "1e-6"}),
+    )
+
+
+LANDMARKS = (
+    sizes(2, 17, 100),  # tails everywhere
+    sizes(3, 4, 320, 1e-5),  # long sums
+)
+WORKLOADS = (
+    Workload("dit-xl-2/256px-batch-32", sizes(32, 256, 1152), "facebookresearch/DiT models.py, DiT_XL_2"),
+    Workload("dit-xl-2/512px-batch-8", sizes(8, 1024, 1152), "facebookresearch/DiT models.py, DiT_XL_2"),
+    Workload("dit-s-2/256px-batch-256", sizes(256, 256, 384), "facebookresearch/DiT models.py, DiT_S_2; the paper's batch"),
+    Workload("two-cores/256px-batch-4", sizes(4, 256, 384), "a size for a CPU, DiT_S_2"),
+)
+TOKENS_SHAPE, STEERING_SHAPE = ("batch_size", "num_tokens", "hidden_size"), ("batch_size", "hidden_size")
+
+
+def _builtins(name: str) -> tuple[Builtin, ...]:
+    return (
+        Builtin(
+            "triton",
+            f"gaugeblock.optimized.triton.layers:{name}",
+            "triton",
+            claims={"dtypes": EVERY_DTYPE, "devices": ("cpu", "cuda")},
+        ),
+        Builtin(  # on a CPU every kind of call takes seconds to compile: tests/test_compiled.py has a few
+            "compiled",
+            f"gaugeblock.optimized.compiled.layers:{name}",
+            "compiled",
+            claims={"dtypes": EVERY_DTYPE, "devices": ("cuda",)},
+        ),
+    )
+
+
+LAYER_NORM_MODULATE = Contract(
+    name="layers.layer_norm_modulate",
+    summary="Each token is normalized to mean 0 and variance 1, then scaled and shifted as its example asks.",
+    formula="out = (x - mean(x)) / sqrt(mean((x - mean(x))**2) + eps) * (1 + scale) + shift",
+    source="Peebles and Xie 2022 (arXiv:2212.09748), section 3.2, adaLN; facebookresearch/DiT models.py, modulate",
+    reference=layers.layer_norm_modulate,
+    twin="gaugeblock.reference.jax.layers:layer_norm_modulate",
+    inputs=(
+        Input("hidden_states", TOKENS_SHAPE, differentiable=True),
+        Input("shift", STEERING_SHAPE, differentiable=True),
+        Input("scale", STEERING_SHAPE, differentiable=True),
+    ),
+    outputs=(Output("modulated", TOKENS_SHAPE, differentiable=True),),
+    options=("eps",),
+    batch="batch_size",
+    parameters=parameters,
+    landmarks=LANDMARKS,
+    regimes=_regimes(_norm),
+    cost=norm_cost,
+    workloads=WORKLOADS,
+    rejections=_rejections("hidden_states"),
+    builtins=_builtins("layer_norm_modulate"),
+)
+
+GATED_RESIDUAL_LAYER_NORM_MODULATE = Contract(
+    name="layers.gated_residual_layer_norm_modulate",
+    summary="A branch's result is added to the residual as far as the gate is open; the sum, not yet rounded, is normalized "
+    "and modulated.",
+    formula="hidden_states = residual + gate * branch; modulated = layer_norm_modulate(hidden_states, shift, scale)",
+    source="Peebles and Xie 2022 (arXiv:2212.09748), figure 3, DiT block with adaLN-Zero",
+    reference=layers.gated_residual_layer_norm_modulate,
+    twin="gaugeblock.reference.jax.layers:gated_residual_layer_norm_modulate",
+    inputs=(
+        Input("residual", TOKENS_SHAPE, differentiable=True),
+        Input("branch", TOKENS_SHAPE, differentiable=True),
+        Input("gate", STEERING_SHAPE, differentiable=True),
+        Input("shift", STEERING_SHAPE, differentiable=True),
+        Input("scale", STEERING_SHAPE, differentiable=True),
+    ),
+    outputs=(
+        Output("hidden_states", TOKENS_SHAPE, differentiable=True),
+        Output("modulated", TOKENS_SHAPE, differentiable=True),
+    ),
+    options=("eps",),
+    batch="batch_size",
+    parameters=parameters,
+    landmarks=LANDMARKS,
+    regimes=_regimes(_residual_norm),
+    cost=residual_norm_cost,
+    workloads=WORKLOADS,
+    rejections=(
+        *_rejections("residual"),
+        Rejection("a branch of fewer tokens", "branch", _change("branch", lambda each: each[:, :0])),
+        Rejection("a gate for each token", "gate", _change("gate", lambda each: each[:, None])),
+    ),
+    builtins=_builtins("gated_residual_layer_norm_modulate"),
+)
+
+CONTRACTS = (LAYER_NORM_MODULATE, GATED_RESIDUAL_LAYER_NORM_MODULATE)

@@ -1,0 +1,187 @@
+"""Contracts of the objectives (CATALOGUE section 6)."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from hypothesis import strategies as st
+
+from gaugeblock.conformance.cases import Draw
+from gaugeblock.conformance.contract import Contract, Cost, Input, Output, Parameters, Regime, Rejection, Tensors, Workload
+from gaugeblock.reference.torch import objectives
+
+SHAPE = ("batch_size", "channels", "size")
+DATA = Input("data", SHAPE, differentiable=True)
+NOISE = Input("noise", SHAPE, differentiable=True)
+TIMES = Input("times", ("batch_size",), dtype="float32")
+PREDICTION = Input("prediction", SHAPE, differentiable=True)
+
+
+def sizes(batch_size: int, channels: int, size: int, velocity: str = "noise - data") -> dict[str, Any]:
+    """One point of the input space."""
+    return {"batch_size": batch_size, "channels": channels, "size": size, "velocity": velocity}
+
+
+@st.composite
+def parameters(draw: st.DrawFn) -> dict[str, Any]:
+    """Few small images, sizes around block sizes, either sign."""
+    return sizes(
+        draw(st.sampled_from([1, 2, 3, 7])),
+        draw(st.sampled_from([1, 3, 4])),
+        draw(st.sampled_from([1, 15, 64, 65])),
+        draw(st.sampled_from(["noise - data", "data - noise"])),
+    )
+
+
+def cost(tensors: int) -> Callable[[Parameters, int], Cost]:
+    """Three operations an element; so many tensors of the data's size are read or written once."""
+
+    def of(parameters: Parameters, itemsize: int) -> Cost:
+        elements = parameters["batch_size"] * parameters["channels"] * parameters["size"]
+        return Cost(3.0 * elements, float(tensors * itemsize * elements))
+
+    return of
+
+
+# ------------------------------------------------------------------------------------------------------ kinds of values
+
+
+def _numbers(draw: Draw, parameters: Parameters) -> torch.Tensor:
+    return draw.normal(*(parameters[name] for name in SHAPE))
+
+
+def dithered(draw: Draw, parameters: Parameters) -> Tensors:
+    """Random images and noise, times all along the way."""
+    tensors = {name: _numbers(draw, parameters) for name in ("prediction", "data", "noise")}
+    return tensors | {"times": draw.uniform(parameters["batch_size"])}
+
+
+def ends(draw: Draw, parameters: Parameters) -> Tensors:
+    """Times at the ends and next to them, data that are nearly the noise."""
+    tensors = dithered(draw, parameters)
+    times = torch.tensor([0.0, 1.0, 2.0**-24, 1 - 2.0**-24], dtype=torch.float64)
+    near = tensors["noise"] + 2.0**-6 * tensors["data"]
+    return tensors | {"data": near, "times": times[draw.integers(0, 4, parameters["batch_size"])]}
+
+
+def special(draw: Draw, parameters: Parameters) -> Tensors:
+    """An image of NaN and one with an infinity."""
+    tensors = dithered(draw, parameters)
+    tensors["data"][parameters["batch_size"] // 2] = torch.nan
+    tensors["data"][-1, 0, 0] = torch.inf
+    return tensors
+
+
+def lattice(draw: Draw, parameters: Parameters) -> Tensors:
+    """Small integers and quarters of the way: all results are exact."""
+    shape = [parameters[name] for name in SHAPE]
+    data, noise = (draw.integers(-4, 5, *shape).to(torch.float64) for _ in range(2))
+    return {"data": data, "noise": noise, "times": draw.integers(0, 5, parameters["batch_size"]) / 4}
+
+
+def _only(names: tuple[str, ...], make: Callable[[Draw, Parameters], Tensors]) -> Callable[[Draw, Parameters], Tensors]:
+    return lambda draw, parameters: {name: tensor for name, tensor in make(draw, parameters).items() if name in names}
+
+
+def _regimes(*names: str, exact: bool) -> tuple[Regime, ...]:
+    return (
+        Regime("dithered", _only(names, dithered)),
+        Regime("adversarial", _only(names, ends), "worst element"),
+        Regime("special", _only(names, special), "worst element", differentiable=False),
+        *([Regime("lattice", _only(names, lattice), "exact", differentiable=False)] if exact else []),
+    )
+
+
+# ------------------------------------------------------------------------------------------------------------ bad calls
+
+
+def _change(name: str, change: Callable[[Any], Any]) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    return lambda call: {name: change(call[name])}
+
+
+PAIR_REJECTIONS = (
+    Rejection("integer data", "data", _change("data", torch.Tensor.int)),
+    Rejection("integer noise", "noise", _change("noise", torch.Tensor.int)),
+    Rejection("noise of fewer channels", "noise", _change("noise", lambda each: each[:, 1:])),
+    Rejection("data without a batch", "data", _change("data", lambda each: each[:, 0, 0])),
+)
+SIGN_REJECTION = Rejection("a sign without a name", "velocity", lambda call: {"velocity": "negative"})
+
+# ------------------------------------------------------------------------------------------------------------ contracts
+
+LANDMARKS = (sizes(3, 4, 65), sizes(2, 3, 15, "data - noise"))
+WORKLOADS = (
+    Workload("dit-xl-2/latents-256", sizes(256, 4, 32 * 32), "Peebles and Xie 2022 (arXiv:2212.09748) section 4"),
+    Workload("sd3/latents-1024", sizes(16, 16, 128 * 128), "stabilityai/stable-diffusion-3-medium transformer/config.json"),
+)
+RECTIFIED_FLOW = "Liu et al. 2022 (arXiv:2209.03003) section 2.1; Esser et al. 2024 (arXiv:2403.03206) section 2"
+
+INTERPOLATE = Contract(
+    name="objectives.rectified_flow_interpolate",
+    summary="Goes the straight way from data to noise as far as the times say.",
+    formula="x[b] = (1 - times[b]) data[b] + times[b] noise[b]",
+    source=RECTIFIED_FLOW,
+    reference=objectives.rectified_flow_interpolate,
+    twin="gaugeblock.reference.jax.objectives:rectified_flow_interpolate",
+    inputs=(DATA, NOISE, TIMES),
+    outputs=(Output("noised", SHAPE, differentiable=True),),
+    options=(),
+    batch="batch_size",
+    parameters=parameters,
+    landmarks=LANDMARKS,
+    regimes=_regimes("data", "noise", "times", exact=True),
+    cost=cost(3),
+    workloads=WORKLOADS,
+    cases=0.25,
+    rejections=(
+        *PAIR_REJECTIONS,
+        Rejection("integer times", "times", _change("times", torch.Tensor.int)),
+        Rejection("times of fewer examples", "times", _change("times", lambda each: each[:-1])),
+    ),
+)
+
+VELOCITY = Contract(
+    name="objectives.rectified_flow_velocity",
+    summary="The velocity on the straight way between data and noise, whose sign has a name.",
+    formula="noise - data, or data - noise",
+    source=RECTIFIED_FLOW,
+    reference=objectives.rectified_flow_velocity,
+    twin="gaugeblock.reference.jax.objectives:rectified_flow_velocity",
+    inputs=(DATA, NOISE),
+    outputs=(Output("velocity", SHAPE, differentiable=True),),
+    options=("velocity",),
+    batch="batch_size",
+    parameters=parameters,
+    landmarks=LANDMARKS,
+    regimes=_regimes("data", "noise", exact=True),
+    cost=cost(3),
+    workloads=WORKLOADS,
+    cases=0.25,
+    rejections=(*PAIR_REJECTIONS, SIGN_REJECTION),
+)
+
+LOSS = Contract(
+    name="objectives.rectified_flow_loss",
+    summary="How far a predicted velocity is off, for each example.",
+    formula="loss[b] = mean of (prediction[b] - velocity[b])**2",
+    source=RECTIFIED_FLOW,
+    reference=objectives.rectified_flow_loss,
+    twin="gaugeblock.reference.jax.objectives:rectified_flow_loss",
+    inputs=(PREDICTION, DATA, NOISE),
+    outputs=(Output("loss", ("batch_size",), dtype="float32", differentiable=True),),
+    options=("velocity",),
+    batch="batch_size",
+    parameters=parameters,
+    landmarks=LANDMARKS,
+    regimes=_regimes("prediction", "data", "noise", exact=False),
+    cost=cost(3),
+    workloads=WORKLOADS,
+    cases=0.25,
+    rejections=(
+        *PAIR_REJECTIONS,
+        Rejection("a prediction of another size", "prediction", _change("prediction", lambda each: each[:, :, 1:])),
+        SIGN_REJECTION,
+    ),
+)
+
+CONTRACTS = (INTERPOLATE, VELOCITY, LOSS)

@@ -1,0 +1,305 @@
+"""Contract of the image-diffusion training step (CATALOGUE section 7): state and batch in, state and metrics out."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from hypothesis import strategies as st
+
+from gaugeblock.conformance.cases import Draw
+from gaugeblock.conformance.contract import (
+    Builtin,
+    Contract,
+    Cost,
+    Input,
+    Output,
+    Parameters,
+    Recurrence,
+    Regime,
+    Rejection,
+    Tensors,
+    Workload,
+)
+from gaugeblock.reference.configs import DiTConfig, ImageDiffusionConfig
+from gaugeblock.reference.torch import dit, train_image_diffusion
+
+OF_MODEL = "input_size patch_size in_channels hidden_size depth num_heads num_classes frequency_embedding_size".split()
+OF_RUN = """learning_rate beta1 beta2 adam_epsilon weight_decay max_gradient_norm label_dropout velocity timestep_sampling
+    accumulation_steps""".split()
+GRADIENT_SIZE = 0.03  # of one element, in the regimes below: moments have it, and adam_epsilon is not far from it
+
+
+def sizes(num_steps: int, batch_size: int, **others: Any) -> dict[str, Any]:
+    """One point of the input space; all that is not given has an ordinary value.
+
+    `adam_epsilon` is of the gradients' size: with the usual 1e-8, Adam's first update is the gradient's sign, which rounding
+    decides where the gradient is near 0. The constants of AdamW are exact in float32: the rounding of 0.999 would be an error
+    of one sign in all elements.
+    """
+    ordinary = {
+        "num_steps": num_steps,
+        "batch_size": batch_size,
+        "accumulation_steps": 1,
+        "input_size": 4,
+        "patch_size": 2,
+        "in_channels": 2,
+        "hidden_size": 16,
+        "depth": 1,
+        "num_heads": 2,
+        "num_classes": 3,
+        "frequency_embedding_size": 8,
+        "run_seed": 0,
+        "learning_rate": 2**-5,
+        "beta1": 1 - 2**-3,
+        "beta2": 1 - 2**-10,
+        "adam_epsilon": 2**-8,
+        "weight_decay": 2**-3,
+        "max_gradient_norm": 0.25,
+        "label_dropout": 0.3,
+        "velocity": "noise - data",
+        "timestep_sampling": "uniform",
+    }
+    return ordinary | others
+
+
+@st.composite
+def parameters(draw: st.DrawFn) -> dict[str, Any]:
+    """Small models, few steps, batches that microbatches divide unevenly; every option at its ends and between."""
+    return sizes(
+        num_steps=draw(st.integers(1, 3)),
+        batch_size=draw(st.integers(1, 6)),
+        accumulation_steps=draw(st.integers(1, 3)),
+        depth=draw(st.sampled_from([1, 1, 2])),
+        in_channels=draw(st.sampled_from([1, 2])),
+        num_classes=draw(st.sampled_from([1, 3])),
+        run_seed=draw(st.sampled_from([0, 2**40 + 5])),
+        adam_epsilon=draw(st.sampled_from([2**-8, 2**-5])),
+        weight_decay=draw(st.sampled_from([0.0, 2**-3])),
+        max_gradient_norm=draw(st.sampled_from([2**-10, 0.25, 100.0])),
+        label_dropout=draw(st.sampled_from([0.0, 0.3, 1.0])),
+        velocity=draw(st.sampled_from(["noise - data", "data - noise"])),
+        timestep_sampling=draw(st.sampled_from(["uniform", "logit-normal"])),
+    )
+
+
+def config(parameters: Parameters) -> ImageDiffusionConfig:
+    """The run that the parameters describe."""
+    model = DiTConfig(learn_sigma=False, **{name: parameters[name] for name in OF_MODEL})
+    return ImageDiffusionConfig(model, seed=parameters["run_seed"], **{name: parameters[name] for name in OF_RUN})
+
+
+def state_leaves(parameters: Parameters) -> Mapping[str, Input]:
+    """The tensors of a run's state."""
+    shapes = dit.state_shapes(config(parameters).model)
+    names = {f"{part}.{name}": shape for part in ("model", "exp_avg", "exp_avg_sq") for name, shape in shapes.items()}
+    return {name: Input(name, shape) for name, shape in names.items()} | {"step": Input("step", dtype="int64")}
+
+
+def metrics_leaves(parameters: Parameters) -> Mapping[str, Input]:
+    """What each step reports."""
+    return {name: Input(name, ("num_steps",)) for name in ("loss", "gradient_norm")}
+
+
+def cost(parameters: Parameters, itemsize: int) -> Cost:
+    """Three forward passes' products a step; the state read and written once."""
+    model = config(parameters).model
+    tokens, width = model.num_patches, model.hidden_size
+    products = model.depth * (12 * tokens * width**2 + 6 * width**2 + 2 * tokens**2 * width)
+    images = parameters["num_steps"] * parameters["batch_size"]
+    elements = sum(torch.Size(shape).numel() for shape in dit.state_shapes(model).values())
+    pixels = model.in_channels * model.input_size**2
+    return Cost(6.0 * images * products, float(itemsize * (6 * parameters["num_steps"] * elements + images * pixels)))
+
+
+# ------------------------------------------------------------------------------------------------------ kinds of values
+
+
+def _model(draw: Draw, parameters: Parameters) -> Tensors:
+    """Parameters of a model that has been trained: modulations and last layer are not 0 any more."""
+    shapes = dit.state_shapes(config(parameters).model)
+    return {
+        name: draw.normal(*shape) * (0.2 if len(shape) == 1 else torch.Size(shape[1:]).numel() ** -0.5)
+        for name, shape in shapes.items()
+    }
+
+
+def _batches(draw: Draw, parameters: Parameters) -> Tensors:
+    """Random images; the last example of a batch has the id of the first, as when data are repeated, and so its draws."""
+    steps, batch, size = (parameters[name] for name in ("num_steps", "batch_size", "input_size"))
+    example_ids = draw.integers(0, 2**32, steps, batch)
+    example_ids[:, -1] = example_ids[:, 0]
+    return {
+        "images": draw.normal(steps, batch, parameters["in_channels"], size, size),
+        "labels": draw.integers(0, parameters["num_classes"], steps, batch),
+        "example_ids": example_ids,
+    }
+
+
+def _state(model: Tensors, exp_avg: Tensors, exp_avg_sq: Tensors, step: int) -> Tensors:
+    state = train_image_diffusion.join_state(model, exp_avg, exp_avg_sq, torch.tensor(step))
+    return {f"state/{name}": tensor for name, tensor in state.items()}
+
+
+def under_way(draw: Draw, parameters: Parameters) -> Tensors:
+    """The middle of a run: moments as large as gradients, all second ones positive."""
+    model = _model(draw, parameters)
+    exp_avg = {name: GRADIENT_SIZE * draw.normal(*tensor.shape) for name, tensor in model.items()}
+    exp_avg_sq = {name: GRADIENT_SIZE**2 * (0.5 + draw.uniform(*tensor.shape)) for name, tensor in model.items()}
+    return _state(model, exp_avg, exp_avg_sq, int(draw.integers(1, 1000, 1))) | _batches(draw, parameters)
+
+
+def fresh(draw: Draw, parameters: Parameters) -> Tensors:
+    """The first steps of a run, where the corrections of Adam's moments are largest."""
+    model = _model(draw, parameters)
+    zeros = {name: torch.zeros_like(tensor) for name, tensor in model.items()}
+    return _state(model, zeros, zeros, 0) | _batches(draw, parameters)
+
+
+def converged(draw: Draw, parameters: Parameters) -> Tensors:
+    """Images that are nearly the noise drawn for them, and a model that says so: gradients are small, perhaps too small to be
+    clipped; moments are 0, so that they show what the clipping adds to the norm.
+    """
+    tensors = fresh(draw, parameters)
+    for name in ("state/model.final_layer.linear.weight", "state/model.final_layer.linear.bias"):
+        tensors[name] = tensors[name] * 2**-6
+    for index, (images, example_ids) in enumerate(zip(tensors["images"], tensors["example_ids"], strict=True)):
+        step = int(tensors["state/step"]) + index
+        noise, _, _ = train_image_diffusion.draws(images, example_ids, step, config=config(parameters))
+        tensors["images"][index] = noise + 2**-6 * images
+    return tensors
+
+
+# ------------------------------------------------------------------------------------------------------------ bad calls
+
+
+def _change(key: str, change: Callable[[torch.Tensor], torch.Tensor | None]) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    return lambda call: {key: change(call[key])}
+
+
+def _one(value: float) -> Callable[[torch.Tensor], torch.Tensor]:
+    """With one element, the last, of that value."""
+
+    def change(tensor: torch.Tensor) -> torch.Tensor:
+        changed = tensor.clone()
+        changed.view(-1)[-1] = value
+        return changed
+
+    return change
+
+
+BIAS = "state/model.final_layer.linear.bias"
+REJECTIONS = (
+    Rejection("a NaN in an image", "loss", _change("images", _one(torch.nan)), (FloatingPointError,)),
+    Rejection("an infinite parameter", "loss", _change(BIAS, _one(torch.inf)), (FloatingPointError,)),
+    Rejection("integer images", "images", lambda call: {"images": call["images"].long()}),
+    Rejection("images of rank 3", "images", _change("images", lambda each: each[:, :, 0])),
+    Rejection("images of another size", "images", _change("images", lambda each: each[..., :-1])),
+    Rejection("a batch without examples", "images", lambda call: {
+        name: call[name][:, :0] for name in ("images", "labels", "example_ids")
+    }),
+    Rejection("floating labels", "labels", _change("labels", torch.Tensor.float)),
+    Rejection("labels of fewer examples", "labels", _change("labels", lambda each: each[:, :-1])),
+    Rejection("a negative label", "labels", _change("labels", lambda each: each * 0 - 1)),
+    Rejection("the label that stands for none", "labels", lambda call: {
+        "labels": call["labels"] * 0 + call["config"].model.num_classes
+    }),
+    Rejection("floating example ids", "example_ids", _change("example_ids", torch.Tensor.float)),
+    Rejection("ids of fewer examples", "example_ids", _change("example_ids", lambda each: each[:, :-1])),
+    Rejection("a state without a parameter", "model.final_layer.linear.bias", _change(BIAS, lambda each: None)),
+    Rejection("a state without its step", "step", _change("state/step", lambda each: None)),
+    Rejection("a floating step", "step", _change("state/step", torch.Tensor.float)),
+    Rejection("an entry too many", "state", lambda call: {"state/ema.final_layer.linear.bias": call[BIAS]}),
+    Rejection("a parameter of another shape", "model.final_layer.linear.bias", _change(BIAS, lambda each: each[:-1])),
+    Rejection("integer moments", "exp_avg.final_layer.linear.bias", lambda call: {
+        "state/exp_avg.final_layer.linear.bias": call[BIAS].long()
+    }),
+)  # fmt: skip
+
+# ------------------------------------------------------------------------------------------------------------ contracts
+
+TRAIN_STEP = Contract(
+    name="train_image_diffusion.train_step",
+    summary="One update of a class-conditional diffusion transformer on rectified flow: draws, loss, clipping, AdamW.",
+    formula=(
+        "loss = mean over b of mean of (dit(state, (1 - t) images[b] + t noise, 1000 t, label) - velocity)**2, where noise, t "
+        "and whether the label is dropped are drawn by (seed, step, example_ids[b]); gradients are clipped by "
+        "min(1, max_gradient_norm / (gradient_norm + 1e-6)); AdamW"
+    ),
+    source=(
+        "Esser et al. 2024 (arXiv:2403.03206) section 2; Ho and Salimans 2022 (arXiv:2207.12598) algorithm 1; Loshchilov and "
+        "Hutter 2017 (arXiv:1711.05101) algorithm 2, as in torch.optim.AdamW"
+    ),
+    reference=train_image_diffusion.train_step,
+    twin="gaugeblock.reference.jax.train_image_diffusion:train_step",
+    inputs=(
+        Input("state", leaves=state_leaves),
+        Input("images", ("num_steps", "batch_size", "in_channels", "input_size", "input_size")),
+        Input("labels", ("num_steps", "batch_size"), dtype="int64"),
+        Input("example_ids", ("num_steps", "batch_size"), dtype="int64"),
+    ),
+    outputs=(Output("new_state", leaves=state_leaves), Output("metrics", leaves=metrics_leaves)),
+    options=("config",),
+    batch="batch_size",
+    parameters=parameters,
+    landmarks=(
+        sizes(2, 5, velocity="data - noise", timestep_sampling="logit-normal"),  # no option's default
+        sizes(1, 3, label_dropout=1.0, max_gradient_norm=2**-10),  # so small that the 1e-6 of the clipping shows
+        sizes(2, 1, accumulation_steps=2, weight_decay=0.0, label_dropout=0.0, run_seed=2**40 + 5),
+    ),
+    regimes=(
+        Regime("under way", under_way, differentiable=False),
+        Regime("fresh", fresh, differentiable=False),
+        Regime("constant-probing", converged, differentiable=False),
+    ),
+    cost=cost,
+    workloads=(
+        Workload(
+            "dit-s-2/train-256",
+            sizes(1, 256, input_size=32, in_channels=4, hidden_size=384, depth=12, num_heads=6, num_classes=1000,
+                  frequency_embedding_size=256),
+            "Peebles and Xie 2022 (arXiv:2212.09748), table 1 and section 4",
+        ),
+        Workload(
+            "dit-xl-2/train-256",
+            sizes(1, 256, input_size=32, in_channels=4, hidden_size=1152, depth=28, num_heads=16, num_classes=1000,
+                  frequency_embedding_size=256),
+            "Peebles and Xie 2022 (arXiv:2212.09748), table 1 and section 4",
+        ),
+        Workload(
+            "two-cores/train-digits-64",
+            sizes(1, 64, input_size=8, in_channels=1, hidden_size=64, depth=4, num_heads=4, num_classes=10,
+                  frequency_embedding_size=64),
+            "scikit-learn's digits, a size for a CPU",
+        ),
+    ),
+    configure=lambda parameters: {"config": config(parameters)},
+    dtypes=("float32",),
+    cases=0.25,
+    recurrence=Recurrence(steps="num_steps", carried={"state": "new_state"}),
+    microbatches="accumulation_steps",
+    sharded={"batch_size": "uneven"},
+    rejections=REJECTIONS,
+    builtins=(
+        Builtin(
+            "fsdp2",
+            "gaugeblock.optimized.distributed.train_image_diffusion:train_step",
+            "distributed",
+            claims={"devices": ("cpu", "cuda"), "world_sizes": (1, 2, 4)},
+        ),
+        Builtin(
+            "jax-sharded",
+            "gaugeblock.optimized.jax.train_image_diffusion:train_step",
+            "distributed",
+            "jax",
+            {"world_sizes": (1, 2, 4)},
+        ),
+    ),
+    without={
+        "batch_invariance": "the loss is that of a whole batch",
+        "nan_containment": "a batch with a NaN is rejected as a whole",
+        "empty_and_one": "a batch without examples is rejected",
+        "grad_modes": "a training step takes gradients, which inference_mode rules out",
+    },
+)  # fmt: skip
+
+CONTRACTS = (TRAIN_STEP,)

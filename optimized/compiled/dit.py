@@ -1,0 +1,102 @@
+"""DiT with its block compiled by torch.compile, in the dtype of its inputs.
+
+One compilation serves all blocks, so that its time does not grow with the depth; everything between the matrix products
+and `scaled_dot_product_attention` is fused. Results of products and of attention are in the dtype of the latents; sums
+of products, and what is inside of `reference.torch.layers`, are float32.
+
+Shapes: as in `reference.torch.layers`.
+"""
+
+from collections.abc import Callable, Mapping
+from functools import cache
+
+import torch
+from torch.nn import functional
+
+from gaugeblock.reference import validation
+from gaugeblock.reference.configs import DiTConfig
+from gaugeblock.reference.torch import layers
+from gaugeblock.reference.torch.dit import NORM_EPS, block_state, embed_patches, state_shapes
+
+State = Mapping[str, torch.Tensor]
+
+
+def dit(
+    state: State, latents: torch.Tensor, timesteps: torch.Tensor, class_labels: torch.Tensor, *, config: DiTConfig
+) -> torch.Tensor:
+    """Predict the noise or the velocity (and with `learn_sigma` the variance) in latents of a class at a time.
+
+    Args:
+        state: The parameters by name, shapes as in `reference.torch.dit.state_shapes`, dtype of latents.
+        latents: [batch_size, in_channels, input_size, input_size], floating.
+        timesteps: [batch_size], float32 or float64, usually in [0, 1000).
+        class_labels: [batch_size], integer in 0 .. num_classes; num_classes is the label that was dropped.
+        config: The model.
+
+    Returns:
+        [batch_size, out_channels, input_size, input_size], dtype as latents. Differentiable once, by latents and state.
+
+    Raises:
+        TypeError: An argument is not a tensor of the dtype above.
+        ValueError: An entry of the state is missing, unexpected or of another shape; ranks, sizes or devices do not fit
+            together; or a label names no class.
+
+    Source: `gaugeblock.reference.torch.dit.dit`.
+    """
+    validation.dit(state, latents, timesteps, class_labels, config, state_shapes(config))
+    validation.class_labels_in_range(class_labels, config.num_classes)
+    hidden_BSD = embed_patches(state, latents, config=config)
+    active_BD = functional.silu(embed_conditions(state, timesteps, class_labels, config))
+    for index in range(config.depth):
+        hidden_BSD = _compiled_block()(
+            block_state(state, index), hidden_BSD, active_BD, config.num_heads, config.norm_eps
+        )
+    shift_BD, scale_BD = linear(state, "final_layer.adaLN_modulation.1", active_BD).chunk(2, dim=-1)
+    modulated_BSD = layers.layer_norm_modulate(hidden_BSD, shift_BD, scale_BD, eps=NORM_EPS)
+    return layers.unpatchify(linear(state, "final_layer.linear", modulated_BSD), patch_size=config.patch_size)
+
+
+def _block(block: State, hidden_BSD: torch.Tensor, active_BD: torch.Tensor, num_heads: int, norm_eps: float) -> torch.Tensor:
+    modulation_BD = linear(block, "adaLN_modulation.1", active_BD)
+    shift_1_BD, scale_1_BD, gate_1_BD, shift_2_BD, scale_2_BD, gate_2_BD = modulation_BD.chunk(6, dim=-1)
+    modulated_BSD = layers.layer_norm_modulate(hidden_BSD, shift_1_BD, scale_1_BD, eps=NORM_EPS)
+    hidden_BSD, modulated_BSD = layers.gated_residual_layer_norm_modulate(
+        hidden_BSD, attention(block, modulated_BSD, num_heads), gate_1_BD, shift_2_BD, scale_2_BD, eps=norm_eps
+    )
+    return layers.gated_residual(hidden_BSD, mlp(block, modulated_BSD), gate_2_BD)
+
+
+@cache
+def _compiled_block() -> Callable[..., torch.Tensor]:
+    """Compiled when it is first needed: importing torch.compile's compiler takes a second."""
+    return torch.compile(_block, dynamic=True)
+
+
+def embed_conditions(
+    state: State, timesteps: torch.Tensor, class_labels: torch.Tensor, config: DiTConfig
+) -> torch.Tensor:
+    """Return what steers the blocks, [B, D]; the waves are computed in float32 at least, since the angles reach 1000."""
+    waves_BF = layers.timestep_embedding(
+        timesteps, embedding_size=config.frequency_embedding_size, frequency_shift=config.frequency_shift
+    )
+    table = state["y_embedder.embedding_table.weight"]
+    inner_BD = linear(state, "t_embedder.mlp.0", waves_BF.to(table.dtype))
+    return linear(state, "t_embedder.mlp.2", functional.silu(inner_BD)) + table[class_labels]
+
+
+def attention(block: State, modulated_BSD: torch.Tensor, num_heads: int) -> torch.Tensor:
+    """Return the attention branch of a block, [B, S, D]."""
+    heads_3BASF = linear(block, "attn.qkv", modulated_BSD).unflatten(-1, (3, num_heads, -1)).permute(2, 0, 3, 1, 4)
+    attended_BASF = functional.scaled_dot_product_attention(*heads_3BASF.unbind())
+    return linear(block, "attn.proj", attended_BASF.transpose(1, 2).flatten(2))
+
+
+def mlp(block: State, modulated_BSD: torch.Tensor) -> torch.Tensor:
+    """Return the feed-forward branch of a block, [B, S, D]."""
+    inner_BSI = linear(block, "mlp.fc1", modulated_BSD)
+    return linear(block, "mlp.fc2", functional.gelu(inner_BSI, approximate="tanh"))
+
+
+def linear(state: State, name: str, inputs: torch.Tensor) -> torch.Tensor:
+    """Multiply by a layer's weight, add its bias."""
+    return layers.linear(inputs, state[f"{name}.weight"], state[f"{name}.bias"])

@@ -1,0 +1,304 @@
+"""Layers that the diffusion models share: modulation, attention, feed-forward, embeddings, patches.
+
+Shapes: B batch_size, S tokens of a sequence, D hidden_size, I intermediate_size, A num_heads, F features of a head,
+C channels, H height, W width, P patch_size, Y and X rows and columns of patches (S = Y * X).
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+
+from gaugeblock.reference import validation
+from gaugeblock.reference.jax.precision import at_least_float32
+
+LONGEST_PERIOD = 10000  # of both sinusoidal embeddings, in units of 2 pi
+
+
+def layer_norm_modulate(
+    hidden_states: jax.Array, shift: jax.Array, scale: jax.Array, *, eps: float
+) -> jax.Array:
+    """Normalize each token to mean 0 and variance 1, then scale and shift it as its example asks (adaptive LayerNorm).
+
+        out = (x - mean(x)) / sqrt(mean((x - mean(x))**2) + eps) * (1 + scale) + shift
+
+    Args:
+        hidden_states: [batch_size, num_tokens, hidden_size], floating; shift and scale have its dtype.
+        shift: [batch_size, hidden_size].
+        scale: [batch_size, hidden_size]; 0 leaves the normalized token as it is.
+        eps: Added to the variance; positive.
+
+    Returns:
+        [batch_size, num_tokens, hidden_size], dtype as hidden_states; computed in float32 (float64 for float64 inputs)
+        and rounded once.
+
+    Raises:
+        TypeError: An argument is not an array of the dtype above, or eps is no number.
+        ValueError: Ranks or sizes do not fit together, or eps is not positive.
+
+    Source: Peebles and Xie 2022 (arXiv:2212.09748), section 3.2, "adaLN"; LayerNorm of Ba et al. (arXiv:1607.06450)
+    without its own scale and shift.
+    """
+    validation.layer_norm_modulate(hidden_states, shift, scale, eps)
+    normalized_BSD = layer_norm(at_least_float32(hidden_states), eps=eps)
+    out_BSD = normalized_BSD * (1 + at_least_float32(scale)[:, None]) + at_least_float32(shift)[:, None]
+    return out_BSD.astype(hidden_states.dtype)
+
+
+def gated_residual(residual: jax.Array, branch: jax.Array, gate: jax.Array) -> jax.Array:
+    """Add a branch's result to the residual stream, as far as its example's gate is open.
+
+        out = residual + gate * branch
+
+    Args:
+        residual: [batch_size, num_tokens, hidden_size], floating; branch and gate have its dtype.
+        branch: [batch_size, num_tokens, hidden_size].
+        gate: [batch_size, hidden_size].
+
+    Returns:
+        [batch_size, num_tokens, hidden_size], dtype as residual; computed in float32 (float64 for float64 inputs) and
+        rounded once.
+
+    Raises: as `layer_norm_modulate`.
+
+    Source: Peebles and Xie 2022 (arXiv:2212.09748), section 3.2, "adaLN-Zero".
+    """
+    validation.gated_residual(residual, branch, gate)
+    out_BSD = at_least_float32(residual) + at_least_float32(gate)[:, None] * at_least_float32(branch)
+    return out_BSD.astype(residual.dtype)
+
+
+def gated_residual_layer_norm_modulate(
+    residual: jax.Array,
+    branch: jax.Array,
+    gate: jax.Array,
+    shift: jax.Array,
+    scale: jax.Array,
+    *,
+    eps: float,
+) -> tuple[jax.Array, jax.Array]:
+    """End one branch of a block and begin the next: `gated_residual`, and `layer_norm_modulate` of its result.
+
+    The norm sees the sum before it is rounded.
+
+    Args: as of `gated_residual` and `layer_norm_modulate`.
+
+    Returns:
+        hidden_states, modulated: [batch_size, num_tokens, hidden_size] each, dtype as residual; each is computed in
+        float32 (float64 for float64 inputs) and rounded once.
+
+    Raises: as `layer_norm_modulate`.
+
+    Source: Peebles and Xie 2022 (arXiv:2212.09748), figure 3, the middle of the block.
+    """
+    validation.gated_residual_layer_norm_modulate(residual, branch, gate, shift, scale, eps)
+    hidden_BSD = gated_residual(at_least_float32(residual), at_least_float32(branch), at_least_float32(gate))
+    modulated_BSD = layer_norm_modulate(hidden_BSD, at_least_float32(shift), at_least_float32(scale), eps=eps)
+    return hidden_BSD.astype(residual.dtype), modulated_BSD.astype(residual.dtype)
+
+
+def layer_norm(hidden_states: jax.Array, *, eps: float) -> jax.Array:
+    """Normalize the last axis to mean 0 and variance 1; [..., hidden_size], dtype as hidden_states."""
+    # two passes: E[x**2] - E[x]**2 loses (mean / deviation)**2 of the digits
+    centred = hidden_states - hidden_states.mean(axis=-1, keepdims=True)
+    variance = (centred * centred).mean(axis=-1, keepdims=True)
+    return centred * jax.lax.rsqrt(variance + eps)
+
+
+def linear(inputs: jax.Array, weight: jax.Array, bias: jax.Array) -> jax.Array:
+    """Multiply the last axis by a matrix [out_features, in_features] and add a bias [out_features]."""
+    return jnp.matmul(inputs, weight.mT, precision="highest") + bias
+
+
+def self_attention(
+    hidden_states: jax.Array,
+    qkv_weight: jax.Array,
+    qkv_bias: jax.Array,
+    proj_weight: jax.Array,
+    proj_bias: jax.Array,
+    *,
+    num_heads: int,
+) -> jax.Array:
+    """Let each token attend to all tokens of its example, with several heads.
+
+        q, k, v = thirds of qkv_weight @ x + qkv_bias, each cut into num_heads heads
+        out = proj_weight @ concat over heads of softmax(q k^T / sqrt(features of a head)) v + proj_bias
+
+    Args:
+        hidden_states: [batch_size, num_tokens, hidden_size], floating; the weights and biases have its dtype.
+        qkv_weight: [3 * hidden_size, hidden_size], rows of the queries, then keys, then values.
+        qkv_bias: [3 * hidden_size].
+        proj_weight: [hidden_size, hidden_size].
+        proj_bias: [hidden_size].
+        num_heads: Divides hidden_size.
+
+    Returns:
+        [batch_size, num_tokens, hidden_size], dtype as hidden_states; computed in float32 (float64 for float64 inputs)
+        and rounded once.
+
+    Raises:
+        TypeError: An argument is not an array of the dtype above, or num_heads is no integer.
+        ValueError: Ranks or sizes do not fit together.
+
+    Source: Vaswani et al. 2017 (arXiv:1706.03762), section 3.2.2.
+    """
+    validation.self_attention(hidden_states, qkv_weight, qkv_bias, proj_weight, proj_bias, num_heads)
+    batch_size, num_tokens, hidden_size = hidden_states.shape
+    qkv_BS3D = linear(at_least_float32(hidden_states), at_least_float32(qkv_weight), at_least_float32(qkv_bias))
+    qkv_BS3AF = qkv_BS3D.reshape(batch_size, num_tokens, 3, num_heads, hidden_size // num_heads)
+    query_BASF, key_BASF, value_BASF = qkv_BS3AF.transpose(2, 0, 3, 1, 4)
+    scores_BASS = jnp.matmul(query_BASF, key_BASF.mT, precision="highest") / math.sqrt(query_BASF.shape[-1])
+    attended_BASF = jnp.matmul(jax.nn.softmax(scores_BASS, axis=-1), value_BASF, precision="highest")
+    attended_BSD = attended_BASF.swapaxes(1, 2).reshape(hidden_states.shape)
+    out_BSD = linear(attended_BSD, at_least_float32(proj_weight), at_least_float32(proj_bias))
+    return out_BSD.astype(hidden_states.dtype)
+
+
+def gelu_mlp(
+    hidden_states: jax.Array,
+    fc1_weight: jax.Array,
+    fc1_bias: jax.Array,
+    fc2_weight: jax.Array,
+    fc2_bias: jax.Array,
+) -> jax.Array:
+    """Apply a feed-forward network of one hidden layer, whose GELU is the tanh approximation.
+
+        out = fc2_weight @ gelu(fc1_weight @ x + fc1_bias) + fc2_bias
+
+    Args:
+        hidden_states: [batch_size, num_tokens, hidden_size], floating; the weights and biases have its dtype.
+        fc1_weight: [intermediate_size, hidden_size].
+        fc1_bias: [intermediate_size].
+        fc2_weight: [hidden_size, intermediate_size].
+        fc2_bias: [hidden_size].
+
+    Returns:
+        [batch_size, num_tokens, hidden_size], dtype as hidden_states; computed in float32 (float64 for float64 inputs)
+        and rounded once.
+
+    Raises:
+        TypeError: An argument is not an array of the dtype above.
+        ValueError: Ranks or sizes do not fit together.
+
+    Source: Hendrycks and Gimpel 2016 (arXiv:1606.08415), section 2; facebookresearch/DiT models.py, class DiTBlock.
+    """
+    validation.gelu_mlp(hidden_states, fc1_weight, fc1_bias, fc2_weight, fc2_bias)
+    inner_BSI = linear(at_least_float32(hidden_states), at_least_float32(fc1_weight), at_least_float32(fc1_bias))
+    out_BSD = linear(gelu(inner_BSI), at_least_float32(fc2_weight), at_least_float32(fc2_bias))
+    return out_BSD.astype(hidden_states.dtype)
+
+
+def gelu(x: jax.Array) -> jax.Array:
+    """Return x / 2 * (1 + tanh(sqrt(2 / pi) * (x + 0.044715 * x**3))), dtype as x."""
+    return x / 2 * (1 + jnp.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+
+
+def timestep_embedding(timesteps: jax.Array, *, embedding_size: int, frequency_shift: int) -> jax.Array:
+    """Embed times as cosines and sines of geometrically spaced frequencies, cosines first.
+
+        out[b] = cos(timesteps[b] * frequency_0), ..., sin(timesteps[b] * frequency_0), ...
+        frequency_i = 10000 ** (-i / (n - frequency_shift)),  i = 0 .. n - 1,  n = embedding_size / 2
+
+    Args:
+        timesteps: [batch_size], float32 or float64, usually in [0, 1000). Of lower precision, 998 and 999 are the same.
+        embedding_size: Even, at least 4.
+        frequency_shift: 0 (the paper's code) or 1 (diffusers' DiT).
+
+    Returns:
+        [batch_size, embedding_size], dtype as timesteps.
+
+    Raises:
+        TypeError: timesteps is not an array of the dtype above, or an option is no integer.
+        ValueError: timesteps is not of rank 1, or an option is out of its range.
+
+    Source: Vaswani et al. 2017 (arXiv:1706.03762), section 3.5; Ho et al. 2020 (arXiv:2006.11239), appendix B;
+    facebookresearch/DiT models.py, class TimestepEmbedder.
+    """
+    validation.timestep_embedding(timesteps, embedding_size, frequency_shift)
+    half = embedding_size // 2
+    index_F = jnp.arange(half, dtype=timesteps.dtype)
+    frequency_F = jnp.exp(-math.log(LONGEST_PERIOD) * index_F / (half - frequency_shift))
+    angle_BF = timesteps[:, None] * frequency_F
+    return jnp.concatenate([jnp.cos(angle_BF), jnp.sin(angle_BF)], axis=-1)
+
+
+def sincos_position_embedding(grid_size: int, *, like: jax.Array) -> jax.Array:
+    """Return the fixed table that tells each patch of a square grid its place.
+
+        table[row * grid_size + column] = sincos(column), sincos(row)
+        sincos(p) = sin(p * frequency_0), ..., cos(p * frequency_0), ...
+        frequency_i = 10000 ** (-i / n),  i = 0 .. n - 1,  n = hidden_size / 4
+
+    Args:
+        grid_size: Rows and columns of patches.
+        like: [..., hidden_size], an array of the dtype that the table shall have.
+
+    Returns:
+        [grid_size**2, hidden_size]; computed in float64, rounded once.
+
+    Raises:
+        TypeError: grid_size is no integer, or like is not a floating array.
+        ValueError: grid_size is not positive, or hidden_size is no multiple of 4.
+
+    Source: facebookresearch/DiT models.py, get_2d_sincos_pos_embed; the two-dimensional form of Vaswani et al. 2017
+    (arXiv:1706.03762), section 3.5. The column comes first.
+    """
+    validation.sincos_position_embedding(grid_size, like)
+    quarter = like.shape[-1] // 4
+    with jax.enable_x64(True):
+        index_F = jnp.arange(quarter, dtype=jnp.float64)
+        place_Y = jnp.arange(grid_size, dtype=jnp.float64)
+        angle_YF = place_Y[:, None] * jnp.exp(-math.log(LONGEST_PERIOD) * index_F / quarter)
+        sincos_YF = jnp.concatenate([jnp.sin(angle_YF), jnp.cos(angle_YF)], axis=-1).astype(like.dtype)
+    column_SF, row_SF = jnp.tile(sincos_YF, (grid_size, 1)), jnp.repeat(sincos_YF, grid_size, axis=0)
+    return jnp.concatenate([column_SF, row_SF], axis=-1)
+
+
+def patchify(images: jax.Array, *, patch_size: int) -> jax.Array:
+    """Cut images into square patches, row by row; inside a patch: channel, row, column, as in a convolution's kernel.
+
+    Args:
+        images: [batch_size, channels, height, width], floating.
+        patch_size: Divides height and width.
+
+    Returns:
+        [batch_size, num_patches, channels * patch_size**2], dtype of images.
+
+    Raises:
+        TypeError: images is not a floating array, or patch_size is no integer.
+        ValueError: images is not of rank 4, or patch_size does not divide its height and width.
+
+    Source: Peebles and Xie 2022 (arXiv:2212.09748), section 3.2, "Patchify".
+    """
+    validation.patchify(images, patch_size)
+    batch_size, channels, height, width = images.shape
+    rows, columns = height // patch_size, width // patch_size
+    tiles_BCYPXP = images.reshape(batch_size, channels, rows, patch_size, columns, patch_size)
+    tiles_BYXCPP = tiles_BCYPXP.transpose(0, 2, 4, 1, 3, 5)
+    return tiles_BYXCPP.reshape(batch_size, rows * columns, channels * patch_size**2)
+
+
+def unpatchify(patches: jax.Array, *, patch_size: int) -> jax.Array:
+    """Put a square grid of patches together; inside a patch: row, column, channel, as DiT's final layer has them.
+
+    Not the inverse of `patchify`, whose patches have the channel first.
+
+    Args:
+        patches: [batch_size, num_patches, patch_size**2 * channels], floating; num_patches is a square.
+        patch_size: Height and width of a patch.
+
+    Returns:
+        [batch_size, channels, height, width], dtype of patches.
+
+    Raises:
+        TypeError: patches is not a floating array, or patch_size is no integer.
+        ValueError: patches is not of rank 3, num_patches is no square, or patch_size**2 does not divide the last size.
+
+    Source: facebookresearch/DiT models.py, DiT.unpatchify.
+    """
+    validation.unpatchify(patches, patch_size)
+    grid_size = math.isqrt(patches.shape[1])
+    channels = patches.shape[2] // patch_size**2
+    tiles_BYXPPC = patches.reshape(patches.shape[0], grid_size, grid_size, patch_size, patch_size, channels)
+    tiles_BCYPXP = tiles_BYXPPC.transpose(0, 5, 1, 3, 2, 4)
+    return tiles_BCYPXP.reshape(patches.shape[0], channels, grid_size * patch_size, grid_size * patch_size)

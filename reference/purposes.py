@@ -1,0 +1,9 @@
+"""What random draws are for: the `purpose` of each kind in `random.py`, so that no two kinds of a run share numbers.
+
+The models count down from the last one, 2**32 - 1, for their initial weights.
+"""
+
+TRAINING_NOISE = 0
+TRAINING_TIMES = 1
+LABEL_DROPOUT = 2
+SAMPLING_NOISE = 3

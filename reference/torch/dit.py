@@ -1,0 +1,313 @@
+"""DiT: a transformer on patches of latents, steered by a time and a class through adaLN-Zero.
+
+Parameters are a flat dict with the names of the paper's code. Shapes: as in `layers`.
+"""
+
+import math
+from collections.abc import Mapping
+
+import torch
+
+from gaugeblock.reference import validation
+from gaugeblock.reference.configs import DiTConfig
+from gaugeblock.reference.torch import layers, random
+from gaugeblock.reference.torch.precision import at_least_float32
+
+NORM_EPS = 1e-6  # of a block's first LayerNorm and of the final one; that of the second is the config's
+INITIAL_WEIGHTS = 2**32 - 1  # purpose of the draws (`random`): the last one, since those of trainers count from 0
+
+# what diffusers calls the modules of the paper's code
+DIFFUSERS_ENDS = {
+    "x_embedder.proj": "pos_embed.proj",
+    "final_layer.adaLN_modulation.1": "proj_out_1",
+    "final_layer.linear": "proj_out_2",
+}
+DIFFUSERS_EMBEDDINGS = {  # a copy in every block
+    "t_embedder.mlp.0": "timestep_embedder.linear_1",
+    "t_embedder.mlp.2": "timestep_embedder.linear_2",
+    "y_embedder.embedding_table": "class_embedder.embedding_table",
+}
+DIFFUSERS_BLOCK = {
+    "attn.qkv": ("attn1.to_q", "attn1.to_k", "attn1.to_v"),
+    "attn.proj": ("attn1.to_out.0",),
+    "mlp.fc1": ("ff.net.0.proj",),
+    "mlp.fc2": ("ff.net.2",),
+    "adaLN_modulation.1": ("norm1.linear",),
+}
+
+
+def dit(
+    state: Mapping[str, torch.Tensor],
+    latents: torch.Tensor,
+    timesteps: torch.Tensor,
+    class_labels: torch.Tensor,
+    *,
+    config: DiTConfig,
+) -> torch.Tensor:
+    """Predict the noise or the velocity (and with `learn_sigma` the variance) in latents of a class at a time.
+
+        x = patches of the latents, embedded, + position table;  c = time embedding + class embedding
+        x = block(x, c), depth times
+        out = patches put together of linear(layer_norm_modulate(x, shift, scale)),  shift, scale = linear(silu(c))
+
+    Args:
+        state: The parameters by name, shapes as in `state_shapes`, dtype of latents.
+        latents: [batch_size, in_channels, input_size, input_size], floating.
+        timesteps: [batch_size], float32 or float64, usually in [0, 1000).
+        class_labels: [batch_size], integer in 0 .. num_classes; num_classes is the label that was dropped.
+        config: The model.
+
+    Returns:
+        [batch_size, out_channels, input_size, input_size], dtype as latents; computed in float32 (float64 for float64
+        latents) and rounded once.
+
+    Raises:
+        TypeError: An argument is not an array of the dtype above.
+        ValueError: An entry of the state is missing, unexpected or of another shape; ranks, sizes or devices do not fit
+            together; or a label names no class.
+
+    Source: Peebles and Xie 2022 (arXiv:2212.09748), section 3.2 and figure 3; facebookresearch/DiT models.py.
+    """
+    validation.dit(state, latents, timesteps, class_labels, config, state_shapes(config))
+    validation.class_labels_in_range(class_labels, config.num_classes)
+    state = {name: at_least_float32(parameter) for name, parameter in state.items()}
+    latents_BCHW = at_least_float32(latents)
+
+    hidden_BSD = embed_patches(state, latents_BCHW, config=config)
+    conditioning_BD = embed_conditions(state, timesteps.to(latents_BCHW.dtype), class_labels, config=config)
+    for index in range(config.depth):
+        hidden_BSD = block(block_state(state, index), hidden_BSD, conditioning_BD, config=config)
+    out_BCHW = final_layer(state, hidden_BSD, conditioning_BD, config=config)
+    return out_BCHW.to(latents.dtype)
+
+
+def embed_patches(state: Mapping[str, torch.Tensor], latents: torch.Tensor, *, config: DiTConfig) -> torch.Tensor:
+    """Embed patches of latents [B, in_channels, input_size, input_size] as tokens that know their place, [B, S, D]."""
+    patches_BSI = layers.patchify(latents, patch_size=config.patch_size)
+    # the paper's convolution, whose stride is its kernel's size, is one matrix product a patch
+    weight_DI = state["x_embedder.proj.weight"].flatten(1)
+    hidden_BSD = layers.linear(patches_BSI, weight_DI, state["x_embedder.proj.bias"])
+    return hidden_BSD + layers.sincos_position_embedding(config.input_size // config.patch_size, like=hidden_BSD)
+
+
+def embed_conditions(
+    state: Mapping[str, torch.Tensor], timesteps: torch.Tensor, class_labels: torch.Tensor, *, config: DiTConfig
+) -> torch.Tensor:
+    """Embed times [B], in the dtype of the state, and class labels [B] as what steers the blocks, [B, D]."""
+    waves_BF = layers.timestep_embedding(
+        timesteps, embedding_size=config.frequency_embedding_size, frequency_shift=config.frequency_shift
+    )
+    inner_BD = layers.linear(waves_BF, state["t_embedder.mlp.0.weight"], state["t_embedder.mlp.0.bias"])
+    active_BD = torch.nn.functional.silu(inner_BD)
+    time_BD = layers.linear(active_BD, state["t_embedder.mlp.2.weight"], state["t_embedder.mlp.2.bias"])
+    return time_BD + state["y_embedder.embedding_table.weight"][class_labels]
+
+
+def block(
+    state: Mapping[str, torch.Tensor], hidden_states: torch.Tensor, conditioning: torch.Tensor, *, config: DiTConfig
+) -> torch.Tensor:
+    """Apply one adaLN-Zero block: attention, then a feed-forward network, each modulated before and gated after.
+
+        shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = sixths of linear(silu(c))
+        x = x + gate_1 * self_attention(layer_norm_modulate(x, shift_1, scale_1))
+        x = x + gate_2 * gelu_mlp(layer_norm_modulate(x, shift_2, scale_2))
+
+    Args:
+        state: The block's parameters by their own names (`attn.qkv.weight`), as `block_state` returns them.
+        hidden_states: [batch_size, num_tokens, hidden_size], floating; state and conditioning have its dtype.
+        conditioning: [batch_size, hidden_size].
+        config: The model.
+
+    Returns:
+        [batch_size, num_tokens, hidden_size], dtype as hidden_states; computed in float32 (float64 for float64 inputs)
+        and rounded once.
+
+    Raises:
+        TypeError: An argument is not an array of the dtype above.
+        ValueError: An entry of the state is missing, unexpected or of another shape, or ranks, sizes or devices do not
+            fit together.
+
+    Source: Peebles and Xie 2022 (arXiv:2212.09748), figure 3, "DiT Block with adaLN-Zero". The first LayerNorm has eps
+    1e-6 in the paper's code and in diffusers; the second has `norm_eps`, which is 1e-6 and 1e-5.
+    """
+    validation.dit_block(state, hidden_states, conditioning, block_shapes(config))
+    state = {name: at_least_float32(parameter) for name, parameter in state.items()}
+    hidden_BSD, active_BD = at_least_float32(hidden_states), torch.nn.functional.silu(at_least_float32(conditioning))
+
+    modulation_B6D = layers.linear(active_BD, state["adaLN_modulation.1.weight"], state["adaLN_modulation.1.bias"])
+    shift_1_BD, scale_1_BD, gate_1_BD, shift_2_BD, scale_2_BD, gate_2_BD = modulation_B6D.chunk(6, dim=-1)
+    attended_BSD = layers.self_attention(
+        layers.layer_norm_modulate(hidden_BSD, shift_1_BD, scale_1_BD, eps=NORM_EPS),
+        *(state[f"attn.{name}"] for name in ("qkv.weight", "qkv.bias", "proj.weight", "proj.bias")),
+        num_heads=config.num_heads,
+    )
+    hidden_BSD, modulated_BSD = layers.gated_residual_layer_norm_modulate(
+        hidden_BSD, attended_BSD, gate_1_BD, shift_2_BD, scale_2_BD, eps=config.norm_eps
+    )
+    mlp_BSD = layers.gelu_mlp(
+        modulated_BSD, *(state[f"mlp.{name}"] for name in ("fc1.weight", "fc1.bias", "fc2.weight", "fc2.bias"))
+    )
+    return layers.gated_residual(hidden_BSD, mlp_BSD, gate_2_BD).to(hidden_states.dtype)
+
+
+def final_layer(
+    state: Mapping[str, torch.Tensor], hidden_states: torch.Tensor, conditioning: torch.Tensor, *, config: DiTConfig
+) -> torch.Tensor:
+    """Turn tokens [B, S, D] into an image [B, out_channels, input_size, input_size], modulated by the conditioning [B, D]."""
+    modulation_B2D = layers.linear(
+        torch.nn.functional.silu(conditioning),
+        state["final_layer.adaLN_modulation.1.weight"],
+        state["final_layer.adaLN_modulation.1.bias"],
+    )
+    shift_BD, scale_BD = modulation_B2D.chunk(2, dim=-1)
+    modulated_BSD = layers.layer_norm_modulate(hidden_states, shift_BD, scale_BD, eps=NORM_EPS)
+    patches_BSI = layers.linear(modulated_BSD, state["final_layer.linear.weight"], state["final_layer.linear.bias"])
+    return layers.unpatchify(patches_BSI, patch_size=config.patch_size)
+
+
+def state_shapes(config: DiTConfig) -> dict[str, tuple[int, ...]]:
+    """Return the shape of every parameter by name, in the order of the paper's code."""
+    hidden_size, patch_size = config.hidden_size, config.patch_size
+    shapes: dict[str, tuple[int, ...]] = {
+        "x_embedder.proj.weight": (hidden_size, config.in_channels, patch_size, patch_size),
+        "x_embedder.proj.bias": (hidden_size,),
+        "t_embedder.mlp.0.weight": (hidden_size, config.frequency_embedding_size),
+        "t_embedder.mlp.0.bias": (hidden_size,),
+        "t_embedder.mlp.2.weight": (hidden_size, hidden_size),
+        "t_embedder.mlp.2.bias": (hidden_size,),
+        "y_embedder.embedding_table.weight": (config.num_classes + 1, hidden_size),
+    }
+    for index in range(config.depth):
+        shapes |= {f"blocks.{index}.{name}": shape for name, shape in block_shapes(config).items()}
+    return shapes | {
+        "final_layer.linear.weight": (patch_size**2 * config.out_channels, hidden_size),
+        "final_layer.linear.bias": (patch_size**2 * config.out_channels,),
+        "final_layer.adaLN_modulation.1.weight": (2 * hidden_size, hidden_size),
+        "final_layer.adaLN_modulation.1.bias": (2 * hidden_size,),
+    }
+
+
+def block_shapes(config: DiTConfig) -> dict[str, tuple[int, ...]]:
+    """Return the shape of every parameter of one block by its own name."""
+    hidden_size, intermediate_size = config.hidden_size, int(config.hidden_size * config.mlp_ratio)
+    return {
+        "attn.qkv.weight": (3 * hidden_size, hidden_size),
+        "attn.qkv.bias": (3 * hidden_size,),
+        "attn.proj.weight": (hidden_size, hidden_size),
+        "attn.proj.bias": (hidden_size,),
+        "mlp.fc1.weight": (intermediate_size, hidden_size),
+        "mlp.fc1.bias": (intermediate_size,),
+        "mlp.fc2.weight": (hidden_size, intermediate_size),
+        "mlp.fc2.bias": (hidden_size,),
+        "adaLN_modulation.1.weight": (6 * hidden_size, hidden_size),
+        "adaLN_modulation.1.bias": (6 * hidden_size,),
+    }
+
+
+def block_state(state: Mapping[str, torch.Tensor], index: int) -> dict[str, torch.Tensor]:
+    """Return the entries of one block, by the block's own names: `blocks.3.attn.qkv.weight` as `attn.qkv.weight`."""
+    prefix = f"blocks.{index}."
+    return {name.removeprefix(prefix): entry for name, entry in state.items() if name.startswith(prefix)}
+
+
+def initial_state(config: DiTConfig, *, seed: int) -> dict[str, torch.Tensor]:
+    """Draw the parameters with which training starts, float32; every block is then the identity, and the result 0.
+
+    Weights are uniform in +-sqrt(6 / (in_features + out_features)); the class table and the weights of the time embedding
+    are normal with deviation 0.02; all biases, all modulations and the last linear layer are 0. A parameter's draw depends
+    on the seed and its place in `state_shapes`.
+
+    Raises:
+        TypeError: The seed is no integer.
+        ValueError: The seed is out of its range (`random`).
+
+    Source: Peebles and Xie 2022 (arXiv:2212.09748), section 3.2; facebookresearch/DiT models.py, initialize_weights.
+    """
+    state = {}
+    for place, (name, shape) in enumerate(state_shapes(config).items()):
+        key = {"seed": seed, "step": 0, "example": place, "purpose": INITIAL_WEIGHTS}
+        if name.endswith(".bias") or "adaLN_modulation" in name or name.startswith("final_layer"):
+            state[name] = torch.zeros(shape)
+        elif name.startswith(("t_embedder", "y_embedder")):
+            state[name] = 0.02 * random.normal(shape, **key)
+        else:
+            bound = math.sqrt(6 / (shape[0] + math.prod(shape[1:])))
+            state[name] = bound * (2 * random.uniform(shape, **key) - 1)
+    return state
+
+
+def load_state(state: Mapping[str, torch.Tensor], *, config: DiTConfig) -> dict[str, torch.Tensor]:
+    """Return a checkpoint of the paper's code or of diffusers in the paper's layout, as `dit` takes it.
+
+    Parameters keep their dtype. The fixed position table may be among them, and is left out. diffusers' model has a copy of
+    the time and the class embedding in every block; the published ones are equal, and only such fit the paper's layout. What
+    no checkpoint tells: diffusers' model computes with norm_eps 1e-5 and frequency_shift 1.
+
+    Args:
+        state: Floating arrays by name, as in facebookresearch/DiT (`blocks.0.attn.qkv.weight`) or as in diffusers'
+            DiTTransformer2DModel (`transformer_blocks.0.attn1.to_q.weight`).
+        config: The model.
+
+    Raises:
+        TypeError: An entry is not a floating array.
+        ValueError: An entry is missing, unexpected or of another shape; a position table is not the fixed one; or a block's
+            copy of an embedding differs from that of the first block.
+
+    Source: facebookresearch/DiT models.py; diffusers models/transformers/dit_transformer_2d.py and
+    scripts/convert_dit_to_diffusers.py.
+    """
+    state = dict(state)
+    for name in ("pos_embed", "pos_embed.pos_embed"):
+        if name in state:
+            check_position_table(state.pop(name), config=config)
+    if any(name.startswith("transformer_blocks.") for name in state):
+        return from_diffusers(state, config=config)
+    validation.state_entries(state, state_shapes(config))
+    return {name: state[name] for name in state_shapes(config)}
+
+
+def check_position_table(table: torch.Tensor, *, config: DiTConfig) -> None:
+    """Raise ValueError unless a checkpoint's table [1, S, D] is that of `layers.sincos_position_embedding`."""
+    validation.position_table(table, config.num_patches, config.hidden_size)
+    fixed_SD = layers.sincos_position_embedding(config.input_size // config.patch_size, like=table)
+    # two libraries' sines may round to neighbours: half an eps apart, since no value is above 1
+    if not bool((at_least_float32(table[0] - fixed_SD).abs() <= torch.finfo(table.dtype).eps / 2).all()):
+        raise ValueError("state must have the fixed position table or none, got other values")
+
+
+def from_diffusers(state: Mapping[str, torch.Tensor], *, config: DiTConfig) -> dict[str, torch.Tensor]:
+    """Rename the entries of diffusers' DiTTransformer2DModel, and join queries, keys and values.
+
+    Raises: as `load_state`.
+    """
+    shapes = state_shapes(config)
+    parts = {name: diffusers_names(name, config=config) for name in shapes}
+    diffusers_shapes = {
+        part: (shape[0] // 3, *shape[1:]) if "attn.qkv" in name else shape
+        for name, shape in shapes.items()
+        for part in parts[name]
+    }
+    validation.state_entries(state, diffusers_shapes)
+    paper_state = {}
+    for name in shapes:
+        first, *others = parts[name]
+        if "attn.qkv" in name:
+            paper_state[name] = torch.cat([state[part] for part in parts[name]])
+            continue
+        for other in others:
+            if not bool((state[other] == state[first]).all()):
+                raise ValueError(f"state must have {other} equal to {first}, got another embedding for each block")
+        paper_state[name] = state[first]
+    return paper_state
+
+
+def diffusers_names(name: str, *, config: DiTConfig) -> list[str]:
+    """Return what diffusers calls a parameter of the paper's: three names for `attn.qkv`, one a block for an embedding."""
+    module, _, kind = name.rpartition(".")
+    if module in DIFFUSERS_EMBEDDINGS:
+        embeddings = [f"transformer_blocks.{index}.norm1.emb" for index in range(config.depth)]
+        return [f"{embedding}.{DIFFUSERS_EMBEDDINGS[module]}.{kind}" for embedding in embeddings]
+    if module in DIFFUSERS_ENDS:
+        return [f"{DIFFUSERS_ENDS[module]}.{kind}"]
+    _, index, own_name = module.split(".", 2)
+    return [f"transformer_blocks.{index}.{part}.{kind}" for part in DIFFUSERS_BLOCK[own_name]]

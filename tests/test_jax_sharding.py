@@ -1,0 +1,243 @@
+"""The JAX versions that are sharded over ranks, on four CPU devices, against the PyTorch references."""
+
+import os
+
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=4"
+
+import re
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from test_references import (
+    HIDDEN_SIZE,
+    INTERMEDIATE_SIZE,
+    NUM_EXPERTS,
+    NUM_TOKENS,
+    TOP_K,
+    assert_all_equal_to_rounding,
+    assert_equal_to_rounding,
+    inputs_of_experts,
+    jax_value_and_grads,
+    random,
+    value_and_grads,
+)
+
+from gaugeblock.optimized.jax import expert_parallel
+from gaugeblock.optimized.jax import train_image_diffusion as sharded
+from gaugeblock.optimized.jax.mesh import mesh_of_ranks
+from gaugeblock.reference.configs import DiTConfig, ImageDiffusionConfig
+from gaugeblock.reference.torch import experts
+from gaugeblock.reference.torch import train_image_diffusion as trainer
+
+ROUTINGS = {
+    "expert 0 is empty": lambda ids: ids,
+    "all on one expert": lambda ids: torch.full_like(ids, NUM_EXPERTS - 1),
+    "all on the last rank": lambda ids: NUM_EXPERTS - 1 - ids % 3,
+}
+
+
+@pytest.fixture(autouse=True)
+def x64():
+    with jax.enable_x64(True):
+        yield
+
+
+def mesh_of(num_ranks: int) -> Mesh:
+    return jax.make_mesh((num_ranks,), ("ranks",), devices=jax.devices()[:num_ranks])
+
+
+def to_jax(tensors):
+    return jax.tree.map(lambda tensor: jnp.asarray(tensor.numpy()), tensors)
+
+
+def inputs(num_tokens: int = NUM_TOKENS, routing: str = "expert 0 is empty"):
+    """Return (hidden_states, w13, w2, topk_weights), topk_ids and a cotangent, in float64."""
+    (hidden_states, w13, w2, topk_weights), ids, cotangent = inputs_of_experts(torch.float64)
+    arrays = [hidden_states[:num_tokens], w13, w2, topk_weights[:num_tokens]]
+    return arrays, ROUTINGS[routing](ids[:num_tokens]), cotangent[:num_tokens]
+
+
+def assert_right_for_every_routing(function) -> None:
+    """Compile value and gradients of `function(*floats, ids)` once, and compare them with the reference's."""
+
+    @jax.jit
+    def value_and_gradients(floats, ids, cotangent):
+        value, pull_back = jax.vjp(lambda *floats: function(*floats, ids), *floats)
+        return [value, *pull_back(cotangent)]
+
+    for routing in ROUTINGS:
+        arrays, ids, cotangent = inputs(routing=routing)
+        expected = value_and_grads(lambda *floats, ids=ids: experts.fused_swiglu(*floats, ids), arrays, cotangent)
+        assert_all_equal_to_rounding(value_and_gradients(*to_jax((arrays, ids, cotangent))), expected)
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 4])
+def test_experts_on_any_number_of_ranks_are_the_reference(num_ranks):
+    assert_right_for_every_routing(partial(expert_parallel.fused_swiglu, mesh=mesh_of(num_ranks)))
+
+
+def test_ragged_experts_of_accelerators_are_the_reference():
+    mesh = mesh_of_ranks(mesh_of(4))
+    tokens_of_rank = -(-NUM_TOKENS // 4)
+    assert_right_for_every_routing(partial(expert_parallel.sharded_swiglu, mesh=mesh, capacity=tokens_of_rank, load=None))
+
+
+@pytest.mark.parametrize(
+    ("num_ranks", "num_tokens", "routing"),
+    [
+        (2, 33, "all on one expert"),
+        (4, 33, "expert 0 is empty"),
+        (4, 2, "expert 0 is empty"),
+        (4, 0, "expert 0 is empty"),
+    ],
+)
+def test_experts_are_the_reference_where_the_ids_decide_how_much_room_there_is(num_ranks, num_tokens, routing):
+    arrays, ids, cotangent = inputs(num_tokens, routing)
+    expected = value_and_grads(lambda *floats: experts.fused_swiglu(*floats, ids), arrays, cotangent)
+
+    def on_ranks(*floats):
+        return expert_parallel.fused_swiglu(*floats, to_jax(ids), mesh=mesh_of(num_ranks))
+
+    actual = jax_value_and_grads(on_ranks, arrays, cotangent)
+    assert_all_equal_to_rounding(actual, expected)
+    for once, again in zip(actual, jax_value_and_grads(on_ranks, arrays, cotangent), strict=True):
+        np.testing.assert_array_equal(once, again)
+
+
+def test_nan_in_one_token_or_expert_stays_with_it():
+    arrays, ids, cotangent = inputs()
+    arrays[0][7, 0] = torch.nan
+    arrays[1][5, 0, 0] = torch.nan
+    out, grad_hidden_states, *_ = jax_value_and_grads(
+        lambda *floats: expert_parallel.fused_swiglu(*floats, jnp.asarray(ids.numpy()), mesh=mesh_of(4)), arrays, cotangent
+    )
+    touched = (ids == 5).any(dim=1) | (torch.arange(NUM_TOKENS) == 7)
+    for rows in (out, grad_hidden_states):
+        np.testing.assert_array_equal(np.isnan(np.asarray(rows)).any(axis=1), touched)
+
+
+def test_tokens_move_and_experts_do_not():
+    arrays, ids, cotangent = inputs(num_tokens=32)
+    over_ranks = NamedSharding(mesh_of_ranks(mesh_of(4)), PartitionSpec("ranks"))
+    floats, ids, cotangent = jax.device_put(to_jax((arrays, ids, cotangent)), over_ranks)
+
+    @jax.jit
+    def value_and_gradients(floats, ids, cotangent):
+        value, pull_back = jax.vjp(lambda *floats: expert_parallel.fused_swiglu(*floats, ids, mesh=over_ranks.mesh), *floats)
+        return value, *pull_back(cotangent)
+
+    compiled = value_and_gradients.lower(floats, ids, cotangent).compile()
+    collectives = set(re.findall(r" (all-to-all|all-gather|all-reduce|reduce-scatter|collective-permute)\(", compiled.as_text()))
+    assert collectives == {"all-to-all"}
+    parts = [(8, HIDDEN_SIZE), (8, HIDDEN_SIZE), (3, 2 * INTERMEDIATE_SIZE, HIDDEN_SIZE), (3, HIDDEN_SIZE, INTERMEDIATE_SIZE)]
+    for array, part in zip(compiled(floats, ids, cotangent), [*parts, (8, TOP_K)], strict=True):
+        assert [shard.data.shape for shard in array.addressable_shards] == 4 * [part]
+
+
+def test_bad_meshes_and_indivisible_experts_are_named():
+    arrays, ids, _ = inputs()
+    call = [jnp.asarray(array.numpy()) for array in (*arrays, ids)]
+    with pytest.raises(TypeError, match=r"^mesh must be a jax.sharding.Mesh, got NoneType"):
+        expert_parallel.fused_swiglu(*call, mesh=None)
+    with pytest.raises(ValueError, match=r'^mesh must have the one axis "ranks", got \(\'experts\',\)'):
+        expert_parallel.fused_swiglu(*call, mesh=jax.make_mesh((4,), ("experts",)))
+    call[1], call[2] = call[1][:10], call[2][:10]
+    with pytest.raises(ValueError, match=r"^num_experts must be a multiple of the ranks \(4\), got 10"):
+        expert_parallel.fused_swiglu(*call[:4], call[4] % 10, mesh=mesh_of(4))
+    with pytest.raises(ValueError, match=r"^topk_ids must be in 0..9, got"):
+        expert_parallel.fused_swiglu(*call, mesh=mesh_of(2))
+
+
+MODEL = DiTConfig(
+    input_size=4,
+    in_channels=3,
+    hidden_size=16,
+    depth=1,
+    num_heads=2,
+    num_classes=5,
+    learn_sigma=False,
+    frequency_embedding_size=8,
+)
+CONFIG = ImageDiffusionConfig(
+    MODEL, seed=3, learning_rate=0.01, weight_decay=0.1, max_gradient_norm=0.1, label_dropout=0.3, accumulation_steps=2
+)
+BATCH_SIZE = 6
+
+
+def state_and_batch() -> tuple[dict[str, torch.Tensor], list[torch.Tensor]]:
+    """Return a state in float64, in which nothing is zero, and images, labels and example_ids."""
+    state = {
+        name: value if name == "step" else value.double() + 0.1 * random(*value.shape, seed=seed).abs()
+        for seed, (name, value) in enumerate(trainer.initial_state(CONFIG).items())
+    }
+    images = random(BATCH_SIZE, 3, 4, 4, seed=1000)
+    return state, [images, torch.arange(BATCH_SIZE) % 5, torch.arange(BATCH_SIZE) * 1000]
+
+
+def assert_same_step(actual, expected) -> None:
+    """Compare states and metrics; each part of a state as one long vector."""
+    (actual_state, actual_metrics), (expected_state, expected_metrics) = actual, expected
+    assert actual_state.keys() == expected_state.keys()
+    assert int(actual_state["step"]) == int(expected_state["step"])
+    for part in ("model.", "exp_avg.", "exp_avg_sq."):
+        names = [name for name in expected_state if name.startswith(part)]
+        vectors = [np.concatenate([np.ravel(state[name]) for name in names]) for state in (actual_state, expected_state)]
+        assert_equal_to_rounding(*vectors)
+    assert_equal_to_rounding(actual_metrics.loss, expected_metrics.loss)
+    assert_equal_to_rounding(actual_metrics.gradient_norm, expected_metrics.gradient_norm)
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 4])
+def test_training_on_any_number_of_ranks_is_the_reference(num_ranks):
+    state, batch = state_and_batch()
+    mesh = mesh_of(num_ranks)
+    jax_state = sharded.shard_state(to_jax(state), mesh)
+    compilations = sharded.sharded_step._cache_size()
+    for batch_size in (6, 5, 6):  # padded to the same size on 4 ranks, and on 2
+        expected = trainer.train_step(state, *(each[:batch_size] for each in batch), config=CONFIG)
+        actual = sharded.train_step(jax_state, *to_jax([each[:batch_size] for each in batch]), config=CONFIG, mesh=mesh)
+        assert_same_step(actual, expected)
+        (state, _), (jax_state, _) = expected, actual
+    assert sharded.sharded_step._cache_size() == compilations + 1
+
+
+def test_each_rank_holds_a_part_of_the_state_and_the_next_step_copies_none():
+    state, batch = state_and_batch()
+    state, _ = sharded.train_step(to_jax(state), *to_jax(batch), config=CONFIG, mesh=mesh_of(4))
+    parts = {name: array.addressable_shards[0].data.shape for name, array in state.items()}
+    assert parts["model.blocks.0.attn.qkv.weight"] == parts["exp_avg.blocks.0.attn.qkv.weight"] == (12, 16)
+    assert parts["exp_avg_sq.blocks.0.mlp.fc2.weight"] == (16, 16)  # of (16, 64)
+    assert parts["model.y_embedder.embedding_table.weight"] == (6, 4)  # 4 do not divide the 5 classes and the dropped label
+    again = sharded.shard_state(state, mesh_of(4))
+    assert all(again[name] is array for name, array in state.items())
+
+
+def test_parameters_are_gathered_and_each_rank_has_its_part_of_the_batch():
+    state, batch = state_and_batch()
+    mesh = mesh_of_ranks(mesh_of(4))
+    batch = [jnp.resize(each, (8, *each.shape[1:])) for each in (*to_jax(batch), jnp.ones(8, bool))]
+    batch = jax.device_put(batch, NamedSharding(mesh, PartitionSpec("ranks")))
+    lowered = sharded.sharded_step.lower(sharded.shard_state(to_jax(state), mesh), *batch, config=CONFIG, mesh=mesh)
+    text = lowered.compile().as_text()
+    assert " all-gather(" in text and "f64[16,16]{1,0} all-gather(" in text
+    assert any(" all-reduce(" in line and "transpose(jvp())" in line for line in text.splitlines())
+
+
+@pytest.mark.parametrize("bad", ["loss", "gradient of final_layer.linear.weight"])
+def test_what_is_not_finite_is_named(bad):
+    state, batch = state_and_batch()
+    if bad == "loss":
+        batch[0][5] = torch.nan
+    else:  # a finite result from tiny weights and huge features
+        state["model.final_layer.linear.weight"] *= 1e-60
+        state["model.final_layer.adaLN_modulation.1.bias"][:] = 1e200
+    message = f"^step 0: {bad} is not finite"
+    with pytest.raises(FloatingPointError, match=message):
+        trainer.train_step(state, *batch, config=CONFIG)
+    with pytest.raises(FloatingPointError, match=message):
+        sharded.train_step(to_jax(state), *to_jax(batch), config=CONFIG, mesh=mesh_of(4))
