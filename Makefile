@@ -4,7 +4,7 @@ BIN := .venv/bin
 INSTALL := $(BIN)/pip install --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help setup check lint test clean
+.PHONY: help setup check lint demo dashboard browser test clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
@@ -15,7 +15,7 @@ setup: .venv/.installed  ## .venv, with everything of pyproject.toml at the vers
 .venv/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(INSTALL) --no-deps torch || $(INSTALL) --no-deps --index-url https://download.pytorch.org/whl/cpu torch
-	$(INSTALL) --editable '.[torch,jax,triton,conformance,benchmarks,dev]'
+	$(INSTALL) --editable '.[torch,jax,triton,conformance,benchmarks,demo,dev]'
 	touch $@
 
 check: setup  ## the gate over all built-in implementations: verdicts here and in report/ (a minute)
@@ -26,8 +26,21 @@ lint: setup  ## ruff, mypy, and the direction of imports
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+demo: setup  ## train a tiny DiT on digits, in PyTorch and in JAX from the same draws (some minutes): demo/*.png
+	OMP_NUM_THREADS=2 $(BIN)/python demo/train_digits.py
+
+dashboard: setup  ## asv over this commit, and a page of all results that needs no internet: .asv/html (some minutes)
+	$(BIN)/asv machine --yes
+	$(BIN)/asv run --environment existing:$(CURDIR)/$(BIN)/python --set-commit-hash HEAD --launch-method forkserver
+	$(BIN)/python benchmarks/dashboard/publish.py
+
+# tests/test_dashboard.py looks at the dashboard in Chromium; npm brings the dashboard's scripts. Both are Debian packages.
+browser:
+	@command -v chromium >/dev/null || command -v google-chrome >/dev/null || { apt-get update && apt-get install --yes --no-install-recommends chromium; }
+	@command -v npm >/dev/null || { apt-get update && apt-get install --yes --no-install-recommends npm; }
+
 # One OpenMP thread per process: two workers fill two cores, more threads only wait for each other.
-test: lint  ## the linters and all tests (some minutes)
+test: lint browser  ## the linters and all tests (some minutes)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist worksteal
 
 clean:  ## remove .venv, reports and caches

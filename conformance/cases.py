@@ -128,7 +128,7 @@ def options(contract: Contract, case: Case) -> dict[str, Any]:
 
 
 def lay_out(tensor: torch.Tensor, layout: Layout) -> torch.Tensor:
-    """The same values otherwise in memory; all other memory within reach holds NaN, or a huge integer.
+    """The same values otherwise in memory; all other memory within reach holds NaN, a huge integer, or True.
 
     `"broadcast"` repeats the first row without storing it again (stride 0), which changes the values: compare with
     a contiguous copy of the result.
@@ -161,7 +161,10 @@ def guarded(tensor: torch.Tensor, before: int = GUARD) -> tuple[torch.Tensor, to
 
 
 def _poisoned(like: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
-    poison = float("nan") if like.is_floating_point() else torch.iinfo(like.dtype).max
+    if like.dtype == torch.bool:
+        poison: float | bool = True
+    else:
+        poison = float("nan") if like.is_floating_point() else torch.iinfo(like.dtype).max
     return torch.full(shape, poison, dtype=like.dtype, device=like.device)
 
 

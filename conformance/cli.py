@@ -81,19 +81,33 @@ def _parser() -> argparse.ArgumentParser:
     codegen.add_argument("--target", action="append", default=[], metavar="CHIP", help="only this chip, e.g. sm_90 (repeatable)")
     codegen.add_argument("--json", type=Path, metavar="FILE", help="also write every compiled kernel there")
 
-    bench = commands.add_parser("bench", help="a roofline table, here and now")
+    bench = commands.add_parser("bench", help="a roofline table, here and now; or a gate against an earlier revision")
+    bench.add_argument(
+        "candidates", nargs="*", metavar="FILE_OR_MODULE", help="measure what these register, and its rivals; default: everything"
+    )
     bench.add_argument("--contract", action="append", default=[], metavar="NAME", help="only this contract (repeatable)")
     bench.add_argument("--workload", action="append", default=[], metavar="NAME", help="only this workload (repeatable)")
     bench.add_argument("--direction", choices=("forward", "backward", "both"), default="both", help="default: both")
-    bench.add_argument("--quick", action="store_true", help="few repeats")
+    bench.add_argument(
+        "--implementation", action="append", default=[], metavar="GLOB", help="only these implementations (repeatable)"
+    )
+    bench.add_argument("--quick", action="store_true", help="small sizes, few repeats")
+    bench.add_argument("--counters", action="store_true", help="also count what each call allocates, dispatches and launches")
     bench.add_argument("--json", type=Path, metavar="FILE", help="also write the rows there")
+    bench.add_argument(
+        "--against", metavar="REVISION", help="fail if this working tree is slower, or counts more, than that git revision"
+    )
+    bench.add_argument("--asv", type=Path, metavar="DIR", help="write results of this machine there as asv would")
+    bench.add_argument("--machine", metavar="NAME", help="this machine's name in those results (default: the host's)")
+    bench.add_argument("--commit", metavar="HASH", help="the commit that is measured (default: that of the working tree)")
     return parser
 
 
 def _check(options: argparse.Namespace) -> int:
     from gaugeblock.conformance.gate import run_gate
+    from gaugeblock.conformance.ranks import torchrun
 
-    return run_gate(options)
+    return torchrun.run(lambda: run_gate(options)) if torchrun.is_torchrun() else run_gate(options)
 
 
 def _list(options: argparse.Namespace) -> int:

@@ -90,7 +90,7 @@ class RoundingNoise(TorchDispatchMode):
         left, right = (self._round(operand, self.operand_dtype) for operand in args[first : first + 2])
         result = func(*args[:first], left, right, *args[first + 2 :], **kwargs)
         size = torch.abs if self.cancelling else torch.square
-        sizes = func(*(0 * each for each in args[:first]), size(left), size(right), *args[first + 2 :], **kwargs)
+        sizes = func(*(size(each) for each in args[:first]), size(left), size(right), *args[first + 2 :], **kwargs)
         return self._add_noise(result, self._accumulation_deviation(left.shape[-1], result, sizes))
 
     def _sum_deviation(self, func: Any, result: torch.Tensor, args: tuple, kwargs: dict) -> torch.Tensor:
@@ -162,6 +162,8 @@ def _argument_growth(name: str, result: torch.Tensor, args: tuple) -> torch.Tens
             return args[0].abs()
         case "sigmoid" | "silu":
             return args[0].abs() * args[0].neg().sigmoid()
+        case "gelu":  # 1 + tanh, or 1 + erf, is rounded near 1 also where it is near 0
+            return (args[0].abs() / (2 * result.abs()).clamp_min(torch.finfo(torch.float64).tiny)).clamp_max(2**24)
         case "silu_backward":
             return args[1].abs() * args[1].neg().sigmoid()
         case "_softmax":
@@ -214,7 +216,11 @@ def _budget(value: torch.Tensor, runs: torch.Tensor) -> Budget:
         return Budget(value, torch.zeros_like(value), 0.0, 0.0)
     errors = runs - value
     variance = _pooled(errors.square().mean(0).nan_to_num(0.0, 0.0, 0.0))
-    scaled = torch.where(variance > 0, errors / variance.sqrt(), 0.0).flatten(1)
+    # Errors of one sign in every run are squares of errors (the square of a gradient that is 0 but for rounding): KAPPA deviations
+    # of what is squared are KAPPA² of their mean. By chance it happens to one element of 2048.
+    squared = (errors > 0).all(0) | (errors < 0).all(0)
+    variance = torch.where(squared, (KAPPA * errors.mean(0)).square(), variance)
+    scaled = torch.where(variance > 0, errors / variance.sqrt(), 0.0).reshape(len(runs), value.numel())
     signed = (scaled * value.sign().flatten()).sum(1)
     return Budget(value, variance, float(scaled.square().sum(1).var()), float(signed.square().mean()))
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -25,12 +26,14 @@ class Call:
         options: Keyword arguments.
         cotangents: For each differentiable output, or None if only the outputs are wanted.
         wanted: Keys of the inputs whose gradients are wanted; None for all that have one.
+        jit: Whether to compile a JAX function, with the options static.
     """
 
     inputs: Tensors
     options: dict[str, Any]
     cotangents: Tensors | None = None
     wanted: tuple[str, ...] | None = None
+    jit: bool = False
 
 
 def call_torch(contract: Contract, function: Callable[..., Any], call: Call) -> Tensors:
@@ -62,6 +65,7 @@ def call_jax(contract: Contract, function: Callable[..., Any], call: Call) -> Te
     import jax
     import jax.numpy as jnp
 
+    function = _jitted(function, tuple(call.options)) if call.jit else function
     wanted = _wanted(contract, call)
     arrays = {key: _to_jax(tensor) for key, tensor in call.inputs.items()}
 
@@ -75,10 +79,19 @@ def call_jax(contract: Contract, function: Callable[..., Any], call: Call) -> Te
         return {key: _from_jax(array) for key, array in outputs.items()}
     assert call.cotangents is not None
     flowing, pull_back, others = jax.vjp(differentiable, {key: arrays[key] for key in wanted}, has_aux=True)
-    cotangents = {key: _to_jax(call.cotangents[key]).astype(array.dtype) for key, array in flowing.items()}
+    cotangents = {
+        key: jax.device_put(_to_jax(call.cotangents[key]).astype(array.dtype), array.sharding) for key, array in flowing.items()
+    }
     gradients = pull_back(cotangents)[0]
     results = {key: _from_jax(array) for key, array in (flowing | others).items()}
     return results | _gradients(wanted, [_from_jax(gradients[key]) for key in wanted])
+
+
+@cache
+def _jitted(function: Callable[..., Any], options: tuple[str, ...]) -> Callable[..., Any]:
+    import jax
+
+    return jax.jit(function, static_argnames=options)
 
 
 class LibraryInFloat64(TorchDispatchMode):
@@ -90,7 +103,8 @@ class LibraryInFloat64(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Iterable[type], args: tuple = (), kwargs: dict | None = None) -> Any:
         name = func.overloadpacket.__name__
-        if name not in {*MATRIX_PRODUCTS, *SUMS, *ULPS} or not args[0].is_floating_point():
+        floating = args and isinstance(args[0], torch.Tensor) and args[0].is_floating_point()
+        if name not in {*MATRIX_PRODUCTS, *SUMS, *ULPS} or not floating:
             return func(*args, **(kwargs or {}))
         widened = [each.to(torch.float64) if isinstance(each, torch.Tensor) else each for each in args]
         others = {key: value for key, value in (kwargs or {}).items() if key != "out"}

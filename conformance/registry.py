@@ -47,6 +47,7 @@ class Implementation:
         deterministic: The same call gives the same bits.
         batch_invariant: An example's bits do not depend on the other examples.
         validates: Bad input raises ValueError or TypeError naming the argument.
+        jit: The engine calls it under `jax.jit`, keyword arguments static, but where a bad value is to be rejected.
         world_sizes: Numbers of devices that it runs on; it is called with `mesh` too, of one dimension "ranks". In PyTorch
             it is called once per rank with the rank's shard and a `DeviceMesh`; in JAX once, with global arrays and a `Mesh`.
     """
@@ -63,6 +64,7 @@ class Implementation:
     deterministic: bool = True
     batch_invariant: bool = True
     validates: bool = True
+    jit: bool = False
     world_sizes: tuple[int, ...] = ()
 
     def load(self) -> Callable[..., Any]:
@@ -86,7 +88,7 @@ def implements(contract: str, *, name: str, **claims: Any) -> Callable[[Function
         contract: A contract's name, e.g. `"routers.softmax_topk"` (`gaugeblock list` shows them).
         name: How the report calls the implementation.
         **claims: Fields of `Implementation`: `framework`, `dtypes`, `devices`, `profile`, `differentiable`,
-            `deterministic`, `batch_invariant`, `validates`, `world_sizes`, `kind`.
+            `deterministic`, `batch_invariant`, `validates`, `jit`, `world_sizes`, `kind`.
 
     Raises:
         RegistrationError: If the contract, a claim, a claim's value, or the function's signature is wrong, or the name is
@@ -152,7 +154,7 @@ def _check_signature(contract: Contract, name: str, function: Callable[..., Any]
 @cache
 def contracts() -> dict[str, Contract]:
     """Every contract by name, in the catalogue's order."""
-    modules = [importlib.import_module(f"gaugeblock.conformance.contracts.{subject}") for subject in SUBJECTS if importlib.util.find_spec(f"gaugeblock.conformance.contracts.{subject}")]  # TEMPORARY
+    modules = [importlib.import_module(f"gaugeblock.conformance.contracts.{subject}") for subject in SUBJECTS]
     return {row.name: row for module in modules for row in module.CONTRACTS}
 
 
@@ -195,7 +197,8 @@ def builtin_implementations(contract: Contract) -> tuple[Implementation, ...]:
     every = cast(tuple[DType, ...], contract.dtypes)
     references = (
         Implementation(contract.name, "reference", contract.reference, "reference", dtypes=every, devices=("cpu", "cuda")),
-        Implementation(contract.name, "reference-jax", contract.twin, "reference", "jax"),
+        # a step reads its loss, which jit has not
+        Implementation(contract.name, "reference-jax", contract.twin, "reference", "jax", jit=contract.recurrence is None),
     )
     ours = (
         Implementation(contract.name, row.name, row.function, cast(Kind, row.kind), cast(Framework, row.framework), **row.claims)

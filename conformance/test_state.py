@@ -44,12 +44,11 @@ def test_resume(trial: Trial) -> None:
 
 @conformance_property(requires=("microbatches",), weight=0.5)
 def test_accumulation(trial: Trial) -> None:
-    """In how many microbatches a batch is processed does not matter, also when they are of unequal size."""
+    """In how many microbatches a batch is processed does not matter, though they are of unequal size."""
     name, batch = trial.contract.microbatches, trial.contract.batch
     assert name is not None  # required
-    whole = trial.case.replace(**{name: 1, batch: max(5, trial.case.parameters[batch])})
-    for parts in (2, 3):
-        trial.judge(trial.run(trial.inputs(whole), case=whole.replace(**{name: parts})), whole)
+    whole = trial.case.replace(**{name: 1, batch: trial.case.parameters[batch] // 2 * 2 + 3})
+    trial.judge(trial.run(trial.inputs(whole), case=whole.replace(**{name: 2})), whole)
 
 
 def _saved_and_loaded(trial: Trial, state: Tensors) -> Tensors:

@@ -158,8 +158,8 @@ class Trial:
         if gradients and self.contract.differentiable(inputs):
             made = rounded_cotangents(self.contract, case, self.subject.dtype)
             cotangents = {key: lay_out(tensor.to(self.subject.device), cotangent_layout) for key, tensor in made.items()}
-        call = Call(inputs, self.options(case), cotangents, None if wanted is None else tuple(wanted))
-        return self.call(call)
+        some = None if wanted is None else tuple(wanted)
+        return self.call(Call(inputs, self.options(case), cotangents, some, self.implementation.jit))
 
     def call(self, call: Call) -> Tensors:
         """The candidate called once, under watch."""
@@ -369,13 +369,17 @@ def explore(subject: Subject, prop: Property, profile: Profile, ledger: Ledger) 
             raise violation.with_traceback(None)  # always from this line, by which Hypothesis tells failures apart
 
     for position, regime in enumerate(prop.regimes_of(subject.contract)):
-        examples = max(1, round(most if position == 0 else most / 2))
-        visits = [Case(**each, regime=regime, seed=seed) for seed, each in enumerate(subject.contract.landmarks[:examples])]
+        examples = round(most if position == 0 else most / 2)  # none of free sizes: one landmark is visited all the same
+        landmarks = subject.contract.landmarks
+        turn = 0 if jax else position % len(landmarks)  # so that where one is visited, each regime visits another
+        landmarks = (*landmarks[turn:], *landmarks[:turn])[: max(1, examples)]
+        visits = [Case(**each, regime=regime, seed=seed) for seed, each in enumerate(landmarks)]
         try:
             for case in visits:
                 attempt(case)
-            drawn = cases(subject.contract, regime, "landmarks", examples) if jax else cases(subject.contract, regime)
-            _search(drawn, attempt, profile, examples)
+            drawn = cases(subject.contract, regime, "landmarks", len(landmarks)) if jax else cases(subject.contract, regime)
+            if examples:
+                _search(drawn, attempt, profile, examples)
         except Violation:
             with suppress(Violation):  # look for something smaller: without landmarks, across which Hypothesis cannot shrink
                 drawn = cases(subject.contract, regime, "landmarks" if jax else "free")

@@ -250,7 +250,7 @@ def gate(*arguments: str) -> int:
 
 @pytest.mark.timeout(900)
 def test_a_planted_delay_and_a_planted_copy_are_found_and_equal_code_is_not(repository, capsys):
-    (repository / "kernels.py").write_text(KERNELS.format(delay="time.sleep(0.002)", copy=".clone()"))
+    (repository / "kernels.py").write_text(KERNELS.format(delay="time.sleep(0.03)", copy=".clone()"))
     assert gate("--contract", ROUTER.name, *OWN) == against.WORSE
     printed = capsys.readouterr().out
     lines = [line.split() for line in printed.splitlines() if line.endswith("WORSE")]

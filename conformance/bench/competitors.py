@@ -9,7 +9,7 @@ import torch
 
 from gaugeblock.conformance.bench.outsiders import OUTSIDERS
 from gaugeblock.conformance.bench.problem import Problem, Results, Unavailable
-from gaugeblock.conformance.contract import Contract, flatten, nest
+from gaugeblock.conformance.contract import Contract, apply
 from gaugeblock.conformance.frameworks import call_torch
 from gaugeblock.conformance.oracle import gradient_key
 from gaugeblock.conformance.registry import Implementation, implementations
@@ -21,24 +21,48 @@ class Competitor:
 
     Attributes:
         name: As the table shows it.
-        prepare: Returns the call to be timed; raises `Unavailable` if the competitor cannot take part.
+        prepare: Returns the call to be timed or counted; raises `Unavailable` if the competitor cannot take part.
+        interpreted: On a CPU it runs in an interpreter, whose time says nothing.
     """
 
     name: str
     prepare: Callable[[Problem], Callable[[], Results]]
+    interpreted: bool = False
+
+
+@dataclass(frozen=True)
+class JaxCall:
+    """A call of a JAX function that returns when its work is done.
+
+    Attributes:
+        is_one_program: It can be compiled as a whole; a training step cannot, since it looks at its loss on the host.
+    """
+
+    function: Callable[[Results], Results]
+    arrays: Results
+    is_one_program: bool
+
+    def __call__(self) -> Results:
+        """Outputs, and gradients if the problem has them."""
+        import jax
+
+        return jax.block_until_ready(self.function(self.arrays))
 
 
 def competitors(contract: Contract) -> list[Competitor]:
     """All that can be asked to run a contract's workloads."""
-    ours = [Competitor(each.name, partial(_registered, each)) for each in implementations(contract.name)]
+    ours = [
+        Competitor(each.name, partial(_registered, each), interpreted=each.kind == "triton")
+        for each in implementations(contract.name)
+    ]
     others = [Competitor(name, prepare) for name, prepare in OUTSIDERS.get(contract.name, {}).items()]
     return ours + others
 
 
 def _registered(implementation: Implementation, problem: Problem) -> Callable[[], Results]:
     device, dtype = problem.machine.device, problem.machine.dtype
-    if implementation.kind == "triton" and device == "cpu":
-        raise Unavailable("needs a GPU: the interpreter's time says nothing")
+    if implementation.world_sizes:
+        raise Unavailable("runs on several ranks, a bench in one process")
     if device not in implementation.devices or dtype not in implementation.dtypes:
         raise Unavailable(f"does not claim {dtype} on {device}")
     if problem.call.cotangents is not None and not implementation.differentiable:
@@ -49,16 +73,15 @@ def _registered(implementation: Implementation, problem: Problem) -> Callable[[]
     return partial(call_torch, problem.contract, function, problem.call)
 
 
-def _jax_call(problem: Problem, function: Callable[..., Any], *, whole: bool) -> Callable[[], Results]:
+def _jax_call(problem: Problem, function: Callable[..., Any], *, whole: bool) -> JaxCall:
     """Outputs, and gradients by `jax.vjp`; `whole` compiles both as one."""
     import jax
+    import jax.numpy as jnp
 
     contract, call = problem.contract, problem.call
-    names = [spec.name for spec in contract.outputs]
-    arrays = {key: _to_jax(tensor) for key, tensor in call.inputs.items()}
 
     def forward(arrays: Results) -> Results:
-        return flatten(function(**nest(arrays), **call.options), names)
+        return apply(contract, function, arrays, call.options, jnp.stack)
 
     def both(arrays: Results) -> Results:
         wanted = {key: arrays[key] for key in contract.differentiable(arrays)}
@@ -70,10 +93,11 @@ def _jax_call(problem: Problem, function: Callable[..., Any], *, whole: bool) ->
         _, pull_back, outputs = jax.vjp(flowing, wanted, has_aux=True)
         return outputs | {gradient_key(key): each for key, each in pull_back(cotangents)[0].items()}
 
+    arrays = {key: _to_jax(tensor) for key, tensor in call.inputs.items()}
     cotangents = {key: _to_jax(tensor) for key, tensor in (call.cotangents or {}).items()}
     step = both if cotangents else forward
-    compiled = jax.jit(step) if whole else step
-    return lambda: jax.block_until_ready(compiled(arrays))
+    is_one_program = contract.recurrence is None
+    return JaxCall(jax.jit(step) if whole and is_one_program else step, arrays, is_one_program)
 
 
 def _to_jax(tensor: torch.Tensor) -> Any:

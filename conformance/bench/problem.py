@@ -1,5 +1,7 @@
 """One workload made ready: scaled to the machine, with inputs, cotangents and the reference's results."""
 
+import math
+from collections import defaultdict
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any, Literal
@@ -7,8 +9,9 @@ from typing import Any, Literal
 import torch
 
 from gaugeblock.conformance.bench.roofline import Machine
-from gaugeblock.conformance.cases import Draw, input_dtype
-from gaugeblock.conformance.contract import Contract, Cost, Parameters, Tensors, Workload
+from gaugeblock.conformance.cases import Case, Draw, dtypes_of, options
+from gaugeblock.conformance.cases import cotangents as drawn_cotangents
+from gaugeblock.conformance.contract import Contract, Cost, Parameters, Tensors, Workload, argument_of
 from gaugeblock.conformance.frameworks import Call, call_torch
 
 Direction = Literal["forward", "backward"]
@@ -55,44 +58,57 @@ class Problem:
         return call_torch(self.contract, self.contract.reference, self.call)
 
     def deviation(self, results: Results, expected: Tensors) -> float:
-        """How far results are from the expected ones: the largest norm of a difference over the norm.
+        """How far results are from the expected ones: the largest norm of a difference over the norm, argument by argument.
 
         For integers it is the share that differs. Choices may come in any order.
         """
         found = {key: _to_torch(results[key]).to(right.device) for key, right in expected.items()}
+        for key, right in expected.items():
+            if found[key].shape != right.shape:
+                return float("inf")
         found, expected = self._in_order(found), self._in_order(expected)
-        return max(_deviation(found[key], right) for key, right in expected.items())
+        pairs: dict[tuple[str, bool], list[tuple[torch.Tensor, torch.Tensor]]] = defaultdict(list)
+        for key, right in expected.items():
+            pairs[argument_of(key), right.is_floating_point()].append((found[key], right))
+        return max(map(_deviation, pairs.values()))
 
     def _in_order(self, results: Tensors) -> Tensors:
-        chosen = next((results[spec.name] for spec in self.contract.outputs if spec.indexes), None)
+        """Choices sorted, and with them the outputs that have one value for each choice."""
+        chosen = next((spec for spec in self.contract.outputs if spec.indexes), None)
         if chosen is None:
             return results
-        order = chosen.argsort(-1)
-        names = {spec.name for spec in self.contract.outputs}
-        return {key: each.gather(-1, order) if key in names else each for key, each in results.items()}
+        order = results[chosen.name].argsort(-1)
+        beside = {spec.name for spec in self.contract.outputs if spec.shape == chosen.shape}
+        return {key: each.gather(-1, order) if key in beside else each for key, each in results.items()}
 
 
-def make_problem(
-    contract: Contract, parameters: Parameters, direction: Direction, machine: Machine
-) -> Problem:
+def directions(contract: Contract) -> tuple[Direction, ...]:
+    """Backward too, where gradients flow from an output to an input."""
+    flows = all(any(spec.differentiable for spec in side) for side in (contract.inputs, contract.outputs))
+    return ("forward", "backward") if flows else ("forward",)
+
+
+def make_problem(contract: Contract, parameters: Parameters, direction: Direction, machine: Machine) -> Problem:
     """Draws inputs of the contract's main regime, and cotangents if the direction is backward."""
+    regime = contract.regimes[0]
+    case = Case(**parameters, regime=regime.name, seed=SEED)
+    dtypes = dtypes_of(contract, parameters, machine.dtype)
 
     def rounded(tensors: Tensors) -> Tensors:
-        dtypes = {key: input_dtype(contract, key, machine.dtype) for key in tensors}
-        return {key: each.to(machine.device, dtypes[key]) for key, each in tensors.items()}
+        return {key: each.to(machine.device, dtypes[key]).contiguous() for key, each in tensors.items()}
 
-    inputs = rounded(contract.regimes[0].make(Draw(SEED), parameters))
-    cotangents, passes = None, 1
-    if direction == "backward":
-        draw, passes = Draw(SEED + 1), 3
-        flowing = [spec for spec in contract.outputs if spec.differentiable]
-        cotangents = rounded(
-            {each.name: draw.normal(*(parameters[name] for name in each.shape)) for each in flowing}
-        )
-    options = {name: parameters[name] for name in contract.options}
-    forward = contract.cost(parameters, getattr(torch, machine.dtype).itemsize)
+    inputs = rounded(regime.make(Draw(SEED), parameters))  # not by make_inputs, which keeps what it drew in float64
+    backward = direction == "backward"
+    cotangents = rounded(drawn_cotangents(contract, case)) if backward else None
+    forward, passes = contract.cost(parameters, getattr(torch, machine.dtype).itemsize), 3 if backward else 1
     cost = Cost(passes * forward.flops, passes * forward.bytes)
-    return Problem(contract, parameters, machine, Call(inputs, options, cotangents), cost)
+    return Problem(contract, parameters, machine, Call(inputs, options(contract, case), cotangents), cost)
+
+
+def fits(contract: Contract, workload: Workload, limits: Limits, dtype: str) -> bool:
+    """Whether a workload in full size is within the limits."""
+    cost = contract.cost(workload.parameters, getattr(torch, dtype).itemsize)
+    return cost.flops <= limits.flops and cost.bytes <= limits.bytes
 
 
 def scaled(contract: Contract, workload: Workload, limits: Limits, dtype: str) -> tuple[Parameters, str]:
@@ -118,10 +134,9 @@ def _to_torch(result: Any) -> torch.Tensor:
     return result if isinstance(result, torch.Tensor) else torch.from_dlpack(result)
 
 
-def _deviation(left: torch.Tensor, right: torch.Tensor) -> float:
-    if left.shape != right.shape:
-        return float("inf")
-    if not right.is_floating_point():
-        return (left != right).float().mean().item()
-    difference = (left.double() - right.double()).norm() / right.double().norm()
-    return difference.nan_to_num(nan=float("inf")).item()
+def _deviation(pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> float:
+    if not pairs[0][1].is_floating_point():
+        return max((left != right).float().mean().item() for left, right in pairs)
+    difference = sum((left.double() - right.double()).square().sum().item() for left, right in pairs)
+    norm = sum(right.double().square().sum().item() for _, right in pairs)
+    return 0.0 if difference == 0 else math.sqrt(difference / norm) if norm > 0 and math.isfinite(difference) else float("inf")

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -40,27 +41,39 @@ class Machine:
         return max(cost.flops / self.flops, cost.bytes / self.bytes)
 
 
-def this_machine(cache: Path | None = None) -> Machine:
-    """Measures the ceilings of the GPU in bfloat16, or of the CPU in float32 where there is no GPU.
+def this_machine(dtypes: tuple[str, ...], ceilings: Path | None = None, *, quick: bool = False) -> Machine:
+    """Measures the ceilings of the GPU, or of the CPU where there is no GPU; once in a process.
 
     The best ever seen is kept in a file, by machine, since other processes can only lower what is measured.
 
     Args:
-        cache: The file; by default `gaugeblock/ceilings.json` in the user's cache folder.
+        dtypes: To choose from: bfloat16 is preferred on a GPU, float32 on a CPU; else it is the first.
+        ceilings: The file; by default `gaugeblock/ceilings.json` in the user's cache folder.
+        quick: What is in the file is taken as it is.
     """
-    device, dtype = ("cuda", "bfloat16") if torch.cuda.is_available() else ("cpu", "float32")
-    cache = _cache_file() if cache is None else cache
-    known = _read(cache)
-    name = _name(device)
+    device, dtype = where(dtypes)
+    ceilings = ceilings or _cache_file()
+    known, name = _read(ceilings), _name(device)
+    before = known.get(f"{name}, {dtype}")
+    if before and quick:
+        return Machine(**before)
     flops, bytes_ = _measure(device, getattr(torch, dtype))
-    before = known.get(f"{name}, {dtype}", {"flops": 0.0, "bytes": 0.0})
-    machine = Machine(name, device, dtype, max(flops, before["flops"]), max(bytes_, before["bytes"]))
+    if before:
+        flops, bytes_ = max(flops, before["flops"]), max(bytes_, before["bytes"])
+    machine = Machine(name, device, dtype, flops, bytes_)
     with suppress(OSError):  # a folder that cannot be written to: measured again next time
-        cache.parent.mkdir(parents=True, exist_ok=True)
-        cache.write_text(json.dumps(known | {f"{name}, {dtype}": asdict(machine)}, indent=1))
+        ceilings.parent.mkdir(parents=True, exist_ok=True)
+        ceilings.write_text(json.dumps(known | {f"{name}, {dtype}": asdict(machine)}, indent=1))
     return machine
 
 
+def where(dtypes: tuple[str, ...]) -> tuple[str, str]:
+    """The device of a bench and, of those dtypes, the one: bfloat16 on the GPU if there is one, else float32 on the CPU."""
+    device, preferred = ("cuda", "bfloat16") if torch.cuda.is_available() else ("cpu", "float32")
+    return device, preferred if preferred in dtypes else dtypes[0]
+
+
+@cache
 def _measure(device: str, dtype: torch.dtype) -> tuple[float, float]:
     """Operations and bytes a second."""
     size = 2048 if device == "cpu" else 8192
@@ -87,12 +100,13 @@ def _shortest(call: Callable[[], object], device: str) -> float:
 
 
 def _name(device: str) -> str:
-    on_cpu = f"{_processor()}, {torch.get_num_threads()} threads"
+    on_cpu = f"{processor()}, {torch.get_num_threads()} threads"
     chip = torch.cuda.get_device_name() if device == "cuda" else on_cpu
     return f"{platform.node()}, {chip}, torch {torch.__version__}"
 
 
-def _processor() -> str:
+def processor() -> str:
+    """The CPU's name."""
     with suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):
@@ -104,7 +118,7 @@ def _cache_file() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gaugeblock" / "ceilings.json"
 
 
-def _read(cache: Path) -> dict[str, dict[str, Any]]:
+def _read(ceilings: Path) -> dict[str, dict[str, Any]]:
     with suppress(OSError, ValueError):  # none yet, or not JSON: it is written anew
-        return json.loads(cache.read_text())
+        return json.loads(ceilings.read_text())
     return {}

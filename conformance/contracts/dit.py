@@ -219,7 +219,7 @@ DIT = Contract(
         Regime("adversarial", extreme, "worst element"),
         Regime("special", special, "worst element", differentiable=False),
     ),
-    cases=0.5,  # a budget with the gradients of all parameters takes about a second
+    cases=0.25,  # a budget with the gradients of all parameters takes about a second
     configure=lambda parameters: {"config": configuration(parameters)},
     cost=cost,
     workloads=(

@@ -248,14 +248,14 @@ FUSED_SWIGLU = Contract(
             "expert-parallel",
             "gaugeblock.optimized.distributed.experts:fused_swiglu",
             "distributed",
-            claims={"dtypes": EVERY_DTYPE, "devices": ("cpu", "cuda"), "world_sizes": (1, 2, 4)},
+            claims={"dtypes": ("float32", "bfloat16"), "devices": ("cpu", "cuda"), "world_sizes": (1, 2, 4)},
         ),
         Builtin(
             "jax-expert-parallel",
             "gaugeblock.optimized.jax.expert_parallel:fused_swiglu",
             "distributed",
             "jax",
-            {"world_sizes": (1, 2, 4)},
+            {"world_sizes": (2, 4)},
         ),
     ),
 )

@@ -189,6 +189,7 @@ LAYER_NORM_MODULATE = Contract(
     regimes=_regimes(_norm),
     cost=norm_cost,
     workloads=WORKLOADS,
+    cases=0.5,
     rejections=_rejections("hidden_states"),
     builtins=_builtins("layer_norm_modulate"),
 )
@@ -219,6 +220,7 @@ GATED_RESIDUAL_LAYER_NORM_MODULATE = Contract(
     regimes=_regimes(_residual_norm),
     cost=residual_norm_cost,
     workloads=WORKLOADS,
+    cases=0.5,
     rejections=(
         *_rejections("residual"),
         Rejection("a branch of fewer tokens", "branch", _change("branch", lambda each: each[:, :0])),

@@ -291,7 +291,7 @@ TRAIN_STEP = Contract(
             "gaugeblock.optimized.jax.train_image_diffusion:train_step",
             "distributed",
             "jax",
-            {"world_sizes": (1, 2, 4)},
+            {"world_sizes": (2, 4)},
         ),
     ),
     without={

@@ -1,0 +1,15 @@
+"""DiT: the questions of gaugeblock.conformance.bench.history."""
+
+from gaugeblock.conformance.bench import history
+
+
+class Cost(history.Cost, subject="dit"):
+    """Time over roofline time and peak memory, at published sizes."""
+
+
+class Counters(history.Counters, subject="dit"):
+    """Bytes allocated, operations dispatched, kernels launched."""
+
+
+class Accuracy(history.Accuracy, subject="dit"):
+    """rms and bias of the errors, in units of their limits."""

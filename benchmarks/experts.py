@@ -1,0 +1,15 @@
+"""Experts: the questions of gaugeblock.conformance.bench.history."""
+
+from gaugeblock.conformance.bench import history
+
+
+class Cost(history.Cost, subject="experts"):
+    """Time over roofline time and peak memory, at published sizes."""
+
+
+class Counters(history.Counters, subject="experts"):
+    """Bytes allocated, operations dispatched, kernels launched."""
+
+
+class Accuracy(history.Accuracy, subject="experts"):
+    """rms and bias of the errors, in units of their limits."""

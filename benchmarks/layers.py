@@ -1,0 +1,15 @@
+"""Layers of diffusion transformers: the questions of gaugeblock.conformance.bench.history."""
+
+from gaugeblock.conformance.bench import history
+
+
+class Cost(history.Cost, subject="layers"):
+    """Time over roofline time and peak memory, at published sizes."""
+
+
+class Counters(history.Counters, subject="layers"):
+    """Bytes allocated, operations dispatched, kernels launched."""
+
+
+class Accuracy(history.Accuracy, subject="layers"):
+    """rms and bias of the errors, in units of their limits."""

@@ -1,0 +1,15 @@
+"""Objectives of diffusion: the questions of gaugeblock.conformance.bench.history."""
+
+from gaugeblock.conformance.bench import history
+
+
+class Cost(history.Cost, subject="objectives"):
+    """Time over roofline time and peak memory, at published sizes."""
+
+
+class Counters(history.Counters, subject="objectives"):
+    """Bytes allocated, operations dispatched, kernels launched."""
+
+
+class Accuracy(history.Accuracy, subject="objectives"):
+    """rms and bias of the errors, in units of their limits."""

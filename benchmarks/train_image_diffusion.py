@@ -1,0 +1,15 @@
+"""The image-diffusion training step: the questions of gaugeblock.conformance.bench.history."""
+
+from gaugeblock.conformance.bench import history
+
+
+class Cost(history.Cost, subject="train_image_diffusion"):
+    """Time over roofline time and peak memory, at published sizes."""
+
+
+class Counters(history.Counters, subject="train_image_diffusion"):
+    """Bytes allocated, operations dispatched, kernels launched."""
+
+
+class Accuracy(history.Accuracy, subject="train_image_diffusion"):
+    """rms and bias of the errors, in units of their limits."""

@@ -1,0 +1,226 @@
+"""The questions whose answers asv keeps: cost at published sizes, counters, accuracy; asked of every contract of a subject.
+
+asv takes a larger number for a worse one, so throughput is kept as time over roofline time. A file of `benchmarks/` asks the
+questions about one subject; `gaugeblock bench --asv` asks them on a machine that has no asv. Both read what is asked from the
+contracts. A result is a number, NaN where an implementation does not take part, or the reason why it failed.
+"""
+
+import itertools
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from types import FunctionType
+from typing import ClassVar
+
+from gaugeblock.conformance.bench.problem import FULL, directions, fits
+from gaugeblock.conformance.contract import Contract, Workload
+from gaugeblock.conformance.registry import contracts
+
+CPU = "two-cores/"  # how the names of workloads begin that are made for a CPU
+SECONDS = 0.3  # for each competitor on each workload
+SEEDS = 3  # cases whose errors are pooled
+
+Point = tuple[str, ...]  # a value of each parameter
+Answers = dict[Point, dict[str, float] | str]  # a number for each metric, or why there is none
+
+
+def subjects() -> dict[str, list[Contract]]:
+    """The contracts by subject: `experts` to those named `experts.…`."""
+    rows = sorted(contracts().values(), key=_subject)
+    return {subject: list(group) for subject, group in itertools.groupby(rows, _subject)}
+
+
+def for_cpu(contract: Contract, dtype: str) -> list[Workload]:
+    """The workloads that a CPU runs in full size: of those that are not too large the ones made for it, or else all."""
+    fitting = [workload for workload in contract.workloads if fits(contract, workload, FULL, dtype)]
+    return [workload for workload in fitting if workload.name.startswith(CPU)] or fitting
+
+
+class Question(ABC):
+    """What asv asks about a subject; a subclass of a question is a benchmark class of `benchmarks/`.
+
+    Attributes:
+        version: Changed by hand when numbers are no longer comparable; asv hides those of another version.
+        param_names, params: The points at which it is asked, as asv wants them.
+        metrics: Names of the `track_` methods, each with its unit.
+    """
+
+    version = "1"
+    metrics: ClassVar[dict[str, str]] = {}
+    param_names: ClassVar[list[str]] = []
+    params: ClassVar[list[list[str]]] = []
+    subject: ClassVar[str] = ""
+
+    def __init_subclass__(cls, subject: str = "") -> None:
+        if subject:
+            cls.subject, cls.params = subject, cls.points(subjects()[subject])
+            # asv keeps what a set-up returned by the module and line in which it stands: each subject needs its own
+            own = FunctionType(cls.setup_cache.__code__, globals(), "setup_cache")
+            own.__module__ = cls.__module__
+            cls.setup_cache = own  # type: ignore[method-assign]
+
+    @classmethod
+    @abstractmethod
+    def points(cls, asked: list[Contract]) -> list[list[str]]:
+        """The values of each parameter."""
+
+    @abstractmethod
+    def setup_cache(self) -> Answers:
+        """Measures everything; points that are not among the answers do not exist."""
+
+
+def number(answers: Answers, point: Point, metric: str) -> float:
+    """One answer.
+
+    Raises:
+        RuntimeError: With the reason, if the implementation failed there.
+    """
+    answer = answers.get(point, {})
+    if isinstance(answer, str):
+        raise RuntimeError(answer)
+    return answer.get(metric, math.nan)
+
+
+def _tracker(metric: str, unit: str) -> Callable[..., float]:
+    def track(self: Question, answers: Answers, *point: str) -> float:
+        return number(answers, point, metric)
+
+    track.__doc__ = f"{metric.replace('_', ' ')}, {unit}"
+    track.unit = unit  # type: ignore[attr-defined]  # where asv looks for it
+    return track
+
+
+class Cost(Question):
+    """How far each implementation is from what the machine allows, and the memory it takes; on a CPU where the size fits."""
+
+    param_names: ClassVar[list[str]] = ["workload", "direction", "implementation"]
+    metrics: ClassVar[dict[str, str]] = {"time_over_roofline": "times", "peak_memory": "bytes"}
+    track_time_over_roofline = _tracker("time_over_roofline", "times")
+    track_peak_memory = _tracker("peak_memory", "bytes")
+
+    @classmethod
+    def points(cls, asked: list[Contract]) -> list[list[str]]:
+        """All workloads in both directions, all competitors."""
+        workloads = [f"{_operation(contract)} {workload.name}" for contract in asked for workload in contract.workloads]
+        return [workloads, _all_directions(asked), _all_competitors(asked)]
+
+    def setup_cache(self) -> Answers:
+        """Competitors in turn, workload by workload."""
+        from gaugeblock.conformance.bench.competitors import competitors
+        from gaugeblock.conformance.bench.roofline import this_machine
+        from gaugeblock.conformance.bench.rows import Effort, bench
+        from gaugeblock.conformance.bench.timing import keep_freed_memory
+
+        keep_freed_memory()
+        found: Answers = {}
+        for contract in subjects()[self.subject]:
+            machine = this_machine(contract.dtypes)
+            for workload in contract.workloads if machine.device == "cuda" else for_cpu(contract, machine.dtype):
+                for direction in directions(contract):
+                    for row in bench(contract, workload, direction, competitors(contract), machine, Effort(FULL, SECONDS)):
+                        point = (f"{_operation(contract)} {workload.name}", direction, row.implementation)
+                        if row.status in ("failed", "wrong"):
+                            found[point] = row.reason
+                        elif row.roofline is not None:
+                            peak = math.nan if row.peak_bytes is None else float(row.peak_bytes)
+                            found[point] = {"time_over_roofline": row.roofline, "peak_memory": peak}
+        return found
+
+
+class Counters(Question):
+    """What one call allocates, dispatches and launches, at the contract's first landmark."""
+
+    param_names: ClassVar[list[str]] = ["operation", "direction", "implementation"]
+    metrics: ClassVar[dict[str, str]] = {"bytes_allocated": "bytes", "operations": "operations", "kernels": "kernels"}
+    track_bytes_allocated = _tracker("bytes_allocated", "bytes")
+    track_operations = _tracker("operations", "operations")
+    track_kernels = _tracker("kernels", "kernels")
+
+    @classmethod
+    def points(cls, asked: list[Contract]) -> list[list[str]]:
+        """All operations in both directions, all competitors."""
+        return [[_operation(contract) for contract in asked], _all_directions(asked), _all_competitors(asked)]
+
+    def setup_cache(self) -> Answers:
+        """Triton's kernels are interpreted where there is no GPU: their time says nothing, their number does."""
+        from gaugeblock.conformance.devices import interpret_without_gpu
+
+        interpret_without_gpu()
+        from gaugeblock.conformance.bench.competitors import competitors
+        from gaugeblock.conformance.bench.roofline import this_machine
+        from gaugeblock.conformance.bench.rows import count_calls
+
+        found: Answers = {}
+        for contract in subjects()[self.subject]:
+            for direction in directions(contract):
+                for row in count_calls(contract, direction, competitors(contract), this_machine(contract.dtypes, quick=True)):
+                    point = (_operation(contract), direction, row.implementation)
+                    if row.status == "failed":
+                        found[point] = row.reason
+                    elif row.counters is not None:
+                        counted = {name: getattr(row.counters, name) for name in self.metrics}
+                        found[point] = {name: float(value) for name, value in counted.items() if value is not None}
+        return found
+
+
+class Accuracy(Question):
+    """The rms and bias of the errors in units of their limits (1 is the limit), at the contract's first landmark."""
+
+    param_names: ClassVar[list[str]] = ["operation", "dtype", "implementation"]
+    metrics: ClassVar[dict[str, str]] = {"rms": "limits", "bias": "limits"}
+    track_rms = _tracker("rms", "limits")
+    track_bias = _tracker("bias", "limits")
+
+    @classmethod
+    def points(cls, asked: list[Contract]) -> list[list[str]]:
+        """All operations, dtypes and implementations."""
+        from gaugeblock.conformance.registry import implementations
+
+        dtypes = [dtype for contract in asked for dtype in contract.dtypes]
+        names = [each.name for contract in asked for each in implementations(contract.name)]
+        return [[_operation(contract) for contract in asked], _unique(dtypes), _unique(names)]
+
+    def setup_cache(self) -> Answers:
+        """The worst output or gradient of each implementation."""
+        from gaugeblock.conformance.devices import interpret_without_gpu
+
+        interpret_without_gpu()
+        from gaugeblock.conformance.bench.accuracy import accuracies
+
+        return {
+            (_operation(contract), dtype, name): answer
+            for contract in subjects()[self.subject]
+            for (dtype, name), answer in accuracies(contract, SEEDS)
+        }
+
+
+QUESTIONS: tuple[type[Question], ...] = (Cost, Counters, Accuracy)
+
+
+def benchmarks() -> Iterator[tuple[str, type[Question]]]:
+    """Every question about every subject, with the name that asv gives its class."""
+    for subject in subjects():
+        for question in QUESTIONS:
+            yield f"{subject}.{question.__name__}", type(question.__name__, (question,), {}, subject=subject)
+
+
+def _subject(contract: Contract) -> str:
+    return contract.name.partition(".")[0]
+
+
+def _operation(contract: Contract) -> str:
+    return contract.name.partition(".")[2]
+
+
+def _all_directions(asked: list[Contract]) -> list[str]:
+    return _unique([direction for contract in asked for direction in directions(contract)])
+
+
+def _all_competitors(asked: list[Contract]) -> list[str]:
+    from gaugeblock.conformance.bench.competitors import competitors
+
+    return _unique([each.name for contract in asked for each in competitors(contract)])
+
+
+def _unique(names: list[str]) -> list[str]:
+    return list(dict.fromkeys(names))

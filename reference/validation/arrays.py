@@ -1,0 +1,116 @@
+"""Checks of one argument: array, dtype, sizes, device, range; and of what random draws are keyed by."""
+
+import math
+import sys
+from collections.abc import Collection, Mapping
+from typing import Any
+
+FLOATING = ("bfloat16", "float16", "float32", "float64")
+INTEGER = ("int8", "int16", "int32", "int64", "uint8")
+
+
+def random_draw(seed: Any, step: Any, example: Any, purpose: Any) -> None:
+    """Check what a draw of `random` is keyed by; of step and example as arrays, no value is read."""
+    require_between("seed", seed, 0, 2**64 - 1)
+    require_between("purpose", purpose, 0, 2**32 - 1)
+    for name, value in (("step", step), ("example", example)):
+        if hasattr(value, "dtype"):
+            require_dtype(name, value, (*INTEGER, "uint32"))
+        else:
+            require_between(name, value, 0, 2**32 - 1)
+
+
+def dtype_name(array: Any) -> str:
+    """Return the name that a dtype has in every framework: "float32" for torch.float32."""
+    return str(array.dtype).removeprefix("torch.")
+
+
+def require_values(name: str, array: Any, high: int) -> None:
+    """Check that every value is in 0..high, if values can be read."""
+    if not _is_readable(array):
+        return
+    # JAX on the host: inside an outer jit even operations on constants are traced, and each compiles anew
+    values = array if _is_torch_tensor(array) else array.__array__()
+    if bool(((values < 0) | (values > high)).any()):
+        raise ValueError(f"{name} must be in 0..{high}, got {int(values.min())}..{int(values.max())}")
+
+
+def require_like(name: str, array: Any, other_name: str, other: Any, **sizes: int | None) -> None:
+    """Check that an array has the dtype and the device of another, and these sizes."""
+    require_dtype(name, array, (dtype_name(other),))
+    require_shape(name, array, **sizes)
+    require_same_device(name, array, other_name, other)
+
+
+def require_positive(name: str, value: Any) -> None:
+    """Check that an option is a number above 0."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+    if not 0 < value < math.inf:
+        raise ValueError(f"{name} must be positive, got {value}")
+
+
+def require_dtype(name: str, array: Any, allowed: tuple[str, ...]) -> None:
+    if not hasattr(array, "shape") or not hasattr(array, "dtype"):
+        raise TypeError(f"{name} must be an array, got {type(array).__name__}")
+    if dtype_name(array) not in allowed:
+        raise TypeError(f"{name} must be {' or '.join(allowed)}, got {dtype_name(array)}")
+
+
+def require_shape(name: str, array: Any, **sizes: int | None) -> None:
+    """Check rank and sizes; a size of None is free."""
+    shape = tuple(array.shape)
+    if len(shape) != len(sizes) or any(
+        size is not None and size != actual for size, actual in zip(sizes.values(), shape, strict=True)
+    ):
+        expected = ", ".join(axis if size is None else f"{axis}={size}" for axis, size in sizes.items())
+        raise ValueError(f"{name} must be [{expected}], got {shape}")
+
+
+def require_entry_names(name: str, state: Any, expected: Collection[str]) -> None:
+    """Check that a state dict has just the expected entries."""
+    if not isinstance(state, Mapping):
+        raise TypeError(f"{name} must be a dict of arrays, got {type(state).__name__}")
+    if set(state) != set(expected):
+        missing = [entry for entry in expected if entry not in state]
+        unexpected = [entry for entry in state if entry not in expected]
+        raise ValueError(f"{name} must have {', '.join(missing) or 'no other entries'}, got {', '.join(unexpected) or 'none'}")
+
+
+def state_entries(state: Any, shapes: Mapping[str, tuple[int, ...]], like: Any = None) -> None:
+    """Check that a state has floating arrays of these names and shapes alone, with the dtype and the device of `like`."""
+    require_entry_names("state", state, shapes)
+    for name, shape in shapes.items():
+        require_dtype(f"state[{name!r}]", state[name], FLOATING if like is None else (dtype_name(like),))
+        if tuple(state[name].shape) != shape:
+            raise ValueError(f"state must have {name} of shape {shape}, got {tuple(state[name].shape)}")
+        if like is not None:
+            require_same_device(f"state[{name!r}]", state[name], "the inputs", like)
+
+
+def require_between(name: str, value: Any, low: int, high: int, high_name: str = "") -> None:
+    """Check that an option is an integer in low..high."""
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise TypeError(f"{name} must be an integer, got {value!r}")
+    if not low <= value <= high:
+        raise ValueError(f"{name} must be in {low}..{high_name}{high}, got {value}")
+
+
+def require_same_device(name: str, array: Any, other_name: str, other: Any) -> None:
+    """Check torch tensors only: JAX places its arrays itself, and a sharded one has no single device."""
+    if _is_torch_tensor(array) and _is_torch_tensor(other) and array.device != other.device:
+        raise ValueError(f"{name} must be on the device of {other_name} ({other.device}), got {array.device}")
+
+
+def _is_readable(array: Any) -> bool:
+    if _is_torch_tensor(array):
+        cuda = sys.modules["torch"].cuda
+        return not (array.is_meta or (array.is_cuda and cuda.is_current_stream_capturing()))
+    jax = sys.modules.get("jax")
+    return jax is None or not isinstance(array, jax.core.Tracer)
+
+
+def _is_torch_tensor(array: Any) -> bool:
+    # an array's framework has been imported by its maker, so that it need not be imported here
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(array, torch.Tensor)
