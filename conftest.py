@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from gaugeblock.conformance.devices import split_cpu_for_jax
+from gaugeblock.conformance.devices import compile_quickly, split_cpu_for_jax
 
+compile_quickly()
 split_cpu_for_jax()  # before any test imports jax
 
 ROOT = Path(__file__).parent

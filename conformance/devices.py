@@ -33,6 +33,15 @@ def split_cpu_for_jax() -> None:
         os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count={JAX_DEVICES}".strip()
 
 
+def compile_quickly() -> None:
+    """Has XLA optimize less, which saves a third of a CPU's time to compile, for functions that run a few times."""
+    flags = os.environ.get("XLA_FLAGS", "")
+    for flag in ("--xla_backend_optimization_level=0", "--xla_llvm_disable_expensive_passes=true"):
+        if flag.partition("=")[0] not in flags:
+            flags = f"{flags} {flag}".strip()
+    os.environ["XLA_FLAGS"] = flags
+
+
 def cache_compilations() -> None:
     """Has JAX keep what it compiles, which takes a quarter of a second for every new shape; must run before jax is imported."""
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "gaugeblock" / "jax"

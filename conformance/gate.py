@@ -13,13 +13,13 @@ from collections.abc import Callable
 from rich.console import Console
 
 from gaugeblock.conformance.cli import CONFORM, FAILS, NOTHING_TESTED
-from gaugeblock.conformance.devices import cache_compilations, set_up_process
+from gaugeblock.conformance.devices import cache_compilations, compile_quickly, set_up_process
 from gaugeblock.conformance.properties import find_property, properties
 from gaugeblock.conformance.report import files, terminal, waivers
 from gaugeblock.conformance.report.environment import capture_environment
 from gaugeblock.conformance.selection import Filters, subjects_of
 from gaugeblock.conformance.trial import PROFILES, Subject, examine
-from gaugeblock.conformance.verdict import FAILED, Verdict
+from gaugeblock.conformance.verdict import FAILED, Status, Verdict
 from gaugeblock.conformance.workers import Died, run_tasks
 
 Task = tuple[int, str]  # the subject's number and the property's name
@@ -45,18 +45,25 @@ def run_gate(options: argparse.Namespace) -> int:
         console.print("nothing was tested: no implementation fits the filters on this machine")
         return NOTHING_TESTED
 
+    found: dict[Task, Verdict] = {}
     groups: dict[str, list[Task]] = defaultdict(list)
+    everything_quickly = options.profile == "quick" and not (options.candidates or options.dtype)
     for number, (subject, _) in enumerate(subjects):
         shared = f"{subject.implementation.contract}/{subject.dtype}/{subject.device}"  # cases and budgets
-        for name in chosen:
-            groups[f"{RANKS}/{subject.device}" if subject.on_ranks else shared].append((number, name))
+        for name in sorted(chosen, key=lambda each: each != "gradients"):  # whose budgets serve the others too
+            first = subject.implementation.dtypes[0]
+            if everything_quickly and subject.dtype != first and not find_property(name).every_dtype:
+                reason = f"built in: judged in {first} alone, unless --dtype or --profile asks for more"
+                found[number, name] = _verdict(subject, name, "not supported", reason)
+            else:
+                groups[f"{RANKS}/{subject.device}" if subject.on_ranks else shared].append((number, name))
     profile = PROFILES[options.profile]
     workers = len(os.sched_getaffinity(0)) if options.workers is None else max(1, options.workers)
     os.environ.setdefault("HYPOTHESIS_STORAGE_DIRECTORY", tempfile.gettempdir())  # nothing is left in the user's folder
     cache_compilations()
+    compile_quickly()
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # one process for each core, not each with a thread for every core
-    found: dict[Task, Verdict] = {}
-    with terminal.progress(len(subjects) * len(chosen), console) as progress:
+    with terminal.progress(sum(map(len, groups.values())), console) as progress:
         arguments = (tuple(options.candidates), filters, profile.name)
         alone = [name for name in groups if name.startswith(RANKS)]  # one worker leads the ranks, so that they start once
         for task, result in run_tasks(groups, prepare, arguments, workers=workers, seconds=profile.verdict_seconds, alone=alone):
@@ -99,17 +106,16 @@ def exit_status(verdicts: list[Verdict]) -> int:
 
 
 def _no_answer(subject: Subject, name: str, died: Died, seconds: float) -> Verdict:
-    implementation = subject.implementation
     code = died.exit_code or 0
     how = signal.Signals(-code).name if code < 0 else f"exit status {code}"
+    if died.late:
+        return _verdict(subject, name, "timeout", f"no answer within {seconds:.0f} s", died.seconds)
+    return _verdict(subject, name, "crash", f"the process died ({how})", died.seconds)
+
+
+def _verdict(subject: Subject, name: str, status: Status, reason: str, seconds: float = 0.0) -> Verdict:
+    """A verdict on what was not judged to its end."""
+    whose = subject.implementation
     return Verdict(
-        implementation.contract,
-        implementation.name,
-        implementation.kind,
-        name,
-        subject.dtype,
-        subject.device,
-        "timeout" if died.late else "crash",
-        seconds=died.seconds,
-        reason=f"no answer within {seconds:.0f} s" if died.late else f"the process died ({how})",
+        whose.contract, whose.name, whose.kind, name, subject.dtype, subject.device, status, seconds=seconds, reason=reason
     )

@@ -20,6 +20,7 @@ from gaugeblock.reference.torch import random
 
 GRADIENT = "gradient of "  # begins the key of a gradient among results
 CACHED = 512  # cases; a budget with gradients takes about a megabyte
+_with_gradients: set[Any] = set()  # budgets that were computed with gradients
 
 
 class ReplayTopK(TorchDispatchMode):
@@ -83,12 +84,15 @@ def budgets(
     Integers have no budget but must be equal.
     """
     choice = None if chosen is None else (chosen.numpy().tobytes(), tuple(chosen.shape))
-    return _budgets(contract, value_case(case), dtype, profile, gradients, choice)
+    key = contract, value_case(case), dtype, profile, choice
+    if gradients:
+        _with_gradients.add(key)
+    return _budgets(*key, gradients=key in _with_gradients)  # those with gradients hold the outputs' too
 
 
 @lru_cache(CACHED)
 def _budgets(
-    contract: Contract, case: Case, dtype: str, profile: str, gradients: bool, choice: tuple[bytes, tuple[int, ...]] | None
+    contract: Contract, case: Case, dtype: str, profile: str, choice: tuple[bytes, tuple[int, ...]] | None, *, gradients: bool
 ) -> dict[str, Budget]:
     inputs = exact_inputs(contract, case, dtype)
     cotangent = {key: _widen(each) for key, each in rounded_cotangents(contract, case, dtype).items()} if gradients else None

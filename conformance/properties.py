@@ -22,6 +22,7 @@ def conformance_property(
     devices: tuple[str, ...] = ("cpu", "cuda"),
     requires: tuple[str, ...] = (),
     every_world_size: bool = False,
+    every_dtype: bool = False,
 ) -> Callable[[Callable[[Trial], None]], Callable[..., None]]:
     """Turns `test_<name>(trial)` into a pytest test that is generic over contracts and implementations.
 
@@ -32,7 +33,18 @@ def conformance_property(
     def decorate(check: Callable[[Trial], None]) -> Callable[..., None]:
         name, statement = check.__name__.removeprefix("test_"), inspect.getdoc(check) or ""
         prop = Property(
-            name, check, statement, regimes, needs, weight, frameworks, kinds, devices, requires, every_world_size
+            name,
+            check,
+            statement,
+            regimes,
+            needs,
+            weight,
+            frameworks,
+            kinds,
+            devices,
+            requires,
+            every_world_size,
+            every_dtype,
         )
 
         def test(gauge_verdict: Callable[[Property], None]) -> None:

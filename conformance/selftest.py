@@ -83,7 +83,7 @@ def tasks_of(extent: Extent) -> dict[str, list[Task]]:
         groups[f"{fault.contract}/{fault.caught_by}"].append(("kill", number))
     for name, contract in contracts().items():
         for regime in contract.regimes:
-            for dtype in ("float32", "float16", "bfloat16"):
+            for dtype in contract.dtypes:
                 groups[f"{name}/{regime.name}/{dtype}"] += [
                     ("variants", name, regime.name, dtype, extent.examples),
                     ("trivial", name, regime.name, dtype, extent.trivial_examples),

@@ -4,7 +4,7 @@ from gaugeblock.conformance.properties import conformance_property
 from gaugeblock.conformance.trial import Trial
 
 
-@conformance_property(regimes="all")
+@conformance_property(regimes="all", every_dtype=True)
 def test_parity(trial: Trial) -> None:
     """Every output lies within its error budget of the float64 oracle, in every regime."""
     results = trial.run()

@@ -122,13 +122,13 @@ def test_many_small_faults_exceed_the_limits_of_their_statistic() -> None:
 # ------------------------------------------------------------------------------------------------- right and wrong ones
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
-    ("contract", "regime"), [(name, regime.name) for name, row in contracts().items() for regime in row.regimes]
+    ("contract", "regime", "dtype"),
+    [(name, regime.name, dtype) for name, row in contracts().items() for regime in row.regimes for dtype in row.dtypes],
 )
 def test_right_variants_raise_no_alarm(contract: str, regime: str, dtype: str) -> None:
     found = judge_variants(contract, dtype, drawn_cases(contract, regime, CASES, seed=CASES))
-    assert found.judged >= 7 * CASES
+    assert found.judged >= 3 * CASES
     assert not found.alarms, "\n".join(found.alarms[:5])
 
 

@@ -222,6 +222,7 @@ FUSED_SWIGLU = Contract(
         Workload("two-cores/prefill-2048", sizes(2048, 1024, 512, 32, 4), "the size of this project's goal on a CPU, issue 2"),
     ),
     relabel=shuffled,
+    cases=0.75,
     sharded={"num_tokens": "uneven", "num_experts": "even"},
     rejections=REJECTIONS,
     builtins=(
@@ -255,7 +256,7 @@ FUSED_SWIGLU = Contract(
             "gaugeblock.optimized.jax.expert_parallel:fused_swiglu",
             "distributed",
             "jax",
-            {"world_sizes": (2, 4)},
+            {"world_sizes": (4,)},  # each number of devices takes a compilation: tests/test_jax_sharding.py has 1 and 2
         ),
     ),
 )

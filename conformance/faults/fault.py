@@ -16,7 +16,8 @@ from gaugeblock.conformance.trial import Subject
 Kind = Literal["structural", "boundary", "precision", "state", "memory", "gradient", "error-contract"]
 
 KINDS: tuple[Kind, ...] = get_args(Kind)
-MODULES = ("routers", "routers_interface", "experts", "experts_precision", "experts_memory", "mutants")
+MODULES = """routers routers_interface triton_routers experts experts_precision experts_memory triton_experts layers triton_layers
+    moe_layers triton_moe_layers dit objectives train_image_diffusion ranks""".split()
 _planted: dict[tuple[str, str], "Fault"] = {}
 
 
@@ -80,7 +81,7 @@ def plant(planted: Fault) -> None:
 def faults() -> tuple[Fault, ...]:
     """Every planted bug."""
     for module in MODULES:
-        importlib.import_module(f"gaugeblock.conformance.faults.{module}")
+        importlib.import_module(f"gaugeblock.conformance.faults.planted.{module}")
     return tuple(_planted.values())
 
 

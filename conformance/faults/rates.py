@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from hypothesis import HealthCheck, Phase, given, settings
@@ -18,14 +19,35 @@ from hypothesis import seed as start_from
 from gaugeblock.conformance.cases import Case, cases
 from gaugeblock.conformance.contract import Tensors
 from gaugeblock.conformance.faults.fault import Fault, process_kept
-from gaugeblock.conformance.faults.right import variants
-from gaugeblock.conformance.faults.simulated import RIGHT
+from gaugeblock.conformance.faults.right.variant import variants
+from gaugeblock.conformance.faults.simulated.dit import Dit
+from gaugeblock.conformance.faults.simulated.experts import Experts
+from gaugeblock.conformance.faults.simulated.layers import GatedNormModulate, NormModulate
+from gaugeblock.conformance.faults.simulated.moe_layers import BalanceLoss, MixtralMoe, ZLoss
+from gaugeblock.conformance.faults.simulated.objectives import FlowLoss, Interpolate, Velocity
+from gaugeblock.conformance.faults.simulated.routers import GroupedRouter, SoftmaxRouter
+from gaugeblock.conformance.faults.simulated.train_image_diffusion import Trainer
 from gaugeblock.conformance.judge import Violation, judge
 from gaugeblock.conformance.oracle import GRADIENT, budgets
 from gaugeblock.conformance.properties import properties
 from gaugeblock.conformance.registry import find_contract, implementations
 from gaugeblock.conformance.trial import Ledger, Profile, Property, Subject, Trial, check, examine, pooled_violation
 
+RIGHT: dict[str, Callable[[], Callable[..., Any]]] = {
+    "routers.softmax_topk": SoftmaxRouter,
+    "routers.grouped_sigmoid_topk": GroupedRouter,
+    "experts.fused_swiglu": Experts,
+    "moe_layers.mixtral_moe": MixtralMoe,
+    "moe_layers.load_balancing_loss": BalanceLoss,
+    "moe_layers.router_z_loss": ZLoss,
+    "layers.layer_norm_modulate": NormModulate,
+    "layers.gated_residual_layer_norm_modulate": GatedNormModulate,
+    "dit.dit": Dit,
+    "objectives.rectified_flow_interpolate": Interpolate,
+    "objectives.rectified_flow_velocity": Velocity,
+    "objectives.rectified_flow_loss": FlowLoss,
+    "train_image_diffusion.train_step": Trainer,
+}  # the kernel that each contract's bugs are planted into
 SOURCE = "gaugeblock.conformance.faults.candidates"
 Close = Callable[[torch.Tensor, torch.Tensor], bool]
 
@@ -101,8 +123,8 @@ def kill(fault: Fault, profile: Profile) -> Kill:
     with process_kept():
         verdict = examine(fault.subject(), prop, profile, SOURCE)
     failing = [Case(**case) for case in verdict.failure.cases] if verdict.failure else []
-    examples = max(1, round(prop.weight * profile.examples))
     contract = find_contract(fault.contract)
+    examples = max(1, round(prop.weight * contract.cases * profile.examples))
     landmarks = [
         Case(**sizes, regime=regime, seed=seed)
         for regime in prop.regimes_of(contract)
@@ -114,7 +136,8 @@ def kill(fault: Fault, profile: Profile) -> Kill:
         plain = [
             name
             for name, close in PLAIN_TESTS.items()
-            if any(
+            if not subject.on_ranks  # a plain test has one process
+            and any(
                 plainly_rejected(subject, case, due, close) and not plainly_rejected(twin, case, due, close)
                 for case in [*landmarks, *failing]
                 for due in [_gradients_due(prop, subject, case)]
@@ -189,7 +212,7 @@ def judge_variants(contract: str, dtype: str, drawn: Sequence[Case]) -> Alarms:
                 if violation is not None:
                     found.alarms.append(f"{variant.name} in {dtype}: {violation.message}; {case!r}")
                 for name, close in PLAIN_TESTS.items():
-                    found.plain[name] += plainly_rejected(subject, case, gradients, close)
+                    found.plain[name] += not subject.on_ranks and plainly_rejected(subject, case, gradients, close)
     pooled = {name: pooled_violation(ledger) for name, ledger in ledgers.items()}
     found.alarms += [f"{name} in {dtype}: {violation.message}" for name, violation in pooled.items() if violation is not None]
     return found
@@ -267,7 +290,7 @@ def _trivial(right: Tensors, stale: Tensors, inputs: Tensors) -> dict[str, Tenso
     }
     return trivial | {
         "stale": {key: stale[key] for key in right},
-        "shuffled": {key: each.roll(1, 0) for key, each in right.items()},
+        "shuffled": {key: each.roll(1, 0) if each.ndim else each for key, each in right.items()},
     }
 
 

@@ -4,18 +4,28 @@ import os
 
 os.environ.setdefault("TRITON_INTERPRET", "1")  # read when kernels are decorated
 
+from collections.abc import Iterable
 from dataclasses import replace
 
 import pytest
 
 from gaugeblock.conformance.faults.fault import KINDS, Fault, faults, process_kept
 from gaugeblock.conformance.faults.mutants import mutated
-from gaugeblock.conformance.faults.simulated import RIGHT
+from gaugeblock.conformance.faults.rates import RIGHT
+from gaugeblock.conformance.faults.simulated.ranks import DataParallel, ExpertParallel
 from gaugeblock.conformance.properties import properties
-from gaugeblock.conformance.registry import Implementation
+from gaugeblock.conformance.ranks import pool
+from gaugeblock.conformance.registry import Implementation, contracts
 from gaugeblock.conformance.trial import PROFILES, Subject, examine
 
 QUICK = replace(PROFILES["quick"], shrink_seconds=0)  # whether it fails, not how small a case does
+FEW = replace(QUICK, examples=1)  # right variants are judged on more in test_error_budget.py
+
+
+@pytest.fixture(autouse=True)
+def impatience(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ranks that wait for ever are given up sooner."""
+    monkeypatch.setattr(pool, "PATIENCE_SECONDS", 8.0)
 
 
 @pytest.mark.parametrize("fault", faults(), ids=lambda fault: f"{fault.contract}-{fault.name}")
@@ -25,12 +35,29 @@ def test_fault_is_caught_by_its_property(fault: Fault) -> None:
     assert verdict.status == "fail", f"{verdict.status} after {verdict.cases} cases: {fault.summary} {verdict.reason}"
 
 
-@pytest.mark.parametrize("dtype", ("float32", "bfloat16"))
-@pytest.mark.parametrize("contract", RIGHT)
+@pytest.mark.parametrize(
+    ("contract", "dtype"), [(name, dtype) for name in RIGHT for dtype in contracts()[name].dtypes if dtype != "float16"]
+)
 def test_the_same_kernel_without_a_fault_passes_every_property(contract: str, dtype: str) -> None:
-    for prop in properties().values():
-        subject = Subject(Implementation(contract, "right", RIGHT[contract]()), dtype, "cpu")
-        verdict = examine(subject, prop, QUICK)
+    assert_right(Implementation(contract, "right", RIGHT[contract]()), dtype)
+
+
+@pytest.mark.parametrize(
+    "implementation",
+    [
+        Implementation("experts.fused_swiglu", "right", ExpertParallel(), world_sizes=(1, 2)),
+        Implementation("train_image_diffusion.train_step", "right", DataParallel(), world_sizes=(1, 2)),
+    ],
+    ids=lambda implementation: implementation.contract,
+)
+def test_the_same_ranks_without_a_fault_pass_every_property(implementation: Implementation) -> None:
+    caught_by = {fault.caught_by for fault in faults() if fault.claims.get("world_sizes")}
+    assert_right(implementation, "float32", caught_by)
+
+
+def assert_right(implementation: Implementation, dtype: str, names: Iterable[str] | None = None) -> None:
+    for prop in [properties()[name] for name in names or properties()]:
+        verdict = examine(Subject(implementation, dtype, "cpu"), prop, FEW)
         assert verdict.status in ("pass", "warning", "not supported"), f"{prop.name}: {verdict.reason}"
 
 

@@ -11,19 +11,19 @@ import pytest
 
 from gaugeblock.conformance.faults import rates
 from gaugeblock.conformance.faults.fault import faults
-from gaugeblock.conformance.faults.right import Variant, every_case
+from gaugeblock.conformance.faults.right.variant import Variant, every_case
 from gaugeblock.conformance.registry import contracts
 from gaugeblock.conformance.selftest import complaints, summarize
 from gaugeblock.conformance.trial import PROFILES
 
 
-def planted(contract: str, name: str) -> rates.Kill:
+def planted(contract: str, name: str, shrink_seconds: float = 1) -> rates.Kill:
     fault = next(each for each in faults() if (each.contract, each.name) == (contract, name))
-    return rates.kill(fault, replace(PROFILES["quick"], shrink_seconds=1))
+    return rates.kill(fault, replace(PROFILES["quick"], shrink_seconds=shrink_seconds))
 
 
 def test_kill_tells_what_was_caught_and_how_soon() -> None:
-    kill = planted("experts.fused_swiglu", "last-row-of-a-full-tile-dropped")
+    kill = planted("experts.fused_swiglu", "last-row-of-a-full-tile-dropped", shrink_seconds=5)
     assert kill.killed and kill.cases <= 6
     assert kill.size is not None and kill.smallest is not None and kill.size <= 2 * kill.smallest
     assert kill.plain == tuple(rates.PLAIN_TESTS)  # a missing row is in no tolerance

@@ -3,8 +3,8 @@
 import torch
 from torch.nn.functional import silu
 
-from gaugeblock.conformance.faults.right import EXPERTS, LOG2_E, right
-from gaugeblock.conformance.faults.simulated import Experts
+from gaugeblock.conformance.faults.right.variant import EXPERTS, LOG2_E, right
+from gaugeblock.conformance.faults.simulated.experts import Experts
 
 right(EXPERTS)(Experts)
 

@@ -4,11 +4,12 @@ import torch
 from torch.func import functional_call
 from transformers import DeepseekV3Config, MixtralConfig, Qwen3MoeConfig
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3TopkRouter
-from transformers.models.mixtral.modeling_mixtral import MixtralExperts
+from transformers.models.mixtral.modeling_mixtral import MixtralExperts, MixtralSparseMoeBlock
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts, Qwen3MoeTopKRouter
+from transformers.models.switch_transformers.modeling_switch_transformers import router_z_loss_func
 
 from gaugeblock.conformance.cases import Case
-from gaugeblock.conformance.faults.right import EXPERTS, GROUPED, SOFTMAX, right
+from gaugeblock.conformance.faults.right.variant import EXPERTS, GROUPED, MIXTRAL, SOFTMAX, Z, right
 
 
 def finite(case: Case) -> bool:
@@ -99,3 +100,33 @@ class TransformersGroupedExperts(TransformersExperts):
 
     def __init__(self):
         super().__init__(Qwen3MoeExperts, Qwen3MoeConfig, "grouped_mm")
+
+
+@right(MIXTRAL, dtypes=("float32",), batch_invariant=False)
+class TransformersMixtralBlock:
+    """Mixtral's sparse block; its router's results are those of the router called by itself."""
+
+    def __call__(self, hidden_states, state, *, top_k):
+        experts, width, inner = state["experts.down_proj"].shape
+        config = MixtralConfig(
+            hidden_size=width, intermediate_size=inner, num_local_experts=experts, num_experts_per_tok=top_k
+        )
+        config._experts_implementation = "eager"
+        block = MixtralSparseMoeBlock(config).eval()
+        out = functional_call(block, dict(state), hidden_states[None])[0]
+        logits, _, ids = functional_call(block.gate, {"weight": state["gate.weight"]}, hidden_states)
+        return out, logits, ids
+
+
+def ordinary_padding(case: Case) -> bool:
+    """transformers multiplies padding by 0, where ours may hold NaN."""
+    return case.regime != "special" and bool(case.parameters["num_tokens"])
+
+
+@right(Z, fits=ordinary_padding, dtypes=("float32",))
+class TransformersZLoss:
+    """Switch's z-loss of the tokens that count, which are taken for one group."""
+
+    def __call__(self, router_logits, attention_mask):
+        kept = router_logits[attention_mask]
+        return router_z_loss_func(kept[None]) if len(kept) else 0 * router_logits.sum()

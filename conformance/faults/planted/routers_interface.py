@@ -5,8 +5,8 @@ from typing import Any
 import torch
 
 from gaugeblock.conformance.faults.fault import fault
-from gaugeblock.conformance.faults.routers import GROUPED, SOFTMAX
-from gaugeblock.conformance.faults.simulated import GroupedRouter, SoftmaxRouter
+from gaugeblock.conformance.faults.planted.routers import GROUPED, SOFTMAX
+from gaugeblock.conformance.faults.simulated.routers import GroupedRouter, SoftmaxRouter
 from gaugeblock.reference import validation
 
 

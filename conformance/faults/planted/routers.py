@@ -3,7 +3,7 @@
 import torch
 
 from gaugeblock.conformance.faults.fault import fault
-from gaugeblock.conformance.faults.simulated import GroupedRouter, SoftmaxRouter
+from gaugeblock.conformance.faults.simulated.routers import GroupedRouter, SoftmaxRouter
 
 SOFTMAX, GROUPED = "routers.softmax_topk", "routers.grouped_sigmoid_topk"
 

@@ -2,9 +2,9 @@
 
 import torch
 
-from gaugeblock.conformance.faults.experts import EXPERTS
 from gaugeblock.conformance.faults.fault import fault
-from gaugeblock.conformance.faults.simulated import Experts
+from gaugeblock.conformance.faults.planted.experts import EXPERTS
+from gaugeblock.conformance.faults.simulated.experts import Experts
 from gaugeblock.reference import validation
 
 # -------------------------------------------------------------------------------------------------------------- memory

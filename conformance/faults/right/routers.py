@@ -1,77 +1,11 @@
-"""Right but different implementations: no judgement of theirs may be an alarm. What they are, and those of routers."""
+"""Right but different routers."""
 
 import functools
-import importlib.util
-import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any
 
 import torch
 
-from gaugeblock.conformance.cases import Case
-from gaugeblock.conformance.faults.simulated import GroupedRouter, SoftmaxRouter
-from gaugeblock.conformance.registry import DType, Implementation
-from gaugeblock.conformance.trial import Subject
-
-SOFTMAX, GROUPED, EXPERTS = "routers.softmax_topk", "routers.grouped_sigmoid_topk", "experts.fused_swiglu"
-EVERY_DTYPE: tuple[DType, ...] = ("float32", "float16", "bfloat16")
-LOG2_E = 1.4426950408889634
-_variants: list["Variant"] = []
-
-
-@dataclass(frozen=True)
-class Variant:
-    """A right implementation.
-
-    Attributes:
-        name: Of the implementation.
-        contract: What it fulfils.
-        candidate: Makes it.
-        summary: How it differs, in one sentence.
-        fits: Whether it is made for a case: some have no groups of one expert, or want aligned sizes.
-        claims: Fields of `Implementation` other than the defaults.
-    """
-
-    name: str
-    contract: str
-    candidate: Callable[[], Callable[..., Any]]
-    summary: str
-    fits: Callable[[Case], bool]
-    claims: Mapping[str, Any]
-
-    def subjects(self) -> list[Subject]:
-        """The variant at each of its dtypes."""
-        implementation = Implementation(self.contract, self.name, self.candidate(), **self.claims)
-        return [Subject(implementation, dtype, "cpu") for dtype in implementation.dtypes]
-
-
-def every_case(case: Case) -> bool:
-    """Fits every case."""
-    return True
-
-
-def right(
-    contract: str, *, fits: Callable[[Case], bool] = every_case, dtypes: tuple[DType, ...] = EVERY_DTYPE, **claims: Any
-) -> Callable[[type], type]:
-    """Registers a class whose instances are right implementations of `contract`; the fields are those of `Variant`."""
-
-    def register(candidate: type) -> type:
-        name = re.sub(r"(?<!^)(?=[A-Z])", "-", candidate.__name__).lower()
-        _variants.append(Variant(name, contract, candidate, str(candidate.__doc__), fits, {"dtypes": dtypes} | claims))
-        return candidate
-
-    return register
-
-
-@functools.cache
-def variants() -> tuple[Variant, ...]:
-    """Every right variant; those made of transformers' modules where that is installed."""
-    importlib.import_module("gaugeblock.conformance.faults.right_experts")
-    if importlib.util.find_spec("transformers"):
-        importlib.import_module("gaugeblock.conformance.faults.right_transformers")
-    return tuple(_variants)
-
+from gaugeblock.conformance.faults.right.variant import GROUPED, LOG2_E, SOFTMAX, right
+from gaugeblock.conformance.faults.simulated.routers import GroupedRouter, SoftmaxRouter
 
 # ------------------------------------------------------------------------------------------------------- softmax_topk
 

@@ -4,10 +4,10 @@ from typing import Any
 
 import torch
 
-from gaugeblock.conformance.faults.experts import EXPERTS
 from gaugeblock.conformance.faults.fault import fault
-from gaugeblock.conformance.faults.routers_interface import ContiguousCotangent
-from gaugeblock.conformance.faults.simulated import Experts
+from gaugeblock.conformance.faults.planted.experts import EXPERTS
+from gaugeblock.conformance.faults.planted.routers_interface import ContiguousCotangent
+from gaugeblock.conformance.faults.simulated.experts import Experts
 
 HALF, BFLOAT = ("float16",), ("bfloat16",)
 

@@ -3,7 +3,7 @@
 import torch
 
 from gaugeblock.conformance.faults.fault import fault
-from gaugeblock.conformance.faults.simulated import Experts
+from gaugeblock.conformance.faults.simulated.experts import Experts
 
 EXPERTS = "experts.fused_swiglu"
 

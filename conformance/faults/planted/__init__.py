@@ -1,0 +1,1 @@
+"""Bugs of public kernels, planted into right ones."""

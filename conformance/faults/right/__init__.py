@@ -1,0 +1,1 @@
+"""Right but different implementations: no judgement of theirs may be an alarm."""
