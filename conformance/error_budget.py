@@ -216,8 +216,8 @@ def _budget(value: torch.Tensor, runs: torch.Tensor) -> Budget:
         return Budget(value, torch.zeros_like(value), 0.0, 0.0)
     errors = runs - value
     variance = _pooled(errors.square().mean(0).nan_to_num(0.0, 0.0, 0.0))
-    # Errors of one sign in every run are squares of errors (the square of a gradient that is 0 but for rounding): KAPPA deviations
-    # of what is squared are KAPPA² of their mean. By chance it happens to one element of 2048.
+    # Errors of one sign in every run are squares of errors (the square of a gradient that is 0 but for rounding): KAPPA
+    # deviations of what is squared are KAPPA² of their mean. By chance it happens to one element of 2048.
     squared = (errors > 0).all(0) | (errors < 0).all(0)
     variance = torch.where(squared, (KAPPA * errors.mean(0)).square(), variance)
     scaled = torch.where(variance > 0, errors / variance.sqrt(), 0.0).reshape(len(runs), value.numel())

@@ -66,7 +66,8 @@ def run_gate(options: argparse.Namespace) -> int:
     with terminal.progress(sum(map(len, groups.values())), console) as progress:
         arguments = (tuple(options.candidates), filters, profile.name)
         alone = [name for name in groups if name.startswith(RANKS)]  # one worker leads the ranks, so that they start once
-        for task, result in run_tasks(groups, prepare, arguments, workers=workers, seconds=profile.verdict_seconds, alone=alone):
+        waiting = dict(sorted(groups.items(), key=lambda group: (group[0] not in alone, _cases(subjects, group[1]))))
+        for task, result in run_tasks(waiting, prepare, arguments, workers=workers, seconds=profile.verdict_seconds, alone=alone):
             subject = subjects[task[0]][0]
             found[task] = _no_answer(subject, task[1], result, profile.verdict_seconds) if isinstance(result, Died) else result
             progress.advance(found[task])
@@ -103,6 +104,11 @@ def exit_status(verdicts: list[Verdict]) -> int:
     if any(each.status in FAILED for each in verdicts):
         return FAILS
     return CONFORM if any(each.cases for each in verdicts) else NOTHING_TESTED
+
+
+def _cases(subjects: list[tuple[Subject, str | None]], tasks: list[Task]) -> tuple[float, int]:
+    """By what groups are begun: those whose cases are dear, and so few, then the large ones."""
+    return subjects[tasks[0][0]][0].contract.cases, -len(tasks)
 
 
 def _no_answer(subject: Subject, name: str, died: Died, seconds: float) -> Verdict:

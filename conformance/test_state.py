@@ -23,13 +23,14 @@ def test_state_dict_round_trip(trial: Trial) -> None:
 
 @conformance_property(requires=("recurrence",), needs=("deterministic",), weight=0.5)
 def test_resume(trial: Trial) -> None:
-    """Steps that are interrupted, their state saved, and, after another run, loaded and resumed, give the same bits."""
+    """Several steps are right; interrupted, saved and, after another run, loaded and resumed, they give the same bits."""
     recurrence = trial.contract.recurrence
     assert recurrence is not None  # required
     case = trial.case.replace(**{recurrence.steps: max(2, trial.case.parameters[recurrence.steps])})
     steps, half = case.parameters[recurrence.steps], case.parameters[recurrence.steps] // 2
     inputs = trial.inputs(case)
     through = trial.run(inputs, case=case)
+    trial.judge(through, case)
     first = trial.run(trial.take(inputs, recurrence.steps, torch.arange(half)), case=case)
     trial.run(case=case.replace(seed=case.seed + 1))
     rest = trial.take(inputs, recurrence.steps, torch.arange(half, steps))

@@ -45,7 +45,8 @@ def run_tasks(
     """Runs every task in some worker and yields it with its result, or with `Died`, as they come.
 
     Args:
-        groups: Tasks that share cached work; a worker finishes a group before it takes the next, or helps another.
+        groups: Tasks that share cached work, the longest first; a worker finishes a group before it takes the next, or helps
+            another.
         prepare: Called with `arguments` once in each process; returns the function of a task. Both must be importable.
         seconds: How long one task may take.
         alone: Groups that are one worker's, whom nobody helps.
@@ -94,13 +95,13 @@ def _serve(connection: Connection, prepare: Callable[..., Any], arguments: tuple
 
 
 def _assign(worker: _Worker, waiting: dict[str, list], busy: list[str], alone: Collection[str]) -> bool:
-    """Gives a worker its next task: of its own group, of one that nobody works at, else of the largest."""
+    """Gives a worker its next task: of its own group, of one that nobody works at, else of one where it can help."""
     if worker.group not in waiting:
         free = [name for name in waiting if name not in busy]
         choice = free or [name for name in waiting if name not in alone]
         if not choice:
             return False
-        worker.group = max(choice, key=lambda name: (name in alone, len(waiting[name])))  # what only one can do is begun first
+        worker.group = choice[0]
     worker.task = waiting[worker.group].pop(0)
     if not waiting[worker.group]:
         del waiting[worker.group]

@@ -87,7 +87,8 @@ def train_jax(num_steps: int, advance: Callable[[float], None], disturbed_by: in
         disturbed_by: A seed; the parameters get an error of one rounding after every step.
     """
     mesh = jax.sharding.Mesh(jax.devices()[:1], ("ranks",))
-    state = jax_step.shard_state({name: to_jax(each) for name, each in train_image_diffusion.initial_state(RUN).items()}, mesh)
+    initial = train_image_diffusion.initial_state(RUN)
+    state = jax_step.shard_state({name: to_jax(tensor) for name, tensor in initial.items()}, mesh)
     losses = []
     for step, batch in enumerate(batches(num_steps)):
         state, metrics = jax_step.train_step(state, *map(to_jax, batch), config=RUN, mesh=mesh)
@@ -104,8 +105,8 @@ def disturb(state: dict[str, jax.Array], key: jax.Array) -> dict[str, jax.Array]
     unit = rounding_unit("float32")
     keys = jax.random.split(key, len(state))
     return {
-        name: array * (1 + jax.random.uniform(each, array.shape, minval=-unit, maxval=unit)) if name.startswith("model.") else array
-        for (name, array), each in zip(state.items(), keys, strict=True)
+        name: array * (1 + jax.random.uniform(key, array.shape, minval=-unit, maxval=unit)) if "model." in name else array
+        for (name, array), key in zip(state.items(), keys, strict=True)
     }
 
 
@@ -178,7 +179,7 @@ def main(arguments: list[str]) -> int:
     """Trains, samples, draws; the exit status says whether the curves agree and the loss fell as stated."""
     parser = argparse.ArgumentParser(description="Train a tiny DiT on digits in PyTorch and in JAX from the same draws.")
     parser.add_argument("--steps", type=int, default=STEPS, help=f"of each run (default: {STEPS})")
-    parser.add_argument("--folder", type=Path, default=Path(__file__).parent, help="for the pictures (default: that of this file)")
+    parser.add_argument("--folder", type=Path, default=Path(__file__).parent, help="for the pictures (default: this one)")
     options = parser.parse_args(arguments)
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("loss {task.fields[loss]:.4f}"))
@@ -201,7 +202,8 @@ def main(arguments: list[str]) -> int:
 
     agree, fell = bool((apart <= allowed).all()), all(each <= STATED_LOSS for each in final.values())
     for name, loss in final.items():
-        print(f"{name}: final loss {loss:.4f} (stated: at most {STATED_LOSS}); {accuracy(samples[name]):.0%} of its samples are right")
+        right = accuracy(samples[name])
+        print(f"{name}: final loss {loss:.4f} (stated: at most {STATED_LOSS}); {right:.0%} of its samples are right")
     print(f"curves: {'within' if agree else 'BEYOND'} the growth of rounding errors, at most {(apart / allowed).max():.2f} of it")
     print(f"pictures: {options.folder / 'digits.png'}, {options.folder / 'loss.png'}")
     return 0 if agree and (fell or options.steps < STEPS) else 1

@@ -75,7 +75,7 @@ def test_every_task_is_run_and_answered_with_its_result():
 
 def test_a_worker_finishes_a_group_before_it_takes_the_next():
     one, two = ("__import__('os').getpid() + 0 * " + each for each in "12")
-    found = evaluate_groups({"small": [one], "large": [two, two]})
+    found = evaluate_groups({"first": [two, two], "second": [one]})
     assert [task for task, _ in found] == [two, two, one]
     assert len({result for _, result in found}) == 1 and found[0][1] != os.getpid()
 

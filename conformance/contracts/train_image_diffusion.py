@@ -242,7 +242,7 @@ TRAIN_STEP = Contract(
     batch="batch_size",
     parameters=parameters,
     landmarks=(
-        sizes(2, 5, velocity="data - noise", timestep_sampling="logit-normal"),  # no option's default
+        sizes(1, 5, velocity="data - noise", timestep_sampling="logit-normal", label_dropout=0.5),  # no option's default
         sizes(1, 3, label_dropout=1.0, max_gradient_norm=2**-10),  # so small that the 1e-6 of the clipping shows
         sizes(2, 1, accumulation_steps=2, weight_decay=0.0, label_dropout=0.0, run_seed=2**40 + 5),
     ),
