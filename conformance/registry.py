@@ -214,7 +214,6 @@ def load_candidates(source: str) -> tuple[Implementation, ...]:
         RegistrationError: If it cannot be read, run or imported, or registers nothing; one line says where and why.
     """
     before = set(_registered)
-    _sources.append(str(Path(source).resolve()) if source.endswith(".py") else source)
     try:
         if source.endswith(".py"):
             _run_file(Path(source))
@@ -233,6 +232,7 @@ def load_candidates(source: str) -> tuple[Implementation, ...]:
         raise RegistrationError(
             f"{source}: registers no implementation; decorate a function with gaugeblock.conformance.implements"
         )
+    _sources.append(str(Path(source).resolve()) if source.endswith(".py") else source)
     return added
 
 

@@ -272,7 +272,7 @@ class Property:
             return contract.without[self.name]
         lacking = [name for name in self.requires if not getattr(contract, name)]
         if lacking:
-            return f"the contract has no {lacking[0].replace('_', ' ')}"
+            return f"the contract has no {lacking[0]}"
         missing = [claim for claim in self.needs if not getattr(implementation, claim)]
         if missing:
             return f"claims {missing[0]}={getattr(implementation, missing[0])}"

@@ -315,7 +315,8 @@ def test_pytest_benchmark_compares_a_kernel_with_the_others_before_and_after(rep
         chosen = ["--candidate", "kernels.py", "-k", f"{WORKLOAD}/forward and (steady or reference and not jax)"]
         least = ["--benchmark-min-rounds=1", "--benchmark-max-time=0.01", "--override-ini=addopts="]
         everything = [*command_line, "--pyargs", "gaugeblock.conformance.bench.speed", *chosen, *least, *arguments]
-        return subprocess.run(everything, capture_output=True, text=True, check=True).stdout
+        alone = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
+        return subprocess.run(everything, capture_output=True, text=True, check=True, env=alone).stdout
 
     first = run("--benchmark-save=before")
     assert "2 passed" in first and f"'{ROUTER.name}/{WORKLOAD}/forward': 2 tests" in first

@@ -10,6 +10,7 @@ import pickle
 import signal
 import sys
 import traceback
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -91,9 +92,10 @@ def _prepare(store: Any, group_store: Any, settings: Settings, generation: str, 
     torch.set_num_threads(1)
     if settings.device == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", rank)) % torch.cuda.device_count())
+    from gaugeblock.conformance.judge import Violation
     from gaugeblock.conformance.properties import find_property
     from gaugeblock.conformance.ranks.world import Rank
-    from gaugeblock.conformance.registry import Implementation, implementations, load_candidates
+    from gaugeblock.conformance.registry import Implementation, RegistrationError, implementations, load_candidates
     from gaugeblock.conformance.trial import Ledger, Subject, Trial, violation_of
 
     backend = "gloo" if settings.device == "cpu" else "cpu:gloo,cuda:nccl"
@@ -104,7 +106,8 @@ def _prepare(store: Any, group_store: Any, settings: Settings, generation: str, 
         groups[size] = dist.new_group(list(range(size)), backend="gloo")
         meshes[size] = dist.DeviceMesh(settings.device, list(range(size)), mesh_dim_names=("ranks",))
     for source in settings.sources:
-        load_candidates(source)
+        with suppress(RegistrationError):  # a file that is gone since: only what it registered will be missed
+            load_candidates(source)
 
     def serve(task: Task, number: int) -> tuple[Any, Any]:
         def report(what: str, text: str = "") -> None:
@@ -112,7 +115,11 @@ def _prepare(store: Any, group_store: Any, settings: Settings, generation: str, 
 
         named = task.implementation
         if not isinstance(named, Implementation):
-            named = next(each for each in implementations(named[0]) if each.name == named[1])
+            contract, name = named
+            found = {each.name: each for each in implementations(contract)}
+            if name not in found:
+                return Violation(f"{contract}: the ranks could not load {name!r}"), Ledger()
+            named = found[name]
         subject, ledger = Subject(named, task.dtype, task.device), Ledger()
         world = Rank(meshes[task.size], groups[task.size], report)
         violation = violation_of(find_property(task.property), Trial(subject, task.case, ledger, world))

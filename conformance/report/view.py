@@ -22,6 +22,7 @@ MEANINGS: dict[Status, str] = {
     "crash": "crash: the process died",
     "timeout": "timeout",
 }
+NOT_OF_CONTRACT = "the contract has no"  # begins the reason why a property makes no row of a contract's matrix
 MEASURED = ("parity", "gradients")  # properties whose worst error stands beside the mark
 KINDS = ("reference", "triton", "distributed", "jax", "compiled", "user")
 LONGEST_SLUG = 200  # file names may have 255 bytes
@@ -131,7 +132,8 @@ def _matrix(contract: str, verdicts: list[Verdict]) -> Matrix:
             dtypes.items(), key=lambda each: (_kind_order(each[0][0]), each[0])
         )
     ]
-    properties = tuple(dict.fromkeys(each.property for each in verdicts))
+    due = [each for each in verdicts if not each.reason.startswith(NOT_OF_CONTRACT)] or verdicts
+    properties = tuple(dict.fromkeys(each.property for each in due))
     cells = {(each.property, each.implementation, each.dtype, each.device): each for each in verdicts}
     return Matrix(contract, properties, tuple(blocks), cells)
 
