@@ -18,7 +18,7 @@ setup: .venv/.installed  ## .venv, with everything of pyproject.toml at the vers
 	$(INSTALL) --editable '.[torch,jax,triton,conformance,benchmarks,demo,dev]'
 	touch $@
 
-check: setup  ## the gate over all built-in implementations: verdicts here and in report/ (a minute)
+check: setup  ## the gate over all built-in implementations: verdicts here and in report/ (a minute and a half)
 	$(BIN)/gaugeblock check --report report
 
 lint: setup  ## ruff, mypy, and the direction of imports
