@@ -90,6 +90,7 @@ def prepare(candidates: tuple[str, ...], filters: Filters, profile: str) -> Call
     """Sets a worker process up; the returned function judges one task."""
     set_up_process()
     warnings.filterwarnings("ignore", module="triton")  # its interpreter tells of NaN and infinity that cases hold on purpose
+    warnings.filterwarnings("ignore", message="invalid value encountered in reduce")  # so does numpy under it
     subjects = subjects_of(candidates, filters)
 
     def judge(task: Task) -> Verdict:

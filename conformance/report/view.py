@@ -132,8 +132,10 @@ def _matrix(contract: str, verdicts: list[Verdict]) -> Matrix:
             dtypes.items(), key=lambda each: (_kind_order(each[0][0]), each[0])
         )
     ]
-    due = [each for each in verdicts if not each.reason.startswith(NOT_OF_CONTRACT)] or verdicts
-    properties = tuple(dict.fromkeys(each.property for each in due))
+    judged = {each.property for each in verdicts if each.status != "not supported"}
+    absent = {each.property for each in verdicts if each.reason.startswith(NOT_OF_CONTRACT)} - judged
+    names = dict.fromkeys(each.property for each in verdicts)
+    properties = tuple(name for name in names if name not in absent) or tuple(names)
     cells = {(each.property, each.implementation, each.dtype, each.device): each for each in verdicts}
     return Matrix(contract, properties, tuple(blocks), cells)
 
