@@ -34,10 +34,11 @@ dashboard: setup  ## asv over this commit, and a page of all results that needs 
 	$(BIN)/asv run --environment existing:$(CURDIR)/$(BIN)/python --set-commit-hash HEAD --launch-method forkserver
 	$(BIN)/python benchmarks/dashboard/publish.py
 
-# tests/test_dashboard.py looks at the dashboard in Chromium; npm brings the dashboard's scripts. Both are Debian packages.
+# tests/test_dashboard.py looks at the dashboard in Chromium; npm brings the dashboard's scripts. Both are Debian packages; where
+# they cannot be had, those tests say so and are skipped.
 browser:
-	@command -v chromium >/dev/null || command -v google-chrome >/dev/null || { apt-get update && apt-get install --yes --no-install-recommends chromium; }
-	@command -v npm >/dev/null || { apt-get update && apt-get install --yes --no-install-recommends npm; }
+	-@command -v chromium >/dev/null || command -v google-chrome >/dev/null || { apt-get update && apt-get install --yes --no-install-recommends chromium; }
+	-@command -v npm >/dev/null || { apt-get update && apt-get install --yes --no-install-recommends npm; }
 
 # One OpenMP thread per process: two workers fill two cores, more threads only wait for each other.
 test: lint browser  ## the linters and all tests (some minutes)
