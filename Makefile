@@ -31,8 +31,8 @@ demo: setup  ## train a tiny DiT on digits, in PyTorch and in JAX from the same 
 
 dashboard: setup  ## asv over this commit, and a page of all results that needs no internet: .asv/html (ten minutes)
 	$(BIN)/asv machine --yes
-	-$(BIN)/asv run --environment existing:$(CURDIR)/$(BIN)/python --set-commit-hash HEAD --launch-method forkserver
-	$(BIN)/python benchmarks/dashboard/publish.py
+	$(BIN)/asv run --environment existing:$(CURDIR)/$(BIN)/python --set-commit-hash HEAD --launch-method forkserver; \
+	status=$$?; $(BIN)/python benchmarks/dashboard/publish.py && exit $$status
 
 # tests/test_dashboard.py looks at the dashboard in Chromium; npm brings the dashboard's scripts. Both are Debian packages; where
 # they cannot be had, those tests say so and are skipped.

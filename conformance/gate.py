@@ -14,11 +14,12 @@ from rich.console import Console
 
 from gaugeblock.conformance.cli import CONFORM, FAILS, NOTHING_TESTED
 from gaugeblock.conformance.devices import cache_compilations, compile_quickly, set_up_process
+from gaugeblock.conformance.exploration import PROFILES, examine
 from gaugeblock.conformance.properties import find_property, properties
 from gaugeblock.conformance.report import files, terminal, waivers
 from gaugeblock.conformance.report.environment import capture_environment
 from gaugeblock.conformance.selection import Filters, subjects_of
-from gaugeblock.conformance.trial import PROFILES, Subject, examine
+from gaugeblock.conformance.trial import Subject
 from gaugeblock.conformance.verdict import FAILED, Status, Verdict
 from gaugeblock.conformance.workers import Died, run_tasks
 

@@ -65,8 +65,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 @pytest.fixture
 def gauge_verdict(request: pytest.FixtureRequest) -> Callable[["Property"], None]:
     """Examines the subject under a property; fails or skips the test as the verdict says."""
+    from gaugeblock.conformance.exploration import PROFILES, examine
     from gaugeblock.conformance.report.failure_text import failure_lines
-    from gaugeblock.conformance.trial import PROFILES, examine
 
     selected: Selected = request.param
 

@@ -65,9 +65,10 @@ def reproduce(
         RegistrationError: If the contract, the implementation or the property does not exist.
     """
     set_up_process()
+    from gaugeblock.conformance.exploration import check, pooled_violation
     from gaugeblock.conformance.properties import find_property
     from gaugeblock.conformance.registry import RegistrationError, implementations, load_candidates, load_entry_points
-    from gaugeblock.conformance.trial import Ledger, Subject, check, pooled_violation
+    from gaugeblock.conformance.trial import Ledger, Subject
 
     if source is None:
         load_entry_points()

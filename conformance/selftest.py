@@ -114,9 +114,9 @@ def prepare(profile_name: str) -> Callable[[Task], Any]:
     """Sets a worker process up; the returned function measures one thing."""
     import torch
 
+    from gaugeblock.conformance.exploration import PROFILES
     from gaugeblock.conformance.faults import rates
     from gaugeblock.conformance.faults.fault import faults
-    from gaugeblock.conformance.trial import PROFILES
 
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore", module="triton")  # its interpreter tells of infinities that cases hold on purpose

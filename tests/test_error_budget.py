@@ -18,11 +18,12 @@ from gaugeblock.conformance.error_budget import (
     rounding_unit,
     spread,
 )
+from gaugeblock.conformance.exploration import check
 from gaugeblock.conformance.faults.fault import faults
 from gaugeblock.conformance.faults.rates import drawn_cases, judge_variants
 from gaugeblock.conformance.properties import properties
 from gaugeblock.conformance.registry import contracts
-from gaugeblock.conformance.trial import Ledger, check
+from gaugeblock.conformance.trial import Ledger
 
 LOW_PRECISION = ("float16", "bfloat16")
 DTYPES = ("float32", *LOW_PRECISION)

@@ -13,6 +13,7 @@ from gaugeblock.conformance.frameworks import call_torch
 
 def grouped_mm(problem: Problem) -> Callable[[], Results]:
     """`torch.nn.functional.grouped_mm` between a sort by expert and a weighted sum."""
+    _require_aligned_rows(problem)
 
     def experts(
         hidden_states: torch.Tensor,
@@ -39,6 +40,8 @@ def transformers_experts(implementation: str, problem: Problem) -> Callable[[], 
     sizes = problem.parameters
     if implementation == "batched_mm":
         _guard_memory(problem)
+    if implementation == "grouped_mm":
+        _require_aligned_rows(problem)
     config = Qwen3MoeConfig(
         num_experts=sizes["num_experts"],
         hidden_size=sizes["hidden_size"],
@@ -99,6 +102,14 @@ def _router_call(problem: Problem, module: torch.nn.Module) -> Callable[[], Resu
         return module(router_logits)[1:]
 
     return partial(call_torch, problem.contract, router, problem.call)
+
+
+def _require_aligned_rows(problem: Problem) -> None:
+    """torch's grouped_mm takes rows whose bytes are a multiple of 16."""
+    itemsize = getattr(torch, problem.machine.dtype).itemsize
+    for name in ("hidden_size", "intermediate_size"):
+        if problem.parameters[name] * itemsize % 16:
+            raise Unavailable(f"{name} of {problem.parameters[name]} gives rows that are not multiples of 16 bytes")
 
 
 def _guard_memory(problem: Problem) -> None:

@@ -18,6 +18,7 @@ from hypothesis import seed as start_from
 
 from gaugeblock.conformance.cases import Case, cases
 from gaugeblock.conformance.contract import Tensors
+from gaugeblock.conformance.exploration import Profile, check, examine, pooled_violation
 from gaugeblock.conformance.faults.fault import Fault, process_kept
 from gaugeblock.conformance.faults.right.variant import variants
 from gaugeblock.conformance.faults.simulated.dit import Dit
@@ -31,7 +32,7 @@ from gaugeblock.conformance.judge import Violation, judge
 from gaugeblock.conformance.oracle import GRADIENT, budgets
 from gaugeblock.conformance.properties import properties
 from gaugeblock.conformance.registry import find_contract, implementations
-from gaugeblock.conformance.trial import Ledger, Profile, Property, Subject, Trial, check, examine, pooled_violation
+from gaugeblock.conformance.trial import Ledger, Property, Subject, Trial
 
 RIGHT: dict[str, Callable[[], Callable[..., Any]]] = {
     "routers.softmax_topk": SoftmaxRouter,

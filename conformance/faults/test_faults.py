@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import pytest
 
+from gaugeblock.conformance.exploration import PROFILES, examine
 from gaugeblock.conformance.faults.fault import KINDS, Fault, faults, process_kept
 from gaugeblock.conformance.faults.mutants import mutated
 from gaugeblock.conformance.faults.rates import RIGHT
@@ -16,7 +17,7 @@ from gaugeblock.conformance.faults.simulated.ranks import DataParallel, ExpertPa
 from gaugeblock.conformance.properties import properties
 from gaugeblock.conformance.ranks import pool
 from gaugeblock.conformance.registry import Implementation, contracts
-from gaugeblock.conformance.trial import PROFILES, Subject, examine
+from gaugeblock.conformance.trial import Subject
 
 QUICK = replace(PROFILES["quick"], shrink_seconds=0)  # whether it fails, not how small a case does
 FEW = replace(QUICK, examples=1)  # right variants are judged on more in test_error_budget.py

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
+from gaugeblock.conformance.exploration import PROFILES
 from gaugeblock.conformance.faults import rates
 from gaugeblock.conformance.faults.fault import faults
 from gaugeblock.conformance.faults.right.variant import Variant, every_case
 from gaugeblock.conformance.registry import contracts
 from gaugeblock.conformance.selftest import complaints, summarize
-from gaugeblock.conformance.trial import PROFILES
 
 
 def planted(contract: str, name: str, shrink_seconds: float = 1) -> rates.Kill:

@@ -1,0 +1,189 @@
+"""A subject put through a property: which cases are tried, what of a failure is shown, and the verdict."""
+
+import math
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, replace
+
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis.strategies import SearchStrategy
+
+from gaugeblock.conformance.cases import Case, cases
+from gaugeblock.conformance.judge import Violation, describe_statistics, name_worst
+from gaugeblock.conformance.ranks.pool import RanksLost, pool
+from gaugeblock.conformance.ranks.world import JaxDevices, fit
+from gaugeblock.conformance.reproduction import script_for
+from gaugeblock.conformance.trial import Ledger, Property, Subject, Trial, violation_of
+from gaugeblock.conformance.verdict import Failure, Verdict
+
+WARNING = 0.9  # of a limit: a right implementation has an rms of about 1 deviation, which is 0.83 of its limit
+SHRINK_EXAMPLES = 400  # cases drawn in search of a smaller failure, if time allows
+
+
+@dataclass(frozen=True)
+class Profile:
+    """How long the gate may take.
+
+    Attributes:
+        examples: Drawn cases of the main regime, and as many landmarks, per unit of a property's weight; half as many of
+            each other regime.
+        compiled_examples: The same for JAX, which compiles for every new shape and so draws landmarks only.
+        shrink_seconds: How long a failure may be shrunk.
+        verdict_seconds: How long one property of one subject may take before its process is killed.
+        derandomize: The same cases every time; else new ones.
+    """
+
+    name: str
+    examples: int
+    compiled_examples: int
+    shrink_seconds: float
+    verdict_seconds: float
+    derandomize: bool = True
+
+
+PROFILES = {
+    each.name: each
+    for each in (
+        Profile("quick", examples=4, compiled_examples=2, shrink_seconds=4, verdict_seconds=120),
+        Profile("ci", examples=20, compiled_examples=6, shrink_seconds=15, verdict_seconds=600),
+        Profile("thorough", examples=300, compiled_examples=60, shrink_seconds=120, verdict_seconds=7200, derandomize=False),
+    )
+}
+
+
+def examine(subject: Subject, prop: Property, profile: Profile, source: str | None = None) -> Verdict:
+    """Puts a subject through a property and says what came of it; never raises for what a candidate does."""
+    verdict = Verdict(
+        subject.implementation.contract, subject.implementation.name, subject.implementation.kind, prop.name, subject.dtype,
+        subject.device, "not supported",
+    )  # fmt: skip
+    reason = prop.inapplicable(subject)
+    if reason:
+        return replace(verdict, reason=reason)
+    start, ledger = time.monotonic(), Ledger()
+    violation, failing = explore(subject, prop, profile, ledger)
+    statistics = {key: errors.statistics() for key, errors in ledger.errors.items()}
+    if violation is None:
+        violation, failing = pooled_violation(ledger), ledger.cases
+    verdict = replace(
+        verdict,
+        status="pass",
+        cases=len(ledger.cases),
+        seconds=time.monotonic() - start,
+        statistics=statistics,
+        fingerprints=ledger.fingerprints,
+        profile=ledger.profile if ledger.errors else "",
+    )
+    if violation is not None:
+        details = (*violation.details, *_weaker_claim(subject, prop, failing))
+        failure = Failure(violation.message, violation.diagnosis, details, tuple(case.to_json() for case in failing))
+        failure = replace(failure, script=script_for(subject, prop.name, failing, violation.message, source))
+        return replace(verdict, status="fail", reason=violation.message, failure=failure)
+    if (verdict.worst or 0) > WARNING:
+        worst = max(statistics, key=lambda key: statistics[key].worst)
+        return replace(verdict, status="warning", reason=f"{worst} uses {statistics[worst].worst:.0%} of its budget")
+    return verdict
+
+
+def _weaker_claim(subject: Subject, prop: Property, failing: list[Case]) -> tuple[str, ...]:
+    """Says so if what fails the strict profile meets the eager one."""
+    weaker = replace(subject, implementation=replace(subject.implementation, profile="eager"))
+    ledger = Ledger()
+    if subject.implementation.profile != "strict" or subject.dtype == "float32":
+        return ()
+    met = all(check(weaker, prop, case, ledger) is None for case in failing) and not pooled_violation(ledger)
+    if met and ledger.errors:
+        return ('profile="eager" is met, "strict" is not: results are rounded to the dtype between operations',)
+    return ()
+
+
+def pooled_violation(ledger: Ledger) -> Violation | None:
+    """What all cases of a property show together, though none of them alone."""
+    for key, errors in ledger.errors.items():
+        each = errors.statistics()
+        if each.worst > 1:
+            return Violation(
+                f"{key}: pooled over {len(ledger.cases)} cases, {name_worst(each)}", "", (describe_statistics(each),)
+            )
+    return None
+
+
+def explore(subject: Subject, prop: Property, profile: Profile, ledger: Ledger) -> tuple[Violation | None, list[Case]]:
+    """Runs a property on landmarks and drawn cases, one regime after the other, up to the first violation, which is shrunk."""
+    jax = subject.implementation.framework == "jax"
+    most = prop.weight * subject.contract.cases * (profile.compiled_examples if jax else profile.examples)
+    outcomes: dict[Case, Violation | None] = {}
+    stop_at = math.inf
+
+    def attempt(case: Case) -> None:
+        nonlocal stop_at
+        if case not in outcomes:
+            if time.monotonic() > stop_at:
+                return  # time is up: nothing smaller is tried, and Hypothesis settles on the smallest known failure
+            counted = Ledger()
+            outcomes[case] = check(subject, prop, case, counted)
+            if outcomes[case] is not None:
+                worth_shrinking = not isinstance(outcomes[case], RanksLost)
+                stop_at = min(stop_at, time.monotonic() + profile.shrink_seconds * worth_shrinking)
+            elif stop_at == math.inf:
+                ledger.cases.append(case)
+                ledger.include(counted)
+        violation = outcomes[case]
+        if violation is not None:
+            raise violation.with_traceback(None)  # always from this line, by which Hypothesis tells failures apart
+
+    for position, regime in enumerate(prop.regimes_of(subject.contract)):
+        examples = round(most if position == 0 else most / 2)  # none of free sizes: one landmark is visited all the same
+        landmarks = subject.contract.landmarks
+        turn = 0 if jax else position % len(landmarks)  # so that where one is visited, each regime visits another
+        landmarks = (*landmarks[turn:], *landmarks[:turn])[: max(1, examples)]
+        visits = [Case(**each, regime=regime, seed=seed) for seed, each in enumerate(landmarks)]
+        try:
+            for case in visits:
+                attempt(case)
+            drawn = cases(subject.contract, regime, "landmarks", len(landmarks)) if jax else cases(subject.contract, regime)
+            if examples:
+                _search(drawn, attempt, profile, examples)
+        except Violation:
+            with suppress(Violation):  # look for something smaller: without landmarks, across which Hypothesis cannot shrink
+                drawn = cases(subject.contract, regime, "landmarks" if jax else "free")
+                _search(drawn, attempt, profile, SHRINK_EXAMPLES)
+            failed = {case: violation for case, violation in outcomes.items() if violation is not None}
+            smallest = min(failed, key=size_of)
+            ledger.cases.append(smallest)
+            return failed[smallest], [smallest]
+    return None, []
+
+
+def _search(drawn: SearchStrategy[Case], attempt: Callable[[Case], None], profile: Profile, examples: int) -> None:
+    """Lets Hypothesis draw cases, and shrink what fails."""
+    search = settings(
+        max_examples=examples, derandomize=profile.derandomize, database=None, deadline=None, report_multiple_bugs=False,
+        suppress_health_check=list(HealthCheck), phases=(Phase.generate, Phase.shrink), print_blob=False,
+    )(given(drawn)(lambda case: attempt(case)))  # fmt: skip
+    search()
+
+
+def size_of(case: Case) -> tuple[float, str]:
+    """How much there is to look at in a case; a stable order."""
+    numbers = [value for value in case.parameters.values() if isinstance(value, int) and not isinstance(value, bool)]
+    return math.prod(max(1, each) for each in numbers) + math.log1p(case.seed) / 100, repr(case)
+
+
+def check(subject: Subject, prop: Property, case: Case, ledger: Ledger) -> Violation | None:
+    """One property on one case, at each number of devices that it is about."""
+    implementation = subject.implementation
+    for size in prop.world_sizes(implementation):
+        if not implementation.world_sizes:
+            return violation_of(prop, Trial(subject, case, ledger))
+        fitting = Case(**{**case.to_json(), **fit(subject.contract, case.parameters, size)})
+        if implementation.framework == "jax":
+            violation = violation_of(prop, Trial(subject, fitting, ledger, JaxDevices(size)))
+        else:
+            violation, counted = pool().check(subject, prop, fitting, size)
+            ledger.include(counted)
+        if violation is not None:
+            violation.message = f"on {size} {'device' if size == 1 else 'devices'}: {violation.message}"
+            return violation
+    return None
