@@ -1,6 +1,6 @@
 """The command `gaugeblock`.
 
-Exit status: 0 all conform, 1 something fails, 2 the call or the candidate file is wrong, 3 nothing was tested.
+Exit status: 0 all conform, 1 something fails, 2 the call or the candidate file is wrong, or the engine failed, 3 nothing tested.
 """
 
 import argparse
@@ -105,7 +105,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _check(options: argparse.Namespace) -> int:
     from gaugeblock.conformance.gate import run_gate
-    from gaugeblock.conformance.ranks import torchrun
+    from gaugeblock.conformance.runner import torchrun
 
     return torchrun.run(lambda: run_gate(options)) if torchrun.is_torchrun() else run_gate(options)
 

@@ -11,9 +11,10 @@ from hypothesis.strategies import SearchStrategy
 
 from gaugeblock.conformance.cases import Case, cases
 from gaugeblock.conformance.judge import Violation, describe_statistics, name_worst
-from gaugeblock.conformance.ranks.pool import RanksLost, pool
-from gaugeblock.conformance.ranks.world import JaxDevices, fit
 from gaugeblock.conformance.reproduction import script_for
+from gaugeblock.conformance.runner.handle import Lost
+from gaugeblock.conformance.runner.ranks import fit
+from gaugeblock.conformance.runner.seats import Seat
 from gaugeblock.conformance.trial import Ledger, Property, Subject, Trial, violation_of
 from gaugeblock.conformance.verdict import Failure, Verdict
 
@@ -61,7 +62,8 @@ def examine(subject: Subject, prop: Property, profile: Profile, source: str | No
     reason = prop.inapplicable(subject)
     if reason:
         return replace(verdict, reason=reason)
-    start, ledger = time.monotonic(), Ledger()
+    start, ledger, seat = time.monotonic(), Ledger(), Seat(subject, 0)
+    seat.printed()  # by an earlier property
     violation, failing = explore(subject, prop, profile, ledger)
     statistics = {key: errors.statistics() for key, errors in ledger.errors.items()}
     if violation is None:
@@ -76,10 +78,13 @@ def examine(subject: Subject, prop: Property, profile: Profile, source: str | No
         profile=ledger.profile if ledger.errors else "",
     )
     if violation is not None:
-        details = (*violation.details, *_weaker_claim(subject, prop, failing))
-        failure = Failure(violation.message, violation.diagnosis, details, tuple(case.to_json() for case in failing))
-        failure = replace(failure, script=script_for(subject, prop.name, failing, violation.message, source))
-        return replace(verdict, status="fail", reason=violation.message, failure=failure)
+        status = violation.status if isinstance(violation, Lost) else "fail"
+        details = (*violation.details, *(_weaker_claim(subject, prop, failing) if status == "fail" else ()))
+        failure = Failure(
+            violation.message, violation.diagnosis, details, tuple(case.to_json() for case in failing),
+            script_for(subject, prop.name, failing, violation.message, source), seat.printed(),
+        )  # fmt: skip
+        return replace(verdict, status=status, reason=violation.message, failure=failure)
     if (verdict.worst or 0) > WARNING:
         worst = max(statistics, key=lambda key: statistics[key].worst)
         return replace(verdict, status="warning", reason=f"{worst} uses {statistics[worst].worst:.0%} of its budget")
@@ -114,17 +119,22 @@ def explore(subject: Subject, prop: Property, profile: Profile, ledger: Ledger) 
     jax = subject.implementation.framework == "jax"
     most = prop.weight * subject.contract.cases * (profile.compiled_examples if jax else profile.examples)
     outcomes: dict[Case, Violation | None] = {}
-    stop_at = math.inf
+    stop_at, out_of_time = math.inf, time.monotonic() + profile.verdict_seconds
 
     def attempt(case: Case) -> None:
         nonlocal stop_at
         if case not in outcomes:
             if time.monotonic() > stop_at:
                 return  # time is up: nothing smaller is tried, and Hypothesis settles on the smallest known failure
+            if time.monotonic() > out_of_time and stop_at == math.inf:
+                seconds = f"{profile.verdict_seconds:.0f} s"
+                late = Lost(f"within {seconds} only {len(ledger.cases)} cases could be judged", "timeout")
+                outcomes[case] = late
+                raise late
             counted = Ledger()
             outcomes[case] = check(subject, prop, case, counted)
             if outcomes[case] is not None:
-                worth_shrinking = not isinstance(outcomes[case], RanksLost)
+                worth_shrinking = not isinstance(outcomes[case], Lost)
                 stop_at = min(stop_at, time.monotonic() + profile.shrink_seconds * worth_shrinking)
             elif stop_at == math.inf:
                 ledger.cases.append(case)
@@ -173,17 +183,11 @@ def size_of(case: Case) -> tuple[float, str]:
 
 def check(subject: Subject, prop: Property, case: Case, ledger: Ledger) -> Violation | None:
     """One property on one case, at each number of devices that it is about."""
-    implementation = subject.implementation
-    for size in prop.world_sizes(implementation):
-        if not implementation.world_sizes:
-            return violation_of(prop, Trial(subject, case, ledger))
-        fitting = Case(**{**case.to_json(), **fit(subject.contract, case.parameters, size)})
-        if implementation.framework == "jax":
-            violation = violation_of(prop, Trial(subject, fitting, ledger, JaxDevices(size)))
-        else:
-            violation, counted = pool().check(subject, prop, fitting, size)
-            ledger.include(counted)
+    for size in prop.world_sizes(subject.implementation):
+        fitting = Case(**{**case.to_json(), **fit(subject.contract, case.parameters, size)}) if size else case
+        violation = violation_of(prop, Trial(subject, fitting, ledger, size))
         if violation is not None:
-            violation.message = f"on {size} {'device' if size == 1 else 'devices'}: {violation.message}"
+            if size:
+                violation.message = f"on {size} {'device' if size == 1 else 'devices'}: {violation.message}"
             return violation
     return None

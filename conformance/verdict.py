@@ -4,9 +4,9 @@ import builtins
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-Status = Literal["pass", "warning", "fail", "not supported", "waived", "crash", "timeout"]
-STATUSES: tuple[Status, ...] = ("pass", "warning", "fail", "not supported", "waived", "crash", "timeout")
-FAILED: frozenset[Status] = frozenset({"fail", "crash", "timeout"})
+Status = Literal["pass", "warning", "fail", "not supported", "waived", "crash", "timeout", "error"]
+STATUSES: tuple[Status, ...] = ("pass", "warning", "fail", "not supported", "waived", "crash", "timeout", "error")
+FAILED: frozenset[Status] = frozenset({"fail", "crash", "timeout", "error"})
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,7 @@ class Failure:
         details: Further lines: the worst element, how each statistic stands.
         cases: The shrunk case, as keyword arguments of `Case`; several where only the pool of them fails.
         script: A stand-alone Python script that fails again.
+        output: What the candidate printed, or its beginning.
     """
 
     message: str
@@ -48,11 +49,12 @@ class Failure:
     details: tuple[str, ...] = ()
     cases: tuple[dict[str, Any], ...] = ()
     script: str = ""
+    output: str = ""
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """Contract × implementation × property × dtype × device, and what came of it.
+    """Contract × implementation × property × dtype × device, and what came of it; an "error" is the engine's own.
 
     Attributes:
         reason: One line: why not supported, the failure's message, the waiver's link, ...

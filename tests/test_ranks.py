@@ -10,14 +10,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from gaugeblock.conformance.ranks import pool
+from gaugeblock.conformance.ranks.world import _join, fit
 
 from gaugeblock.conformance.contract import Input
 from gaugeblock.conformance.contracts.experts import FUSED_SWIGLU
 from gaugeblock.conformance.exploration import PROFILES, examine
 from gaugeblock.conformance.judge import Violation
 from gaugeblock.conformance.properties import properties
-from gaugeblock.conformance.ranks import pool
-from gaugeblock.conformance.ranks.world import _join, fit
 from gaugeblock.conformance.registry import CLAIMS, Implementation, RegistrationError, implements, load_candidates
 from gaugeblock.conformance.trial import Subject
 from gaugeblock.conformance.verdict import Verdict

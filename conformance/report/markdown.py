@@ -14,6 +14,7 @@ from gaugeblock.conformance.verdict import FAILED, Status, Verdict
 
 EMOJI: dict[Status, str] = {
     "pass": "✅", "warning": "⚠️", "fail": "❌", "not supported": "➖", "waived": "🏳️", "crash": "💥", "timeout": "⏱️",
+    "error": "🛑",
 }  # fmt: skip
 EXPLAINED = 30  # failures in full: GitHub refuses a summary of more than 1 MiB
 ANNOTATIONS = 10  # GitHub shows no more errors of one step

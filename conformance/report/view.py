@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from gaugeblock.conformance.verdict import FAILED, Status, Verdict
 
 MARKS: dict[Status, str] = {
-    "pass": "✓", "warning": "!", "fail": "✗", "not supported": "–", "waived": "w", "crash": "☠", "timeout": "⏱",
+    "pass": "✓", "warning": "!", "fail": "✗", "not supported": "–", "waived": "w", "crash": "☠", "timeout": "⏱", "error": "E",
 }  # fmt: skip
-WORST_FIRST: tuple[Status, ...] = ("crash", "timeout", "fail", "waived", "warning", "pass", "not supported")
+WORST_FIRST: tuple[Status, ...] = ("error", "crash", "timeout", "fail", "waived", "warning", "pass", "not supported")
 MEANINGS: dict[Status, str] = {
     "pass": "pass",
     "warning": "warning: little of the budget is left",
@@ -21,6 +21,7 @@ MEANINGS: dict[Status, str] = {
     "waived": "waived: a known failure",
     "crash": "crash: the process died",
     "timeout": "timeout",
+    "error": "error of the engine or the contract: no word on the candidate",
 }
 NOT_OF_CONTRACT = "the contract has no"  # begins the reason why a property makes no row of a contract's matrix
 MEASURED = ("parity", "gradients")  # properties whose worst error stands beside the mark

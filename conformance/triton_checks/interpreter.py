@@ -43,6 +43,8 @@ class Watch:
     launches: Counter[str] = field(default_factory=Counter)
     _reachable: list[_Extent] = field(default_factory=list)
     _extents: list[_Extent] = field(default_factory=list)
+    races: list[str] = field(default_factory=list)
+    unbatched: list[str] = field(default_factory=list)
     _kernel: str = ""
 
     def _start_launch(self, run: Callable, kernel: Any, *args: Any, **kwargs: Any) -> Any:
@@ -114,7 +116,7 @@ class Watch:
 
 
 @contextmanager
-def watch(reachable: Iterable[Any] = ()) -> Iterator[Watch]:
+def watch(reachable: Iterable[Any] = (), *, poison: bool = False, order: int | None = None) -> Iterator[Watch]:
     """Counts kernel launches and, under the interpreter, guards and poisons what the kernels load and store.
 
     An enabled lane of a load, store or atomic may touch only the bytes that the sizes and strides of the
@@ -152,6 +154,8 @@ def watch(reachable: Iterable[Any] = ()) -> Iterator[Watch]:
             (builder, "create_atomic_cas", seen._atomic_cas),
         ):
             patches.enter_context(wrapped(owner, name, wrapper))
+        if order is not None:
+            patches.enter_context(shuffled_programs(order))
         if hasattr(interpreter, "_LangPatchScope"):  # not in Triton 3.6
             patches.enter_context(wrapped(interpreter, "_patch_lang", _patch_language_once))
         yield seen
