@@ -13,13 +13,14 @@ import sys
 import traceback
 from collections import deque
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from gaugeblock.conformance.runner.messages import Again, Describe, Group, Request, Settings
-from gaugeblock.conformance.runner.wire import Arena, Link
+from gaugeblock.conformance.runner.wire import Arena, Closed, Link
 
 KEPT = 4  # calls whose results stay in the candidate's own memory, to see what becomes of them
 
@@ -45,8 +46,9 @@ def main(*arguments: str) -> None:
         link.send_json({"unready": traceback.format_exc()})
         raise
     link.send_json({"ready": os.getpid()})
-    while True:
-        server.answer(link.receive_pickle())
+    with suppress(Closed):
+        while True:
+            server.answer(link.receive_pickle())
 
 
 class Server:

@@ -144,7 +144,8 @@ class Ranks:
         missing = [rank for rank in range(len(ranks)) if rank not in answers and rank not in raised]
         traces = self.meeting.traces(self, ranks, missing)
         places = [f"rank {rank} {place_in(traces[rank])}" for rank in missing]
-        places += [f"rank {rank} came back and waits for the others" for rank in answers]
+        back = [*answers, *(rank for rank, error in raised.items() if isinstance(error, BadResult))]
+        places += [f"rank {rank} came back and waits for the others" for rank in back]
         details = tuple(f"rank {rank} when it was given up:\n{''.join(candidates_part(traces[rank]))}" for rank in missing)
         diagnosis = "; ".join(sorted(places))
         if not raised:
