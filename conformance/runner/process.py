@@ -1,6 +1,6 @@
 """A candidate's process: loads the implementations that it is asked for, calls them, and gives back results and findings.
 
-Started by `handle.py` as `python -m gaugeblock.conformance.runner.process CONTROL INPUTS RESULTS TRACES`, numbers of open files; by
+Started by `handle.py` as `python -m gaugeblock.conformance.runner.process CONTROL INPUTS RESULTS TRACES`, numbers of files; by
 `agent.py`, for a rank of torchrun's, with `HOST PORT NAME` of the judge's door.
 """
 
