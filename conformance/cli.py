@@ -59,6 +59,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     check.add_argument("--workers", type=int, metavar="N", help="processes (default: one for each core)")
 
+    machines = commands.add_parser("machines", help="the gate on pretended CPUs, whose verdicts must be the same")
+    machines.add_argument("--machine", action="append", default=[], metavar="NAME", help="only this one (repeatable)")
+    machines.add_argument("--report", type=Path, default=Path("machines"), metavar="DIR", help="a report of each, a page of all")
+    machines.add_argument("arguments", nargs=argparse.REMAINDER, metavar="-- ...", help="arguments of `gaugeblock check`")
+
     listing = commands.add_parser("list", help="contracts and implementations, and what is missing")
     listing.add_argument("--json", action="store_true", help="one JSON object for each contract")
     listing.add_argument("--markdown", action="store_true", help="the table of the README")
@@ -108,6 +113,13 @@ def _check(options: argparse.Namespace) -> int:
     from gaugeblock.conformance.runner import torchrun
 
     return torchrun.run(lambda: run_gate(options)) if torchrun.is_torchrun() else run_gate(options)
+
+
+def _machines(options: argparse.Namespace) -> int:
+    from gaugeblock.conformance.machines import run_machines
+
+    options.arguments = [each for each in options.arguments if each != "--"]
+    return run_machines(options)
 
 
 def _list(options: argparse.Namespace) -> int:
@@ -180,7 +192,8 @@ def _bench(options: argparse.Namespace) -> int:
 
 
 COMMANDS = {
-    "check": _check, "list": _list, "explain": _explain, "reproduce": _reproduce, "compare": _compare, "selftest": _selftest,
+    "check": _check, "machines": _machines,
+    "list": _list, "explain": _explain, "reproduce": _reproduce, "compare": _compare, "selftest": _selftest,
     "codegen": _codegen, "bench": _bench,
 }  # fmt: skip
 
