@@ -25,6 +25,15 @@ def set_up_process() -> None:
     """Prepares a process in which subjects are judged; before triton, jax or a candidate is imported."""
     interpret_without_gpu()
     split_cpu_for_jax()
+    keep_thread_count()
+
+
+def keep_thread_count() -> None:
+    """Lets torch have as many threads as OMP_NUM_THREADS says, also where those are more than there are cores."""
+    import torch
+
+    if os.environ.get("OMP_NUM_THREADS", "").isdigit():
+        torch.set_num_threads(max(1, int(os.environ["OMP_NUM_THREADS"])))
 
 
 def split_cpu_for_jax() -> None:

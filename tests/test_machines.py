@@ -13,8 +13,10 @@ from gaugeblock.conformance.report.machines_page import render
 
 BY_NAME = {each.name: each for each in MACHINES}
 WHAT_TORCH_SAYS = """\
-import json, os, numpy, torch
+import json, numpy, torch
+from gaugeblock.conformance.devices import set_up_process
 from numpy._core._multiarray_umath import __cpu_dispatch__, __cpu_features__
+set_up_process()
 print(json.dumps({
     "capability": torch.backends.cpu.get_cpu_capability(), "threads": torch.get_num_threads(),
     "numpy": [each for each in __cpu_dispatch__ if __cpu_features__[each]],
