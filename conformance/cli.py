@@ -5,6 +5,7 @@ Exit status: 0 all conform, 1 something fails, 2 the call or the candidate file 
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -109,6 +110,10 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _check(options: argparse.Namespace) -> int:
+    from gaugeblock.conformance.runner import nursery
+
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # one process for each core, not each with a thread for every core
+    nursery.start()  # imports torch while this process does
     from gaugeblock.conformance.gate import run_gate
     from gaugeblock.conformance.runner import torchrun
 

@@ -22,6 +22,7 @@ from gaugeblock.conformance.properties import find_property, properties
 from gaugeblock.conformance.registry import Implementation, one_line
 from gaugeblock.conformance.report import files, terminal, waivers
 from gaugeblock.conformance.report.environment import capture_environment
+from gaugeblock.conformance.runner import nursery
 from gaugeblock.conformance.selection import Filters, subjects_of
 from gaugeblock.conformance.trial import Subject
 from gaugeblock.conformance.verdict import FAILED, Failure, Status, Verdict
@@ -70,9 +71,8 @@ def run_gate(options: argparse.Namespace) -> int:
     os.environ.setdefault("HYPOTHESIS_STORAGE_DIRECTORY", tempfile.gettempdir())  # nothing is left in the user's folder
     cache_compilations()
     compile_quickly()
-    os.environ.setdefault("OMP_NUM_THREADS", "1")  # one process for each core, not each with a thread for every core
     with terminal.progress(sum(map(len, groups.values())), console) as progress:
-        arguments = (subjects, profile.name)
+        arguments = (subjects, profile.name, nursery.start())
         losses = Losses()
         alone = [name for name in groups if name.startswith(RANKS)]  # one worker leads the ranks, so that they start once
         waiting = dict(sorted(groups.items(), key=lambda group: (group[0] not in alone, _cases(subjects, group[1]))))
@@ -98,8 +98,9 @@ def run_gate(options: argparse.Namespace) -> int:
     return exit_status(verdicts)
 
 
-def prepare(subjects: Sequence[tuple[Subject, str | None]], profile: str) -> Callable[[Task], Verdict]:
+def prepare(subjects: Sequence[tuple[Subject, str | None]], profile: str, candidates_from: str) -> Callable[[Task], Verdict]:
     """Sets a worker process up; the returned function judges one task."""
+    nursery.share(candidates_from)
     set_up_process()
     warnings.filterwarnings("ignore", module="triton")  # its interpreter tells of NaN and infinity that cases hold on purpose
     warnings.filterwarnings("ignore", message="invalid value encountered in reduce")  # so does numpy under it

@@ -6,13 +6,10 @@ import re
 import select
 import signal
 import socket
-import subprocess
-import sys
 import tempfile
 import threading
 import time
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
@@ -23,7 +20,7 @@ from gaugeblock.conformance.contract import Tensors
 from gaugeblock.conformance.frameworks import BadResult, Call, Raised
 from gaugeblock.conformance.judge import Violation
 from gaugeblock.conformance.registry import Implementation
-from gaugeblock.conformance.runner import wire
+from gaugeblock.conformance.runner import nursery, wire
 from gaugeblock.conformance.runner.messages import Again, Describe, Group, Request, Settings
 from gaugeblock.conformance.runner.perform import Conditions, Findings
 from gaugeblock.conformance.runner.wire import ARENA_BYTES, RING_BYTES, Arena, Dtypes, Impostor, Late, Link
@@ -34,7 +31,6 @@ TRACE_SECONDS = 0.5  # for a signalled process to write down where it stands
 KEPT_OUTPUT = 64 << 10  # bytes of what is printed
 MOST_CHILDREN = 64  # processes that a candidate may have
 MOST_RESULTS = 10_000  # tensors that a call may return
-MARK = "GAUGEBLOCK_RUNNER"  # in the environment of a candidate's process, and so of all that come from it
 
 
 class Lost(Violation):
@@ -104,8 +100,8 @@ class Process:
         self.device, self.group = device, group
         self.number = self.base = self.end = 0
         self.output: Output | None = None
-        self.process: subprocess.Popen | None = None
-        self.gone: int | None = None
+        self.process: nursery.Child | None = None
+        self.gone: socket.socket | None = None
         self.link = self._start() if link is None else link
         self.link.send_pickle(Settings(device, memory, group))
         self.ready = False
@@ -270,19 +266,13 @@ class Process:
         reading, writing = os.pipe()
         assert sent.file is not None and received.file is not None  # shared
         files = [theirs.fileno(), sent.file, received.file, self.traces]
-        environment = os.environ | {
-            "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "TMPDIR": self.folder.name, MARK: self.folder.name,
-        }  # fmt: skip
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "gaugeblock.conformance.runner.process", *map(str, files)],
-            stdin=subprocess.DEVNULL, stdout=writing, stderr=writing, env=environment, start_new_session=True,
-            pass_fds=files,
-        )  # fmt: skip
+        environment = {"OMP_NUM_THREADS": "1", **os.environ, "TMPDIR": self.folder.name}
+        self.process = nursery.fork((), environment, files, writing)
         theirs.close()
         for each in (writing, *files[1:3]):
             os.close(each)  # what is mapped stays
         self.output = Output(reading)
-        self.gone = os.pidfd_open(self.process.pid)
+        self.gone = self.process.connection
         atexit.register(self.stop)
         return Link(ours, sent, received, peer=self.process.pid)
 
@@ -306,7 +296,7 @@ class Process:
             return ""
         before = len(self._traces())
         try:
-            self.process.send_signal(signal.SIGUSR1)
+            os.kill(self.process.pid, signal.SIGUSR1)
         except ProcessLookupError:
             return ""
         time.sleep(TRACE_SECONDS)
@@ -319,9 +309,8 @@ class Process:
     def _how_it_ended(self) -> tuple[str, Literal["crash"], str, tuple[str, ...]]:
         if self.process is None:
             return "the process closed its connection", "crash", "", ()
-        try:
-            code = self.process.wait(timeout=5)
-        except subprocess.TimeoutExpired:
+        code = self.process.poll(seconds=5.0)
+        if code is None:
             return "the process closed its connection", "crash", "", ()
         how = signal.Signals(-code).name if code < 0 else f"exit status {code}"
         trace = self._traces()
@@ -335,20 +324,11 @@ class Process:
     def stop(self) -> None:
         """Ends it, and whatever it has started."""
         self.link.close()
-        if self.process is None or (self.process.returncode is not None and self.gone is None):
+        if self.gone is None or self.process is None:
             return
-        descendants = children_of(self.process.pid)
-        with suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.kill()
-        self.process.wait()
-        for each in [*descendants, *_marked(self.folder.name)]:
-            with suppress(psutil.NoSuchProcess):
-                each.kill()
-        if self.gone is not None:
-            os.close(self.gone)
-            os.close(self.traces)
-            self.gone = None
+        self.process.end()
+        os.close(self.traces)
+        self.gone = None
         self.folder.cleanup()
         atexit.unregister(self.stop)
 
@@ -359,18 +339,6 @@ def children_of(pid: int) -> list[psutil.Process]:
         return psutil.Process(pid).children(recursive=True)
     except psutil.NoSuchProcess:
         return []
-
-
-def _marked(mark: str) -> list[psutil.Process]:
-    """Processes that come from a candidate's, though their parents are gone."""
-    found = []
-    for each in psutil.process_iter():
-        try:
-            if each.pid != os.getpid() and each.environ().get(MARK) == mark:
-                found.append(each)
-        except (psutil.Error, OSError):
-            continue
-    return found
 
 
 def _checked(findings: Findings) -> Findings:

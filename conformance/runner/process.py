@@ -1,7 +1,7 @@
 """A candidate's process: loads the implementations that it is asked for, calls them, and gives back results and findings.
 
-Started by `handle.py` as `python -m gaugeblock.conformance.runner.process CONTROL INPUTS RESULTS TRACES`, numbers of files; by
-`agent.py`, for a rank of torchrun's, with `HOST PORT NAME` of the judge's door.
+Forked by `nursery.py`, with the numbers of four open files, `CONTROL INPUTS RESULTS TRACES`; or, for a rank of torchrun's, begun
+by `agent.py` as `python -m gaugeblock.conformance.runner.process HOST PORT NAME`, of the judge's door.
 """
 
 import faulthandler

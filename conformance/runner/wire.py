@@ -172,7 +172,7 @@ class Link:
         """The next message of a judge."""
         return pickle.loads(self._receive(None, None))
 
-    def receive_json(self, deadline: float | None, gone: int | None = None) -> Any:
+    def receive_json(self, deadline: float | None, gone: socket.socket | None = None) -> Any:
         """The next message of a candidate's process.
 
         Args:
@@ -187,7 +187,7 @@ class Link:
         except (ValueError, RecursionError):
             raise BadMessage("no JSON") from None
 
-    def _receive(self, deadline: float | None, gone: int | None) -> bytes:
+    def _receive(self, deadline: float | None, gone: socket.socket | None) -> bytes:
         length, behind, start = HEADER.unpack(self._read(HEADER.size, deadline, gone))
         if length > MOST_MESSAGE or (behind and self.shared) or start + behind > ARENA_BYTES:
             raise BadMessage(f"a message of {length} bytes")
@@ -196,7 +196,7 @@ class Link:
             self.received.memory[start : start + behind] = self._read(behind, deadline, gone)
         return message
 
-    def _read(self, count: int, deadline: float | None, gone: int | None) -> bytes:
+    def _read(self, count: int, deadline: float | None, gone: socket.socket | None) -> bytes:
         parts = []
         while count:
             if deadline is not None:
@@ -213,7 +213,7 @@ class Link:
             count -= len(part)
         return b"".join(parts)
 
-    def _wait(self, deadline: float, gone: int | None) -> None:
+    def _wait(self, deadline: float, gone: socket.socket | None) -> None:
         waited: list[Any] = [self.connection] if gone is None else [self.connection, gone]
         ready = select.select(waited, [], [], max(0.0, deadline - time.monotonic()))[0]
         if not ready:
@@ -226,7 +226,7 @@ class Link:
         if not self.shared:
             self.connection.sendall(memoryview(self.received.memory)[start:stop])
 
-    def receive_returned(self, start: int, stop: int, deadline: float, gone: int | None) -> None:
+    def receive_returned(self, start: int, stop: int, deadline: float, gone: socket.socket | None) -> None:
         """Takes what `return_arena` sent."""
         if not self.shared:
             self.sent.memory[start:stop] = self._read(stop - start, deadline, gone)
