@@ -122,10 +122,10 @@ class Accesses:
             op, sem = self.ir_rmw_op_to_interpreter_rmw_op[op], self.ir_sem_to_interpreter_sem[sem]
             data = self._of_each_program(value)
             return Handle(stock._interpreter.atomic_rmw(op, addresses, data, enabled, sem), value.dtype.scalar)
-        combine: Operation = {stock._ir.ATOMIC_OP.FADD: np.add, stock._ir.ATOMIC_OP.XCHG: lambda old, new: new}[op]
+        combine: dict[Any, Operation] = {stock._ir.ATOMIC_OP.FADD: np.add, stock._ir.ATOMIC_OP.XCHG: lambda old, new: new}
 
         def update(old: np.ndarray, lanes: np.ndarray) -> np.ndarray:
-            return narrow.pack(narrow.rounded(combine(narrow.unpack(old), values[lanes])))
+            return narrow.pack(narrow.rounded(combine[op](narrow.unpack(old), values[lanes])))
 
         values = self._of_each_program(value).reshape(-1)
         return unpacked(self._in_turns(addresses, enabled, narrow.stored, update), value.dtype)
