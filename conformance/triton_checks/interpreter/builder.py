@@ -60,4 +60,4 @@ class Builder(Accesses, Arithmetic, Shapes, NotBatched, stock.InterpreterBuilder
             for value in values:
                 shown = value.full[place if value.data.shape[0] > 1 else 0]
                 text = np.array2string(shown, formatter={"int": lambda each: f"{each:#x}"} if hex else None)
-                print(f"{self.memory.name(number)} {prefix} {text}")
+                print(f"{self.memory.name(number)}{prefix}{text}")
