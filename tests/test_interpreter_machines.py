@@ -31,8 +31,9 @@ from gaugeblock.conformance.registry import builtin_implementations, contracts
 from gaugeblock.conformance.trial import Subject, Trial, digest
 
 for name, dtype in (
-    ("experts.fused_swiglu", "float32"), ("experts.fused_swiglu", "bfloat16"), ("routers.softmax_topk", "float32"),
-    ("routers.grouped_sigmoid_topk", "float16"), ("layers.layer_norm_modulate", "bfloat16"), ("moe_layers.router_z_loss", "float32"),
+    ("experts.fused_swiglu", "float32"), ("experts.fused_swiglu", "bfloat16"),
+    ("routers.softmax_topk", "float32"), ("moe_layers.router_z_loss", "float32"),
+    ("routers.grouped_sigmoid_topk", "float16"), ("layers.layer_norm_modulate", "bfloat16"),
 ):
     contract = contracts()[name]
     (triton,) = (each for each in builtin_implementations(contract) if each.kind == "triton")
