@@ -45,7 +45,7 @@ class Implementation:
         name: The implementation's own.
         function: What is called; for a built-in row its import path `module:function`, for a user's the source of it.
         kind: `reference`, `triton`, `distributed`, `jax`, `compiled` or `user`; kernels of kind `triton` are watched as
-            they run, and not judged where the interpreter is wrong.
+            they run.
         framework: Whose arrays it takes and returns.
         dtypes, devices: What it supports.
         profile: `strict`: only the operands of matrix products may be rounded to the dtype, all else is float32;
@@ -54,6 +54,8 @@ class Implementation:
         deterministic: The same call gives the same bits.
         batch_invariant: An example's bits do not depend on the other examples.
         validates: Bad input raises ValueError or TypeError naming the argument.
+        assumes_zero_masked_lanes: Its Triton kernels use lanes that were masked without `other`, which hold 0 on today's chips
+            though Triton does not promise it.
         jit: The engine calls it under `jax.jit`, keyword arguments static, but where a bad value is to be rejected.
         world_sizes: Numbers of devices that it runs on; it is called with `mesh` too, of one dimension "ranks". In PyTorch
             it is called once per rank with the rank's shard and a `DeviceMesh`; in JAX once, with global arrays and a `Mesh`.
@@ -72,6 +74,7 @@ class Implementation:
     deterministic: bool = True
     batch_invariant: bool = True
     validates: bool = True
+    assumes_zero_masked_lanes: bool = False
     jit: bool = False
     world_sizes: tuple[int, ...] = ()
     memory_gib: float = 8.0
@@ -100,7 +103,8 @@ def implements(contract: str, *, name: str, **claims: Any) -> Callable[[Function
         contract: A contract's name, e.g. `"routers.softmax_topk"` (`gaugeblock list` shows them).
         name: How the report calls the implementation.
         **claims: Fields of `Implementation`: `framework`, `dtypes`, `devices`, `profile`, `differentiable`,
-            `deterministic`, `batch_invariant`, `validates`, `jit`, `world_sizes`, `memory_gib`, `kind`.
+            `deterministic`, `batch_invariant`, `validates`, `assumes_zero_masked_lanes`, `jit`, `world_sizes`, `memory_gib`,
+            `kind`.
 
     Raises:
         RegistrationError: If the contract, a claim, a claim's value, or the function's signature is wrong, or the name is

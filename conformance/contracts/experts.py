@@ -200,7 +200,7 @@ FUSED_SWIGLU = Contract(
     landmarks=(
         sizes(33, 100, 70, 5, 2),  # tails everywhere
         sizes(5, 40, 24, 32, 4),  # most experts without tokens
-        sizes(70, 16, 32, 3, 2),  # several tiles of rows for an expert
+        sizes(100, 20, 24, 3, 2),  # several tiles of rows for an expert, whatever the tile
         sizes(6, 320, 96, 2, 1),  # long sums: an accumulator that is not float32 shows
         sizes(260, 16, 32, 2, 2),  # gradients of weights over many tiles of rows
     ),

@@ -349,6 +349,7 @@ LOAD_BALANCING_LOSS = Contract(
         loss_sizes(33, 8, 2),
         loss_sizes(100, 5, 3),
         loss_sizes(17, 300, 8),  # ids above 255
+        loss_sizes(513, 513, 1),  # each of 512 programs goes on to a second tile of a token
     ),
     regimes=BALANCE_REGIMES,
     cases=0.5,
@@ -379,6 +380,7 @@ ROUTER_Z_LOSS = Contract(
         loss_sizes(33, 8, 2),
         loss_sizes(100, 5, 3),
         loss_sizes(17, 300, 8),
+        loss_sizes(513, 513, 1),
     ),
     regimes=Z_REGIMES,
     cases=0.5,
