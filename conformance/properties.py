@@ -23,6 +23,7 @@ def conformance_property(
     requires: tuple[str, ...] = (),
     every_world_size: bool = False,
     every_dtype: bool = False,
+    covers: int = 1,
 ) -> Callable[[Callable[[Trial], None]], Callable[..., None]]:
     """Turns `test_<name>(trial)` into a pytest test that is generic over contracts and implementations.
 
@@ -45,6 +46,7 @@ def conformance_property(
             requires,
             every_world_size,
             every_dtype,
+            covers,
         )
 
         def test(gauge_verdict: Callable[[Property], None]) -> None:

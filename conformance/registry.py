@@ -176,6 +176,11 @@ def implementations(contract: str) -> tuple[Implementation, ...]:
     return (*builtin_implementations(find_contract(contract)), *registered)
 
 
+def is_built_in(implementation: Implementation) -> bool:
+    """Whether it is ours."""
+    return any(each is implementation for each in builtin_implementations(find_contract(implementation.contract)))
+
+
 def is_registered(implementation: Implementation) -> bool:
     """Whether it is found by its names; if not, it must be handed on itself."""
     return any(each is implementation for each in implementations(implementation.contract))

@@ -200,6 +200,7 @@ class Property:
         frameworks, kinds, devices: Those it makes sense for; no kinds means all.
         requires: Attributes of the contract without which there is nothing to test.
         every_dtype: It is about numbers: what holds in one dtype says little of another.
+        covers: Of how many factors' classes every combination is visited: 1 each class, 2 each pair of classes.
         every_world_size: It is about all the world sizes that an implementation claims, not one of them.
     """
 
@@ -215,6 +216,7 @@ class Property:
     requires: tuple[str, ...] = ()
     every_world_size: bool = False
     every_dtype: bool = False
+    covers: int = 1
 
     @property
     def file(self) -> str:
