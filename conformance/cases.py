@@ -130,7 +130,7 @@ def _drawn(contract: Contract, case: Case) -> Tensors:
     tensors = contract.regime(case.regime).make(Draw(case.seed), case.parameters)
     for name in case.traits:
         change = contract.trait(name).change
-        tensors |= change(Draw(case.seed), tensors) if change is not None else {}
+        tensors |= change(tensors) if change is not None else {}
     return {key: lay_out(tensor, case.layout_of(key)).contiguous() for key, tensor in tensors.items()}
 
 

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
 
-    from gaugeblock.conformance.cases import Draw
 
 ORDINARY = "ordinary"  # the class of a case that has none of a factor's traits
 
@@ -47,14 +46,14 @@ class Trait:
     Attributes:
         name: Of the class, among those of `factor`: "one of them is 0".
         factor: What it is about; of one factor's traits a case has at most one.
-        change: From the inputs in float64 and int64, those that are to be replaced.
+        change: From the inputs in float64 and int64, those that are to be replaced; inputs that have the trait are not changed.
         dtypes: Of arguments, other than the contract's.
         fits: The parameters at which it can be had.
     """
 
     name: str
     factor: str
-    change: Callable[["Draw", dict[str, "torch.Tensor"]], Mapping[str, "torch.Tensor"]] | None = None
+    change: Callable[[dict[str, "torch.Tensor"]], Mapping[str, "torch.Tensor"]] | None = None
     dtypes: Mapping[str, str] = field(default_factory=dict)
     fits: Callable[[Mapping[str, Any]], bool] = lambda parameters: True
 

@@ -45,9 +45,7 @@ def main_case(contract, **changes) -> Case:
 @given(data=st.data())
 @few_examples
 def test_the_repr_of_a_case_is_its_reproduction(contract, data):
-    case = data.draw(cases(contract, contract.regimes[0].name)).replace(
-        layout=data.draw(st.sampled_from(LAYOUTS))
-    )
+    case = data.draw(cases(contract, contract.regimes[0].name)).replace(layout=data.draw(st.sampled_from(LAYOUTS)))
     again = eval(repr(case), {"Case": Case})
     assert again == case and hash(again) == hash(case)
     assert Case(**case.to_json()) == case
@@ -69,8 +67,19 @@ def test_every_trait_changes_something(contract):
         for case in (each for each in array(contract, 2) if trait.name in each.traits):
             others = [name for name in case.traits if name != trait.name]
             plain, changed = (make_inputs(contract, each, "float32") for each in (case.replace(traits=others), case))
-            differ += [key for key in plain if plain[key].dtype != changed[key].dtype or not torch.equal(plain[key], changed[key])]
+            differ += [
+                key for key in plain if plain[key].dtype != changed[key].dtype or not torch.equal(plain[key], changed[key])
+            ]
         assert differ, trait.name
+
+
+@contract_of_each
+def test_what_has_a_trait_is_not_changed_by_it(contract):
+    for trait in (each for each in contract.traits if each.change is not None):
+        for case in (each for each in array(contract, 2) if trait.name in each.traits):
+            made = exact_inputs(contract, case, "float32")
+            for key, tensor in trait.change(made).items():
+                assert torch.equal(tensor.to(torch.float32), made[key].to(torch.float32)), (trait.name, key)
 
 
 def test_a_layout_may_be_that_of_one_argument():
@@ -81,9 +90,7 @@ def test_a_layout_may_be_that_of_one_argument():
 
 def test_a_case_is_replaced_in_parts():
     case = Case(num_tokens=3, top_k=2, regime="ties", seed=5)
-    assert case.replace(num_tokens=0, layout="sliced") == Case(
-        num_tokens=0, top_k=2, regime="ties", layout="sliced", seed=5
-    )
+    assert case.replace(num_tokens=0, layout="sliced") == Case(num_tokens=0, top_k=2, regime="ties", layout="sliced", seed=5)
     assert case != case.replace(seed=6)
 
 
@@ -130,9 +137,7 @@ def test_the_main_regime_fills_a_batch_of_any_length(contract, length):
 
 @contract_of_each
 def test_equal_cases_make_equal_inputs_and_other_seeds_make_others(contract):
-    first, again, other = (
-        make_inputs(contract, main_case(contract, seed=seed), "float32") for seed in (3, 3, 4)
-    )
+    first, again, other = (make_inputs(contract, main_case(contract, seed=seed), "float32") for seed in (3, 3, 4))
     assert all(torch.equal(first[key], again[key]) for key in first)
     assert all(not torch.equal(first[key], other[key]) for key in first)
 
@@ -224,9 +229,7 @@ def test_layouts_are_what_they_are_called():
         "storage offset": (6, 1),
         "broadcast": (0, 1),
     }
-    assert lay_out(values, "storage offset").storage_offset() % 2 == 1, (
-        "no alignment beyond the element's own"
-    )
+    assert lay_out(values, "storage offset").storage_offset() % 2 == 1, "no alignment beyond the element's own"
     assert outside(lay_out(values, "sliced")).numel() > values.numel()
 
 
@@ -261,11 +264,7 @@ def test_take_picks_along_the_named_dimension_and_leaves_the_rest():
     inputs = make_inputs(contract, main_case(contract), "float32")
     sizes = main_case(contract).parameters
     experts = take(contract, sizes, inputs, "num_experts", torch.tensor([2, 0]))
-    assert torch.equal(experts["w13"], inputs["w13"][[2, 0]]) and torch.equal(
-        experts["w2"], inputs["w2"][[2, 0]]
-    )
+    assert torch.equal(experts["w13"], inputs["w13"][[2, 0]]) and torch.equal(experts["w2"], inputs["w2"][[2, 0]])
     assert all(experts[key] is inputs[key] for key in ("hidden_states", "topk_weights", "topk_ids"))
     columns = take(contract, sizes, inputs, "hidden_size", torch.tensor([1]))
-    assert torch.equal(columns["w13"], inputs["w13"][:, :, [1]]) and torch.equal(
-        columns["w2"], inputs["w2"][:, [1]]
-    )
+    assert torch.equal(columns["w13"], inputs["w13"][:, :, [1]]) and torch.equal(columns["w2"], inputs["w2"][:, [1]])

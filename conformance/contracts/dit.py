@@ -117,8 +117,8 @@ def point(batch_size: int, heads: tuple[int, int], patches: tuple[int, int], dep
     return sizes(batch_size, tiny_model(*heads, depth, *patches, **others))
 
 
-def _all(value: Callable[[Tensors], Any], name: str) -> Callable[[Draw, Tensors], Tensors]:
-    return lambda draw, tensors: {name: torch.full_like(tensors[name], value(tensors))}
+def _all(value: Callable[[Tensors], Any], name: str) -> Callable[[Tensors], Tensors]:
+    return lambda tensors: {name: torch.full_like(tensors[name], value(tensors))}
 
 
 TRAITS = (

@@ -82,11 +82,10 @@ def _some(tensor: torch.Tensor, rows: slice, columns: slice, value: torch.Tensor
     return changed
 
 
-def _in_turn(draw: Draw, tensors: Tensors) -> Tensors:
+def _in_turn(tensors: Tensors) -> Tensors:
     """Each expert is the first choice of some token."""
     ids, experts = tensors["topk_ids"], len(tensors["w13"])
-    first = torch.arange(len(ids))[:, None] + draw.integers(0, experts, 1)
-    return {"topk_ids": (first + torch.arange(ids.shape[1])) % experts}
+    return {"topk_ids": (torch.arange(len(ids))[:, None] + torch.arange(ids.shape[1])) % experts}
 
 
 TRAITS = (
@@ -95,22 +94,20 @@ TRAITS = (
     Trait(
         "one twice in a row",
         "values of topk_ids",
-        lambda draw, tensors: {
-            "topk_ids": _some(tensors["topk_ids"], slice(0, None, 2), slice(1, 2), tensors["topk_ids"][::2, :1])
-        },
+        lambda tensors: {"topk_ids": _some(tensors["topk_ids"], slice(0, None, 2), slice(1, 2), tensors["topk_ids"][::2, :1])},
         fits=lambda sizes: sizes["top_k"] > 1,
     ),
     Trait(
         "some 0",
         "topk_weights",
-        lambda draw, tensors: {"topk_weights": _some(tensors["topk_weights"], slice(0, None, 2), slice(0, 1), 0.0)},
+        lambda tensors: {"topk_weights": _some(tensors["topk_weights"], slice(0, None, 2), slice(0, 1), 0.0)},
     ),
     Trait(
         "a row of 0",
         "topk_weights",
-        lambda draw, tensors: {"topk_weights": _some(tensors["topk_weights"], slice(-1, None), slice(None), 0.0)},
+        lambda tensors: {"topk_weights": _some(tensors["topk_weights"], slice(-1, None), slice(None), 0.0)},
     ),
-    Trait("negative", "topk_weights", lambda draw, tensors: {"topk_weights": -tensors["topk_weights"]}),
+    Trait("negative", "topk_weights", lambda tensors: {"topk_weights": -tensors["topk_weights"].abs()}),
 )
 
 

@@ -65,8 +65,8 @@ FACTORS = (
 )
 
 
-def _all(value: float, *names: str) -> Callable[[Draw, Tensors], Tensors]:
-    return lambda draw, tensors: {name: torch.full_like(tensors[name], value) for name in names}
+def _all(value: float, *names: str) -> Callable[[Tensors], Tensors]:
+    return lambda tensors: {name: torch.full_like(tensors[name], value) for name in names}
 
 
 TRAITS = (

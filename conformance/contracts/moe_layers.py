@@ -85,9 +85,9 @@ LOSS_FACTORS = (
 MASK_TRAITS = tuple(
     Trait(name, "attention_mask", change)
     for name, change in (
-        ("no padding", lambda draw, tensors: {"attention_mask": torch.ones_like(tensors["attention_mask"])}),
-        ("all padding", lambda draw, tensors: {"attention_mask": torch.zeros_like(tensors["attention_mask"])}),
-        ("padding in front", lambda draw, tensors: {"attention_mask": tensors["attention_mask"].sort().values}),
+        ("no padding", lambda tensors: {"attention_mask": torch.ones_like(tensors["attention_mask"])}),
+        ("all padding", lambda tensors: {"attention_mask": torch.zeros_like(tensors["attention_mask"])}),
+        ("padding in front", lambda tensors: {"attention_mask": tensors["attention_mask"].sort().values}),
     )
 )
 
@@ -97,11 +97,10 @@ def loss_point(num_tokens: int, num_experts: int, top_k: int) -> dict[str, Any] 
     return loss_sizes(num_tokens, num_experts, top_k) if top_k <= num_experts else None
 
 
-def _in_turn(draw: Draw, tensors: Tensors) -> Tensors:
+def _in_turn(tensors: Tensors) -> Tensors:
     """Each expert is the first choice of some token."""
     ids, experts = tensors["topk_ids"], tensors["router_logits"].shape[1]
-    first = torch.arange(len(ids))[:, None] + draw.integers(0, experts, 1)
-    return {"topk_ids": (first + torch.arange(ids.shape[1])) % experts}
+    return {"topk_ids": (torch.arange(len(ids))[:, None] + torch.arange(ids.shape[1])) % experts}
 
 
 def _each_expert(sizes: Parameters) -> bool:
@@ -115,14 +114,13 @@ BALANCE_TRAITS = (
 )
 
 
-def _gate_in_turn(draw: Draw, tensors: Tensors) -> Tensors:
-    """Each expert is the first choice of some token: the first value of each token points to its expert's row of the gate."""
+def _gate_in_turn(tensors: Tensors) -> Tensors:
+    """Each expert is the first choice of some token: the first two values of each token point to its expert's row of the gate."""
     tokens, gate = tensors["hidden_states"].clone(), tensors[f"state/{GATE}"].clone()
     angles = 2 * math.pi * torch.arange(len(gate)) / len(gate)
     directions = torch.stack([angles.cos(), angles.sin()], 1).to(torch.float64)
-    first = (torch.arange(len(tokens)) + draw.integers(0, len(gate), 1)) % len(gate)
-    gate[:, :2], tokens[:, :2] = 16 * directions, directions[first]
-    gate[:, 2:] = gate[:, 2:] / 16
+    gate[:, :2], tokens[:, :2] = 16 * directions, directions[torch.arange(len(tokens)) % len(gate)]
+    gate[:, 2:] = gate[:, 2:].sign() / 64
     return {"hidden_states": tokens, f"state/{GATE}": gate}
 
 
@@ -451,8 +449,8 @@ ROUTER_Z_LOSS = Contract(
         loss_sizes(17, 300, 8),
         loss_sizes(17, 128, 8),
     ),
-    factors=LOSS_FACTORS,
-    build=loss_point,
+    factors=LOSS_FACTORS[:2],  # it has no top_k
+    build=lambda num_tokens, num_experts: loss_sizes(num_tokens, num_experts, 1),
     traits=MASK_TRAITS,
     regimes=Z_REGIMES,
     cases=0.5,

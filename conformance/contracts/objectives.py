@@ -38,8 +38,8 @@ FACTORS = (edges("batch_size", 1, 2, 3), edges("channels", 1, 2, 4), kinds("size
 SIGN = either("velocity", "noise - data", "data - noise")
 
 
-def _all(value: float, name: str) -> Callable[[Draw, Tensors], Tensors]:
-    return lambda draw, tensors: {name: torch.full_like(tensors[name], value)}
+def _all(value: float, name: str) -> Callable[[Tensors], Tensors]:
+    return lambda tensors: {name: torch.full_like(tensors[name], value)}
 
 
 TIME_TRAITS = (Trait("0", "values of times", _all(0.0, "times")), Trait("1", "values of times", _all(1.0, "times")))

@@ -93,27 +93,36 @@ def grouped_sizes(
 # ----------------------------------------------------------------------------------------------------- what is covered
 
 
-def _in_turn(draw: Draw, tensors: Tensors) -> Tensors:
-    """Each expert is the first choice of some token, whatever the scores of the others."""
-    logits = tensors["router_logits"]
+def _turns(logits: torch.Tensor) -> torch.Tensor:
+    """Whose turn it is: token t is for expert t, and so on again."""
     tokens, experts = logits.shape
-    best = (torch.arange(tokens)[:, None] + draw.integers(0, experts, 1)) % experts
-    return {"router_logits": logits.scatter(1, best, logits.amax().item() + 4 if tokens else 0.0)}
+    return torch.arange(experts) == (torch.arange(tokens) % experts)[:, None]
 
 
-def _in_turn_among_groups(draw: Draw, tensors: Tensors) -> Tensors:
-    """The same, whatever the others of its group are: their scores are small, and so is the bias."""
-    logits = tensors["router_logits"]
-    low = {"router_logits": logits - (logits.amax().item() + 3 if len(logits) else 0.0)}
-    high = _in_turn(draw, low)["router_logits"]
-    return {"router_logits": torch.where(high > 0, 3.0, high), "e_score_correction_bias": tensors["e_score_correction_bias"] / 16}
+def _in_turn(tensors: Tensors) -> Tensors:
+    """Each expert is the first choice of some token: it has the highest logit, which had another."""
+    logits, turn = tensors["router_logits"], _turns(tensors["router_logits"])
+    if not logits.numel():
+        return {}
+    best = torch.zeros_like(turn).scatter(1, logits.argmax(1, keepdim=True), True)
+    own = (logits * turn).sum(1, keepdim=True)
+    return {"router_logits": torch.where(turn, logits.amax(1, keepdim=True), torch.where(best, own, logits))}
 
 
-def _negative(draw: Draw, tensors: Tensors) -> Tensors:
+def _in_turn_among_groups(tensors: Tensors) -> Tensors:
+    """The same, whatever the other experts of its group are: their scores are small, and there is no bias."""
+    logits, turn = tensors["router_logits"], _turns(tensors["router_logits"])
+    place = logits.masked_fill(turn, math.inf).argsort(1, descending=True).argsort(1)
+    low = -3 - place / logits.shape[1]
+    bias = torch.zeros_like(tensors["e_score_correction_bias"])
+    return {"router_logits": torch.where(turn, 3.0, low.to(logits.dtype)), "e_score_correction_bias": bias}
+
+
+def _negative(tensors: Tensors) -> Tensors:
     return {"router_logits": -tensors["router_logits"].abs()}
 
 
-def _some_equal(draw: Draw, tensors: Tensors) -> Tensors:
+def _some_equal(tensors: Tensors) -> Tensors:
     logits = tensors["router_logits"].clone()
     logits[::2] = logits[::2, :1]
     return {"router_logits": logits}
