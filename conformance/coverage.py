@@ -11,27 +11,32 @@ from functools import cache
 from itertools import combinations
 from random import Random
 
-from gaugeblock.conformance.cases import Case
+from gaugeblock.conformance.cases import LAYOUTS, Case, Layout
 from gaugeblock.conformance.contract import Contract
 from gaugeblock.conformance.factors import ORDINARY
 from gaugeblock.conformance.verdict import Coverage
 
 POOL = 3000  # points that are looked at: a pair of classes that one in 300 has is among them but for one time in 20,000
 TUPLES = {1: "classes", 2: "pairs", 3: "triples"}
+OF_LAYOUTS = ", and layouts of each argument"
 OF_OPTIONS = "classes, and pairs of options"
 
 
 @dataclass(frozen=True)
 class Demand:
-    """What is to be visited: all classes, all pairs or triples of classes; of what is compiled, classes and pairs of options."""
+    """What is to be visited: all classes, all pairs or triples of classes; of what is compiled, classes and pairs of options.
+
+    With `layouts` also every layout of all arguments, and of each alone.
+    """
 
     strength: int
     compiled: bool = False
+    layouts: bool = False
 
     @property
     def of(self) -> str:
         """What is counted."""
-        return OF_OPTIONS if self.compiled else TUPLES[self.strength]
+        return (OF_OPTIONS if self.compiled else TUPLES[self.strength]) + (OF_LAYOUTS if self.layouts else "")
 
 
 class Space:
@@ -60,9 +65,11 @@ class Space:
         if found is None:
             numbered = list(enumerate(self.classes(case)))
             found = 0
-            for places in self._places(demand):
-                visited = tuple(numbered[place] for place in places)
-                found |= 1 << self._bits.setdefault(visited, len(self._bits))
+            visited = [tuple(numbered[place] for place in places) for places in self._places(demand)]
+            if demand.layouts:
+                visited.append(((-1, f"{case.layout} {case.laid_out}"),))
+            for each in visited:
+                found |= 1 << self._bits.setdefault(each, len(self._bits))
             self._masks[case, demand] = found
         return found
 
@@ -164,13 +171,15 @@ def covering(contract: Contract, demand: Demand) -> tuple[Case, ...]:
 
 
 def visits(contract: Contract, regime: str, demand: Demand) -> tuple[Case, ...]:
-    """What is visited in a regime: in the main one what is demanded, in another every landmark and every class of sizes.
+    """What is visited in a regime: in the main one what is demanded, in another every class of sizes and every other landmark.
 
     What is compiled is visited at the same points in every regime.
     """
-    if regime == contract.regimes[0].name:
-        return covering(contract, demand)
-    return _in(contract, regime, covering(contract, demand if demand.compiled else Demand(1)))
+    if regime == contract.regimes[0].name or demand.compiled:
+        return _in(contract, regime, covering(contract, demand))
+    place = [each.name for each in contract.regimes].index(regime)
+    begun, built = landmarks(contract)[place % 2 :: 2], array(contract, 2)[len(contract.landmarks) :]
+    return _in(contract, regime, (*begun, *select(contract, built, Demand(1), begun)))
 
 
 def few_visits(contract: Contract, regime: str, demand: Demand, count: int) -> tuple[Case, ...]:
@@ -181,6 +190,19 @@ def few_visits(contract: Contract, regime: str, demand: Demand, count: int) -> t
     turn = [each.name for each in contract.regimes].index(regime) % len(begun)
     turned = (*begun[turn:], *begun[:turn])
     return _in(contract, regime, (*turned[: max(1, count)], *array(contract, 2)[len(begun) :][:count]))
+
+
+def layouts_of(contract: Contract) -> list[tuple[Layout, str]]:
+    """Every layout, of all arguments and of each alone."""
+    names = [spec.name for spec in contract.inputs]
+    return [(layout, name) for name in ("", *(names if len(names) > 1 else [])) for layout in LAYOUTS[1:]]
+
+
+def laid_out(contract: Contract, points: Sequence[Case]) -> tuple[Case, ...]:
+    """The points, dealt every layout in turn: each point and each layout is there."""
+    layouts = layouts_of(contract)
+    dealt = [(points[turn % len(points)], *layouts[turn % len(layouts)]) for turn in range(max(len(points), len(layouts)))]
+    return tuple(case.replace(layout=layout, laid_out=name) for case, layout, name in dealt)
 
 
 def _in(contract: Contract, regime: str, points: Iterable[Case]) -> tuple[Case, ...]:
@@ -201,6 +223,7 @@ def measure(
     if not contract.factors:
         return None
     room, main = space(contract), contract.regimes[0].name
-    due = union(room.mask(seen(case), demand) for case in array(contract, max(2, demand.strength)))
+    all_cases = array(contract, max(2, demand.strength))
+    due = union(room.mask(seen(case), demand) for case in (laid_out(contract, all_cases) if demand.layouts else all_cases))
     visited = union(room.mask(seen(case), demand) for case in cases if case.regime == main) & due
     return Coverage(visited.bit_count(), due.bit_count(), demand.of, sparing)

@@ -10,8 +10,8 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
 
-from gaugeblock.conformance.cases import Case, cases
-from gaugeblock.conformance.coverage import Demand, few_visits, measure, visits
+from gaugeblock.conformance.cases import Case, Layout, cases
+from gaugeblock.conformance.coverage import Demand, few_visits, laid_out, layouts_of, measure, visits
 from gaugeblock.conformance.judge import Violation, describe_statistics, name_worst
 from gaugeblock.conformance.ranks.pool import RanksLost, pool
 from gaugeblock.conformance.ranks.world import JaxDevices, fit
@@ -120,7 +120,7 @@ def _is_sparing(subject: Subject, profile: Profile) -> bool:
 
 def _demand(subject: Subject, prop: Property, profile: Profile) -> Demand:
     """What a property is to visit."""
-    return Demand(prop.covers + profile.more, compiled=subject.implementation.framework == "jax")
+    return Demand(prop.covers + profile.more, subject.implementation.framework == "jax", prop.layouts)
 
 
 def _fitted(subject: Subject, prop: Property) -> Callable[[Case], Case]:
@@ -174,17 +174,20 @@ def explore(subject: Subject, prop: Property, profile: Profile, ledger: Ledger) 
         demand, sparing = _demand(subject, prop, profile), _is_sparing(subject, profile)
         contract = subject.contract
         chosen = few_visits(contract, regime, demand, examples) if sparing else visits(contract, regime, demand)
+        layouts: SearchStrategy[tuple[Layout, str]] = st.just(("contiguous", ""))
+        if prop.layouts:
+            chosen, layouts = laid_out(contract, chosen), st.sampled_from(layouts_of(contract))
         try:
             for case in chosen:
                 if time.monotonic() < time_is_up:
                     attempt(case)
-            drawn = other_values(chosen) if jax else cases(subject.contract, regime)
+            drawn = other_values(chosen) if jax else cases(contract, regime)
             if examples and not sparing and time.monotonic() < time_is_up:
-                _search(drawn, attempt, profile, examples)
+                _search(in_memory(drawn, layouts), attempt, profile, examples)
         except Violation:
             with suppress(Violation):  # look for something smaller: without landmarks, across which Hypothesis cannot shrink
-                drawn = cases(subject.contract, regime, "landmarks" if jax else "free")
-                _search(drawn, attempt, profile, SHRINK_EXAMPLES)
+                drawn = cases(contract, regime, "landmarks" if jax else "free")
+                _search(in_memory(drawn, layouts), attempt, profile, SHRINK_EXAMPLES)
             failed = {case: violation for case, violation in outcomes.items() if violation is not None}
             smallest = min(failed, key=size_of)
             ledger.cases.append(smallest)
@@ -204,6 +207,11 @@ def _search(drawn: SearchStrategy[Case], attempt: Callable[[Case], None], profil
 def other_values(points: Sequence[Case]) -> SearchStrategy[Case]:
     """The same cases with other seeds."""
     return st.builds(lambda case, seed: case.replace(seed=seed), st.sampled_from(points), st.integers(0, 2**16))
+
+
+def in_memory(drawn: SearchStrategy[Case], layouts: SearchStrategy[tuple[Layout, str]]) -> SearchStrategy[Case]:
+    """The cases, each with one of the layouts."""
+    return st.builds(lambda case, layout: case.replace(layout=layout[0], laid_out=layout[1]), drawn, layouts)
 
 
 def size_of(case: Case) -> tuple[float, str]:

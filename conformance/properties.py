@@ -24,6 +24,7 @@ def conformance_property(
     every_world_size: bool = False,
     every_dtype: bool = False,
     covers: int = 1,
+    layouts: bool = False,
 ) -> Callable[[Callable[[Trial], None]], Callable[..., None]]:
     """Turns `test_<name>(trial)` into a pytest test that is generic over contracts and implementations.
 
@@ -47,6 +48,7 @@ def conformance_property(
             every_world_size,
             every_dtype,
             covers,
+            layouts,
         )
 
         def test(gauge_verdict: Callable[[Property], None]) -> None:

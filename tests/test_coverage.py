@@ -7,8 +7,9 @@ from itertools import combinations
 import pytest
 
 from gaugeblock.conformance import coverage
+from gaugeblock.conformance.cases import LAYOUTS
 from gaugeblock.conformance.contract import Contract
-from gaugeblock.conformance.coverage import Demand, Space, array, covering, few_visits, measure, visits
+from gaugeblock.conformance.coverage import Demand, Space, array, covering, few_visits, laid_out, measure, visits
 from gaugeblock.conformance.exploration import PROFILES, examine
 from gaugeblock.conformance.factors import ORDINARY, edges, either, kind_of_count, kind_of_width
 from gaugeblock.conformance.properties import properties
@@ -145,12 +146,27 @@ def test_what_is_compiled_visits_every_class_and_every_pair_of_options_at_few_po
 
 
 @of_each
-def test_every_regime_visits_every_landmark(contract):
-    for regime in contract.regimes:
-        visited = [case.parameters for case in visits(contract, regime.name, PAIRS)]
-        assert all(dict(each) in visited for each in contract.landmarks)
-        if regime is not contract.regimes[0]:
-            assert not any(case.traits for case in visits(contract, regime.name, PAIRS))
+def test_every_layout_of_every_argument_is_dealt(contract):
+    points = covering(contract, CLASSES)
+    dealt = laid_out(contract, points)
+    for name in [spec.name for spec in contract.inputs] if len(contract.inputs) > 1 else [""]:
+        assert {case.layout for case in dealt if case.laid_out == name} == {*LAYOUTS[1:]}
+    assert {case.layout for case in dealt if not case.laid_out} == {*LAYOUTS[1:]}
+    assert {repr(case.parameters) for case in dealt} == {repr(case.parameters) for case in points}
+
+
+@of_each
+def test_every_regime_visits_every_class_that_is_built_and_some_landmarks(contract):
+    main = visits(contract, contract.regimes[0].name, PAIRS)
+    assert all(dict(each) in [case.parameters for case in main] for each in contract.landmarks)
+    built = [factor.name for factor in contract.factors if factor.values]
+    for regime in contract.regimes[1:]:
+        visited = visits(contract, regime.name, PAIRS)
+        assert not any(case.traits for case in visited) and {case.regime for case in visited} == {regime.name}
+        assert any(dict(each) in [case.parameters for case in visited] for each in contract.landmarks)
+        for factor in (each for each in contract.factors if each.name in built):
+            due = {factor.classify(value) for value in factor.values}
+            assert due <= {factor.class_of(case.parameters) for case in visited}, factor.name
 
 
 def test_regimes_begin_with_other_landmarks_where_few_are_visited():
@@ -178,7 +194,7 @@ def mine(**claims) -> Subject:
 
 
 def test_a_candidate_visits_all_that_is_due():
-    for name, of in (("parity", "pairs"), ("layout", "classes")):
+    for name, of in (("parity", "pairs"), ("layout", "classes, and layouts of each argument")):
         verdict = examine(mine(), properties()[name], PROFILES["quick"])
         assert verdict.status == "pass" and verdict.coverage.visited == verdict.coverage.due and verdict.coverage.of == of
         assert Verdict.from_json(verdict.to_json()) == verdict
