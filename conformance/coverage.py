@@ -186,7 +186,7 @@ def few_visits(contract: Contract, regime: str, demand: Demand, count: int) -> t
     """So many landmarks, one at least, in each regime beginning with another; as many others, those that cover most first."""
     begun = landmarks(contract)
     if demand.compiled:  # what was compiled for one regime serves them all
-        return _in(contract, regime, covering(contract, Demand(1, compiled=True)) if demand.strength > 1 else begun[:1])
+        return _in(contract, regime, (begun[0], *select(contract, begun, demand, begun[:1]))[: max(1, 2 * count)])
     turn = [each.name for each in contract.regimes].index(regime) % len(begun)
     turned = (*begun[turn:], *begun[:turn])
     return _in(contract, regime, (*turned[: max(1, count)], *array(contract, 2)[len(begun) :][:count]))

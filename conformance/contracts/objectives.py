@@ -149,7 +149,7 @@ INTERPOLATE = Contract(
     regimes=_regimes("data", "noise", "times", exact=True),
     cost=cost(3),
     workloads=WORKLOADS,
-    cases=0.25,
+    cases=0.5,
     rejections=(
         *PAIR_REJECTIONS,
         Rejection("integer times", "times", _change("times", torch.Tensor.int)),
@@ -176,7 +176,7 @@ VELOCITY = Contract(
     regimes=_regimes("data", "noise", exact=True),
     cost=cost(3),
     workloads=WORKLOADS,
-    cases=0.25,
+    cases=0.5,
     rejections=(*PAIR_REJECTIONS, SIGN_REJECTION),
 )
 
@@ -199,7 +199,7 @@ LOSS = Contract(
     regimes=_regimes("prediction", "data", "noise", exact=False),
     cost=cost(3),
     workloads=WORKLOADS,
-    cases=0.25,
+    cases=0.5,
     rejections=(
         *PAIR_REJECTIONS,
         Rejection("a prediction of another size", "prediction", _change("prediction", lambda each: each[:, :, 1:])),
