@@ -175,6 +175,21 @@ def test_regimes_begin_with_other_landmarks_where_few_are_visited():
     assert len({repr(case.parameters) for (case,) in first}) == len(first)
 
 
+@pytest.mark.parametrize(
+    ("name", "option", "values"),
+    [
+        ("routers.grouped_sigmoid_topk", "num_groups", {6}),  # of one expert each
+        ("objectives.rectified_flow_velocity", "velocity", {"noise - data", "data - noise"}),
+        ("objectives.rectified_flow_loss", "velocity", {"noise - data", "data - noise"}),
+    ],
+)
+def test_a_twin_visits_more_than_the_first_landmark(name, option, values):
+    twin = next(each for each in implementations(name) if each.framework == "jax")
+    verdict = examine(Subject(twin, "float32", "cpu"), properties()["parity"], PROFILES["quick"])
+    assert verdict.coverage.sparing
+    assert all(any(f"{option}={value!r}" in case for case in verdict.fingerprints) for value in values)
+
+
 def test_ordinary_is_a_class_of_its_own():
     space = coverage.space(EXPERTS)
     plain = coverage.landmarks(EXPERTS)[0]
