@@ -2,15 +2,18 @@
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 
 from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
 
-from gaugeblock.conformance.cases import Case, cases
+from gaugeblock.conformance.cases import Case, Layout, cases
+from gaugeblock.conformance.coverage import Demand, few_visits, laid_out, layouts_of, measure, visits
 from gaugeblock.conformance.judge import Violation, describe_statistics, name_worst
+from gaugeblock.conformance.registry import is_built_in
 from gaugeblock.conformance.reproduction import script_for
 from gaugeblock.conformance.runner.handle import Lost
 from gaugeblock.conformance.runner.ranks import fit
@@ -27,9 +30,11 @@ class Profile:
     """How long the gate may take.
 
     Attributes:
-        examples: Drawn cases of the main regime, and as many landmarks, per unit of a property's weight; half as many of
-            each other regime.
-        compiled_examples: The same for JAX, which compiles for every new shape and so draws landmarks only.
+        examples: Drawn cases of the main regime, after those that cover, per unit of a property's weight; half as many of each
+            other regime.
+        compiled_examples: The same for JAX, which compiles for every new shape and so draws other values for the same shapes.
+        more: Of how many factors more than the property asks for every combination of classes is visited.
+        sparing: Whether of what is built in only so many landmarks, and as many cases that cover, are visited as are drawn else.
         shrink_seconds: How long a failure may be shrunk.
         verdict_seconds: How long one property of one subject may take before its process is killed.
         derandomize: The same cases every time; else new ones.
@@ -40,15 +45,19 @@ class Profile:
     compiled_examples: int
     shrink_seconds: float
     verdict_seconds: float
+    more: int = 0
+    sparing: bool = False
     derandomize: bool = True
 
 
 PROFILES = {
     each.name: each
     for each in (
-        Profile("quick", examples=4, compiled_examples=2, shrink_seconds=4, verdict_seconds=120),
-        Profile("ci", examples=20, compiled_examples=6, shrink_seconds=15, verdict_seconds=600),
-        Profile("thorough", examples=300, compiled_examples=60, shrink_seconds=120, verdict_seconds=7200, derandomize=False),
+        Profile("quick", examples=4, compiled_examples=2, shrink_seconds=4, verdict_seconds=120, sparing=True),
+        Profile("ci", examples=20, compiled_examples=6, shrink_seconds=15, verdict_seconds=600, more=1),
+        Profile(
+            "thorough", examples=300, compiled_examples=60, shrink_seconds=120, verdict_seconds=7200, more=1, derandomize=False
+        ),
     )
 }
 
@@ -85,6 +94,13 @@ def examine(subject: Subject, prop: Property, profile: Profile, source: str | No
             script_for(subject, prop.name, failing, violation.message, source), seat.printed(),
         )  # fmt: skip
         return replace(verdict, status=status, reason=violation.message, failure=failure)
+    sparing = _is_sparing(subject, profile)
+    coverage = measure(
+        subject.contract, ledger.cases, _demand(subject, prop, profile), sparing=sparing, seen=_fitted(subject, prop)
+    )
+    verdict = replace(verdict, coverage=coverage)
+    if coverage is not None and coverage.lacking:
+        return replace(verdict, status="warning", reason=f"visits only {coverage}: the time was up")
     if (verdict.worst or 0) > WARNING:
         worst = max(statistics, key=lambda key: statistics[key].worst)
         return replace(verdict, status="warning", reason=f"{worst} uses {statistics[worst].worst:.0%} of its budget")
@@ -103,6 +119,23 @@ def _weaker_claim(subject: Subject, prop: Property, failing: list[Case]) -> tupl
     return ()
 
 
+def _is_sparing(subject: Subject, profile: Profile) -> bool:
+    return profile.sparing and is_built_in(subject.implementation)
+
+
+def _demand(subject: Subject, prop: Property, profile: Profile) -> Demand:
+    """What a property is to visit."""
+    return Demand(prop.covers + profile.more, subject.implementation.framework == "jax", prop.layouts)
+
+
+def _fitted(subject: Subject, prop: Property) -> Callable[[Case], Case]:
+    """What becomes of a case whose sizes must divide evenly among the most devices that it is judged on."""
+    if not subject.implementation.world_sizes:
+        return lambda case: case
+    most = max(prop.world_sizes(subject.implementation))
+    return lambda case: case.replace(**fit(subject.contract, case.parameters, most))
+
+
 def pooled_violation(ledger: Ledger) -> Violation | None:
     """What all cases of a property show together, though none of them alone."""
     for key, errors in ledger.errors.items():
@@ -115,22 +148,20 @@ def pooled_violation(ledger: Ledger) -> Violation | None:
 
 
 def explore(subject: Subject, prop: Property, profile: Profile, ledger: Ledger) -> tuple[Violation | None, list[Case]]:
-    """Runs a property on landmarks and drawn cases, one regime after the other, up to the first violation, which is shrunk."""
+    """Runs a property on cases that cover, then on drawn ones, one regime after the other, up to the first violation, which is
+    shrunk. Half of the time that a verdict may take is for this; what is not visited then is missing in the verdict's coverage.
+    """
     jax = subject.implementation.framework == "jax"
     most = prop.weight * subject.contract.cases * (profile.compiled_examples if jax else profile.examples)
     outcomes: dict[Case, Violation | None] = {}
-    stop_at, out_of_time = math.inf, time.monotonic() + profile.verdict_seconds
+    stop_at = math.inf
+    time_is_up = time.monotonic() + profile.verdict_seconds / 2
 
     def attempt(case: Case) -> None:
         nonlocal stop_at
         if case not in outcomes:
             if time.monotonic() > stop_at:
                 return  # time is up: nothing smaller is tried, and Hypothesis settles on the smallest known failure
-            if time.monotonic() > out_of_time and stop_at == math.inf:
-                seconds = f"{profile.verdict_seconds:.0f} s"
-                late = Lost(f"within {seconds} only {len(ledger.cases)} cases could be judged", "timeout")
-                outcomes[case] = late
-                raise late
             counted = Ledger()
             outcomes[case] = check(subject, prop, case, counted)
             if outcomes[case] is not None:
@@ -144,21 +175,24 @@ def explore(subject: Subject, prop: Property, profile: Profile, ledger: Ledger) 
             raise violation.with_traceback(None)  # always from this line, by which Hypothesis tells failures apart
 
     for position, regime in enumerate(prop.regimes_of(subject.contract)):
-        examples = round(most if position == 0 else most / 2)  # none of free sizes: one landmark is visited all the same
-        landmarks = subject.contract.landmarks
-        turn = 0 if jax else position % len(landmarks)  # so that where one is visited, each regime visits another
-        landmarks = (*landmarks[turn:], *landmarks[:turn])[: max(1, examples)]
-        visits = [Case(**each, regime=regime, seed=seed) for seed, each in enumerate(landmarks)]
+        examples = round(most if position == 0 else most / 2)
+        demand, sparing = _demand(subject, prop, profile), _is_sparing(subject, profile)
+        contract = subject.contract
+        chosen = few_visits(contract, regime, demand, examples) if sparing else visits(contract, regime, demand)
+        layouts: SearchStrategy[tuple[Layout, str]] = st.just(("contiguous", ""))
+        if prop.layouts:
+            chosen, layouts = laid_out(contract, chosen), st.sampled_from(layouts_of(contract))
         try:
-            for case in visits:
-                attempt(case)
-            drawn = cases(subject.contract, regime, "landmarks", len(landmarks)) if jax else cases(subject.contract, regime)
-            if examples:
-                _search(drawn, attempt, profile, examples)
+            for case in chosen:
+                if time.monotonic() < time_is_up:
+                    attempt(case)
+            drawn = other_values(chosen) if jax else cases(contract, regime)
+            if examples and not sparing and time.monotonic() < time_is_up:
+                _search(in_memory(drawn, layouts), attempt, profile, examples)
         except Violation:
             with suppress(Violation):  # look for something smaller: without landmarks, across which Hypothesis cannot shrink
-                drawn = cases(subject.contract, regime, "landmarks" if jax else "free")
-                _search(drawn, attempt, profile, SHRINK_EXAMPLES)
+                drawn = cases(contract, regime, "landmarks" if jax else "free")
+                _search(in_memory(drawn, layouts), attempt, profile, SHRINK_EXAMPLES)
             failed = {case: violation for case, violation in outcomes.items() if violation is not None}
             smallest = min(failed, key=size_of)
             ledger.cases.append(smallest)
@@ -173,6 +207,16 @@ def _search(drawn: SearchStrategy[Case], attempt: Callable[[Case], None], profil
         suppress_health_check=list(HealthCheck), phases=(Phase.generate, Phase.shrink), print_blob=False,
     )(given(drawn)(lambda case: attempt(case)))  # fmt: skip
     search()
+
+
+def other_values(points: Sequence[Case]) -> SearchStrategy[Case]:
+    """The same cases with other seeds."""
+    return st.builds(lambda case, seed: case.replace(seed=seed), st.sampled_from(points), st.integers(0, 2**16))
+
+
+def in_memory(drawn: SearchStrategy[Case], layouts: SearchStrategy[tuple[Layout, str]]) -> SearchStrategy[Case]:
+    """The cases, each with one of the layouts."""
+    return st.builds(lambda case, layout: case.replace(layout=layout[0], laid_out=layout[1]), drawn, layouts)
 
 
 def size_of(case: Case) -> tuple[float, str]:

@@ -221,6 +221,11 @@ def implementations(contract: str) -> tuple[Implementation, ...]:
     return (*builtin_implementations(find_contract(contract)), *registered)
 
 
+def is_built_in(implementation: Implementation) -> bool:
+    """Whether it is ours."""
+    return implementation in builtin_implementations(find_contract(implementation.contract))
+
+
 def registered_implementations() -> tuple[Implementation, ...]:
     """Those that users registered, in order."""
     return tuple(_registered.values())

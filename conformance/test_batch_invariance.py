@@ -6,7 +6,7 @@ from gaugeblock.conformance.properties import conformance_property
 from gaugeblock.conformance.trial import Trial
 
 
-@conformance_property(needs=("batch_invariant", "deterministic"), frameworks=("torch",), weight=0.5)
+@conformance_property(needs=("batch_invariant", "deterministic"), frameworks=("torch",), weight=0.5, covers=2)
 def test_batch_invariance(trial: Trial) -> None:
     """An example's bits do not depend on how many or which other examples are in the batch, nor on its place."""
     batch, inputs = trial.contract.batch, trial.inputs()

@@ -211,6 +211,8 @@ class Property:
         frameworks, kinds, devices: Those it makes sense for; no kinds means all.
         requires: Attributes of the contract without which there is nothing to test.
         every_dtype: It is about numbers: what holds in one dtype says little of another.
+        covers: Of how many factors' classes every combination is visited: 1 each class, 2 each pair of classes.
+        layouts: Its cases are dealt every layout of all arguments, and of each alone.
         every_world_size: It is about all the world sizes that an implementation claims, not one of them.
     """
 
@@ -226,6 +228,8 @@ class Property:
     requires: tuple[str, ...] = ()
     every_world_size: bool = False
     every_dtype: bool = False
+    covers: int = 1
+    layouts: bool = False
 
     @property
     def file(self) -> str:

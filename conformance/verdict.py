@@ -53,6 +53,30 @@ class Failure:
 
 
 @dataclass(frozen=True)
+class Coverage:
+    """What the cases of a property have visited of what there is.
+
+    Attributes:
+        visited, due: How many, and how many there are.
+        of: What is counted: "classes", "pairs", "triples", "classes, and pairs of options".
+        sparing: Fewer are visited on purpose: the implementation is built in, and the profile quick.
+    """
+
+    visited: int
+    due: int
+    of: str
+    sparing: bool = False
+
+    @property
+    def lacking(self) -> bool:
+        """Whether less was visited than should have been."""
+        return self.visited < self.due and not self.sparing
+
+    def __str__(self) -> str:
+        return f"{self.visited} of {self.due} {self.of}"
+
+
+@dataclass(frozen=True)
 class Verdict:
     """Contract × implementation × property × dtype × device, and what came of it; an "error" is the engine's own.
 
@@ -61,6 +85,7 @@ class Verdict:
         statistics: For each output and gradient, over all cases.
         profile: The tightest numerics profile that was met ("strict", "eager"), or an empty string.
         fingerprints: For each case, a digest of the output bits, so that two runs can be compared.
+        coverage: What was visited; None where nothing was, where it fails, and of a contract that names no factors.
     """
 
     contract: str
@@ -77,6 +102,7 @@ class Verdict:
     profile: str = ""
     fingerprints: dict[str, str] = field(default_factory=dict)
     failure: Failure | None = None
+    coverage: Coverage | None = None
 
     @builtins.property  # `property` is a field here
     def identity(self) -> str:
@@ -95,11 +121,12 @@ class Verdict:
     @staticmethod
     def from_json(data: dict[str, Any]) -> "Verdict":
         """The inverse of `to_json`."""
-        failure = data["failure"]
+        failure, coverage = data["failure"], data.get("coverage")
         return Verdict(
             **{
                 **data,
                 "statistics": {name: Statistics(**each) for name, each in data["statistics"].items()},
+                "coverage": coverage and Coverage(**coverage),
                 "failure": failure and Failure(**failure | {key: tuple(failure[key]) for key in ("details", "cases")}),
             }
         )

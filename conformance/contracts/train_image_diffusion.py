@@ -20,6 +20,7 @@ from gaugeblock.conformance.contract import (
     Tensors,
     Workload,
 )
+from gaugeblock.conformance.factors import Trait, edges, either
 from gaugeblock.reference.configs import DiTConfig, ImageDiffusionConfig
 from gaugeblock.reference.torch import dit, train_image_diffusion
 
@@ -80,6 +81,24 @@ def parameters(draw: st.DrawFn) -> dict[str, Any]:
         velocity=draw(st.sampled_from(["noise - data", "data - noise"])),
         timestep_sampling=draw(st.sampled_from(["uniform", "logit-normal"])),
     )
+
+
+FACTORS = (
+    edges("num_steps", 1, 2),
+    edges("batch_size", 1, 2, 3, 5),
+    edges("accumulation_steps", 1, 2, 3, option=True),
+    edges("depth", 1, 2),
+    edges("in_channels", 1, 2),
+    edges("num_classes", 1, 2),
+    either("run_seed", 0, 2**40 + 5),
+    either("adam_epsilon", 2**-8, 2**-5),
+    either("weight_decay", 0.0, 2**-3),
+    either("max_gradient_norm", 2**-10, 0.25, 100.0),
+    either("label_dropout", 0.0, 0.5, 1.0),
+    either("velocity", "noise - data", "data - noise"),
+    either("timestep_sampling", "uniform", "logit-normal"),
+)
+TRAITS = (Trait("int32", "dtype of labels", dtypes={"labels": "int32"}),)
 
 
 def config(parameters: Parameters) -> ImageDiffusionConfig:
@@ -204,6 +223,8 @@ REJECTIONS = (
         "labels": call["labels"] * 0 + call["config"].model.num_classes
     }),
     Rejection("floating example ids", "example_ids", _change("example_ids", torch.Tensor.float)),
+    Rejection("labels of more examples", "labels", _change("labels", lambda each: torch.cat([each, each[:, :1]], 1))),
+    Rejection("ids of more examples", "example_ids", _change("example_ids", lambda each: torch.cat([each, each[:, :1]], 1))),
     Rejection("ids of fewer examples", "example_ids", _change("example_ids", lambda each: each[:, :-1])),
     Rejection("a state without a parameter", "model.final_layer.linear.bias", _change(BIAS, lambda each: None)),
     Rejection("a state without its step", "step", _change("state/step", lambda each: None)),
@@ -246,6 +267,9 @@ TRAIN_STEP = Contract(
         sizes(1, 3, label_dropout=1.0, max_gradient_norm=2**-10),  # so small that the 1e-6 of the clipping shows
         sizes(2, 1, accumulation_steps=2, weight_decay=0.0, label_dropout=0.0, run_seed=2**40 + 5),
     ),
+    factors=FACTORS,
+    build=sizes,
+    traits=TRAITS,
     regimes=(
         Regime("under way", under_way, differentiable=False),
         Regime("fresh", fresh, differentiable=False),
