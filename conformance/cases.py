@@ -13,11 +13,13 @@ import torch
 from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
 
-from gaugeblock.conformance.contract import Contract, Parameters, Tensors
+from gaugeblock.conformance.contract import Contract, ContractError, Parameters, Tensors
+from gaugeblock.conformance.decisions import rounding_decides
 
 Layout = Literal["contiguous", "transposed", "sliced", "padded rows", "storage offset", "broadcast"]
 LAYOUTS: tuple[Layout, ...] = get_args(Layout)
 CACHED = 512  # cases whose tensors are kept
+REDRAWS, SEED_STRIDE = 100, 2**20  # seeds that are tried where a choice inside an operation is near a tie; all lie below 2^17
 GUARD = 64  # elements on either side of a guarded tensor
 
 
@@ -110,8 +112,30 @@ def cotangents(contract: Contract, case: Case) -> Tensors:
 
 def make_inputs(contract: Contract, case: Case, dtype: str) -> Tensors:
     """The case's inputs, contiguous and on the CPU, rounded to the dtypes that the contract gives them."""
+    case = value_case(case)
+    return _rounded(contract, _settled(contract, case, dtype) if contract.chooses_inside else case, dtype)
+
+
+def _rounded(contract: Contract, case: Case, dtype: str) -> Tensors:
     dtypes = dtypes_of(contract, case.parameters, dtype)
-    return {key: tensor.to(dtypes[key]) for key, tensor in _drawn(contract, value_case(case)).items()}
+    return {key: tensor.to(dtypes[key]) for key, tensor in _drawn(contract, case).items()}
+
+
+@lru_cache(CACHED)
+def _settled(contract: Contract, case: Case, dtype: str) -> Case:
+    """The case, or the same with the first other seed with which no choice inside the operation is near a tie.
+
+    Raises:
+        ContractError: There is none.
+    """
+    ties_matter = contract.regime(case.regime).judged != "exact"
+    for attempt in range(REDRAWS):
+        redrawn = case.replace(seed=case.seed + attempt * SEED_STRIDE)
+        made = _rounded(contract, redrawn, dtype).items()
+        inputs = {key: tensor.to(torch.float64) if tensor.is_floating_point() else tensor for key, tensor in made}
+        if not rounding_decides(contract, inputs, options(contract, case), dtype, ties_matter=ties_matter):
+            return redrawn
+    raise ContractError(f"{contract.name}: in {dtype}, a choice is near a tie in {case!r} with every one of {REDRAWS} seeds")
 
 
 def dtypes_of(contract: Contract, parameters: Parameters, dtype: str) -> dict[str, torch.dtype]:

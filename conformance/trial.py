@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from gaugeblock.conformance.cases import Case, Layout, lay_out, make_inputs, options, take
-from gaugeblock.conformance.contract import Contract, Tensors
+from gaugeblock.conformance.contract import Contract, ContractError, Tensors
 from gaugeblock.conformance.devices import available_world_size, triton_is_interpreted
 from gaugeblock.conformance.diagnosis import diagnose
 from gaugeblock.conformance.error_budget import Errors
@@ -267,6 +267,8 @@ def violation_of(prop: Property, trial: Trial) -> Violation | None:
         return violation
     except BadResult as error:
         return Violation(str(error))
+    except ContractError:
+        raise
     except Exception as error:
         return Violation(f"raised {type(error).__name__}: {one_line(error)}")
     return None
