@@ -151,6 +151,11 @@ def options(contract: Contract, case: Case) -> dict[str, Any]:
     return {name: case.parameters[name] for name in contract.options}
 
 
+def layouts_of(contract: Contract) -> tuple[Layout, ...]:
+    """The layouts other than the contiguous one; equal rows of a router's weights would tie all choices inside an operation."""
+    return tuple(each for each in LAYOUTS[1:] if not (contract.chooses_inside and each == "broadcast"))
+
+
 def lay_out(tensor: torch.Tensor, layout: Layout) -> torch.Tensor:
     """The same values otherwise in memory; all other memory within reach holds NaN, a huge integer, or True.
 
