@@ -5,7 +5,7 @@ seeded generator. A case's repr is its reproduction.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import lru_cache
 from typing import Any, Literal, get_args
 
@@ -145,10 +145,24 @@ def dtypes_of(contract: Contract, parameters: Parameters, dtype: str) -> dict[st
 
 
 def options(contract: Contract, case: Case) -> dict[str, Any]:
-    """The keyword arguments of the call."""
+    """The keyword arguments of the call, for oracle and candidate alike: numbers are such as float32 holds exactly.
+
+    Every dtype under test is computed in float32, and the rounding of 0.999 would be an error of one sign in all elements.
+    """
     if contract.configure is not None:
-        return dict(contract.configure(case.parameters))
-    return {name: case.parameters[name] for name in contract.options}
+        given = contract.configure(case.parameters)
+    else:
+        given = {name: case.parameters[name] for name in contract.options}
+    return {name: in_float32(value) for name, value in given.items()}
+
+
+def in_float32(value: Any) -> Any:
+    """The number of float32 nearest to a Python float; a dataclass with its fields so rounded; anything else as it is."""
+    if isinstance(value, float):
+        return torch.tensor(value, dtype=torch.float32).item()
+    if is_dataclass(value) and not isinstance(value, type):
+        return replace(value, **{each.name: in_float32(getattr(value, each.name)) for each in fields(value) if each.init})
+    return value
 
 
 def layouts_of(contract: Contract) -> tuple[Layout, ...]:

@@ -77,6 +77,8 @@ class RoundingNoise(TorchDispatchMode):
         if name in MATRIX_PRODUCTS:
             return self._matrix_product(func, MATRIX_PRODUCTS[name], args, kwargs)
         adds = name in SCATTERED_SUMS and (not name.startswith("index_put") or (len(args) > 3 and bool(args[3])))
+        if not func.is_view and name not in MOVES and name not in SUMS:
+            args, kwargs = tuple(map(self._constant, args)), {key: self._constant(each) for key, each in kwargs.items()}
         before = args[0].clone() if adds else None
         result = func(*args, **kwargs)
         if func.is_view or (name in MOVES and not adds) or not _is_float64(result):
@@ -88,6 +90,16 @@ class RoundingNoise(TorchDispatchMode):
         else:
             noisy = self._function(name.removesuffix("_"), result, args)
         return result.copy_(noisy) if func._schema.is_mutable else noisy
+
+    def _constant(self, value: Any) -> Any:
+        """A constant such as 1 - 1e-6 is rounded to float32 once, which is an error of one sign in all elements."""
+        if not isinstance(value, float) or not math.isfinite(value):
+            return value
+        constant = torch.tensor(value, dtype=torch.float64)
+        if constant.to(torch.float32) == constant:
+            return value
+        within = half_ulp(constant.abs(), torch.float32).item() / math.sqrt(3)
+        return value + self._unit_noise(constant, within).item()
 
     def _matrix_product(self, func: Any, first: int, args: tuple, kwargs: dict) -> torch.Tensor:
         left, right = (self._round(operand, self.operand_dtype) for operand in args[first : first + 2])
