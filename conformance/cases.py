@@ -15,9 +15,10 @@ from hypothesis.strategies import SearchStrategy
 
 from gaugeblock.conformance.contract import Contract, ContractError, Parameters, Tensors
 from gaugeblock.conformance.decisions import rounding_decides
+from gaugeblock.conformance.far import far_view
 
-Layout = Literal["contiguous", "transposed", "sliced", "padded rows", "storage offset", "broadcast"]
-LAYOUTS: tuple[Layout, ...] = get_args(Layout)
+Layout = Literal["contiguous", "transposed", "sliced", "padded rows", "storage offset", "broadcast", "far"]
+LAYOUTS: tuple[Layout, ...] = tuple(each for each in get_args(Layout) if each != "far")  # which is a property of its own
 CACHED = 512  # cases whose tensors are kept
 REDRAWS, SEED_STRIDE = 100, 2**20  # seeds that are tried where a choice inside an operation is near a tie; all lie below 2^17
 GUARD = 64  # elements on either side of a guarded tensor
@@ -171,7 +172,7 @@ def layouts_of(contract: Contract) -> tuple[Layout, ...]:
 
 
 def lay_out(tensor: torch.Tensor, layout: Layout) -> torch.Tensor:
-    """The same values otherwise in memory; all other memory within reach holds NaN, a huge integer, or True.
+    """The same values otherwise in memory; all other memory within reach holds NaN, a huge integer, or True (or 0, if far).
 
     `"broadcast"` repeats the first row without storing it again (stride 0), which changes the values: compare with
     a contiguous copy of the result.
@@ -180,6 +181,8 @@ def lay_out(tensor: torch.Tensor, layout: Layout) -> torch.Tensor:
         return tensor.clone(memory_format=torch.contiguous_format)
     if layout == "broadcast":
         return tensor[:1].clone().expand_as(tensor) if tensor.shape[0] else tensor.clone()
+    if layout == "far":
+        return far_view(tensor)
     if layout == "storage offset":
         return guarded(tensor, before=GUARD + 1)[0]
     *rows, columns = tensor.shape
