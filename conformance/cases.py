@@ -5,7 +5,7 @@ seeded generator. A case's repr is its reproduction.
 """
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import lru_cache
 from typing import Any, Literal, get_args
 
@@ -13,11 +13,14 @@ import torch
 from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
 
-from gaugeblock.conformance.contract import Contract, Parameters, Tensors, argument_of
+from gaugeblock.conformance.contract import Contract, ContractError, Parameters, Tensors, argument_of
+from gaugeblock.conformance.decisions import rounding_decides
+from gaugeblock.conformance.far import far_view
 
-Layout = Literal["contiguous", "transposed", "sliced", "padded rows", "storage offset", "broadcast"]
-LAYOUTS: tuple[Layout, ...] = get_args(Layout)
+Layout = Literal["contiguous", "transposed", "sliced", "padded rows", "storage offset", "broadcast", "far"]
+LAYOUTS: tuple[Layout, ...] = tuple(each for each in get_args(Layout) if each != "far")  # which is a property of its own
 CACHED = 512  # cases whose tensors are kept
+REDRAWS, SEED_STRIDE = 100, 2**20  # seeds that are tried where a choice inside an operation is near a tie; all lie below 2^17
 GUARD = 64  # elements on either side of a guarded tensor
 
 
@@ -144,10 +147,32 @@ def cotangents(contract: Contract, case: Case) -> Tensors:
 
 def make_inputs(contract: Contract, case: Case, dtype: str) -> Tensors:
     """The case's inputs, contiguous and on the CPU, rounded to the dtypes that the contract or a trait gives them."""
+    case = value_case(case)
+    return _rounded(contract, _settled(contract, case, dtype) if contract.chooses_inside else case, dtype)
+
+
+def _rounded(contract: Contract, case: Case, dtype: str) -> Tensors:
     dtypes = dtypes_of(contract, case.parameters, dtype)
     for name in case.traits:
         dtypes |= {argument: getattr(torch, other) for argument, other in contract.trait(name).dtypes.items()}
-    return {key: tensor.to(dtypes[key]) for key, tensor in _drawn(contract, value_case(case)).items()}
+    return {key: tensor.to(dtypes[key]) for key, tensor in _drawn(contract, case).items()}
+
+
+@lru_cache(CACHED)
+def _settled(contract: Contract, case: Case, dtype: str) -> Case:
+    """The case, or the same with the first other seed with which no choice inside the operation is near a tie.
+
+    Raises:
+        ContractError: There is none.
+    """
+    ties_matter = contract.regime(case.regime).judged != "exact"
+    for attempt in range(REDRAWS):
+        redrawn = case.replace(seed=case.seed + attempt * SEED_STRIDE)
+        made = _rounded(contract, redrawn, dtype).items()
+        inputs = {key: tensor.to(torch.float64) if tensor.is_floating_point() else tensor for key, tensor in made}
+        if not rounding_decides(contract, inputs, options(contract, case), dtype, ties_matter=ties_matter):
+            return redrawn
+    raise ContractError(f"{contract.name}: in {dtype}, a choice is near a tie in {case!r} with every one of {REDRAWS} seeds")
 
 
 def dtypes_of(contract: Contract, parameters: Parameters, dtype: str) -> dict[str, torch.dtype]:
@@ -157,14 +182,28 @@ def dtypes_of(contract: Contract, parameters: Parameters, dtype: str) -> dict[st
 
 
 def options(contract: Contract, case: Case) -> dict[str, Any]:
-    """The keyword arguments of the call."""
+    """The keyword arguments of the call, for oracle and candidate alike: numbers are such as float32 holds exactly.
+
+    Every dtype under test is computed in float32, and the rounding of 0.999 would be an error of one sign in all elements.
+    """
     if contract.configure is not None:
-        return dict(contract.configure(case.parameters))
-    return {name: case.parameters[name] for name in contract.options}
+        given = contract.configure(case.parameters)
+    else:
+        given = {name: case.parameters[name] for name in contract.options}
+    return {name: in_float32(value) for name, value in given.items()}
+
+
+def in_float32(value: Any) -> Any:
+    """The number of float32 nearest to a Python float; a dataclass with its fields so rounded; anything else as it is."""
+    if isinstance(value, float):
+        return torch.tensor(value, dtype=torch.float32).item()
+    if is_dataclass(value) and not isinstance(value, type):
+        return replace(value, **{each.name: in_float32(getattr(value, each.name)) for each in fields(value) if each.init})
+    return value
 
 
 def lay_out(tensor: torch.Tensor, layout: Layout) -> torch.Tensor:
-    """The same values otherwise in memory; all other memory within reach holds NaN, a huge integer, or True.
+    """The same values otherwise in memory; all other memory within reach holds NaN, a huge integer, or True (or 0, if far).
 
     `"broadcast"` repeats the first row without storing it again (stride 0), which changes the values: compare with
     a contiguous copy of the result.
@@ -173,6 +212,8 @@ def lay_out(tensor: torch.Tensor, layout: Layout) -> torch.Tensor:
         return tensor.clone(memory_format=torch.contiguous_format)
     if layout == "broadcast":
         return tensor[:1].clone().expand_as(tensor) if tensor.shape[0] else tensor.clone()
+    if layout == "far":
+        return far_view(tensor)
     if layout == "storage offset":
         return guarded(tensor, before=GUARD + 1)[0]
     *rows, columns = tensor.shape

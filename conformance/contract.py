@@ -54,22 +54,50 @@ class Input:
 class Output(Input):
     """One result of an operation; the fields are those of `Input`.
 
-    An output that `indexes` a dimension is a choice: it is right if and only if the scores allow it
-    (`Selection`), and the other outputs are judged at the choice that the candidate made.
+    One of them may be a choice: it is right if and only if the scores allow it (`Selection`), and all other outputs are judged
+    at the choice that the candidate made.
     """
+
+
+class ContractError(Exception):
+    """A contract or its reference is wrong, whoever is on trial."""
 
 
 @dataclass(frozen=True)
 class Selection:
-    """How the reference chooses ids: the best `top_k` of the scores, perhaps within the best groups.
+    """How the reference chooses: the candidates of highest score, in each row of scores.
+
+    A row has `count` ids, one id where the output lacks the candidates' dimension (an argmax, a sampled token), or a mask over
+    the candidates (an output of dtype `"bool"`). A sort chooses them all; a threshold chooses every one above it. What is drawn
+    at random is chosen by scores too, the draw being an input: logits plus Gumbel noise, or the distance of a uniform number to
+    the nearer end of a token's interval of probabilities.
 
     Attributes:
-        scores: Function of the operation's arguments giving the selection scores `[T, E]`.
-        group_scores: Function of the same arguments giving `[T, G]`; None without groups.
+        output: The output that is the choice.
+        scores: Function of the operation's arguments giving the scores `[..., candidates]`.
+        count: How many are chosen in each row, or the parameter that says so; None for every one above the threshold.
+        group_scores: Function of the same arguments giving `[..., groups]`, the candidates lying in groups of consecutive ones;
+            they are chosen from the best groups alone.
+        group_count: How many groups may be chosen from, or the parameter that says so.
+        order: In which order ids are returned: of descending score, of the ids themselves, or any.
+        above: Only what scores above this threshold can be chosen.
+        none: The id returned, last in its row, where less than `count` can be chosen.
     """
 
+    output: str
     scores: Callable[..., "torch.Tensor"]
+    count: int | str | None
     group_scores: Callable[..., "torch.Tensor"] | None = None
+    group_count: int | str | None = None
+    order: Literal["score", "index", "any"] = "score"
+    above: float | None = None
+    none: int | None = None
+
+    def __post_init__(self) -> None:
+        if (self.group_scores is None) != (self.group_count is None):
+            raise ContractError(f"{self.output}: group_scores and group_count belong together")
+        if self.above is None and (self.count is None or self.none is not None):
+            raise ContractError(f"{self.output}: above must say from what score on anything is chosen")
 
 
 @dataclass(frozen=True)
@@ -170,7 +198,9 @@ class Contract:
         traits: What values and dtypes of inputs may be like on top; factors of their own.
         regimes: Kinds of values; the first is the main one.
         formulas: Other ways to write the reference, equal in exact arithmetic; a budget allows for the rounding of each.
-        selection: For operations that choose.
+        selection: For operations that return what they choose.
+        chooses_inside: Whether the reference chooses what it does not return. Cases are then drawn so that rounding decides
+            nothing, since nobody can tell another choice from an error.
         relabel: Draws a permutation of `"num_experts"` under which the operation is equivariant; None if
             it has no experts.
         configure: The keyword arguments at given parameters, where they are not parameters themselves (a frozen config).
@@ -207,6 +237,7 @@ class Contract:
     build: Callable[..., Parameters | None] | None = None
     traits: tuple[Trait, ...] = ()
     selection: Selection | None = None
+    chooses_inside: bool = False
     relabel: Callable[["Draw", Parameters], "torch.Tensor"] | None = None
     configure: Callable[[Parameters], Mapping[str, Any]] | None = None
     dtypes: tuple[str, ...] = ("float32", "float16", "bfloat16")

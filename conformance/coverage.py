@@ -193,9 +193,10 @@ def few_visits(contract: Contract, regime: str, demand: Demand, count: int) -> t
 
 
 def layouts_of(contract: Contract) -> list[tuple[Layout, str]]:
-    """Every layout, of all arguments and of each alone."""
+    """Every layout, of all arguments and of each alone; equal rows of a router's weights would tie all choices inside."""
     names = [spec.name for spec in contract.inputs]
-    return [(layout, name) for name in ("", *(names if len(names) > 1 else [])) for layout in LAYOUTS[1:]]
+    layouts = [each for each in LAYOUTS[1:] if not (contract.chooses_inside and each == "broadcast")]
+    return [(layout, name) for name in ("", *(names if len(names) > 1 else [])) for layout in layouts]
 
 
 def laid_out(contract: Contract, points: Sequence[Case]) -> tuple[Case, ...]:

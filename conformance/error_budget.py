@@ -7,15 +7,17 @@ by hand; JUDGING.md section 2 has the evidence. What is chosen here, once for al
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from gaugeblock.conformance.contract import Tensors
 from gaugeblock.conformance.verdict import Statistics
+from gaugeblock.reference.torch import random
 
 NOISE_RUNS = 12
 # A rounding error is uniform within half an ulp; over mantissas spread evenly in the logarithm its variance is 0.18 u² x².
@@ -59,11 +61,12 @@ class RoundingNoise(TorchDispatchMode):
             is rounded to `dtype`.
         seed: Of the noise.
         cancelling: Sums may be ordered so that their partial sums are as large as the sum of magnitudes.
+        scale: How many times as coarse as the dtype's the rounding is.
     """
 
-    def __init__(self, dtype: str, profile: str, seed: int, *, cancelling: bool = False) -> None:
+    def __init__(self, dtype: str, profile: str, seed: int, *, cancelling: bool = False, scale: float = 1.0) -> None:
         super().__init__()
-        self.cancelling = cancelling
+        self.cancelling, self.scale = cancelling, scale
         self.operand_dtype = getattr(torch, dtype)
         self.result_dtype = self.operand_dtype if profile == "eager" else torch.float32
         self.generator = torch.Generator().manual_seed(seed)
@@ -74,6 +77,8 @@ class RoundingNoise(TorchDispatchMode):
         if name in MATRIX_PRODUCTS:
             return self._matrix_product(func, MATRIX_PRODUCTS[name], args, kwargs)
         adds = name in SCATTERED_SUMS and (not name.startswith("index_put") or (len(args) > 3 and bool(args[3])))
+        if not func.is_view and name not in MOVES and name not in SUMS:
+            args, kwargs = tuple(map(self._constant, args)), {key: self._constant(each) for key, each in kwargs.items()}
         before = args[0].clone() if adds else None
         result = func(*args, **kwargs)
         if func.is_view or (name in MOVES and not adds) or not _is_float64(result):
@@ -85,6 +90,16 @@ class RoundingNoise(TorchDispatchMode):
         else:
             noisy = self._function(name.removesuffix("_"), result, args)
         return result.copy_(noisy) if func._schema.is_mutable else noisy
+
+    def _constant(self, value: Any) -> Any:
+        """A constant such as 1 - 1e-6 is rounded to float32 once, which is an error of one sign in all elements."""
+        if not isinstance(value, float) or not math.isfinite(value):
+            return value
+        constant = torch.tensor(value, dtype=torch.float64)
+        if constant.to(torch.float32) == constant:
+            return value
+        within = half_ulp(constant.abs(), torch.float32).item() / math.sqrt(3)
+        return value + self._unit_noise(constant, within).item()
 
     def _matrix_product(self, func: Any, first: int, args: tuple, kwargs: dict) -> torch.Tensor:
         left, right = (self._round(operand, self.operand_dtype) for operand in args[first : first + 2])
@@ -151,8 +166,29 @@ class RoundingNoise(TorchDispatchMode):
 
     def _unit_noise(self, like: torch.Tensor, deviation: float = 1.0) -> torch.Tensor:
         """Uniform noise."""
-        widest = math.sqrt(3) * deviation
+        widest = math.sqrt(3) * deviation * self.scale
         return torch.empty_like(like).uniform_(-widest, widest, generator=self.generator)
+
+
+@contextmanager
+def exact_draws() -> Iterator[None]:
+    """Keeps rounding noise out of random numbers: they are the same bits everywhere, so nothing may be lost in them."""
+
+    def undisturbed(draw: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        def drawn(*args: Any, **kwargs: Any) -> torch.Tensor:
+            with _disable_current_modes():
+                return draw(*args, **kwargs)
+
+        return drawn
+
+    drawing = {name: getattr(random, name) for name in ("uniform", "normal")}
+    for name, draw in drawing.items():
+        setattr(random, name, undisturbed(draw))
+    try:
+        yield
+    finally:
+        for name, draw in drawing.items():
+            setattr(random, name, draw)
 
 
 def _argument_growth(name: str, result: torch.Tensor, args: tuple) -> torch.Tensor | float:

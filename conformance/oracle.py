@@ -1,42 +1,23 @@
 """The oracle: the PyTorch reference in float64, its error budget, and its choices, cached per case.
 
-An output that chooses (expert ids) is replayed: `ReplayTopK` makes the reference's last top-k return given ids, so that the
-other outputs are judged at the choice that the candidate made.
+An output that is a choice is replayed (`decisions.py`): the other outputs are judged at the choice that the candidate made.
 """
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import lru_cache, partial
 from typing import Any
 
 import numpy as np
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from gaugeblock.conformance.cases import Case, cotangents, dtypes_of, make_inputs, options, value_case
 from gaugeblock.conformance.contract import Contract, Tensors, apply, nest
-from gaugeblock.conformance.error_budget import NOISE_RUNS, Budget, RoundingNoise, spread, widest
-from gaugeblock.reference.torch import random
+from gaugeblock.conformance.decisions import replay_of
+from gaugeblock.conformance.error_budget import NOISE_RUNS, Budget, RoundingNoise, exact_draws, spread, widest
 
 GRADIENT = "gradient of "  # begins the key of a gradient among results
 CACHED = 512  # cases; a budget with gradients takes about a megabyte
 _with_gradients: set[Any] = set()  # budgets that were computed with gradients
-
-
-class ReplayTopK(TorchDispatchMode):
-    """Counts the top-k operations of a run; the one numbered `at` returns `ids` instead of its own choice."""
-
-    def __init__(self, ids: torch.Tensor | None = None, at: int = -1) -> None:
-        super().__init__()
-        self.ids, self.at, self.calls = ids, at, 0
-
-    def __torch_dispatch__(self, func: Any, types: Iterable[type], args: tuple = (), kwargs: dict | None = None) -> Any:
-        if func.overloadpacket is not torch.ops.aten.topk:
-            return func(*args, **(kwargs or {}))
-        self.calls += 1
-        if self.ids is None or self.calls - 1 != self.at:
-            return func(*args, **(kwargs or {}))
-        return torch.ops.aten.gather(args[0], -1, self.ids), self.ids
 
 
 def reference_run(
@@ -83,7 +64,7 @@ def budgets(
 
     Integers have no budget but must be equal.
     """
-    choice = None if chosen is None else (chosen.numpy().tobytes(), tuple(chosen.shape))
+    choice = None if chosen is None else (chosen.numpy().tobytes(), str(chosen.numpy().dtype), tuple(chosen.shape))
     key = contract, value_case(case), dtype, profile, choice
     if gradients:
         _with_gradients.add(key)
@@ -92,7 +73,13 @@ def budgets(
 
 @lru_cache(CACHED)
 def _budgets(
-    contract: Contract, case: Case, dtype: str, profile: str, choice: tuple[bytes, tuple[int, ...]] | None, *, gradients: bool
+    contract: Contract,
+    case: Case,
+    dtype: str,
+    profile: str,
+    choice: tuple[bytes, str, tuple[int, ...]] | None,
+    *,
+    gradients: bool,
 ) -> dict[str, Budget]:
     inputs = exact_inputs(contract, case, dtype)
     cotangent = {key: _widen(each) for key, each in rounded_cotangents(contract, case, dtype).items()} if gradients else None
@@ -100,9 +87,13 @@ def _budgets(
     def run(formula: Callable[..., Any]) -> Tensors:
         return reference_run(contract, inputs, options(contract, case), cotangent, formula)
 
-    chosen = None if choice is None else torch.from_numpy(np.frombuffer(choice[0], np.int64).reshape(choice[1]).copy())
+    runs: list[Callable[[], Tensors]] = [partial(run, formula) for formula in (contract.reference, *contract.formulas)]
+    if choice is not None:
+        assert contract.selection is not None
+        values, kind, shape = choice
+        chosen = torch.from_numpy(np.frombuffer(values, kind).reshape(shape).copy())
+        runs = [replay_of(each, contract.selection.output, chosen, contract.selection.none) for each in runs]
     cancelling = contract.regime(case.regime).judged == "worst element"
-    runs = [_replaying(partial(run, formula), chosen) for formula in (contract.reference, *contract.formulas)]
     return widest([_spread(each, runs[0](), dtype, profile, cancelling=cancelling) for each in runs])
 
 
@@ -130,40 +121,6 @@ def _spread(run: Callable[[], Tensors], oracle: Tensors, dtype: str, profile: st
         with RoundingNoise(dtype, profile, seed, cancelling=cancelling), exact_draws():
             noisy.append(run())
     return spread(oracle, noisy)
-
-
-@contextmanager
-def exact_draws() -> Iterator[None]:
-    """Keeps rounding noise out of random numbers: they are the same bits everywhere, so nothing may be lost in them."""
-
-    def undisturbed(draw: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-        def drawn(*args: Any, **kwargs: Any) -> torch.Tensor:
-            with _disable_current_modes():
-                return draw(*args, **kwargs)
-
-        return drawn
-
-    drawing = {name: getattr(random, name) for name in ("uniform", "normal")}
-    for name, draw in drawing.items():
-        setattr(random, name, undisturbed(draw))
-    try:
-        yield
-    finally:
-        for name, draw in drawing.items():
-            setattr(random, name, draw)
-
-
-def _replaying(run: Callable[[], Tensors], chosen: torch.Tensor | None) -> Callable[[], Tensors]:
-    if chosen is None:
-        return run
-    with ReplayTopK() as counter:
-        run()
-
-    def replayed() -> Tensors:
-        with ReplayTopK(chosen, at=counter.calls - 1):
-            return run()
-
-    return replayed
 
 
 def _widen(tensor: torch.Tensor) -> torch.Tensor:

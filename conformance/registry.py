@@ -15,6 +15,7 @@ from typing import Any, Literal, TypeVar, cast, get_args
 from gaugeblock.conformance.contract import Contract
 
 ENTRY_POINTS = "gaugeblock.implementations"
+MODULES = "routers capacity_routers experts moe_layers layers dit objectives train_image_diffusion".split()  # of contracts
 SUBJECTS = ("routers", "experts", "moe_layers", "layers", "dit", "objectives", "train_image_diffusion")
 
 Kind = Literal["reference", "triton", "distributed", "jax", "compiled", "user"]
@@ -199,7 +200,7 @@ def _check_signature(contract: Contract, name: str, function: Callable[..., Any]
 @cache
 def contracts() -> dict[str, Contract]:
     """Every contract by name, in the catalogue's order."""
-    modules = [importlib.import_module(f"gaugeblock.conformance.contracts.{subject}") for subject in SUBJECTS]
+    modules = [importlib.import_module(f"gaugeblock.conformance.contracts.{name}") for name in MODULES]
     return {row.name: row for module in modules for row in module.CONTRACTS}
 
 

@@ -10,11 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gaugeblock.conformance.cases import Case, make_inputs, options
+from gaugeblock.conformance.choice import check_choice, must_and_may
 from gaugeblock.conformance.contract import Contract, Regime
+from gaugeblock.conformance.decisions import replay_of
 from gaugeblock.conformance.error_budget import KAPPA, Budget
 from gaugeblock.conformance.frameworks import Call, call_torch
-from gaugeblock.conformance.judge import Violation, check_choice, judge, must_and_may
-from gaugeblock.conformance.oracle import ReplayTopK
+from gaugeblock.conformance.judge import Violation, judge
 from gaugeblock.conformance.registry import find_contract
 
 ROUTER = find_contract("routers.softmax_topk")
@@ -42,7 +43,7 @@ def uncertain(deviation: float, *rows: tuple[float, ...]) -> Budget:
 
 def allowed(scores: Budget, top_k: int, groups: Budget | None = None, topk_groups: int = 0):
     """Sets of ids of the first row: those that must, and those that may be chosen."""
-    must, may = must_and_may(scores, groups, {"top_k": top_k, "topk_groups": topk_groups})
+    must, may = must_and_may(scores, top_k, groups, topk_groups)
     return {*must[0].nonzero().flatten().tolist()}, {*may[0].nonzero().flatten().tolist()}
 
 
@@ -70,7 +71,7 @@ def test_scores_of_minus_infinity_are_chosen_only_if_nothing_else_is_left():
 
 
 def test_a_row_with_nan_may_be_anything_and_other_rows_are_judged():
-    must, may = must_and_may(sharp((math.nan, 1.0, 0.0), (0.0, 1.0, 2.0)), None, {"top_k": 1})
+    must, may = must_and_may(sharp((math.nan, 1.0, 0.0), (0.0, 1.0, 2.0)), 1)
     assert must.tolist() == [[False] * 3, [False, False, True]]
     assert may.tolist() == [[True] * 3, [False, False, True]]
 
@@ -145,9 +146,7 @@ def test_ids_must_be_among_the_best(chosen):
     everyone = results_of(ROUTER, CHOOSING.replace(top_k=8))["topk_ids"]
     worst = int(everyone[0, -1])
     chosen["topk_ids"][0, 2] = worst
-    assert (
-        violation_of(chosen).message == f"topk_ids: id {worst} is chosen, though it cannot be among the best"
-    )
+    assert violation_of(chosen).message == f"topk_ids: id {worst} is chosen, though it cannot be among the best"
 
 
 def test_another_choice_among_ties_is_right_and_weights_are_judged_there():
@@ -185,13 +184,16 @@ def test_a_replayed_choice_decides_weights_and_gradients(contract, activation):
     case = Case(**contract.landmarks[1], regime="dithered", seed=2)  # whose weights are the chosen scores
     logits, *others = make_inputs(contract, case, "float32").values()
     logits.requires_grad_()
-    with ReplayTopK() as counter:
-        _, ids = contract.reference(logits, *others, **options(contract, case))
-    replayed = ids.flip(0)
-    with ReplayTopK(replayed, at=counter.calls - 1):
-        weights, returned = contract.reference(logits, *others, **options(contract, case))
+
+    def run():
+        return dict(
+            zip(("topk_weights", "topk_ids"), contract.reference(logits, *others, **options(contract, case)), strict=True)
+        )
+
+    chosen = run()["topk_ids"].flip(0)
+    replayed = replay_of(run, "topk_ids", chosen)()
     scores = activation(logits)
-    expected = scores.gather(1, replayed) * case.parameters.get("routed_scaling_factor", 1.0)
-    assert torch.equal(returned, replayed) and torch.equal(weights, expected)
-    gradients = [torch.autograd.grad(each.square().sum(), logits)[0] for each in (weights, expected)]
+    expected = scores.gather(1, chosen) * case.parameters.get("routed_scaling_factor", 1.0)
+    assert torch.equal(replayed["topk_ids"], chosen) and torch.equal(replayed["topk_weights"], expected)
+    gradients = [torch.autograd.grad(each.square().sum(), logits)[0] for each in (replayed["topk_weights"], expected)]
     assert torch.equal(*gradients)

@@ -17,11 +17,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from transformers import DeepseekV3Config, MixtralConfig, OlmoeConfig, Qwen3MoeConfig
+from transformers import DeepseekV3Config, MixtralConfig, OlmoeConfig, Qwen3MoeConfig, SwitchTransformersConfig
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3TopkRouter
 from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
 from transformers.models.olmoe.modeling_olmoe import OlmoeSparseMoeBlock
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBlock
+from transformers.models.switch_transformers.modeling_switch_transformers import SwitchTransformersTop1Router
 
 from gaugeblock.optimized.jax import experts as optimized_jax_experts
 from gaugeblock.optimized.jax import routers as optimized_jax_routers
@@ -175,6 +176,34 @@ def test_an_expert_chosen_twice_counts_twice():
     assert_equal_to_rounding(twice, once)
 
 
+@pytest.mark.parametrize("capacity_factor", [0.25, 1.0, 1.25, 4.0])
+def test_switch_top1_is_the_router_of_switch_transformers(capacity_factor):
+    capacity = routers.expert_capacity(NUM_TOKENS, NUM_EXPERTS, capacity_factor)
+    config = SwitchTransformersConfig(num_experts=NUM_EXPERTS, d_model=HIDDEN_SIZE, expert_capacity=capacity)
+    router = with_random_weights(SwitchTransformersTop1Router(config).eval())
+    router.dtype = torch.float64
+    hidden_states = random(NUM_TOKENS, HIDDEN_SIZE, seed=9)
+    logits = hidden_states @ router.classifier.weight.detach().T
+    weights, ids, dropped = routers.switch_top1(logits, capacity_factor=capacity_factor)
+
+    kept, expected, _ = router(hidden_states[None])  # a row of it is 0 where the token is dropped, its weight is not
+    assert_equal_to_rounding(weights, expected[0, :, 0].masked_fill(dropped, 0).detach())
+    assert torch.equal(kept[0], torch.nn.functional.one_hot(ids, NUM_EXPERTS).masked_fill(dropped[:, None], 0))
+    assert dropped.any() == (capacity_factor < 4) and not dropped.all()
+
+
+@pytest.mark.parametrize(("num_tokens", "num_experts", "capacity"), [(1, 3, 1), (10, 4, 3), (12, 4, 3), (13, 4, 4), (0, 4, 0)])
+def test_switch_top1_drops_whoever_comes_too_late(num_tokens, num_experts, capacity):
+    assert routers.expert_capacity(num_tokens, num_experts, 1.0) == capacity
+    logits = random(num_tokens, num_experts, seed=2)
+    logits[: 2 * num_tokens // 3, 0] += 9
+    _, ids, dropped = routers.switch_top1(logits, capacity_factor=1.0)
+    room = [capacity] * num_experts
+    for expert, is_dropped in zip(ids.tolist(), dropped.tolist(), strict=True):
+        assert is_dropped == (room[expert] == 0)
+        room[expert] -= not is_dropped
+
+
 @pytest.mark.parametrize("x64", [False, True])
 @pytest.mark.parametrize("renormalize", [True, False])
 def test_jitted_jax_routers_are_those_of_torch(x64, renormalize):
@@ -187,12 +216,14 @@ def test_jitted_jax_routers_are_those_of_torch(x64, renormalize):
         for name, arrays, static in (
             ("softmax_topk", (logits,), options),
             ("grouped_sigmoid_topk", (logits, bias), grouped),
+            ("switch_top1", (logits,), {"capacity_factor": 1.1}),
         ):
-            weights, ids = getattr(routers, name)(*arrays, **static)
+            weights, ids, *dropped = getattr(routers, name)(*arrays, **static)
             jax_arrays = [jnp.asarray(array.numpy()) for array in arrays]
-            jax_weights, jax_ids = getattr(optimized_jax_routers, name)(*jax_arrays, **static)
+            jax_weights, jax_ids, *jax_dropped = getattr(optimized_jax_routers, name)(*jax_arrays, **static)
             assert jax_ids.dtype == jnp.int32 and ids.dtype == torch.int64
             np.testing.assert_array_equal(jax_ids, ids)
+            np.testing.assert_array_equal(jax_dropped, dropped)
             assert_equal_to_rounding(jax_weights, weights)
 
 
@@ -240,6 +271,7 @@ VALID = {
         "renormalize": True,
         "routed_scaling_factor": 1.0,
     },
+    "switch_top1": {"router_logits": torch.zeros(8, 6), "capacity_factor": 1.25},
     "fused_swiglu": {
         "hidden_states": torch.zeros(8, 4),
         "w13": torch.zeros(6, 10, 4),
@@ -264,6 +296,10 @@ VALID = {
         ("grouped_sigmoid_topk", "num_groups", 4, ValueError, "divide num_experts=6, got 4"),
         ("grouped_sigmoid_topk", "topk_groups", 4, ValueError, "1..num_groups=3, got 4"),
         ("grouped_sigmoid_topk", "top_k", 5, ValueError, "1..experts in the kept groups=4, got 5"),
+        ("switch_top1", "router_logits", torch.zeros(6), ValueError, "[num_tokens, num_experts], got (6,)"),
+        ("switch_top1", "router_logits", torch.zeros(8, 0), ValueError, "at least one expert, got (8, 0)"),
+        ("switch_top1", "capacity_factor", 0.0, ValueError, "positive, got 0.0"),
+        ("switch_top1", "capacity_factor", "1", TypeError, "a number, got '1'"),
         ("fused_swiglu", "hidden_states", torch.zeros(8, 4).bool(), TypeError, "got bool"),
         ("fused_swiglu", "w13", torch.zeros(6, 10, 4).half(), TypeError, "float32, got float16"),
         ("fused_swiglu", "w13", torch.zeros(6, 10, 3), ValueError, "hidden_size=4], got (6, 10, 3)"),

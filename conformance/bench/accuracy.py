@@ -4,11 +4,11 @@ from collections import defaultdict
 from collections.abc import Iterator
 
 from gaugeblock.conformance.cases import Case, make_inputs, options
+from gaugeblock.conformance.choice import check_choice
 from gaugeblock.conformance.contract import Contract
 from gaugeblock.conformance.devices import available_devices
 from gaugeblock.conformance.error_budget import Errors, measure
 from gaugeblock.conformance.frameworks import CALLERS, Call
-from gaugeblock.conformance.judge import check_choice
 from gaugeblock.conformance.oracle import budgets, rounded_cotangents
 from gaugeblock.conformance.registry import Implementation, implementations, one_line
 from gaugeblock.conformance.trial import Subject

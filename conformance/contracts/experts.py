@@ -177,6 +177,15 @@ def skewed(draw: Draw, parameters: Parameters) -> Tensors:
     return tensors | {"topk_ids": order[:, : parameters["top_k"]]}
 
 
+def repeated(draw: Draw, parameters: Parameters) -> Tensors:
+    """Experts chosen twice in a row; every third token chooses one alone, as often as it may: expert 0, or the last."""
+    tokens, experts, top_k = (parameters[name] for name in ("num_tokens", "num_experts", "top_k"))
+    ids = draw.integers(0, experts, tokens, top_k)
+    ids[:, 1:2] = ids[:, :1]
+    ids[::3] = (experts - 1) * draw.integers(0, 2, 1)
+    return dithered(draw, parameters) | {"topk_ids": ids}
+
+
 def cancelling(draw: Draw, parameters: Parameters) -> Tensors:
     """Sums of large terms of both signs; magnitudes from 2^-4 to 2^4 over the rows."""
     tensors = dithered(draw, parameters)
@@ -271,6 +280,7 @@ FUSED_SWIGLU = Contract(
     regimes=(
         Regime("dithered", dithered),
         Regime("skew", skewed),
+        Regime("repeated ids", repeated),
         Regime("adversarial", cancelling, "worst element"),
         Regime("denormals", tiny, "worst element", differentiable=False),  # what underflows depends on where weights are applied
         Regime("special", special, "worst element", differentiable=False),

@@ -385,7 +385,7 @@ MIXTRAL_MOE = Contract(
         Workload("two-cores/prefill-2048", of_experts.sizes(2048, 1024, 512, 32, 4), "this project's goal on a CPU, issue 2"),
     ),
     formulas=(_softmax_of_chosen,),
-    selection=Selection(_scores),
+    selection=Selection("topk_ids", _scores, "top_k"),
     relabel=of_experts.shuffled,
     rejections=MIXTRAL_REJECTIONS,
     builtins=(

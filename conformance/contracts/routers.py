@@ -372,7 +372,7 @@ SOFTMAX_TOPK = Contract(
         Workload("qwen3-30b-a3b/decode-64", softmax_sizes(64, 128, 8, True), "Qwen/Qwen3-30B-A3B config.json"),
     ),
     formulas=(_softmax_of_chosen,),
-    selection=Selection(_softmax_scores),
+    selection=Selection("topk_ids", _softmax_scores, "top_k"),
     relabel=shuffled_experts,
     rejections=SOFTMAX_REJECTIONS,
     builtins=(
@@ -419,7 +419,7 @@ GROUPED_SIGMOID_TOPK = Contract(
         ),
         Workload("deepseek-v3/decode-64", grouped_sizes(64, 256, 8, 8, 4, True, 2.5), "deepseek-ai/DeepSeek-V3 config.json"),
     ),
-    selection=Selection(_biased_scores, _biased_group_scores),
+    selection=Selection("topk_ids", _biased_scores, "top_k", _biased_group_scores, "topk_groups"),
     relabel=shuffled_groups,
     rejections=GROUPED_REJECTIONS,
     builtins=(

@@ -33,9 +33,8 @@ GRADIENT_SIZE = 0.03  # of one element, in the regimes below: moments have it, a
 def sizes(num_steps: int, batch_size: int, **others: Any) -> dict[str, Any]:
     """One point of the input space; all that is not given has an ordinary value.
 
-    `adam_epsilon` is of the gradients' size: with the usual 1e-8, Adam's first update is the gradient's sign, which rounding
-    decides where the gradient is near 0. The constants of AdamW are exact in float32: the rounding of 0.999 would be an error
-    of one sign in all elements.
+    `adam_epsilon` is of the gradients' size: with the usual 1e-8, Adam's first update is the gradient's sign, which says
+    nothing of its magnitude.
     """
     ordinary = {
         "num_steps": num_steps,
@@ -63,10 +62,13 @@ def sizes(num_steps: int, batch_size: int, **others: Any) -> dict[str, Any]:
     return ordinary | others
 
 
+USUAL = {"learning_rate": 1e-4, "beta1": 0.9, "beta2": 0.999, "adam_epsilon": 1e-8, "weight_decay": 0.01}
+
+
 @st.composite
 def parameters(draw: st.DrawFn) -> dict[str, Any]:
     """Small models, few steps, batches that microbatches divide unevenly; every option at its ends and between."""
-    return sizes(
+    drawn = sizes(
         num_steps=draw(st.integers(1, 3)),
         batch_size=draw(st.integers(1, 6)),
         accumulation_steps=draw(st.integers(1, 3)),
@@ -81,6 +83,7 @@ def parameters(draw: st.DrawFn) -> dict[str, Any]:
         velocity=draw(st.sampled_from(["noise - data", "data - noise"])),
         timestep_sampling=draw(st.sampled_from(["uniform", "logit-normal"])),
     )
+    return drawn | draw(st.sampled_from([{}, {}, {}, USUAL]))
 
 
 FACTORS = (
@@ -266,6 +269,7 @@ TRAIN_STEP = Contract(
         sizes(1, 5, velocity="data - noise", timestep_sampling="logit-normal", label_dropout=0.5),  # no option's default
         sizes(1, 3, label_dropout=1.0, max_gradient_norm=2**-10),  # so small that the 1e-6 of the clipping shows
         sizes(2, 1, accumulation_steps=2, weight_decay=0.0, label_dropout=0.0, run_seed=2**40 + 5),
+        sizes(1, 4, **USUAL),  # what people train with; none of it is exact in float32
     ),
     factors=FACTORS,
     build=sizes,

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from gaugeblock.conformance.faults.fault import Fault, Kind, plant
+from gaugeblock.conformance.registry import find_contract
 
 KERNELS = "gaugeblock.optimized.triton"
 
@@ -82,5 +83,7 @@ def mutant(
     **claims: Any,
 ) -> None:
     """Registers a change of text as a fault."""
-    candidate = partial(load_mutant, contract, name, place, old, new)
+    kernels = (each.function for each in find_contract(contract).builtins if each.kind == "triton")
+    function = next(kernels).removeprefix(f"{KERNELS}.").replace(":", ".")
+    candidate = partial(load_mutant, function, name, place, old, new)
     plant(Fault(f"triton-{name}", contract, candidate, caught_by, kind, source, summary, claims={"kind": "triton"} | claims))

@@ -21,6 +21,7 @@ from gaugeblock.conformance.contract import Tensors
 from gaugeblock.conformance.exploration import Profile, check, examine, pooled_violation
 from gaugeblock.conformance.faults.fault import Fault, process_kept
 from gaugeblock.conformance.faults.right.variant import variants
+from gaugeblock.conformance.faults.simulated.capacity_routers import SwitchRouter
 from gaugeblock.conformance.faults.simulated.dit import Dit
 from gaugeblock.conformance.faults.simulated.experts import Experts
 from gaugeblock.conformance.faults.simulated.layers import GatedNormModulate, NormModulate
@@ -37,6 +38,7 @@ from gaugeblock.conformance.trial import Ledger, Property, Subject, Trial
 RIGHT: dict[str, Callable[[], Callable[..., Any]]] = {
     "routers.softmax_topk": SoftmaxRouter,
     "routers.grouped_sigmoid_topk": GroupedRouter,
+    "routers.switch_top1": SwitchRouter,
     "experts.fused_swiglu": Experts,
     "moe_layers.mixtral_moe": MixtralMoe,
     "moe_layers.load_balancing_loss": BalanceLoss,

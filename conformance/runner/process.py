@@ -62,9 +62,7 @@ class Server:
         self.kept: deque[tuple[int, Any]] = deque(maxlen=KEPT)
         if settings.group is not None:
             _join(settings.group, settings.device)
-        if settings.memory is not None:
-            most = settings.memory + _address_space()
-            resource.setrlimit(resource.RLIMIT_AS, (most, resource.getrlimit(resource.RLIMIT_AS)[1]))
+        self.most = None if settings.memory is None else settings.memory + _address_space()
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
     def answer(self, request: Any) -> None:
@@ -97,6 +95,8 @@ class Server:
         from gaugeblock.conformance.runner.perform import perform
 
         device = self.settings.device
+        far = any(each.far for each in request.inputs.values())
+        _limit_memory(None if far else self.most)  # a far view is tens of GiB of address space, and a few pages
         placed = {**request.inputs, **{f"cotangent/{key}": each for key, each in (request.cotangents or {}).items()}}
         tensors = self.link.received.tensors(placed, device)
         inputs = {key: tensors[key] for key in request.inputs}
@@ -164,6 +164,12 @@ _meshes: dict[int, Any] = {}
 
 def _mesh(size: int) -> Any:
     return _meshes[size]
+
+
+def _limit_memory(most: int | None) -> None:
+    """Lets the process have no more bytes of address space than so many, or as many as it likes."""
+    hard = resource.getrlimit(resource.RLIMIT_AS)[1]
+    resource.setrlimit(resource.RLIMIT_AS, (hard if most is None else most, hard))
 
 
 @cache

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from gaugeblock.conformance.contract import Tensors
+from gaugeblock.conformance.far import far_view, is_far
 
 ARENA_BYTES = 4 << 30  # of address space, for the tensors of one direction; only what is used is ever held
 RING_BYTES = 32 << 20  # over which the inputs of small calls wander, so that addresses are no names of calls
@@ -53,13 +54,17 @@ class Impostor(Exception):
 
 @dataclass(frozen=True)
 class Placed:
-    """A tensor in an arena: `storage` is where its memory begins there, and how many bytes that is."""
+    """A tensor in an arena: `storage` is where its memory begins there, and how many bytes that is.
+
+    Of a `far` one the values alone are there; the view of them is made anew.
+    """
 
     dtype: str
     shape: tuple[int, ...]
     stride: tuple[int, ...]
     offset: int
     storage: tuple[int, int]
+    far: bool = False
 
 
 class Arena:
@@ -95,7 +100,11 @@ class Arena:
         """
         placed: dict[str, Placed] = {}
         storages: dict[int, tuple[int, int]] = {}
-        for key, tensor in tensors.items():
+        held = []  # so that no two tensors have one address
+        for key, given in tensors.items():
+            far = is_far(given)
+            tensor = given.contiguous() if far else given
+            held.append(tensor)
             storage = tensor.untyped_storage()
             size = storage.nbytes()
             if storage.data_ptr() not in storages:
@@ -106,7 +115,7 @@ class Arena:
                 start += -(-size // ALIGNMENT) * ALIGNMENT
             where = storages[storage.data_ptr()]
             dtype = str(tensor.dtype).removeprefix("torch.")
-            placed[key] = Placed(dtype, tuple(tensor.shape), tensor.stride(), int(tensor.storage_offset()), where)
+            placed[key] = Placed(dtype, tuple(tensor.shape), tensor.stride(), int(tensor.storage_offset()), where, far)
         return placed, start
 
     def tensors(self, placed: Mapping[str, Placed], device: str = "cpu") -> Tensors:
@@ -117,7 +126,8 @@ class Arena:
             (start, size), dtype = each.storage, Dtypes[each.dtype]
             if (each.storage, each.dtype) not in storages:
                 storages[each.storage, each.dtype] = self.flat(start, size // dtype.itemsize, dtype).to(device)
-            found[key] = storages[each.storage, each.dtype].as_strided(each.shape, each.stride, each.offset)
+            tensor = storages[each.storage, each.dtype].as_strided(each.shape, each.stride, each.offset)
+            found[key] = far_view(tensor) if each.far else tensor
         return found
 
     def update(self, tensors: Mapping[str, torch.Tensor], placed: Mapping[str, Placed]) -> None:

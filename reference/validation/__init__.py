@@ -33,6 +33,7 @@ from gaugeblock.reference.validation.moe import (
     mixtral_moe,
     router_z_loss,
     softmax_topk,
+    switch_top1,
 )
 from gaugeblock.reference.validation.training import (
     euler_sample,
@@ -76,6 +77,7 @@ __all__ = [
     "sincos_position_embedding",
     "softmax_topk",
     "state_entries",
+    "switch_top1",
     "timestep_embedding",
     "unpatchify",
     "velocity_sign",

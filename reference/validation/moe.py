@@ -9,6 +9,7 @@ from gaugeblock.reference.validation.arrays import (
     require_between,
     require_dtype,
     require_entry_names,
+    require_positive,
     require_same_device,
     require_shape,
     require_values,
@@ -37,6 +38,15 @@ def grouped_sigmoid_topk(
     require_between("topk_groups", topk_groups, 1, num_groups, "num_groups=")
     kept_experts = topk_groups * num_experts // num_groups
     require_between("top_k", top_k, 1, kept_experts, "experts in the kept groups=")
+
+
+def switch_top1(router_logits: Any, capacity_factor: float) -> None:
+    """Check the arguments of `routers.switch_top1`."""
+    require_dtype("router_logits", router_logits, FLOATING)
+    require_shape("router_logits", router_logits, num_tokens=None, num_experts=None)
+    if router_logits.shape[1] == 0:
+        raise ValueError(f"router_logits must hold at least one expert, got {tuple(router_logits.shape)}")
+    require_positive("capacity_factor", capacity_factor)
 
 
 def fused_swiglu(hidden_states: Any, w13: Any, w2: Any, topk_weights: Any, topk_ids: Any) -> None:

@@ -71,6 +71,36 @@ class WeightAppliedTwice(Experts):
         return super().combine(outs, topk_weights.square())
 
 
+@fault(EXPERTS, caught_by="parity", kind="structural", source="llama.cpp#26294", smallest=8)
+class RepeatedIdDropped(Experts):
+    """Weights are scattered over the experts, where of an id given twice in a row the last one stays."""
+
+    def combine(self, outs, topk_weights):
+        again = (self.ids[:, :, None] == self.ids[:, None, :]).triu(1).any(2)
+        return super().combine(outs, topk_weights.masked_fill(again, 0))
+
+    def dispatch(self, topk_ids, num_experts):
+        self.ids = topk_ids
+        return super().dispatch(topk_ids, num_experts)
+
+
+@fault(EXPERTS, caught_by="parity", kind="boundary", source="llama.cpp#26310", smallest=8)
+class ListOfTokensForRows(Experts):
+    """An expert's list has room for each token once; what repeated ids add is not computed."""
+
+    def blocks(self, offsets):
+        tokens = int(offsets[-1]) // self.top_k
+        for expert, start, end in super().blocks(offsets):
+            yield expert, start, max(start, min(end, int(offsets[expert]) + tokens))
+
+    def dispatch(self, topk_ids, num_experts):
+        self.top_k = topk_ids.shape[1]
+        return super().dispatch(topk_ids, num_experts)
+
+    def allocate(self, rows, columns):
+        return torch.zeros(rows, columns)
+
+
 @fault(EXPERTS, caught_by="parity", kind="structural", source="Llama-4 ports", smallest=2)
 class WeightIgnoredForOneChoice(Experts):
     """With top_k = 1 the combine is skipped, and the weight with it."""

@@ -2,14 +2,18 @@
 
 import torch
 from torch.func import functional_call
-from transformers import DeepseekV3Config, MixtralConfig, Qwen3MoeConfig
+from transformers import DeepseekV3Config, MixtralConfig, Qwen3MoeConfig, SwitchTransformersConfig
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3TopkRouter
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts, MixtralSparseMoeBlock
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts, Qwen3MoeTopKRouter
-from transformers.models.switch_transformers.modeling_switch_transformers import router_z_loss_func
+from transformers.models.switch_transformers.modeling_switch_transformers import (
+    SwitchTransformersTop1Router,
+    router_z_loss_func,
+)
 
 from gaugeblock.conformance.cases import Case
-from gaugeblock.conformance.faults.right.variant import EXPERTS, GROUPED, MIXTRAL, SOFTMAX, Z, right
+from gaugeblock.conformance.faults.right.variant import EXPERTS, GROUPED, MIXTRAL, SOFTMAX, SWITCH, Z, right
+from gaugeblock.reference.torch.routers import expert_capacity
 
 
 def finite(case: Case) -> bool:
@@ -37,6 +41,20 @@ class TransformersQwen3Router:
             Qwen3MoeConfig(num_experts=experts, hidden_size=experts, num_experts_per_tok=top_k, norm_topk_prob=renormalize)
         )
         return functional_call(module, {"weight": torch.eye(experts)}, router_logits)[1:]
+
+
+@right(SWITCH, fits=finite, dtypes=("float32",))
+class TransformersSwitchRouter:
+    """Switch Transformers' router, whose classifier is the identity; it returns a mask without the dropped, and their weights."""
+
+    def __call__(self, router_logits, *, capacity_factor):
+        tokens, experts = router_logits.shape
+        capacity = expert_capacity(tokens, experts, capacity_factor)
+        config = SwitchTransformersConfig(num_experts=experts, d_model=experts, expert_capacity=capacity)
+        module = SwitchTransformersTop1Router(config).eval()
+        kept, weights, _ = functional_call(module, {"classifier.weight": torch.eye(experts)}, router_logits)
+        dropped = ~kept.any(1)
+        return weights[:, 0].masked_fill(dropped, 0), router_logits.softmax(1).argmax(1), dropped
 
 
 @right(GROUPED, fits=finite_groups, dtypes=("float32",), batch_invariant=False)

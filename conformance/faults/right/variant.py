@@ -12,13 +12,14 @@ from gaugeblock.conformance.registry import DType, Implementation
 from gaugeblock.conformance.trial import Subject
 
 SOFTMAX, GROUPED, EXPERTS = "routers.softmax_topk", "routers.grouped_sigmoid_topk", "experts.fused_swiglu"
+SWITCH = "routers.switch_top1"
 MIXTRAL, BALANCE, Z = "moe_layers.mixtral_moe", "moe_layers.load_balancing_loss", "moe_layers.router_z_loss"
 NORM, GATED_NORM = "layers.layer_norm_modulate", "layers.gated_residual_layer_norm_modulate"
 INTERPOLATE, VELOCITY, FLOW_LOSS = (f"objectives.rectified_flow_{name}" for name in ("interpolate", "velocity", "loss"))
 DIT, STEP = "dit.dit", "train_image_diffusion.train_step"
 EVERY_DTYPE: tuple[DType, ...] = ("float32", "float16", "bfloat16")
 LOG2_E = 1.4426950408889634
-MODULES = "routers experts moe_layers layers dit objectives train_image_diffusion ranks".split()
+MODULES = "routers capacity_routers experts moe_layers layers dit objectives train_image_diffusion ranks".split()
 PUBLIC = ("transformers", "diffusers")  # modules of these libraries, where they are installed
 _variants: list["Variant"] = []
 

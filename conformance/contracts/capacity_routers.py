@@ -1,0 +1,139 @@
+"""Contracts of the routers whose experts have room for so many tokens (CATALOGUE section 1)."""
+
+import math
+from typing import Any
+
+import torch
+from hypothesis import strategies as st
+
+from gaugeblock.conformance.cases import Draw
+from gaugeblock.conformance.contract import (
+    Builtin,
+    Contract,
+    Cost,
+    Output,
+    Parameters,
+    Regime,
+    Rejection,
+    Selection,
+    Tensors,
+    Workload,
+)
+from gaugeblock.conformance.contracts import routers as of_routers
+from gaugeblock.reference.torch import routers
+
+
+def cost(parameters: Parameters, itemsize: int) -> Cost:
+    """Logits are read once, weights (4 bytes), ids (8) and what is dropped (1) written once; about 20 operations a logit."""
+    logits = parameters["num_tokens"] * parameters["num_experts"]
+    return Cost(20.0 * logits, float(itemsize * logits + 13 * parameters["num_tokens"]))
+
+
+def sizes(num_tokens: int, num_experts: int, capacity_factor: float) -> dict[str, Any]:
+    """One point of the input space."""
+    return {"num_tokens": num_tokens, "num_experts": num_experts, "capacity_factor": capacity_factor}
+
+
+@st.composite
+def parameters(draw: st.DrawFn) -> dict[str, Any]:
+    """Sizes around powers of two and above 255 experts; room for few tokens, for all of them, and between."""
+    return sizes(
+        num_tokens=draw(st.sampled_from([1, 2, 3, 7, 16, 17, 33, 64, 65, 130])),
+        num_experts=draw(st.sampled_from([1, 2, 3, 5, 8, 13, 16, 60, 64, 65, 257])),
+        capacity_factor=draw(st.sampled_from([2**-6, 0.5, 1.0, 1.1, 1.25, 2.0, 300.0])),
+    )
+
+
+# ------------------------------------------------------------------------------------------------------ kinds of values
+
+
+def skewed(draw: Draw, parameters: Parameters) -> Tensors:
+    """All tokens on one expert, or just as many as it has room for, or one more, one less; the others on the next."""
+    tokens, experts = parameters["num_tokens"], parameters["num_experts"]
+    capacity = routers.expert_capacity(tokens, experts, parameters["capacity_factor"])
+    favoured = (tokens, capacity - 1, capacity, capacity + 1)[int(draw.integers(0, 4, 1))]
+    favourite = draw.integers(0, experts, 1)
+    ids = torch.where(draw.permutation(tokens) < favoured, favourite, (favourite + 1) % experts)
+    logits = draw.normal(tokens, experts)
+    return {"router_logits": logits.scatter_add(1, ids[:, None], 6 + draw.uniform(tokens, 1))}
+
+
+def lattice(draw: Draw, parameters: Parameters) -> Tensors:
+    """Few equal logits among -inf ones, a power of two of them: every weight is a power of two, or 0."""
+    tokens, experts = parameters["num_tokens"], parameters["num_experts"]
+    finite = 2 ** int(draw.integers(0, int(math.log2(min(experts, 8))) + 1, 1))
+    allowed = torch.zeros(tokens, experts, dtype=torch.bool).scatter(1, draw.distinct_rows(tokens, finite, experts), True)
+    return {"router_logits": torch.where(allowed, draw.integers(-8, 9, tokens, 1).to(torch.float64), -math.inf)}
+
+
+# ------------------------------------------------------------------------------------------------------------ bad calls
+
+REJECTIONS = (
+    *(each for each in of_routers.SOFTMAX_REJECTIONS if each.argument == "router_logits"),
+    Rejection("no experts", "router_logits", lambda call: {"router_logits": call["router_logits"][:, :0]}),
+    Rejection("no capacity", "capacity_factor", lambda call: {"capacity_factor": 0.0}),
+    Rejection("a negative capacity", "capacity_factor", lambda call: {"capacity_factor": -1.0}),
+    Rejection("a capacity that is no number", "capacity_factor", lambda call: {"capacity_factor": math.nan}),
+)
+
+# ------------------------------------------------------------------------------------------------------------- the rows
+
+IN_ORDER = "which tokens are dropped depends on those before them"
+
+
+def _scores(router_logits: torch.Tensor, **_: Any) -> torch.Tensor:
+    return torch.softmax(router_logits, -1)
+
+
+SWITCH_TOP1 = Contract(
+    name="routers.switch_top1",
+    summary="Each token goes to its most probable expert, unless as many tokens before it as the expert has room for did so too.",
+    formula=(
+        "p = softmax(router_logits); id = argmax(p); dropped[t] = at least ceil(num_tokens * capacity_factor / num_experts) "
+        "tokens s < t have id[s] = id[t]; weight = p[id], or 0 if dropped"
+    ),
+    source="Switch Transformers (arXiv:2101.03961) section 2.2, equation 3, and figure 3",
+    reference=routers.switch_top1,
+    twin="gaugeblock.reference.jax.routers:switch_top1",
+    inputs=(of_routers.LOGITS,),
+    outputs=(
+        Output("weights", ("num_tokens",), dtype="float32", differentiable=True),
+        Output("expert_ids", ("num_tokens",), dtype="int64", indexes="num_experts"),
+        Output("dropped", ("num_tokens",), dtype="bool"),
+    ),
+    options=("capacity_factor",),
+    batch="num_tokens",
+    parameters=parameters,
+    landmarks=(
+        sizes(66, 8, 1.25),
+        sizes(33, 5, 1.1),  # 33 * 1.1 / 5 is 7.26, and float32's 1.1 is more
+        sizes(130, 300, 1.0),  # ids above 255, room for one
+        sizes(700, 2, 1.0),  # more tokens than bfloat16 can count, or a byte
+    ),
+    regimes=(
+        Regime("dithered", of_routers.dithered),
+        Regime("skew", skewed),
+        *of_routers.SOFTMAX_REGIMES[1:],
+        Regime("lattice", lattice, "exact", differentiable=False),
+    ),
+    cost=cost,
+    workloads=(
+        Workload("switch-base-8/train-4096", sizes(4096, 8, 1.25), "arXiv:2101.03961 tables 1 and 9; google/switch-base-8"),
+        Workload("switch-base-128/train-4096", sizes(4096, 128, 1.25), "arXiv:2101.03961 table 9; google/switch-base-128"),
+        Workload("switch-c-2048/train-4096", sizes(4096, 2048, 1.25), "arXiv:2101.03961 table 9; google/switch-c-2048"),
+    ),
+    selection=Selection("expert_ids", _scores, 1),
+    relabel=of_routers.shuffled_experts,
+    rejections=REJECTIONS,
+    without={
+        "batch_invariance": IN_ORDER,
+        "permutation_equivariance": IN_ORDER,
+        "nan_containment": "a token of NaN goes to any expert, and takes its room",
+    },
+    builtins=(
+        Builtin("triton", "gaugeblock.optimized.triton.capacity:switch_top1", "triton", claims=of_routers.TRITON_CLAIMS),
+        Builtin("jax-jit", "gaugeblock.optimized.jax.routers:switch_top1", "jax", "jax"),
+    ),
+)
+
+CONTRACTS = (SWITCH_TOP1,)
