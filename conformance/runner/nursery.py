@@ -119,9 +119,9 @@ class Nursery:
     def __init__(self, listener: socket.socket) -> None:
         self.listener = listener
         self.children: dict[int, socket.socket] = {}
-        self.woken, wakes = socket.socketpair()
-        wakes.setblocking(False)
-        signal.set_wakeup_fd(wakes.fileno(), warn_on_full_buffer=False)
+        self.woken, self.wakes = socket.socketpair()
+        self.wakes.setblocking(False)
+        signal.set_wakeup_fd(self.wakes.fileno(), warn_on_full_buffer=False)
         signal.signal(signal.SIGCHLD, lambda *_: None)
 
     def serve(self) -> None:
@@ -149,7 +149,7 @@ class Nursery:
         pid = os.fork()
         if pid == 0:
             self.listener.close()
-            for each in [connection, self.woken, *self.children.values()]:
+            for each in [connection, self.woken, self.wakes, *self.children.values()]:
                 each.close()
             signal.set_wakeup_fd(-1)
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
