@@ -5,6 +5,7 @@ import os
 os.environ.setdefault("TRITON_INTERPRET", "1")  # read when kernels are decorated
 
 import math
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -19,6 +20,13 @@ from gaugeblock.reference.torch import routers as reference
 DEVICE = "cpu" if launch.INTERPRETED else "cuda"
 GROUPED = {"num_groups": 5, "topk_groups": 3, "routed_scaling_factor": 2.446}
 NAN, INF = math.nan, math.inf
+
+
+@pytest.fixture(autouse=True)
+def interpreter() -> Iterator[None]:
+    """Kernels run as the gate runs them."""
+    with watch():
+        yield
 
 
 def draw(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -192,5 +200,6 @@ def test_logits_where_triton_does_not_run_are_rejected(router, monkeypatch):
     with pytest.raises(ValueError, match=r"router_logits must be on .* got meta"):
         routed(router, torch.empty(2, 35, device="meta"), 4)
     monkeypatch.setattr(launch, "INTERPRETED", False)
+    monkeypatch.setattr(triton.runtime.driver, "_active", None)  # the one that stands in where there is no GPU
     with pytest.raises(ValueError, match=r"router_logits must be on .* got cpu; TRITON_INTERPRET=1"):
         routed(router, torch.zeros(2, 35), 4)
