@@ -266,12 +266,12 @@ class TestFeatures:
             wide_range_kernel[(1,)](target, torch.tensor([70_000]), 70_000)
         assert target.item() == 70_000**2
 
-    def test_autotune_tries_every_configuration(self):
+    def test_autotune_takes_the_first_of_its_configurations(self):
         source, target = floats(100), torch.empty(100)
         active = driver._active
         with watch() as seen:
             two_configs_kernel[lambda config: (triton.cdiv(100, config["BLOCK"]),)](source, target, 100)
-        assert torch.equal(source, target) and seen.launches == Counter(two_configs_kernel=3)
+        assert torch.equal(source, target) and seen.launches == Counter(two_configs_kernel=1)
         assert driver._active is active
 
     def test_programs_that_wait_for_each_other_end_with_an_error(self, monkeypatch):

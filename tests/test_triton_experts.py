@@ -4,16 +4,26 @@ import os
 
 os.environ.setdefault("TRITON_INTERPRET", "1")  # read when kernels are decorated
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 
+from gaugeblock.conformance.contracts.experts import FUSED_SWIGLU
 from gaugeblock.conformance.triton_checks.interpreter import watch
-from gaugeblock.optimized.triton import launch
+from gaugeblock.optimized.triton import grouped_matmul, launch
 from gaugeblock.optimized.triton.dispatch import sort_by_expert, split_into_blocks, sum_rows
 from gaugeblock.optimized.triton.experts import fused_swiglu
 from gaugeblock.reference.torch import experts as reference
 
 DEVICE = "cpu" if launch.INTERPRETED else "cuda"
+
+
+@pytest.fixture(autouse=True)
+def interpreter() -> Iterator[None]:
+    """Kernels run as the gate runs them."""
+    with watch():
+        yield
 
 
 def draw(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -160,3 +170,21 @@ def test_any_size_may_be_0(size):
     assert torch.equal(out, torch.zeros_like(tensors[0]))
     for gradient, tensor in zip(gradients, tensors, strict=False):
         assert torch.equal(gradient, torch.zeros_like(tensor))
+
+
+@pytest.mark.parametrize(("dtype", "rows"), [(torch.float32, {32}), (torch.float16, {64, 128}), (torch.bfloat16, {64, 128})])
+def test_landmarks_reach_every_line_of_the_table_but_amd_s(dtype, rows):
+    reached = set()
+    for landmark in FUSED_SWIGLU.landmarks:
+        sizes = (landmark[name] for name in ("num_tokens", "hidden_size", "intermediate_size", "num_experts", "top_k"))
+        hidden_states, w13, w2, *_ = arguments(*sizes, dtype=dtype)
+        reached.add(grouped_matmul.choose_tiles(hidden_states, w13, w2).rows)
+    assert reached == rows
+
+
+def test_the_tiles_for_amd_give_the_same_numbers(monkeypatch):
+    tensors = arguments(200, 144, 160, 2, 1, dtype=torch.float16)
+    expected = fused_swiglu(*tensors)
+    monkeypatch.setattr(grouped_matmul, "on_amd", lambda: True)
+    assert grouped_matmul.choose_tiles(*tensors[:3]).rows == 64
+    torch.testing.assert_close(fused_swiglu(*tensors), expected)

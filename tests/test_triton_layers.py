@@ -5,6 +5,7 @@ import os
 os.environ.setdefault("TRITON_INTERPRET", "1")  # read when kernels are decorated
 
 from collections import Counter
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -24,6 +25,13 @@ EPS = 1e-6
 TINY = DiTConfig(
     input_size=4, in_channels=2, hidden_size=16, depth=2, num_heads=2, num_classes=3, frequency_embedding_size=8
 )
+
+
+@pytest.fixture(autouse=True)
+def interpreter() -> Iterator[None]:
+    """Kernels run as the gate runs them."""
+    with watch():
+        yield
 
 
 def draw(*shape: int, seed: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:

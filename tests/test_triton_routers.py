@@ -5,6 +5,7 @@ import os
 os.environ.setdefault("TRITON_INTERPRET", "1")  # read when kernels are decorated
 
 import math
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -19,6 +20,13 @@ from gaugeblock.reference.torch import routers as reference
 DEVICE = "cpu" if launch.INTERPRETED else "cuda"
 GROUPED = {"num_groups": 5, "topk_groups": 3, "routed_scaling_factor": 2.446}
 NAN, INF = math.nan, math.inf
+
+
+@pytest.fixture(autouse=True)
+def interpreter() -> Iterator[None]:
+    """Kernels run as the gate runs them."""
+    with watch():
+        yield
 
 
 def draw(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
