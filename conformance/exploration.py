@@ -176,7 +176,7 @@ def explore(subject: Subject, prop: Property, profile: Profile, ledger: Ledger) 
         chosen = few_visits(contract, regime, demand, examples) if sparing else visits(contract, regime, demand)
         layouts: SearchStrategy[tuple[Layout, str]] = st.just(("contiguous", ""))
         if prop.layouts:
-            chosen, layouts = laid_out(contract, chosen), st.sampled_from(layouts_of(contract))
+            chosen, layouts = laid_out(contract, chosen, sparing=sparing), st.sampled_from(layouts_of(contract))
         try:
             for case in chosen:
                 if time.monotonic() < time_is_up:
