@@ -193,15 +193,19 @@ def few_visits(contract: Contract, regime: str, demand: Demand, count: int) -> t
 
 
 def layouts_of(contract: Contract) -> list[tuple[Layout, str]]:
-    """Every layout, of all arguments and of each alone; equal rows of a router's weights would tie all choices inside."""
+    """Every layout, of all arguments and of each alone; the first five are five layouts, of as many arguments as there are.
+
+    Equal rows of a router's weights would tie all choices inside an operation.
+    """
     names = [spec.name for spec in contract.inputs]
-    layouts = [each for each in LAYOUTS[1:] if not (contract.chooses_inside and each == "broadcast")]
-    return [(layout, name) for name in ("", *(names if len(names) > 1 else [])) for layout in layouts]
+    whose = ["", *names] if len(names) > 1 else [""]
+    each = [layout for layout in LAYOUTS[1:] if not (contract.chooses_inside and layout == "broadcast")]
+    return [(layout, whose[(turn + place) % len(whose)]) for turn in range(len(whose)) for place, layout in enumerate(each)]
 
 
-def laid_out(contract: Contract, points: Sequence[Case]) -> tuple[Case, ...]:
-    """The points, dealt every layout in turn: each point and each layout is there."""
-    layouts = layouts_of(contract)
+def laid_out(contract: Contract, points: Sequence[Case], *, sparing: bool = False) -> tuple[Case, ...]:
+    """The points, dealt every layout in turn: each point and each layout is there; each layout once alone, if sparing."""
+    layouts = layouts_of(contract)[: len(LAYOUTS) - 1 if sparing else None]
     dealt = [(points[turn % len(points)], *layouts[turn % len(layouts)]) for turn in range(max(len(points), len(layouts)))]
     return tuple(case.replace(layout=layout, laid_out=name) for case, layout, name in dealt)
 

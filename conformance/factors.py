@@ -47,6 +47,7 @@ class Trait:
         name: Of the class, among those of `factor`: "one of them is 0".
         factor: What it is about; of one factor's traits a case has at most one.
         change: From the inputs in float64 and int64, those that are to be replaced; inputs that have the trait are not changed.
+            Rows stay different: errors of equal ones are equal, and no sample.
         dtypes: Of arguments, other than the contract's.
         fits: The parameters at which it can be had.
     """

@@ -112,20 +112,13 @@ def _in_turn(tensors: Tensors) -> Tensors:
 def _in_turn_among_groups(tensors: Tensors) -> Tensors:
     """The same, whatever the other experts of its group are: their scores are small, and there is no bias."""
     logits, turn = tensors["router_logits"], _turns(tensors["router_logits"])
-    place = logits.masked_fill(turn, math.inf).argsort(1, descending=True).argsort(1)
-    low = -3 - place / logits.shape[1]
+    high, low = torch.where(logits >= 3, logits, 3 + logits.abs()), torch.where(logits <= -3, logits, -3 - logits.abs())
     bias = torch.zeros_like(tensors["e_score_correction_bias"])
-    return {"router_logits": torch.where(turn, 3.0, low.to(logits.dtype)), "e_score_correction_bias": bias}
+    return {"router_logits": torch.where(turn, high, low), "e_score_correction_bias": bias}
 
 
 def _negative(tensors: Tensors) -> Tensors:
     return {"router_logits": -tensors["router_logits"].abs()}
-
-
-def _some_equal(tensors: Tensors) -> Tensors:
-    logits = tensors["router_logits"].clone()
-    logits[::2] = logits[::2, :1]
-    return {"router_logits": logits}
 
 
 def _each_expert(sizes: Parameters) -> bool:
@@ -135,7 +128,6 @@ def _each_expert(sizes: Parameters) -> bool:
 SOFTMAX_TRAITS = (
     Trait("each expert in turn", "router_logits", _in_turn, fits=_each_expert),
     Trait("negative", "router_logits", _negative),
-    Trait("equal in a row", "router_logits", _some_equal),
 )
 GROUPED_TRAITS = (
     Trait("each expert in turn", "router_logits", _in_turn_among_groups, fits=_each_expert),

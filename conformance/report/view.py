@@ -24,7 +24,7 @@ MEANINGS: dict[Status, str] = {
     "error": "error of the engine or the contract: no word on the candidate",
 }
 NOT_OF_CONTRACT = "the contract has no"  # begins the reason why a property makes no row of a contract's matrix
-SPARING = "Visited: of the pairs (or classes) of sizes, options and values that there are. *: built in; quick visits few."
+SPARING = "Visited: of the pairs (or classes) of sizes, options and values there are. *: built in, of which quick visits few."
 MEASURED = ("parity", "gradients")  # properties whose worst error stands beside the mark
 KINDS = ("reference", "triton", "distributed", "jax", "compiled", "user")
 LONGEST_SLUG = 200  # file names may have 255 bytes
