@@ -4,7 +4,7 @@ BIN := .venv/bin
 INSTALL := $(BIN)/pip install --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help setup check lint demo dashboard browser test clean
+.PHONY: help setup check machines lint demo dashboard browser test clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
@@ -20,6 +20,9 @@ setup: .venv/.installed  ## .venv, with everything of pyproject.toml at the vers
 
 check: setup  ## the gate over all built-in implementations: verdicts here and in report/ (a minute and a half)
 	$(BIN)/gaugeblock check --report report
+
+machines: setup  ## the gate on pretended CPUs (older instructions, more threads): the same verdicts on all? (some minutes)
+	$(BIN)/gaugeblock machines --report machines
 
 lint: setup  ## ruff, mypy, and the direction of imports
 	$(BIN)/ruff check .
@@ -45,4 +48,4 @@ test: lint browser  ## the linters and all tests (some minutes)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist worksteal
 
 clean:  ## remove .venv, reports and caches
-	rm -rf .venv report build dist *.egg-info .hypothesis .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
+	rm -rf .venv report machines build dist *.egg-info .hypothesis .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

@@ -4,7 +4,7 @@ Hypothesis draws the case (sizes, options, regime, layout, seed), which is cheap
 seeded generator. A case's repr is its reproduction.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import lru_cache
 from typing import Any, Literal, get_args
@@ -13,7 +13,7 @@ import torch
 from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
 
-from gaugeblock.conformance.contract import Contract, ContractError, Parameters, Tensors
+from gaugeblock.conformance.contract import Contract, ContractError, Parameters, Tensors, argument_of
 from gaugeblock.conformance.decisions import rounding_decides
 from gaugeblock.conformance.far import far_view
 
@@ -26,18 +26,37 @@ GUARD = 64  # elements on either side of a guarded tensor
 
 @dataclass(frozen=True, init=False, repr=False)
 class Case:
-    """One point of a contract's input space: `Case(num_tokens=3, ..., regime="dithered", layout="contiguous", seed=0)`."""
+    """One point of a contract's input space: `Case(num_tokens=3, ..., regime="dithered", layout="contiguous", seed=0)`.
+
+    Attributes:
+        items: Sizes and options.
+        layout: Of all inputs, or of those of the argument `laid_out` alone.
+        traits: What the values are like on top of the regime.
+    """
 
     items: tuple[tuple[str, Any], ...]
     regime: str
     layout: Layout
     seed: int
+    laid_out: str
+    traits: tuple[str, ...]
 
-    def __init__(self, *, regime: str, layout: Layout = "contiguous", seed: int = 0, **parameters: Any) -> None:
+    def __init__(
+        self,
+        *,
+        regime: str,
+        layout: Layout = "contiguous",
+        seed: int = 0,
+        laid_out: str = "",
+        traits: Iterable[str] = (),
+        **parameters: Any,
+    ) -> None:
         object.__setattr__(self, "items", tuple(parameters.items()))
         object.__setattr__(self, "regime", regime)
         object.__setattr__(self, "layout", layout)
         object.__setattr__(self, "seed", seed)
+        object.__setattr__(self, "laid_out", laid_out)
+        object.__setattr__(self, "traits", tuple(traits))
 
     @property
     def parameters(self) -> dict[str, Any]:
@@ -46,7 +65,13 @@ class Case:
 
     def to_json(self) -> dict[str, Any]:
         """The keyword arguments that make this case again."""
-        return {**self.parameters, "regime": self.regime, "layout": self.layout, "seed": self.seed}
+        rare: dict[str, Any] = {"laid_out": self.laid_out, "traits": self.traits}
+        always = {"regime": self.regime, "layout": self.layout, "seed": self.seed}
+        return self.parameters | always | {name: value for name, value in rare.items() if value}
+
+    def layout_of(self, key: str) -> Layout:
+        """How the input at a flat key lies in memory."""
+        return self.layout if self.laid_out in ("", argument_of(key)) else "contiguous"
 
     def replace(self, **changes: Any) -> "Case":
         """This case with other parameters, regime, layout or seed."""
@@ -86,21 +111,30 @@ class Draw:
 def cases(
     contract: Contract, regime: str, sizes: Literal["free", "landmarks", "both"] = "both", landmarks: int | None = None
 ) -> SearchStrategy[Case]:
-    """Cases of one regime, of free sizes, the first so many landmarks (default: all), or both in turn."""
+    """Cases of one regime, of free sizes, the first so many landmarks (default: all), or both in turn; some with a trait."""
     strategies = {"free": contract.parameters(), "landmarks": st.sampled_from(contract.landmarks[:landmarks])}
     drawn = st.one_of(*strategies.values()) if sizes == "both" else strategies[sizes]
-    return st.builds(lambda parameters, seed: Case(**parameters, regime=regime, seed=seed), drawn, st.integers(0, 2**16))
+    names = ["", *(trait.name for trait in contract.traits)] if regime == contract.regimes[0].name else [""]
+
+    def case(parameters: dict[str, Any], seed: int, name: str) -> Case:
+        fits = name and contract.trait(name).fits(parameters)
+        return Case(**parameters, regime=regime, seed=seed, traits=[name] if fits else [])
+
+    return st.builds(case, drawn, st.integers(0, 2**16), st.sampled_from(names))
 
 
 def value_case(case: Case) -> Case:
     """The case that has the same values: of the layouts only "broadcast" changes them, to its repeated first row."""
-    return case if case.layout == "broadcast" else case.replace(layout="contiguous")
+    return case if case.layout == "broadcast" else case.replace(layout="contiguous", laid_out="")
 
 
 @lru_cache(CACHED)
 def _drawn(contract: Contract, case: Case) -> Tensors:
     tensors = contract.regime(case.regime).make(Draw(case.seed), case.parameters)
-    return {key: lay_out(tensor, case.layout).contiguous() for key, tensor in tensors.items()}
+    for name in case.traits:
+        change = contract.trait(name).change
+        tensors |= change(tensors) if change is not None else {}
+    return {key: lay_out(tensor, case.layout_of(key)).contiguous() for key, tensor in tensors.items()}
 
 
 @lru_cache(CACHED)
@@ -112,13 +146,15 @@ def cotangents(contract: Contract, case: Case) -> Tensors:
 
 
 def make_inputs(contract: Contract, case: Case, dtype: str) -> Tensors:
-    """The case's inputs, contiguous and on the CPU, rounded to the dtypes that the contract gives them."""
+    """The case's inputs, contiguous and on the CPU, rounded to the dtypes that the contract or a trait gives them."""
     case = value_case(case)
     return _rounded(contract, _settled(contract, case, dtype) if contract.chooses_inside else case, dtype)
 
 
 def _rounded(contract: Contract, case: Case, dtype: str) -> Tensors:
     dtypes = dtypes_of(contract, case.parameters, dtype)
+    for name in case.traits:
+        dtypes |= {argument: getattr(torch, other) for argument, other in contract.trait(name).dtypes.items()}
     return {key: tensor.to(dtypes[key]) for key, tensor in _drawn(contract, case).items()}
 
 
@@ -164,11 +200,6 @@ def in_float32(value: Any) -> Any:
     if is_dataclass(value) and not isinstance(value, type):
         return replace(value, **{each.name: in_float32(getattr(value, each.name)) for each in fields(value) if each.init})
     return value
-
-
-def layouts_of(contract: Contract) -> tuple[Layout, ...]:
-    """The layouts other than the contiguous one; equal rows of a router's weights would tie all choices inside an operation."""
-    return tuple(each for each in LAYOUTS[1:] if not (contract.chooses_inside and each == "broadcast"))
 
 
 def lay_out(tensor: torch.Tensor, layout: Layout) -> torch.Tensor:

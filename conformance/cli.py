@@ -1,10 +1,11 @@
 """The command `gaugeblock`.
 
-Exit status: 0 all conform, 1 something fails, 2 the call or the candidate file is wrong, 3 nothing was tested.
+Exit status: 0 all conform, 1 something fails, 2 the call or the candidate file is wrong, or the engine failed, 3 nothing tested.
 """
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -59,6 +60,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     check.add_argument("--workers", type=int, metavar="N", help="processes (default: one for each core)")
 
+    machines = commands.add_parser("machines", help="the gate on pretended CPUs, whose verdicts must be the same")
+    machines.add_argument("--machine", action="append", default=[], metavar="NAME", help="only this one (repeatable)")
+    machines.add_argument("--report", type=Path, default=Path("machines"), metavar="DIR", help="a report of each, a page of all")
+    machines.add_argument("arguments", nargs=argparse.REMAINDER, metavar="-- ...", help="arguments of `gaugeblock check`")
+
     listing = commands.add_parser("list", help="contracts and implementations, and what is missing")
     listing.add_argument("--json", action="store_true", help="one JSON object for each contract")
     listing.add_argument("--markdown", action="store_true", help="the table of the README")
@@ -104,10 +110,21 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _check(options: argparse.Namespace) -> int:
+    from gaugeblock.conformance.runner import nursery
+
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # one process for each core, not each with a thread for every core
+    nursery.start()  # imports torch while this process does
     from gaugeblock.conformance.gate import run_gate
-    from gaugeblock.conformance.ranks import torchrun
+    from gaugeblock.conformance.runner import torchrun
 
     return torchrun.run(lambda: run_gate(options)) if torchrun.is_torchrun() else run_gate(options)
+
+
+def _machines(options: argparse.Namespace) -> int:
+    from gaugeblock.conformance.machines import run_machines
+
+    options.arguments = [each for each in options.arguments if each != "--"]
+    return run_machines(options)
 
 
 def _list(options: argparse.Namespace) -> int:
@@ -180,7 +197,8 @@ def _bench(options: argparse.Namespace) -> int:
 
 
 COMMANDS = {
-    "check": _check, "list": _list, "explain": _explain, "reproduce": _reproduce, "compare": _compare, "selftest": _selftest,
+    "check": _check, "machines": _machines,
+    "list": _list, "explain": _explain, "reproduce": _reproduce, "compare": _compare, "selftest": _selftest,
     "codegen": _codegen, "bench": _bench,
 }  # fmt: skip
 

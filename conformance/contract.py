@@ -13,6 +13,8 @@ from dataclasses import dataclass, field, fields, is_dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Literal
 
+from gaugeblock.conformance.factors import Factor, Trait
+
 if TYPE_CHECKING:
     import torch
     from hypothesis.strategies import SearchStrategy
@@ -189,8 +191,11 @@ class Contract:
         options: Names of the keyword arguments; their values are among a case's parameters.
         batch: The dimension along which examples are independent.
         parameters: Strategy of sizes and options.
-        landmarks: Sizes and options that are always worth a visit; the first is an ordinary one. JAX, which compiles
-            for every new shape, visits only these.
+        landmarks: Sizes and options that are always worth a visit, the configurations that people run among them; the first
+            is an ordinary one.
+        factors: What a kernel may treat in different ways: every pair of classes of two factors is visited.
+        build: The parameters that have the given values of all factors that have values; None where there are none.
+        traits: What values and dtypes of inputs may be like on top; factors of their own.
         regimes: Kinds of values; the first is the main one.
         formulas: Other ways to write the reference, equal in exact arithmetic; a budget allows for the rounding of each.
         selection: For operations that return what they choose.
@@ -228,6 +233,9 @@ class Contract:
     cost: Callable[[Parameters, int], Cost]
     workloads: tuple[Workload, ...]
     formulas: tuple[Callable[..., Any], ...] = ()
+    factors: tuple[Factor, ...] = ()
+    build: Callable[..., Parameters | None] | None = None
+    traits: tuple[Trait, ...] = ()
     selection: Selection | None = None
     chooses_inside: bool = False
     relabel: Callable[["Draw", Parameters], "torch.Tensor"] | None = None
@@ -250,6 +258,10 @@ class Contract:
     def regime(self, name: str) -> Regime:
         """The regime of that name."""
         return next(regime for regime in self.regimes if regime.name == name)
+
+    def trait(self, name: str) -> Trait:
+        """The trait of that name."""
+        return next(trait for trait in self.traits if trait.name == name)
 
     @property
     def gradients(self) -> tuple[str, ...]:

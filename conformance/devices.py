@@ -1,6 +1,7 @@
 """What the machine offers, and how the process must be set up before kernels are imported."""
 
 import os
+import re
 from pathlib import Path
 
 
@@ -24,6 +25,15 @@ def set_up_process() -> None:
     """Prepares a process in which subjects are judged; before triton, jax or a candidate is imported."""
     interpret_without_gpu()
     split_cpu_for_jax()
+    keep_thread_count()
+
+
+def keep_thread_count() -> None:
+    """Lets torch have as many threads as OMP_NUM_THREADS says, also where those are more than there are cores."""
+    import torch
+
+    if os.environ.get("OMP_NUM_THREADS", "").isdigit():
+        torch.set_num_threads(max(1, int(os.environ["OMP_NUM_THREADS"])))
 
 
 def split_cpu_for_jax() -> None:
@@ -59,11 +69,19 @@ def available_devices() -> tuple[str, ...]:
 
 def available_world_size(framework: str) -> int:
     """On how many devices an implementation can be judged; rank processes can be as many as one likes, but for torchrun."""
-    if framework == "jax":
-        import jax
+    import torch
 
-        return len(jax.devices())
-    return int(os.environ[RANKS].rsplit(":", 1)[1]) if RANKS in os.environ else MOST_PROCESSES
+    if framework == "torch":
+        return torchrun_world_size() or MOST_PROCESSES
+    if torch.cuda.is_available():
+        return torch.cuda.device_count()
+    flag = re.search(r"xla_force_host_platform_device_count=(\d+)", os.environ.get("XLA_FLAGS", ""))
+    return int(flag[1]) if flag else 1
+
+
+def torchrun_world_size() -> int:
+    """How many ranks torchrun has started; 0 if it did not start this run."""
+    return int(os.environ[RANKS].rsplit(":", 1)[1]) if RANKS in os.environ else 0
 
 
 def triton_is_interpreted() -> bool:

@@ -2,18 +2,22 @@
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 
 from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
 
-from gaugeblock.conformance.cases import Case, cases
+from gaugeblock.conformance.cases import Case, Layout, cases
+from gaugeblock.conformance.coverage import Demand, few_visits, laid_out, layouts_of, measure, visits
 from gaugeblock.conformance.judge import Violation, describe_statistics, name_worst
-from gaugeblock.conformance.ranks.pool import RanksLost, pool
-from gaugeblock.conformance.ranks.world import JaxDevices, fit
+from gaugeblock.conformance.registry import is_built_in
 from gaugeblock.conformance.reproduction import script_for
+from gaugeblock.conformance.runner.handle import Lost
+from gaugeblock.conformance.runner.ranks import fit
+from gaugeblock.conformance.runner.seats import Seat
 from gaugeblock.conformance.trial import Ledger, Property, Subject, Trial, violation_of
 from gaugeblock.conformance.verdict import Failure, Verdict
 
@@ -26,9 +30,11 @@ class Profile:
     """How long the gate may take.
 
     Attributes:
-        examples: Drawn cases of the main regime, and as many landmarks, per unit of a property's weight; half as many of
-            each other regime.
-        compiled_examples: The same for JAX, which compiles for every new shape and so draws landmarks only.
+        examples: Drawn cases of the main regime, after those that cover, per unit of a property's weight; half as many of each
+            other regime.
+        compiled_examples: The same for JAX, which compiles for every new shape and so draws other values for the same shapes.
+        more: Of how many factors more than the property asks for every combination of classes is visited.
+        sparing: Whether of what is built in only so many landmarks, and as many cases that cover, are visited as are drawn else.
         shrink_seconds: How long a failure may be shrunk.
         verdict_seconds: How long one property of one subject may take before its process is killed.
         derandomize: The same cases every time; else new ones.
@@ -39,15 +45,19 @@ class Profile:
     compiled_examples: int
     shrink_seconds: float
     verdict_seconds: float
+    more: int = 0
+    sparing: bool = False
     derandomize: bool = True
 
 
 PROFILES = {
     each.name: each
     for each in (
-        Profile("quick", examples=4, compiled_examples=2, shrink_seconds=4, verdict_seconds=120),
-        Profile("ci", examples=20, compiled_examples=6, shrink_seconds=15, verdict_seconds=600),
-        Profile("thorough", examples=300, compiled_examples=60, shrink_seconds=120, verdict_seconds=7200, derandomize=False),
+        Profile("quick", examples=4, compiled_examples=2, shrink_seconds=4, verdict_seconds=120, sparing=True),
+        Profile("ci", examples=20, compiled_examples=6, shrink_seconds=15, verdict_seconds=600, more=1),
+        Profile(
+            "thorough", examples=300, compiled_examples=60, shrink_seconds=120, verdict_seconds=7200, more=1, derandomize=False
+        ),
     )
 }
 
@@ -61,7 +71,8 @@ def examine(subject: Subject, prop: Property, profile: Profile, source: str | No
     reason = prop.inapplicable(subject)
     if reason:
         return replace(verdict, reason=reason)
-    start, ledger = time.monotonic(), Ledger()
+    start, ledger, seat = time.monotonic(), Ledger(), Seat(subject, 0)
+    seat.printed()  # by an earlier property
     violation, failing = explore(subject, prop, profile, ledger)
     statistics = {key: errors.statistics() for key, errors in ledger.errors.items()}
     if violation is None:
@@ -76,10 +87,20 @@ def examine(subject: Subject, prop: Property, profile: Profile, source: str | No
         profile=ledger.profile if ledger.errors else "",
     )
     if violation is not None:
-        details = (*violation.details, *_weaker_claim(subject, prop, failing))
-        failure = Failure(violation.message, violation.diagnosis, details, tuple(case.to_json() for case in failing))
-        failure = replace(failure, script=script_for(subject, prop.name, failing, violation.message, source))
-        return replace(verdict, status="fail", reason=violation.message, failure=failure)
+        status = violation.status if isinstance(violation, Lost) else "fail"
+        details = (*violation.details, *(_weaker_claim(subject, prop, failing) if status == "fail" else ()))
+        failure = Failure(
+            violation.message, violation.diagnosis, details, tuple(case.to_json() for case in failing),
+            script_for(subject, prop.name, failing, violation.message, source), seat.printed(),
+        )  # fmt: skip
+        return replace(verdict, status=status, reason=violation.message, failure=failure)
+    sparing = _is_sparing(subject, profile)
+    coverage = measure(
+        subject.contract, ledger.cases, _demand(subject, prop, profile), sparing=sparing, seen=_fitted(subject, prop)
+    )
+    verdict = replace(verdict, coverage=coverage)
+    if coverage is not None and coverage.lacking:
+        return replace(verdict, status="warning", reason=f"visits only {coverage}: the time was up")
     if (verdict.worst or 0) > WARNING:
         worst = max(statistics, key=lambda key: statistics[key].worst)
         return replace(verdict, status="warning", reason=f"{worst} uses {statistics[worst].worst:.0%} of its budget")
@@ -98,6 +119,23 @@ def _weaker_claim(subject: Subject, prop: Property, failing: list[Case]) -> tupl
     return ()
 
 
+def _is_sparing(subject: Subject, profile: Profile) -> bool:
+    return profile.sparing and is_built_in(subject.implementation)
+
+
+def _demand(subject: Subject, prop: Property, profile: Profile) -> Demand:
+    """What a property is to visit."""
+    return Demand(prop.covers + profile.more, subject.implementation.framework == "jax", prop.layouts)
+
+
+def _fitted(subject: Subject, prop: Property) -> Callable[[Case], Case]:
+    """What becomes of a case whose sizes must divide evenly among the most devices that it is judged on."""
+    if not subject.implementation.world_sizes:
+        return lambda case: case
+    most = max(prop.world_sizes(subject.implementation))
+    return lambda case: case.replace(**fit(subject.contract, case.parameters, most))
+
+
 def pooled_violation(ledger: Ledger) -> Violation | None:
     """What all cases of a property show together, though none of them alone."""
     for key, errors in ledger.errors.items():
@@ -110,11 +148,14 @@ def pooled_violation(ledger: Ledger) -> Violation | None:
 
 
 def explore(subject: Subject, prop: Property, profile: Profile, ledger: Ledger) -> tuple[Violation | None, list[Case]]:
-    """Runs a property on landmarks and drawn cases, one regime after the other, up to the first violation, which is shrunk."""
+    """Runs a property on cases that cover, then on drawn ones, one regime after the other, up to the first violation, which is
+    shrunk. Half of the time that a verdict may take is for this; what is not visited then is missing in the verdict's coverage.
+    """
     jax = subject.implementation.framework == "jax"
     most = prop.weight * subject.contract.cases * (profile.compiled_examples if jax else profile.examples)
     outcomes: dict[Case, Violation | None] = {}
     stop_at = math.inf
+    time_is_up = time.monotonic() + profile.verdict_seconds / 2
 
     def attempt(case: Case) -> None:
         nonlocal stop_at
@@ -124,7 +165,7 @@ def explore(subject: Subject, prop: Property, profile: Profile, ledger: Ledger) 
             counted = Ledger()
             outcomes[case] = check(subject, prop, case, counted)
             if outcomes[case] is not None:
-                worth_shrinking = not isinstance(outcomes[case], RanksLost)
+                worth_shrinking = not isinstance(outcomes[case], Lost)
                 stop_at = min(stop_at, time.monotonic() + profile.shrink_seconds * worth_shrinking)
             elif stop_at == math.inf:
                 ledger.cases.append(case)
@@ -134,21 +175,24 @@ def explore(subject: Subject, prop: Property, profile: Profile, ledger: Ledger) 
             raise violation.with_traceback(None)  # always from this line, by which Hypothesis tells failures apart
 
     for position, regime in enumerate(prop.regimes_of(subject.contract)):
-        examples = round(most if position == 0 else most / 2)  # none of free sizes: one landmark is visited all the same
-        landmarks = subject.contract.landmarks
-        turn = 0 if jax else position % len(landmarks)  # so that where one is visited, each regime visits another
-        landmarks = (*landmarks[turn:], *landmarks[:turn])[: max(1, examples)]
-        visits = [Case(**each, regime=regime, seed=seed) for seed, each in enumerate(landmarks)]
+        examples = round(most if position == 0 else most / 2)
+        demand, sparing = _demand(subject, prop, profile), _is_sparing(subject, profile)
+        contract = subject.contract
+        chosen = few_visits(contract, regime, demand, examples) if sparing else visits(contract, regime, demand)
+        layouts: SearchStrategy[tuple[Layout, str]] = st.just(("contiguous", ""))
+        if prop.layouts:
+            chosen, layouts = laid_out(contract, chosen), st.sampled_from(layouts_of(contract))
         try:
-            for case in visits:
-                attempt(case)
-            drawn = cases(subject.contract, regime, "landmarks", len(landmarks)) if jax else cases(subject.contract, regime)
-            if examples:
-                _search(drawn, attempt, profile, examples)
+            for case in chosen:
+                if time.monotonic() < time_is_up:
+                    attempt(case)
+            drawn = other_values(chosen) if jax else cases(contract, regime)
+            if examples and not sparing and time.monotonic() < time_is_up:
+                _search(in_memory(drawn, layouts), attempt, profile, examples)
         except Violation:
             with suppress(Violation):  # look for something smaller: without landmarks, across which Hypothesis cannot shrink
-                drawn = cases(subject.contract, regime, "landmarks" if jax else "free")
-                _search(drawn, attempt, profile, SHRINK_EXAMPLES)
+                drawn = cases(contract, regime, "landmarks" if jax else "free")
+                _search(in_memory(drawn, layouts), attempt, profile, SHRINK_EXAMPLES)
             failed = {case: violation for case, violation in outcomes.items() if violation is not None}
             smallest = min(failed, key=size_of)
             ledger.cases.append(smallest)
@@ -165,6 +209,16 @@ def _search(drawn: SearchStrategy[Case], attempt: Callable[[Case], None], profil
     search()
 
 
+def other_values(points: Sequence[Case]) -> SearchStrategy[Case]:
+    """The same cases with other seeds."""
+    return st.builds(lambda case, seed: case.replace(seed=seed), st.sampled_from(points), st.integers(0, 2**16))
+
+
+def in_memory(drawn: SearchStrategy[Case], layouts: SearchStrategy[tuple[Layout, str]]) -> SearchStrategy[Case]:
+    """The cases, each with one of the layouts."""
+    return st.builds(lambda case, layout: case.replace(layout=layout[0], laid_out=layout[1]), drawn, layouts)
+
+
 def size_of(case: Case) -> tuple[float, str]:
     """How much there is to look at in a case; a stable order."""
     numbers = [value for value in case.parameters.values() if isinstance(value, int) and not isinstance(value, bool)]
@@ -173,17 +227,11 @@ def size_of(case: Case) -> tuple[float, str]:
 
 def check(subject: Subject, prop: Property, case: Case, ledger: Ledger) -> Violation | None:
     """One property on one case, at each number of devices that it is about."""
-    implementation = subject.implementation
-    for size in prop.world_sizes(implementation):
-        if not implementation.world_sizes:
-            return violation_of(prop, Trial(subject, case, ledger))
-        fitting = Case(**{**case.to_json(), **fit(subject.contract, case.parameters, size)})
-        if implementation.framework == "jax":
-            violation = violation_of(prop, Trial(subject, fitting, ledger, JaxDevices(size)))
-        else:
-            violation, counted = pool().check(subject, prop, fitting, size)
-            ledger.include(counted)
+    for size in prop.world_sizes(subject.implementation):
+        fitting = Case(**{**case.to_json(), **fit(subject.contract, case.parameters, size)}) if size else case
+        violation = violation_of(prop, Trial(subject, fitting, ledger, size))
         if violation is not None:
-            violation.message = f"on {size} {'device' if size == 1 else 'devices'}: {violation.message}"
+            if size:
+                violation.message = f"on {size} {'device' if size == 1 else 'devices'}: {violation.message}"
             return violation
     return None

@@ -1,6 +1,10 @@
 """Calling an implementation, whatever framework it is written in: torch tensors in, torch tensors on the CPU out."""
 
-from collections.abc import Callable, Iterable
+import os
+import re
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -15,6 +19,37 @@ from gaugeblock.conformance.oracle import gradient_key
 
 class BadResult(Exception):
     """What came back is not what the signature promises."""
+
+
+class Raised(Exception):
+    """What a candidate raised: the names of the classes that its error is of, its message, and where."""
+
+    def __init__(self, kinds: Sequence[str], message: str, where: str) -> None:
+        super().__init__(f"raised {kinds[0]}: {(message.strip().splitlines() or ['(no message)'])[0]}")
+        self.kinds, self.message, self.where = tuple(kinds), message, where
+
+    @property
+    def place(self) -> str:
+        """The innermost line of the candidate's own, or an empty string."""
+        frames = re.findall(r'File "([^"<>]+)", line (\d+), in (\S+)', self.where)
+        own = [each for each in frames if not re.search(r"/(gaugeblock/conformance|site-packages|python3\.\d+)/", each[0])]
+        return f"in {own[-1][2]} ({os.path.basename(own[-1][0])}:{own[-1][1]})" if own else ""
+
+    @staticmethod
+    def of(error: BaseException) -> "Raised":
+        """The same of an error that was caught."""
+        return Raised([each.__name__ for each in type(error).__mro__], str(error), "".join(traceback.format_exception(error)))
+
+
+@contextmanager
+def candidates_own() -> Iterator[None]:
+    """Tells what a candidate raises from what the engine around it does."""
+    try:
+        yield
+    except (BadResult, Raised):
+        raise
+    except (Exception, SystemExit) as error:
+        raise Raised.of(error) from error
 
 
 @dataclass(frozen=True)
@@ -41,6 +76,12 @@ def call_torch(contract: Contract, function: Callable[..., Any], call: Call) -> 
     wanted = _wanted(contract, call)
     leaves = {key: tensor.detach().requires_grad_(key in wanted) for key, tensor in call.inputs.items()}
     outputs = _returned(contract, function, leaves, call, torch.stack, torch.Tensor)
+    device = next((each.device for each in leaves.values()), torch.device("cpu"))
+    for key, output in outputs.items():
+        if type(output) not in (torch.Tensor, torch.nn.Parameter):
+            raise BadResult(f"{key} is a {type(output).__name__}, expected a plain torch.Tensor")
+        if output.device.type != device.type:
+            raise BadResult(f"{key} is on {output.device}, expected {device}")
     if not wanted:
         return {key: tensor.detach() for key, tensor in outputs.items()}
     assert call.cotangents is not None
@@ -48,15 +89,16 @@ def call_torch(contract: Contract, function: Callable[..., Any], call: Call) -> 
     if not through:
         without = ", ".join(contract.differentiable(outputs))
         raise BadResult(f"{without} has no gradient function, so no gradient reaches {', '.join(wanted)}")
-    gradients = torch.autograd.grad(
-        [outputs[key] for key in through],
-        [leaves[key] for key in wanted],
-        [call.cotangents[key].to(outputs[key].dtype) for key in through],
-        allow_unused=True,
-    )
+    cotangents = [call.cotangents[key].to(outputs[key].dtype) for key in through]
+    with candidates_own():
+        gradients = torch.autograd.grad(
+            [outputs[key] for key in through], [leaves[key] for key in wanted], cotangents, allow_unused=True
+        )
     for key, gradient in zip(wanted, gradients, strict=True):
         if gradient is None:
             raise BadResult(f"{key} gets no gradient")
+        if gradient.device.type != leaves[key].device.type:
+            raise BadResult(f"the gradient of {key} is on {gradient.device}, expected {leaves[key].device}")
     return {key: tensor.detach() for key, tensor in outputs.items()} | _gradients(wanted, gradients)
 
 
@@ -78,11 +120,13 @@ def call_jax(contract: Contract, function: Callable[..., Any], call: Call) -> Te
         outputs = _returned(contract, function, arrays, call, jnp.stack, jax.Array)
         return {key: _from_jax(array) for key, array in outputs.items()}
     assert call.cotangents is not None
-    flowing, pull_back, others = jax.vjp(differentiable, {key: arrays[key] for key in wanted}, has_aux=True)
+    with candidates_own():
+        flowing, pull_back, others = jax.vjp(differentiable, {key: arrays[key] for key in wanted}, has_aux=True)
     cotangents = {
         key: jax.device_put(_to_jax(call.cotangents[key]).astype(array.dtype), array.sharding) for key, array in flowing.items()
     }
-    gradients = pull_back(cotangents)[0]
+    with candidates_own():
+        gradients = pull_back(cotangents)[0]
     results = {key: _from_jax(array) for key, array in (flowing | others).items()}
     return results | _gradients(wanted, [_from_jax(gradients[key]) for key in wanted])
 
@@ -125,8 +169,13 @@ def _returned(
     contract: Contract, function: Callable[..., Any], inputs: dict[str, Any], call: Call, stack: Any, kind: type
 ) -> dict[str, Any]:
     """Flat outputs, all of them arrays of the framework."""
+
+    def guarded(*arguments: Any, **options: Any) -> Any:
+        with candidates_own():
+            return function(*arguments, **options)
+
     try:
-        outputs = apply(contract, function, inputs, call.options, stack)
+        outputs = apply(contract, guarded, inputs, call.options, stack)
     except ResultCount as error:
         raise BadResult(str(error)) from None
     for key, value in outputs.items():

@@ -6,25 +6,33 @@ import os
 import signal
 import tempfile
 import time
+import traceback
 import warnings
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
 
 from rich.console import Console
 
-from gaugeblock.conformance.cli import CONFORM, FAILS, NOTHING_TESTED
+from gaugeblock.conformance.cli import CONFORM, FAILS, NOTHING_TESTED, WRONG_CALL
 from gaugeblock.conformance.devices import cache_compilations, compile_quickly, set_up_process
 from gaugeblock.conformance.exploration import PROFILES, examine
 from gaugeblock.conformance.properties import find_property, properties
+from gaugeblock.conformance.registry import Implementation, one_line
 from gaugeblock.conformance.report import files, terminal, waivers
 from gaugeblock.conformance.report.environment import capture_environment
+from gaugeblock.conformance.runner import nursery
 from gaugeblock.conformance.selection import Filters, subjects_of
 from gaugeblock.conformance.trial import Subject
-from gaugeblock.conformance.verdict import FAILED, Status, Verdict
+from gaugeblock.conformance.verdict import FAILED, Failure, Status, Verdict
 from gaugeblock.conformance.workers import Died, run_tasks
 
 Task = tuple[int, str]  # the subject's number and the property's name
 RANKS = "ranks"
+SLACK_SECONDS = 300.0  # for what no case's time counts: starting processes, shrinking
+FIRST_LOSSES = 2  # properties in which a candidate's process was lost, of one that has never answered
+MOST_LOSSES = 6  # the same of one that has
 
 
 def run_gate(options: argparse.Namespace) -> int:
@@ -63,14 +71,17 @@ def run_gate(options: argparse.Namespace) -> int:
     os.environ.setdefault("HYPOTHESIS_STORAGE_DIRECTORY", tempfile.gettempdir())  # nothing is left in the user's folder
     cache_compilations()
     compile_quickly()
-    os.environ.setdefault("OMP_NUM_THREADS", "1")  # one process for each core, not each with a thread for every core
     with terminal.progress(sum(map(len, groups.values())), console) as progress:
-        arguments = (tuple(options.candidates), filters, profile.name)
+        arguments = (subjects, profile.name, nursery.start())
+        losses = Losses()
         alone = [name for name in groups if name.startswith(RANKS)]  # one worker leads the ranks, so that they start once
         waiting = dict(sorted(groups.items(), key=lambda group: (group[0] not in alone, _cases(subjects, group[1]))))
-        for task, result in run_tasks(waiting, prepare, arguments, workers=workers, seconds=profile.verdict_seconds, alone=alone):
+        seconds = 2 * profile.verdict_seconds + SLACK_SECONDS
+        known = partial(_known, subjects, losses)
+        for task, result in run_tasks(waiting, prepare, arguments, workers=workers, seconds=seconds, alone=alone, known=known):
             subject = subjects[task[0]][0]
-            found[task] = _no_answer(subject, task[1], result, profile.verdict_seconds) if isinstance(result, Died) else result
+            found[task] = _no_answer(subject, task[1], result, seconds) if isinstance(result, Died) else result
+            losses.count(found[task])
             progress.advance(found[task])
 
     verdicts = [found[number, name] for name in chosen for number in range(len(subjects))]
@@ -87,22 +98,61 @@ def run_gate(options: argparse.Namespace) -> int:
     return exit_status(verdicts)
 
 
-def prepare(candidates: tuple[str, ...], filters: Filters, profile: str) -> Callable[[Task], Verdict]:
+def prepare(subjects: Sequence[tuple[Subject, str | None]], profile: str, candidates_from: str) -> Callable[[Task], Verdict]:
     """Sets a worker process up; the returned function judges one task."""
+    nursery.share(candidates_from)
     set_up_process()
     warnings.filterwarnings("ignore", module="triton")  # its interpreter tells of NaN and infinity that cases hold on purpose
     warnings.filterwarnings("ignore", message="invalid value encountered in reduce")  # so does numpy under it
-    subjects = subjects_of(candidates, filters)
 
     def judge(task: Task) -> Verdict:
         subject, source = subjects[task[0]]
-        return examine(subject, properties()[task[1]], PROFILES[profile], source)
+        start = time.monotonic()
+        try:
+            return examine(subject, properties()[task[1]], PROFILES[profile], source)
+        except Exception as error:  # the engine's, the contract's or the reference's: candidates run elsewhere
+            reason = f"{type(error).__name__}: {one_line(error)}"
+            verdict = _verdict(subject, task[1], "error", reason, time.monotonic() - start)
+            return replace(verdict, failure=Failure(reason, details=(traceback.format_exc(),)))
 
     return judge
 
 
+class Losses:
+    """Which candidates lost their process so often that the rest of their verdicts is known without trying."""
+
+    def __init__(self) -> None:
+        self.lost: dict[tuple[str, str], list[Verdict]] = defaultdict(list)
+        self.answered: set[tuple[str, str]] = set()
+
+    def count(self, verdict: Verdict) -> None:
+        """Takes note of a verdict that was tried."""
+        name = verdict.contract, verdict.implementation
+        if verdict.status in ("crash", "timeout"):
+            self.lost[name].append(verdict)
+        elif verdict.cases:
+            self.answered.add(name)
+
+    def hopeless(self, implementation: Implementation) -> list[Verdict]:
+        """What became of it in those properties that speak for the rest; empty if there is hope."""
+        name = implementation.contract, implementation.name
+        lost = self.lost[name]
+        return lost if len(lost) >= (MOST_LOSSES if name in self.answered else FIRST_LOSSES) else []
+
+
+def _known(subjects: Sequence[tuple[Subject, str | None]], losses: Losses, task: Task) -> Verdict | None:
+    subject = subjects[task[0]][0]
+    lost = losses.hopeless(subject.implementation)
+    if not lost:
+        return None
+    tried = ", ".join(dict.fromkeys(each.property for each in lost))
+    return _verdict(subject, task[1], lost[-1].status, f"not tried again after {tried}: {lost[-1].reason}")
+
+
 def exit_status(verdicts: list[Verdict]) -> int:
-    """0 all conform, 1 something fails, 3 nothing was tested."""
+    """0 all conform, 1 something fails, 2 the engine could not judge something, 3 nothing was tested."""
+    if any(each.status == "error" for each in verdicts):
+        return WRONG_CALL
     if any(each.status in FAILED for each in verdicts):
         return FAILS
     return CONFORM if any(each.cases for each in verdicts) else NOTHING_TESTED
@@ -116,9 +166,8 @@ def _cases(subjects: list[tuple[Subject, str | None]], tasks: list[Task]) -> tup
 def _no_answer(subject: Subject, name: str, died: Died, seconds: float) -> Verdict:
     code = died.exit_code or 0
     how = signal.Signals(-code).name if code < 0 else f"exit status {code}"
-    if died.late:
-        return _verdict(subject, name, "timeout", f"no answer within {seconds:.0f} s", died.seconds)
-    return _verdict(subject, name, "crash", f"the process died ({how})", died.seconds)
+    reason = f"the judge had no verdict within {seconds:.0f} s" if died.late else f"the judge's process died ({how})"
+    return _verdict(subject, name, "error", reason, died.seconds)
 
 
 def _verdict(subject: Subject, name: str, status: Status, reason: str, seconds: float = 0.0) -> Verdict:

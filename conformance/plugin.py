@@ -67,6 +67,7 @@ def gauge_verdict(request: pytest.FixtureRequest) -> Callable[["Property"], None
     """Examines the subject under a property; fails or skips the test as the verdict says."""
     from gaugeblock.conformance.exploration import PROFILES, examine
     from gaugeblock.conformance.report.failure_text import failure_lines
+    from gaugeblock.conformance.verdict import FAILED
 
     selected: Selected = request.param
 
@@ -74,7 +75,7 @@ def gauge_verdict(request: pytest.FixtureRequest) -> Callable[["Property"], None
         verdict = examine(selected.subject, prop, PROFILES[request.config.getoption("--gauge-profile")], selected.source)
         if verdict.status == "not supported":
             pytest.skip(verdict.reason)
-        if verdict.status == "fail":
+        if verdict.status in FAILED:
             pytest.fail("\n".join(failure_lines(verdict)), pytrace=False)
 
     return judge

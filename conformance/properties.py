@@ -23,6 +23,8 @@ def conformance_property(
     requires: tuple[str, ...] = (),
     every_world_size: bool = False,
     every_dtype: bool = False,
+    covers: int = 1,
+    layouts: bool = False,
 ) -> Callable[[Callable[[Trial], None]], Callable[..., None]]:
     """Turns `test_<name>(trial)` into a pytest test that is generic over contracts and implementations.
 
@@ -45,6 +47,8 @@ def conformance_property(
             requires,
             every_world_size,
             every_dtype,
+            covers,
+            layouts,
         )
 
         def test(gauge_verdict: Callable[[Property], None]) -> None:

@@ -31,15 +31,22 @@ class RegistrationError(ValueError):
 
 
 @dataclass(frozen=True)
+class Candidate:
+    """A function that a file or module registers, and that only a candidate's process loads."""
+
+    source: str
+
+
+@dataclass(frozen=True)
 class Implementation:
     """Something that claims to fulfil a contract. The defaults are the strong claims.
 
     Attributes:
         contract: The contract's name.
         name: The implementation's own.
-        function: What is called; for a built-in row its import path `module:function`.
+        function: What is called; for a built-in row its import path `module:function`, for a user's the source of it.
         kind: `reference`, `triton`, `distributed`, `jax`, `compiled` or `user`; kernels of kind `triton` are watched as
-            they run, and not judged where the interpreter is wrong.
+            they run.
         framework: Whose arrays it takes and returns.
         dtypes, devices: What it supports.
         profile: `strict`: only the operands of matrix products may be rounded to the dtype, all else is float32;
@@ -48,14 +55,17 @@ class Implementation:
         deterministic: The same call gives the same bits.
         batch_invariant: An example's bits do not depend on the other examples.
         validates: Bad input raises ValueError or TypeError naming the argument.
+        assumes_zero_masked_lanes: Its Triton kernels use lanes that were masked without `other`, which hold 0 on today's chips
+            though Triton does not promise it.
         jit: The engine calls it under `jax.jit`, keyword arguments static, but where a bad value is to be rejected.
         world_sizes: Numbers of devices that it runs on; it is called with `mesh` too, of one dimension "ranks". In PyTorch
             it is called once per rank with the rank's shard and a `DeviceMesh`; in JAX once, with global arrays and a `Mesh`.
+        memory_gib: GiB of address space that it may take on a CPU.
     """
 
     contract: str
     name: str
-    function: Callable[..., Any] | str
+    function: Callable[..., Any] | str | Candidate
     kind: Kind = "user"
     framework: Framework = "torch"
     dtypes: tuple[DType, ...] = ("float32",)
@@ -65,8 +75,10 @@ class Implementation:
     deterministic: bool = True
     batch_invariant: bool = True
     validates: bool = True
+    assumes_zero_masked_lanes: bool = False
     jit: bool = False
     world_sizes: tuple[int, ...] = ()
+    memory_gib: float = 8.0
 
     def load(self) -> Callable[..., Any]:
         """The callable itself.
@@ -74,12 +86,15 @@ class Implementation:
         Raises:
             ImportError: If a package that it needs is not installed.
         """
+        if isinstance(self.function, Candidate):
+            _load_once(self.function.source)
+            return _functions[self.contract, self.name]
         return import_path(self.function) if isinstance(self.function, str) else self.function
 
 
 CLAIMS = {each.name: each.type for each in fields(Implementation)[3:]}
 _registered: dict[tuple[str, str], Implementation] = {}
-_sources: list[str] = []
+_functions: dict[tuple[str, str], Callable[..., Any]] = {}  # what was registered in this process
 
 
 def implements(contract: str, *, name: str, **claims: Any) -> Callable[[Function], Function]:
@@ -89,7 +104,8 @@ def implements(contract: str, *, name: str, **claims: Any) -> Callable[[Function
         contract: A contract's name, e.g. `"routers.softmax_topk"` (`gaugeblock list` shows them).
         name: How the report calls the implementation.
         **claims: Fields of `Implementation`: `framework`, `dtypes`, `devices`, `profile`, `differentiable`,
-            `deterministic`, `batch_invariant`, `validates`, `jit`, `world_sizes`, `kind`.
+            `deterministic`, `batch_invariant`, `validates`, `assumes_zero_masked_lanes`, `jit`, `world_sizes`, `memory_gib`,
+            `kind`.
 
     Raises:
         RegistrationError: If the contract, a claim, a claim's value, or the function's signature is wrong, or the name is
@@ -100,17 +116,42 @@ def implements(contract: str, *, name: str, **claims: Any) -> Callable[[Function
         row = find_contract(contract)
         _check_claims(contract, name, claims)
         _check_signature(row, name, function, bool(claims.get("world_sizes")))
-        tuples = {
-            key: (value,) if isinstance(value, str | int) else tuple(value)
-            for key, value in claims.items()
-            if key in ("dtypes", "devices", "world_sizes")
-        }
         if any(name == each.name for each in implementations(contract)):
             raise RegistrationError(f"{contract}: an implementation named {name!r} is already registered")
-        _registered[contract, name] = Implementation(contract, name, function, **(claims | tuples))
+        _functions[contract, name] = function
+        _registered[contract, name] = _row(contract, name, function, claims)
         return function
 
     return register
+
+
+def register_told(contract: str, name: str, source: str, claims: dict[str, Any]) -> Implementation:
+    """Registers what a candidate's process has told of a file or module.
+
+    Raises:
+        RegistrationError: If the contract or a claim is wrong, or the name is taken by another source.
+    """
+    find_contract(contract)
+    _check_claims(contract, name, claims)
+    others = [each for each in implementations(contract) if each.name == name and each.function != Candidate(source)]
+    if others:
+        raise RegistrationError(f"{contract}: an implementation named {name!r} is already registered")
+    _registered[contract, name] = _row(contract, name, Candidate(source), claims)
+    return _registered[contract, name]
+
+
+def claims_of(implementation: Implementation) -> dict[str, Any]:
+    """All that it claims, by name."""
+    return {claim: getattr(implementation, claim) for claim in CLAIMS}
+
+
+def _row(contract: str, name: str, function: Callable[..., Any] | Candidate, claims: dict[str, Any]) -> Implementation:
+    tuples = {
+        key: (value,) if isinstance(value, str | int) else tuple(value)
+        for key, value in claims.items()
+        if key in ("dtypes", "devices", "world_sizes")
+    }
+    return Implementation(contract, name, function, **(claims | tuples))
 
 
 def _check_claims(contract: str, name: str, claims: dict[str, Any]) -> None:
@@ -120,6 +161,10 @@ def _check_claims(contract: str, name: str, claims: dict[str, Any]) -> None:
         kind = CLAIMS[claim]
         if claim == "world_sizes":
             _check_world_sizes(contract, name, value)
+            continue
+        if claim == "memory_gib":
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 2**20:
+                raise RegistrationError(f"{contract} ({name}): memory_gib must be a positive number, got {value!r}")
             continue
         allowed = (True, False) if kind is bool else get_args(get_args(kind)[0] if claim in ("dtypes", "devices") else kind)
         values = tuple(value) if claim in ("dtypes", "devices") and not isinstance(value, str) else (value,)
@@ -177,14 +222,9 @@ def implementations(contract: str) -> tuple[Implementation, ...]:
     return (*builtin_implementations(find_contract(contract)), *registered)
 
 
-def is_registered(implementation: Implementation) -> bool:
-    """Whether it is found by its names; if not, it must be handed on itself."""
-    return any(each is implementation for each in implementations(implementation.contract))
-
-
-def loaded_sources() -> tuple[str, ...]:
-    """Candidate files and modules that this process has loaded, in order."""
-    return tuple(_sources)
+def is_built_in(implementation: Implementation) -> bool:
+    """Whether it is ours."""
+    return implementation in builtin_implementations(find_contract(implementation.contract))
 
 
 def registered_implementations() -> tuple[Implementation, ...]:
@@ -233,19 +273,31 @@ def load_candidates(source: str) -> tuple[Implementation, ...]:
         raise RegistrationError(
             f"{source}: registers no implementation; decorate a function with gaugeblock.conformance.implements"
         )
-    _sources.append(str(Path(source).resolve()) if source.endswith(".py") else source)
     return added
 
 
 @cache
-def load_entry_points() -> None:
-    """Imports the modules that installed packages name in the entry-point group `gaugeblock.implementations`."""
+def _load_once(source: str) -> None:
+    load_candidates(source)
+
+
+@cache
+def load_entry_points() -> tuple[tuple[str, tuple[Implementation, ...]], ...]:
+    """Imports the modules that installed packages name in the entry-point group `gaugeblock.implementations`.
+
+    Returns:
+        The modules, and what each registers.
+    """
+    found = []
     for point in entry_points(group=ENTRY_POINTS):
+        before = set(_registered)
         try:
             point.load()
+            found.append((point.module, tuple(each for key, each in _registered.items() if key not in before)))
         except (Exception, SystemExit) as error:
             reason = f"{type(error).__name__}: {one_line(error)}"
             raise RegistrationError(f"entry point {point.name!r} ({point.value}): {reason}") from error
+    return tuple(found)
 
 
 def import_path(path: str) -> Any:

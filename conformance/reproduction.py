@@ -67,13 +67,12 @@ def reproduce(
     set_up_process()
     from gaugeblock.conformance.exploration import check, pooled_violation
     from gaugeblock.conformance.properties import find_property
-    from gaugeblock.conformance.registry import RegistrationError, implementations, load_candidates, load_entry_points
+    from gaugeblock.conformance.registry import RegistrationError, implementations
+    from gaugeblock.conformance.runner.loading import describe_candidates
     from gaugeblock.conformance.trial import Ledger, Subject
 
-    if source is None:
-        load_entry_points()
-    else:
-        load_candidates(source)
+    if source is not None:
+        describe_candidates((source,))
     found = next((each for each in implementations(contract) if each.name == implementation), None)
     if found is None:
         raise RegistrationError(f"{contract}: no implementation named {implementation!r}")

@@ -2,17 +2,16 @@
 
 from dataclasses import dataclass
 from fnmatch import fnmatch
-from pathlib import Path
 
 from gaugeblock.conformance.devices import available_devices
 from gaugeblock.conformance.registry import (
+    Candidate,
     Implementation,
     RegistrationError,
     contracts,
     implementations,
-    load_candidates,
-    load_entry_points,
 )
+from gaugeblock.conformance.runner.loading import describe_candidates
 from gaugeblock.conformance.trial import Subject
 
 
@@ -44,16 +43,10 @@ def subjects_of(candidates: tuple[str, ...], filters: Filters) -> list[tuple[Sub
     """
     check_filters(filters)
     if candidates:
-        found: list[tuple[Implementation, str | None]] = [
-            (each, str(Path(source).resolve()) if source.endswith(".py") else source)
-            for source in candidates
-            for each in load_candidates(source)
-        ]
+        found = [(each, source_of(each)) for each in describe_candidates(candidates)]
     else:
-        load_entry_points()
-        found = [
-            (each, None) for name in contracts() for each in implementations(name)
-        ]
+        describe_candidates(())
+        found = [(each, source_of(each)) for name in contracts() for each in implementations(name)]
     subjects = [
         (Subject(implementation, dtype, device), source)
         for implementation, source in found
@@ -64,6 +57,11 @@ def subjects_of(candidates: tuple[str, ...], filters: Filters) -> list[tuple[Sub
     kept = [(subject, source) for subject, source in subjects if filters.keeps(subject)]
     order = list(contracts())
     return sorted(kept, key=lambda each: (order.index(each[0].implementation.contract), each[0].device, each[0].dtype))
+
+
+def source_of(implementation: Implementation) -> str | None:
+    """The file or module that it is loaded from; None if it is built in."""
+    return implementation.function.source if isinstance(implementation.function, Candidate) else None
 
 
 def check_filters(filters: Filters) -> None:

@@ -32,16 +32,18 @@ class Extent:
         examples: Cases for each regime and dtype, judged for every right variant.
         trivial_examples: The same for trivial candidates.
         scripts: Reproductions run again; None for all.
+        corners: Right kernels that are wrong in one class of cases, or in one pair of classes.
     """
 
     shrink_seconds: float
     examples: int
     trivial_examples: int
     scripts: int | None
+    corners: int = 200
 
 
 EXTENTS = {
-    "quick": Extent(shrink_seconds=1, examples=4, trivial_examples=4, scripts=8),
+    "quick": Extent(shrink_seconds=1, examples=4, trivial_examples=4, scripts=8, corners=52),
     "ci": Extent(shrink_seconds=4, examples=18, trivial_examples=20, scripts=None),
     "thorough": Extent(shrink_seconds=20, examples=300, trivial_examples=100, scripts=None),
 }
@@ -60,7 +62,7 @@ def run_selftest(options: argparse.Namespace) -> int:
     results = measure(tasks_of(extent), options.profile, console)
     kills = results["kill"]
     variants, trivial = (sum(results[kind][1:], results[kind][0]) for kind in ("variants", "trivial"))
-    rates = summarize(kills, variants, trivial)
+    rates = summarize(kills, variants, trivial) | {"corners": summarize_corners(results["corner"])}
     rates["reproduction"] = reproduce(kills, extent.scripts, console)
     rates["profile"], rates["seconds"] = options.profile, round(time.monotonic() - start, 1)
     print_rates(rates, kills, console)
@@ -75,12 +77,16 @@ def run_selftest(options: argparse.Namespace) -> int:
 
 def tasks_of(extent: Extent) -> dict[str, list[Task]]:
     """What is to be measured, in groups that share error budgets."""
+    from gaugeblock.conformance.faults.corners import drawn_corners
     from gaugeblock.conformance.faults.fault import faults
+    from gaugeblock.conformance.faults.rates import RIGHT
     from gaugeblock.conformance.registry import contracts
 
     groups: dict[str, list[Task]] = defaultdict(list)
     for number, fault in enumerate(faults()):
         groups[f"{fault.contract}/{fault.caught_by}"].append(("kill", number))
+    for corner in drawn_corners(RIGHT, extent.corners, seed=0):
+        groups[f"{corner.contract}/corners"].append(("corner", corner))
     for name, contract in contracts().items():
         for regime in contract.regimes:
             for dtype in contract.dtypes:
@@ -115,7 +121,7 @@ def prepare(profile_name: str) -> Callable[[Task], Any]:
     import torch
 
     from gaugeblock.conformance.exploration import PROFILES
-    from gaugeblock.conformance.faults import rates
+    from gaugeblock.conformance.faults import corners, rates
     from gaugeblock.conformance.faults.fault import faults
 
     torch.set_num_threads(1)
@@ -126,6 +132,8 @@ def prepare(profile_name: str) -> Callable[[Task], Any]:
         match task:
             case ("kill", number):
                 return rates.kill(faults()[number], quick)
+            case ("corner", corner):
+                return corners.judge_corner(corner, rates.RIGHT)
             case ("variants", contract, regime, dtype, examples):
                 return rates.judge_variants(contract, dtype, rates.drawn_cases(contract, regime, examples, seed=1))
             case ("trivial", contract, regime, dtype, examples):
@@ -194,10 +202,24 @@ def summarize(kills: Sequence[Any], alarms: Any, vacuity: Any) -> dict[str, Any]
     }
 
 
+def summarize_corners(judged: Sequence[Any]) -> dict[str, Any]:
+    """How many corner faults are caught, of one class and of a pair; those that are not."""
+    by_strength = {
+        name: [each for each in judged if len(each.corner.classes) == strength]
+        for name, strength in (("classes", 1), ("pairs", 2))
+    }
+    return {
+        "planted": {name: len(rows) for name, rows in by_strength.items()},
+        "caught": {name: sum(each.caught for each in rows) for name, rows in by_strength.items()},
+        "survivors": [str(each.corner) for each in judged if not each.caught],
+    }
+
+
 def complaints(rates: dict[str, Any]) -> list[str]:
     """What is not as it should be."""
     return [
         *(f"not caught: {each}" for each in rates["kill"]["survivors"]),
+        *(f"not caught in a corner: {each}" for each in rates["corners"]["survivors"]),
         *(f"false alarm: {each}" for each in rates["false_alarms"]["alarms"]),
         *(f"passed though trivial: {each}" for each in rates["vacuity"]["passed"]),
         *(f"the script does not fail again: {each}" for each in rates["reproduction"]["do_not"]),
@@ -225,6 +247,9 @@ def print_rates(rates: dict[str, Any], kills: Sequence[Any], console: Console) -
     table = Table("rate", "gaugeblock", *plain, title="four rates")
     caught = [kill["killed"], *(kill["plain"][each] for each in plain)]
     table.add_row("planted bugs caught", *(f"{each / kill['faults']:.0%} of {kill['faults']}" for each in caught))
+    for name, planted in rates["corners"]["planted"].items():
+        share = f"{rates['corners']['caught'][name] / max(1, planted):.0%} of {planted}"
+        table.add_row(f"wrong by 1 % in one of the {name} of cases, caught", share, *("" for _ in plain))
     rejected = [len(alarms["alarms"]), *(alarms["plain"][each] for each in plain)]
     table.add_row("right variants rejected", *(f"{each / alarms['judged']:.2%} of {alarms['judged']:,}" for each in rejected))
     table.add_row("trivial results accepted", f"{len(vacuity['passed'])} of {vacuity['judged']:,}", *("" for _ in plain))

@@ -4,7 +4,7 @@ from gaugeblock.conformance.properties import conformance_property
 from gaugeblock.conformance.trial import Trial
 
 
-@conformance_property(needs=("deterministic",), weight=0.25)
+@conformance_property(needs=("deterministic",), weight=0.25, covers=2)
 def test_determinism(trial: Trial) -> None:
     """The same call gives the same bits, three times, forward and backward."""
     first = trial.run(gradients=trial.implementation.differentiable)

@@ -5,7 +5,7 @@ from gaugeblock.conformance.properties import conformance_property
 from gaugeblock.conformance.trial import Trial
 
 
-@conformance_property(regimes="differentiable", needs=("differentiable",), requires=("gradients",), every_dtype=True)
+@conformance_property(regimes="differentiable", needs=("differentiable",), requires=("gradients",), every_dtype=True, covers=2)
 def test_gradients(trial: Trial) -> None:
     """Every differentiable input gets the oracle's gradient through a random cotangent, within its error budget."""
     trial.judge(trial.run(gradients=True))

@@ -4,7 +4,7 @@ from gaugeblock.conformance.properties import conformance_property
 from gaugeblock.conformance.trial import Trial
 
 
-@conformance_property(regimes="all", every_dtype=True)
+@conformance_property(regimes="all", every_dtype=True, covers=2)
 def test_parity(trial: Trial) -> None:
     """Every output lies within its error budget of the float64 oracle, in every regime."""
     results = trial.run()

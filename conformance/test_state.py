@@ -54,4 +54,4 @@ def test_accumulation(trial: Trial) -> None:
 
 def _saved_and_loaded(trial: Trial, state: Tensors) -> Tensors:
     loaded = safetensors.torch.load(safetensors.torch.save({key: tensor.cpu().contiguous() for key, tensor in state.items()}))
-    return {key: tensor.to(trial.subject.device) for key, tensor in loaded.items()}
+    return dict(loaded)

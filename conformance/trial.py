@@ -10,16 +10,16 @@ from typing import Any
 import torch
 
 from gaugeblock.conformance.cases import Case, Layout, lay_out, make_inputs, options, take
-from gaugeblock.conformance.contract import Contract, ContractError, Tensors
+from gaugeblock.conformance.contract import Contract, Tensors
 from gaugeblock.conformance.devices import available_world_size, triton_is_interpreted
 from gaugeblock.conformance.diagnosis import diagnose
 from gaugeblock.conformance.error_budget import Errors
-from gaugeblock.conformance.frameworks import BadResult, Call
+from gaugeblock.conformance.frameworks import BadResult, Call, Raised
 from gaugeblock.conformance.judge import Violation, check_form, judge
 from gaugeblock.conformance.oracle import rounded_cotangents
-from gaugeblock.conformance.ranks.world import World
-from gaugeblock.conformance.registry import Implementation, find_contract, one_line
-from gaugeblock.conformance.triton_checks.interpreter import Watch, watch
+from gaugeblock.conformance.registry import Implementation, find_contract
+from gaugeblock.conformance.runner.perform import Conditions, Findings
+from gaugeblock.conformance.runner.seats import Seat
 
 
 @dataclass(frozen=True)
@@ -48,11 +48,8 @@ class Subject:
         missing = [name for name in packages if importlib.util.find_spec(name) is None]
         if missing:
             return f"{missing[0]} is not installed"
-        if implementation.kind == "triton" and self.device == "cpu":
-            if not triton_is_interpreted():
-                return "on the CPU Triton kernels run only in the interpreter (TRITON_INTERPRET=1)"
-            if self.dtype == "bfloat16":
-                return "Triton's interpreter computes bfloat16 wrongly"
+        if implementation.kind == "triton" and self.device == "cpu" and not triton_is_interpreted():
+            return "on the CPU Triton kernels run only in the interpreter (TRITON_INTERPRET=1)"
         return ""
 
 
@@ -82,22 +79,23 @@ class Ledger:
 class Trial:
     """One case of one subject, with the verbs that properties are written in.
 
+    Tensors are held on the CPU; the candidate gets copies, on its device.
+
     Attributes:
-        watched: What Triton kernels did during the last call.
-        raw: What the last call returned, in the candidate's own memory; results are copies of it.
+        findings: What was seen during the last call besides its results.
     """
 
-    watched: Watch
-    raw: Tensors
+    findings: Findings
 
-    def __init__(self, subject: Subject, case: Case, ledger: Ledger | None = None, world: World | None = None) -> None:
-        self.subject, self.case, self.ledger, self.world = subject, case, ledger or Ledger(), world or World()
+    def __init__(self, subject: Subject, case: Case, ledger: Ledger | None = None, world_size: int = 0) -> None:
+        self.subject, self.case, self.ledger, self.world_size = subject, case, ledger or Ledger(), world_size
         self.contract, self.implementation = subject.contract, subject.implementation
+        self.seat = Seat(subject, world_size)
 
     def inputs(self, case: Case | None = None) -> Tensors:
-        """Fresh contiguous inputs of the case (or another), on the subject's device."""
+        """Fresh contiguous inputs of the case (or another)."""
         made = make_inputs(self.contract, case or self.case, self.subject.dtype)
-        return {key: tensor.to(self.subject.device, copy=True) for key, tensor in made.items()}
+        return {key: tensor.clone() for key, tensor in made.items()}
 
     def options(self, case: Case | None = None) -> dict[str, Any]:
         """The keyword arguments of the case (or another)."""
@@ -111,26 +109,41 @@ class Trial:
         wanted: Iterable[str] | None = None,
         case: Case | None = None,
         cotangent_layout: Layout = "contiguous",
+        same_memory: bool = False,
+        write_back: bool = False,
+        **conditions: Any,
     ) -> Tensors:
-        """Outputs, and gradients if asked for (of all inputs, or those `wanted`), of the case's inputs or the given ones."""
+        """Outputs, and gradients if asked for (of all inputs, or those `wanted`), of the case's inputs or the given ones.
+
+        Args:
+            same_memory: The inputs lie where those of the call before lay.
+            write_back: What the candidate writes to its inputs is written to `inputs`; else they stay as they are.
+            **conditions: Of the call: fields of `Conditions`.
+        """
         case = case or self.case
         inputs = self.inputs(case) if inputs is None else inputs
         cotangents = None
         if gradients and self.contract.differentiable(inputs):
             made = rounded_cotangents(self.contract, case, self.subject.dtype)
-            cotangents = {key: lay_out(tensor.to(self.subject.device), cotangent_layout) for key, tensor in made.items()}
+            cotangents = {key: lay_out(tensor, cotangent_layout) for key, tensor in made.items()}
         some = None if wanted is None else tuple(wanted)
-        return self.call(Call(inputs, self.options(case), cotangents, some, self.implementation.jit))
+        call = Call(inputs, self.options(case), cotangents, some, self.implementation.jit)
+        return self.call(call, same_memory=same_memory, write_back=write_back, **conditions)
 
-    def call(self, call: Call) -> Tensors:
-        """The candidate called once, under watch."""
-        with watch(reachable=call.inputs.values()) as self.watched:
-            self.raw = self.world.call(self.contract, self.case.parameters, self.implementation, call)
-        return self.whole(self.raw)
+    def call(self, call: Call, *, same_memory: bool = False, write_back: bool = False, **conditions: Any) -> Tensors:
+        """The candidate called once; copies of what it returned, of all ranks where there are several."""
+        when = Conditions(world_size=self.world_size, **conditions)
+        answer = self.seat.call(self.case.parameters, call, when, same_memory=same_memory, write_back=write_back)
+        self.findings = answer.findings
+        return answer.results
 
-    def whole(self, raw: Tensors) -> Tensors:
-        """Copies of what a call returned, of all ranks where there are several."""
-        return self.world.whole(self.contract, self.case.parameters, raw)
+    def last(self) -> Any:
+        """The last call, to be asked for `again`."""
+        return self.seat.last()
+
+    def again(self, call: Any) -> Tensors:
+        """What now stands in the candidate's own memory where it returned the results of an earlier call."""
+        return self.seat.again(self.case.parameters, call)
 
     def take(self, tensors: Tensors, dimension: str, index: torch.Tensor) -> Tensors:
         """The inputs or outputs with the positions `index` along a named dimension; others unchanged."""
@@ -139,10 +152,8 @@ class Trial:
     def judge(self, results: Tensors, case: Case | None = None) -> None:
         """Form, choice and values of the results, against the oracle of the case."""
         case = case or self.case
-        framework = self.implementation.framework
-        device = "cpu" if framework == "jax" else self.subject.device
-        check_form(self.contract, case, self.subject.dtype, device, results, framework)
-        errors, profile = self.world.agree(lambda: self._judged(results, case))
+        check_form(self.contract, case, self.subject.dtype, "cpu", results, self.implementation.framework)
+        errors, profile = self._judged(results, case)
         self.ledger.add(errors)
         self.ledger.profile = max(self.ledger.profile, profile, key=("strict", "eager").index)
 
@@ -195,11 +206,13 @@ class Property:
         check: Raises `Violation` where it does not hold for a trial.
         statement: The docstring of `check`.
         regimes: `"main"`: the contract's first regime; `"differentiable"`, `"all"`: those.
-        needs: Claims of the implementation without which it is not tested.
+        needs: Claims of the implementation without which it is not tested; `no claim` for one with which it is not.
         weight: Cases per regime, in units of the profile's examples.
         frameworks, kinds, devices: Those it makes sense for; no kinds means all.
         requires: Attributes of the contract without which there is nothing to test.
         every_dtype: It is about numbers: what holds in one dtype says little of another.
+        covers: Of how many factors' classes every combination is visited: 1 each class, 2 each pair of classes.
+        layouts: Its cases are dealt every layout of all arguments, and of each alone.
         every_world_size: It is about all the world sizes that an implementation claims, not one of them.
     """
 
@@ -215,6 +228,8 @@ class Property:
     requires: tuple[str, ...] = ()
     every_world_size: bool = False
     every_dtype: bool = False
+    covers: int = 1
+    layouts: bool = False
 
     @property
     def file(self) -> str:
@@ -231,9 +246,10 @@ class Property:
         lacking = [name for name in self.requires if not getattr(contract, name)]
         if lacking:
             return f"the contract has no {lacking[0]}"
-        missing = [claim for claim in self.needs if not getattr(implementation, claim)]
-        if missing:
-            return f"claims {missing[0]}={getattr(implementation, missing[0])}"
+        claims = [(claim.removeprefix("no "), not claim.startswith("no ")) for claim in self.needs]
+        for claim, needed in claims:
+            if getattr(implementation, claim) != needed:
+                return f"claims {claim}={not needed}"
         if implementation.framework not in self.frameworks:
             return f"not judged for {implementation.framework}"
         if self.kinds and implementation.kind not in self.kinds:
@@ -247,7 +263,7 @@ class Property:
     def world_sizes(self, implementation: Implementation) -> tuple[int, ...]:
         """On how many devices a case is judged: by default on the fewest that are several, of those that there are."""
         if not implementation.world_sizes:
-            return (1,)
+            return (0,)
         most = available_world_size(implementation.framework)
         sizes = tuple(size for size in implementation.world_sizes if size <= most)
         return sizes if self.every_world_size else tuple(sorted(sizes, key=lambda size: (size == 1, size))[:1])
@@ -260,15 +276,13 @@ class Property:
 
 
 def violation_of(prop: Property, trial: Trial) -> Violation | None:
-    """How a property fails in a trial; whatever the candidate raises is a violation too."""
+    """How a property fails in a trial; what the candidate raises is a violation too, what the engine raises is not."""
     try:
         prop.check(trial)
     except Violation as violation:
         return violation
     except BadResult as error:
         return Violation(str(error))
-    except ContractError:
-        raise
-    except Exception as error:
-        return Violation(f"raised {type(error).__name__}: {one_line(error)}")
+    except Raised as error:
+        return Violation(str(error), error.place)
     return None

@@ -4,9 +4,9 @@ import builtins
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-Status = Literal["pass", "warning", "fail", "not supported", "waived", "crash", "timeout"]
-STATUSES: tuple[Status, ...] = ("pass", "warning", "fail", "not supported", "waived", "crash", "timeout")
-FAILED: frozenset[Status] = frozenset({"fail", "crash", "timeout"})
+Status = Literal["pass", "warning", "fail", "not supported", "waived", "crash", "timeout", "error"]
+STATUSES: tuple[Status, ...] = ("pass", "warning", "fail", "not supported", "waived", "crash", "timeout", "error")
+FAILED: frozenset[Status] = frozenset({"fail", "crash", "timeout", "error"})
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,7 @@ class Failure:
         details: Further lines: the worst element, how each statistic stands.
         cases: The shrunk case, as keyword arguments of `Case`; several where only the pool of them fails.
         script: A stand-alone Python script that fails again.
+        output: What the candidate printed, or its beginning.
     """
 
     message: str
@@ -48,17 +49,43 @@ class Failure:
     details: tuple[str, ...] = ()
     cases: tuple[dict[str, Any], ...] = ()
     script: str = ""
+    output: str = ""
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """What the cases of a property have visited of what there is.
+
+    Attributes:
+        visited, due: How many, and how many there are.
+        of: What is counted: "classes", "pairs", "triples", "classes, and pairs of options".
+        sparing: Fewer are visited on purpose: the implementation is built in, and the profile quick.
+    """
+
+    visited: int
+    due: int
+    of: str
+    sparing: bool = False
+
+    @property
+    def lacking(self) -> bool:
+        """Whether less was visited than should have been."""
+        return self.visited < self.due and not self.sparing
+
+    def __str__(self) -> str:
+        return f"{self.visited} of {self.due} {self.of}"
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """Contract × implementation × property × dtype × device, and what came of it.
+    """Contract × implementation × property × dtype × device, and what came of it; an "error" is the engine's own.
 
     Attributes:
         reason: One line: why not supported, the failure's message, the waiver's link, ...
         statistics: For each output and gradient, over all cases.
         profile: The tightest numerics profile that was met ("strict", "eager"), or an empty string.
         fingerprints: For each case, a digest of the output bits, so that two runs can be compared.
+        coverage: What was visited; None where nothing was, where it fails, and of a contract that names no factors.
     """
 
     contract: str
@@ -75,6 +102,7 @@ class Verdict:
     profile: str = ""
     fingerprints: dict[str, str] = field(default_factory=dict)
     failure: Failure | None = None
+    coverage: Coverage | None = None
 
     @builtins.property  # `property` is a field here
     def identity(self) -> str:
@@ -93,11 +121,12 @@ class Verdict:
     @staticmethod
     def from_json(data: dict[str, Any]) -> "Verdict":
         """The inverse of `to_json`."""
-        failure = data["failure"]
+        failure, coverage = data["failure"], data.get("coverage")
         return Verdict(
             **{
                 **data,
                 "statistics": {name: Statistics(**each) for name, each in data["statistics"].items()},
+                "coverage": coverage and Coverage(**coverage),
                 "failure": failure and Failure(**failure | {key: tuple(failure[key]) for key in ("details", "cases")}),
             }
         )

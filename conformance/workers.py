@@ -1,4 +1,4 @@
-"""Worker processes of the gate: a candidate that kills or hangs its process costs one verdict, not the run.
+"""Worker processes of the gate, in which verdicts are reached; candidates run in others (`runner/`).
 
 pytest-xdist's grouped schedulers do not survive a worker's death (KeyError in 3.8), and its ungrouped one would compute every
 error budget in every process; hence this small pool.
@@ -41,6 +41,7 @@ def run_tasks(
     workers: int,
     seconds: float,
     alone: Collection[str] = (),
+    known: Callable[[Task], Any] = lambda task: None,
 ) -> Iterator[tuple[Task, Any]]:
     """Runs every task in some worker and yields it with its result, or with `Died`, as they come.
 
@@ -50,11 +51,19 @@ def run_tasks(
         prepare: Called with `arguments` once in each process; returns the function of a task. Both must be importable.
         seconds: How long one task may take.
         alone: Groups that are one worker's, whom nobody helps.
+        known: The result of a task that need not be run any more, after what has come so far; else None.
     """
     waiting = {name: list(tasks) for name, tasks in groups.items() if tasks}
     pool = [_start(prepare, arguments) for _ in range(min(workers, sum(map(len, waiting.values()))))]
     try:
         while pool:
+            for name, tasks in list(waiting.items()):
+                for task, result in [(task, known(task)) for task in tasks]:
+                    if result is not None:
+                        tasks.remove(task)
+                        yield task, result
+                if not tasks:
+                    del waiting[name]
             for worker in [each for each in pool if each.task is None]:
                 if not _assign(worker, waiting, [each.group for each in pool], alone):
                     pool.remove(worker)

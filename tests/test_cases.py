@@ -20,6 +20,7 @@ from gaugeblock.conformance.cases import (
     take,
 )
 from gaugeblock.conformance.contract import nest
+from gaugeblock.conformance.coverage import array
 from gaugeblock.conformance.oracle import exact_inputs, reference_run
 from gaugeblock.conformance.registry import contracts
 
@@ -27,6 +28,8 @@ CONTRACTS = tuple(contracts().values())
 REGIMES = [pytest.param(row, each, id=f"{row.name}-{each.name}") for row in CONTRACTS for each in row.regimes]
 EXACT = [each for each in REGIMES if each.values[1].judged == "exact"]
 contract_of_each = pytest.mark.parametrize("contract", CONTRACTS, ids=lambda row: row.name)
+
+LENGTHS = [(row, length) for row in CONTRACTS for length in ((1,) if "empty_and_one" in row.without else (0, 1))]
 
 few_examples = settings(max_examples=30, derandomize=True, database=None, deadline=None)
 
@@ -42,19 +45,52 @@ def main_case(contract, **changes) -> Case:
 @given(data=st.data())
 @few_examples
 def test_the_repr_of_a_case_is_its_reproduction(contract, data):
-    case = data.draw(cases(contract, contract.regimes[0].name)).replace(
-        layout=data.draw(st.sampled_from(LAYOUTS))
-    )
+    case = data.draw(cases(contract, contract.regimes[0].name)).replace(layout=data.draw(st.sampled_from(LAYOUTS)))
     again = eval(repr(case), {"Case": Case})
     assert again == case and hash(again) == hash(case)
     assert Case(**case.to_json()) == case
 
 
+@pytest.mark.parametrize(("contract", "length"), LENGTHS)
+def test_every_trait_can_be_had_by_a_batch_of_any_length(contract, length):
+    for trait in contract.traits:
+        case = main_case(contract, **{contract.batch: length}, traits=[trait.name])
+        plain = make_inputs(contract, case.replace(traits=[]), "float32")
+        for key, tensor in make_inputs(contract, case, "float32").items():
+            assert tensor.shape == plain[key].shape
+
+
+@contract_of_each
+def test_every_trait_changes_something(contract):
+    for trait in contract.traits:
+        differ = []
+        for case in (each for each in array(contract, 2) if trait.name in each.traits):
+            others = [name for name in case.traits if name != trait.name]
+            plain, changed = (make_inputs(contract, each, "float32") for each in (case.replace(traits=others), case))
+            differ += [
+                key for key in plain if plain[key].dtype != changed[key].dtype or not torch.equal(plain[key], changed[key])
+            ]
+        assert differ, trait.name
+
+
+@contract_of_each
+def test_what_has_a_trait_is_not_changed_by_it(contract):
+    for trait in (each for each in contract.traits if each.change is not None):
+        for case in (each for each in array(contract, 2) if trait.name in each.traits):
+            made = exact_inputs(contract, case, "float32")
+            for key, tensor in trait.change(made).items():
+                assert torch.equal(tensor.to(torch.float32), made[key].to(torch.float32)), (trait.name, key)
+
+
+def test_a_layout_may_be_that_of_one_argument():
+    case = Case(num_tokens=3, regime="dithered", layout="broadcast", laid_out="state")
+    assert eval(repr(case), {"Case": Case}) == case == Case(**case.to_json())
+    assert (case.layout_of("state/w"), case.layout_of("hidden_states")) == ("broadcast", "contiguous")
+
+
 def test_a_case_is_replaced_in_parts():
     case = Case(num_tokens=3, top_k=2, regime="ties", seed=5)
-    assert case.replace(num_tokens=0, layout="sliced") == Case(
-        num_tokens=0, top_k=2, regime="ties", layout="sliced", seed=5
-    )
+    assert case.replace(num_tokens=0, layout="sliced") == Case(num_tokens=0, top_k=2, regime="ties", layout="sliced", seed=5)
     assert case != case.replace(seed=6)
 
 
@@ -84,15 +120,14 @@ def test_every_regime_makes_the_declared_inputs(contract, regime, data):
     for key, tensor in made.items():
         spec = contract.spec(key, case.parameters)
         assert tensor.shape == spec.sizes(case.parameters)
-        assert tensor.dtype == dtypes_of(contract, case.parameters, "float16")[key]
+        others = {name: dtype for each in case.traits for name, dtype in contract.trait(each).dtypes.items()}
+        due = dtypes_of(contract, case.parameters, "float16")[key]
+        assert tensor.dtype == (getattr(torch, others[key]) if key in others else due)
         if spec.indexes:
             assert tensor.min() >= 0 and tensor.max() < case.parameters[spec.indexes]
 
 
-@pytest.mark.parametrize(
-    ("contract", "length"),
-    [(row, length) for row in CONTRACTS for length in ((1,) if "empty_and_one" in row.without else (0, 1))],
-)
+@pytest.mark.parametrize(("contract", "length"), LENGTHS)
 def test_the_main_regime_fills_a_batch_of_any_length(contract, length):
     case = main_case(contract, **{contract.batch: length})
     batched = [spec for spec in contract.inputs if contract.batch in spec.shape]
@@ -102,9 +137,7 @@ def test_the_main_regime_fills_a_batch_of_any_length(contract, length):
 
 @contract_of_each
 def test_equal_cases_make_equal_inputs_and_other_seeds_make_others(contract):
-    first, again, other = (
-        make_inputs(contract, main_case(contract, seed=seed), "float32") for seed in (3, 3, 4)
-    )
+    first, again, other = (make_inputs(contract, main_case(contract, seed=seed), "float32") for seed in (3, 3, 4))
     assert all(torch.equal(first[key], again[key]) for key in first)
     assert all(not torch.equal(first[key], other[key]) for key in first)
 
@@ -196,9 +229,7 @@ def test_layouts_are_what_they_are_called():
         "storage offset": (6, 1),
         "broadcast": (0, 1),
     }
-    assert lay_out(values, "storage offset").storage_offset() % 2 == 1, (
-        "no alignment beyond the element's own"
-    )
+    assert lay_out(values, "storage offset").storage_offset() % 2 == 1, "no alignment beyond the element's own"
     assert outside(lay_out(values, "sliced")).numel() > values.numel()
 
 
@@ -233,11 +264,7 @@ def test_take_picks_along_the_named_dimension_and_leaves_the_rest():
     inputs = make_inputs(contract, main_case(contract), "float32")
     sizes = main_case(contract).parameters
     experts = take(contract, sizes, inputs, "num_experts", torch.tensor([2, 0]))
-    assert torch.equal(experts["w13"], inputs["w13"][[2, 0]]) and torch.equal(
-        experts["w2"], inputs["w2"][[2, 0]]
-    )
+    assert torch.equal(experts["w13"], inputs["w13"][[2, 0]]) and torch.equal(experts["w2"], inputs["w2"][[2, 0]])
     assert all(experts[key] is inputs[key] for key in ("hidden_states", "topk_weights", "topk_ids"))
     columns = take(contract, sizes, inputs, "hidden_size", torch.tensor([1]))
-    assert torch.equal(columns["w13"], inputs["w13"][:, :, [1]]) and torch.equal(
-        columns["w2"], inputs["w2"][:, [1]]
-    )
+    assert torch.equal(columns["w13"], inputs["w13"][:, :, [1]]) and torch.equal(columns["w2"], inputs["w2"][:, [1]])

@@ -177,7 +177,7 @@ def test_the_report_has_the_documented_fields(fresh_run):
     right, wrong = fresh_run.verdicts["right"], fresh_run.verdicts["wrong"]
     assert right["cases"] == len(right["fingerprints"]) > 0 and right["failure"] is None
     assert {*right["statistics"]} == {"topk_weights"}
-    assert {*wrong["failure"]} == {"message", "diagnosis", "details", "cases", "script"}
+    assert {*wrong["failure"]} == {"message", "diagnosis", "details", "cases", "script", "output"}
 
 
 def test_nothing_but_the_report_is_left_in_the_folder(fresh_run):

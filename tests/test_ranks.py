@@ -16,9 +16,11 @@ from gaugeblock.conformance.contracts.experts import FUSED_SWIGLU
 from gaugeblock.conformance.exploration import PROFILES, examine
 from gaugeblock.conformance.judge import Violation
 from gaugeblock.conformance.properties import properties
-from gaugeblock.conformance.ranks import pool
-from gaugeblock.conformance.ranks.world import _join, fit
-from gaugeblock.conformance.registry import CLAIMS, Implementation, RegistrationError, implements, load_candidates
+from gaugeblock.conformance.registry import CLAIMS, Implementation, RegistrationError, implements
+from gaugeblock.conformance.runner import ranks
+from gaugeblock.conformance.runner.loading import describe_candidates
+from gaugeblock.conformance.runner.ranks import fit, join
+from gaugeblock.conformance.runner.seats import Seat
 from gaugeblock.conformance.trial import Subject
 from gaugeblock.conformance.verdict import Verdict
 
@@ -27,12 +29,12 @@ CANDIDATES = Path(__file__).parent / "distributed_candidates.py"
 
 @pytest.fixture(scope="module")
 def candidates() -> dict[str, Implementation]:
-    return {each.name: each for each in load_candidates(str(CANDIDATES))}
+    return {each.name: each for each in describe_candidates((str(CANDIDATES),))}
 
 
 @pytest.fixture
 def impatient(monkeypatch):
-    monkeypatch.setattr(pool, "PATIENCE_SECONDS", 4.0)
+    monkeypatch.setattr(ranks, "PATIENCE_SECONDS", 4.0)
 
 
 def verdict_on(implementation: Implementation, prop: str = "determinism") -> Verdict:
@@ -45,7 +47,7 @@ def verdict_on(implementation: Implementation, prop: str = "determinism") -> Ver
 @pytest.mark.parametrize(
     ("name", "message", "place"),
     [
-        ("dies", "on 2 devices: rank 1 died (SIGSEGV)", "stands in dies (distributed_candidates.py:"),
+        ("dies", "on 2 devices: rank 1: the process died (SIGSEGV)", "stands in dies (distributed_candidates.py:"),
         ("raises", "rank 1 raised RuntimeError: no peer access, and the others wait", "rank 0 waits in all_to_all_single"),
         ("skips", "rank 1 raised", "rank 1 came back and waits for the others"),  # what it returns has no gradient
         ("hangs", "the ranks wait for ever", "rank 0 stands in hangs (distributed_candidates.py:"),
@@ -56,7 +58,7 @@ def test_a_lost_rank_fails_with_the_place_where_it_was_lost_and_the_next_candida
 ):
     start = time.monotonic()
     verdict = verdict_on(candidates[name])
-    assert verdict.status == "fail" and verdict.failure is not None
+    assert verdict.status == ("crash" if name == "dies" else "timeout") and verdict.failure is not None
     assert message in verdict.reason and place in verdict.failure.diagnosis
     assert any(f"in {name}" in detail for detail in verdict.failure.details)  # the traceback of the rank
     assert verdict_on(candidates["right"]).status == "pass"
@@ -65,15 +67,16 @@ def test_a_lost_rank_fails_with_the_place_where_it_was_lost_and_the_next_candida
 
 def test_a_rank_that_skips_a_collective_is_waited_for_no_longer_than_the_patience(candidates, impatient):
     verdict = verdict_on(candidates["skips"], "parity")
-    assert verdict.status == "fail" and "the ranks wait for ever: none went on for" in verdict.reason
+    assert verdict.status == "timeout" and "the ranks wait for ever: none went on for" in verdict.reason
     assert "rank 0 waits in all_to_all_single" in verdict.failure.diagnosis
 
 
 def test_the_ranks_of_one_candidate_serve_every_case(candidates):
     assert verdict_on(candidates["right"]).status == "pass"
-    generation = pool.pool().generation
+    seat = Seat(Subject(candidates["right"], "float32", "cpu"), 2)
+    generation = seat._ranks().generation
     assert all(verdict_on(candidates["right"], name).cases for name in ("determinism", "layout", "rejections"))
-    assert pool.pool().generation == generation
+    assert seat._ranks().generation == generation
 
 
 # ---------------------------------------------------------------------------------------------------- shards and claims
@@ -81,15 +84,15 @@ def test_the_ranks_of_one_candidate_serve_every_case(candidates):
 
 def test_shards_are_joined_and_gradients_of_what_all_ranks_have_are_added_up():
     parts = [torch.ones(2, 3), torch.ones(1, 3)]
-    assert _join("out", parts, [0]).shape == (3, 3)
-    assert torch.equal(_join("gradient of state", [torch.ones(2), torch.ones(2)], []), torch.full((2,), 2.0))
+    assert join("out", parts, [0]).shape == (3, 3)
+    assert torch.equal(join("gradient of state", [torch.ones(2), torch.ones(2)], []), torch.full((2,), 2.0))
 
 
 def test_what_ranks_must_have_alike_must_be_alike():
     with pytest.raises(Violation, match="rank 2 differs from that of rank 0"):
-        _join("state", [torch.ones(2), torch.ones(2), torch.zeros(2)], [])
+        join("state", [torch.ones(2), torch.ones(2), torch.zeros(2)], [])
     with pytest.raises(Violation, match="shards do not fit together"):
-        _join("out", [torch.ones(2, 3), torch.ones(2, 4)], [0])
+        join("out", [torch.ones(2, 3), torch.ones(2, 4)], [0])
 
 
 def test_sizes_that_must_divide_are_rounded_up():

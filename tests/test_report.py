@@ -11,7 +11,7 @@ from rich.console import Console
 
 from gaugeblock.conformance.report import catalogue, compare, files, terminal, waivers
 from gaugeblock.conformance.report.environment import capture_environment
-from gaugeblock.conformance.verdict import Failure, Statistics, Verdict
+from gaugeblock.conformance.verdict import Coverage, Failure, Statistics, Verdict
 
 ROOT = Path(__file__).parents[1]
 NASTY = "<script>alert(\"1\")</script> & 'quotes'\nsecond line"
@@ -99,3 +99,20 @@ def test_compare_finds_new_failures_and_changed_bits(folder, tmp_path):
 
 def test_the_readme_lists_what_exists():
     assert catalogue.readme_is_current(ROOT / "README.md"), "run: gaugeblock list --markdown, and put it between the markers"
+
+
+def test_what_was_visited_is_in_the_page_and_in_the_summary(tmp_path):
+    covered = [
+        verdict(coverage=Coverage(58, 166, "pairs", sparing=True)),
+        verdict(implementation="another", coverage=Coverage(166, 166, "pairs")),
+        verdict("layout", "warning", reason="visits only 3 of 9 classes: the time was up", coverage=Coverage(3, 9, "classes")),
+    ]
+    files.write_report(tmp_path, covered, capture_environment(), "quick")
+    page, summary = (tmp_path / "index.html").read_text(), (tmp_path / "summary.md").read_text()
+    assert "58 of 166 pairs*" in page and "166 of 166 pairs<" in page
+    assert "58 of 166 pairs&#42;" in summary and "166 of 166 pairs" not in summary  # that of which it visited least
+    run = json.loads((tmp_path / "gaugeblock.json").read_text())
+    assert [Verdict.from_json(each) for each in run["verdicts"]] == covered
+    console = Console(record=True, width=120)
+    terminal.print_matrix(covered, console)
+    assert "visits only 3 of 9 classes" in (text := console.export_text()) and "166" not in text

@@ -21,9 +21,11 @@ from gaugeblock.conformance.contract import (
     Workload,
 )
 from gaugeblock.conformance.contracts import flash_attention
+from gaugeblock.conformance.factors import Factor, Trait, edges, either
 from gaugeblock.reference.configs import DIT_PRESETS, DiTConfig
 from gaugeblock.reference.torch import dit, layers
 
+LABELS = "state/y_embedder.embedding_table.weight"
 EVERY_DTYPE = ("float32", "float16", "bfloat16")
 # torch rounds what its products give, and on a CPU their bits depend on how many rows there are.
 LIBRARY_PRODUCTS = {"profile": "eager", "batch_invariant": False}
@@ -93,6 +95,40 @@ def parameters(draw: st.DrawFn) -> dict[str, Any]:
         frequency_shift=draw(st.sampled_from([0, 1])),
     )
     return sizes(draw(st.sampled_from([1, 2, 3])), config)
+
+
+# ----------------------------------------------------------------------------------------------------- what is covered
+
+FACTORS = (
+    edges("batch_size", 1, 2, 3),
+    Factor("heads", str, ((16, 1), (16, 2), (24, 3), (32, 2)), lambda sizes: (sizes["hidden_size"], sizes["num_heads"])),
+    Factor("patches", str, ((4, 4), (4, 2), (4, 1), (6, 2)), lambda sizes: (sizes["input_size"], sizes["patch_size"])),
+    edges("depth", 1, 2),
+    edges("in_channels", 1, 3, 4),
+    edges("num_classes", 1, 2),
+    either("mlp_ratio", 4.0, 1.5),
+    either("learn_sigma", False, True),
+    either("norm_eps", 1e-6, 1e-2),
+    either("frequency_shift", 0, 1),
+)
+
+
+def point(batch_size: int, heads: tuple[int, int], patches: tuple[int, int], depth: int, **others: Any) -> dict[str, Any]:
+    """The point with these values of the factors."""
+    return sizes(batch_size, tiny_model(*heads, depth, *patches, **others))
+
+
+def _all(value: Callable[[Tensors], Any], name: str) -> Callable[[Tensors], Tensors]:
+    return lambda tensors: {name: torch.full_like(tensors[name], value(tensors))}
+
+
+TRAITS = (
+    Trait("int32", "dtype of class_labels", dtypes={"class_labels": "int32"}),
+    Trait("the first class", "values of class_labels", _all(lambda tensors: 0, "class_labels")),
+    Trait("all dropped", "values of class_labels", _all(lambda tensors: len(tensors[LABELS]) - 1, "class_labels")),
+    Trait("0", "values of timesteps", _all(lambda tensors: 0.0, "timesteps")),
+    Trait("1", "values of timesteps", _all(lambda tensors: 1.0, "timesteps")),
+)
 
 
 # ------------------------------------------------------------------------------------------------------ kinds of values
@@ -179,6 +215,7 @@ REJECTIONS = (
     Rejection("latents of rank 3", "latents", _change("latents", lambda each: each[0])),
     Rejection("integer latents", "latents", _change("latents", lambda each: each.int())),
     Rejection("a time for each two examples", "timesteps", _change("timesteps", lambda each: each[:-1])),
+    Rejection("a time for more examples", "timesteps", _change("timesteps", lambda each: torch.cat([each, each[:1]]))),
     Rejection("times that cannot tell 998 from 999", "timesteps", _change("timesteps", lambda each: each.bfloat16())),
     Rejection("labels for fewer examples", "class_labels", _change("class_labels", lambda each: each[:-1])),
     Rejection("floating labels", "class_labels", _change("class_labels", lambda each: each.float())),
@@ -213,7 +250,11 @@ DIT = Contract(
     landmarks=(
         sizes(3, tiny_model(norm_eps=1e-2)),
         sizes(2, tiny_model(24, 3, 1, 6, 2, in_channels=4, learn_sigma=False, frequency_shift=1, num_classes=10)),
+        sizes(1, tiny_model(144, 2, 1, in_channels=4, num_classes=10)),  # heads as wide as DiT-XL's
     ),
+    factors=FACTORS,
+    build=point,
+    traits=TRAITS,
     regimes=(
         Regime("dithered", dithered),
         Regime("constants", near_constants, "worst element"),

@@ -19,6 +19,7 @@ from gaugeblock.conformance.contract import (
     Tensors,
     Workload,
 )
+from gaugeblock.conformance.factors import Trait, edges, kind_of_count, kind_of_width, kinds
 from gaugeblock.reference.torch import experts
 
 EVERY_DTYPE = ("float32", "float16", "bfloat16")
@@ -57,6 +58,57 @@ def parameters(draw: st.DrawFn) -> dict[str, Any]:
         num_experts=experts,
         top_k=draw(st.integers(1, min(experts, 4))),
     )
+
+
+# ----------------------------------------------------------------------------------------------------- what is covered
+
+FACTORS = (
+    edges("num_tokens", 1, 2, 15, 16, 17),
+    kinds("hidden_size", kind_of_width, 1, 16, 31, 24, 100),
+    kinds("intermediate_size", kind_of_width, 1, 16, 17, 24, 70),
+    kinds("num_experts", kind_of_count, 1, 2, 4, 8, 3, 7),
+    edges("top_k", 1, 2, 3, 4),
+)
+
+
+def point(num_tokens: int, hidden_size: int, intermediate_size: int, num_experts: int, top_k: int) -> dict[str, Any] | None:
+    """The point with these values of the factors."""
+    return sizes(num_tokens, hidden_size, intermediate_size, num_experts, top_k) if top_k <= num_experts else None
+
+
+def _some(tensor: torch.Tensor, rows: slice, columns: slice, value: torch.Tensor | float) -> torch.Tensor:
+    changed = tensor.clone()
+    changed[rows, columns] = value
+    return changed
+
+
+def _in_turn(tensors: Tensors) -> Tensors:
+    """Each expert is the first choice of some token."""
+    ids, experts = tensors["topk_ids"], len(tensors["w13"])
+    return {"topk_ids": (torch.arange(len(ids))[:, None] + torch.arange(ids.shape[1])) % experts}
+
+
+TRAITS = (
+    Trait("int32", "dtype of topk_ids", dtypes={"topk_ids": "int32"}),
+    Trait("each expert in turn", "values of topk_ids", _in_turn, fits=lambda sizes: sizes["num_tokens"] >= sizes["num_experts"]),
+    Trait(
+        "one twice in a row",
+        "values of topk_ids",
+        lambda tensors: {"topk_ids": _some(tensors["topk_ids"], slice(0, None, 2), slice(1, 2), tensors["topk_ids"][::2, :1])},
+        fits=lambda sizes: sizes["top_k"] > 1,
+    ),
+    Trait(
+        "some 0",
+        "topk_weights",
+        lambda tensors: {"topk_weights": _some(tensors["topk_weights"], slice(0, None, 2), slice(0, 1), 0.0)},
+    ),
+    Trait(
+        "a row of 0",
+        "topk_weights",
+        lambda tensors: {"topk_weights": _some(tensors["topk_weights"], slice(-1, None), slice(None), 0.0)},
+    ),
+    Trait("negative", "topk_weights", lambda tensors: {"topk_weights": -tensors["topk_weights"].abs()}),
+)
 
 
 # ------------------------------------------------------------------------------------------------------ kinds of values
@@ -168,6 +220,12 @@ REJECTIONS = (
     Rejection("a negative id", "topk_ids", _change("topk_ids", lambda each: each * 0 - 1)),
     Rejection("floating ids", "topk_ids", lambda call: {"topk_ids": call["topk_weights"]}),
     Rejection("ids for fewer tokens", "topk_ids", _change("topk_ids", lambda each: each[:-1])),
+    Rejection(
+        "ids for more tokens",
+        "topk_ids",
+        lambda call: {name: torch.cat([call[name], call[name][:1]]) for name in ("topk_ids", "topk_weights")},
+    ),
+    Rejection("weights for more tokens", "topk_weights", _change("topk_weights", lambda each: torch.cat([each, each[:1]]))),
     Rejection("weights of another top_k", "topk_weights", _change("topk_weights", lambda each: each[:, :-1])),
     Rejection("integer weights", "topk_weights", lambda call: {"topk_weights": call["topk_ids"]}),
     Rejection("tokens of rank 3", "hidden_states", _change("hidden_states", lambda each: each[None])),
@@ -209,10 +267,16 @@ FUSED_SWIGLU = Contract(
     landmarks=(
         sizes(33, 100, 70, 5, 2),  # tails everywhere
         sizes(5, 40, 24, 32, 4),  # most experts without tokens
-        sizes(70, 16, 32, 3, 2),  # several tiles of rows for an expert
+        sizes(100, 20, 24, 3, 2),  # several tiles of rows for an expert, whatever the tile
         sizes(6, 320, 96, 2, 1),  # long sums: an accumulator that is not float32 shows
         sizes(260, 16, 32, 2, 2),  # gradients of weights over many tiles of rows
+        sizes(17, 24, 16, 8, 2),  # Mixtral's experts
+        sizes(3, 16, 8, 128, 8),  # Qwen3's
+        sizes(3, 8, 8, 257, 3),  # ids above 255
     ),
+    factors=FACTORS,
+    build=point,
+    traits=TRAITS,
     regimes=(
         Regime("dithered", dithered),
         Regime("skew", skewed),

@@ -19,6 +19,7 @@ from gaugeblock.conformance.contract import (
     Tensors,
     Workload,
 )
+from gaugeblock.conformance.factors import Trait, edges, either, kind_of_width, kinds
 from gaugeblock.reference.torch import layers
 
 EVERY_DTYPE = ("float32", "float16", "bfloat16")
@@ -52,6 +53,31 @@ def parameters(draw: st.DrawFn) -> dict[str, Any]:
         hidden_size=draw(st.sampled_from([2, 4, 16, 31, 64, 65, 100])),
         eps=draw(st.sampled_from([1e-6, 1e-5, 1e-3])),
     )
+
+
+# ----------------------------------------------------------------------------------------------------- what is covered
+
+FACTORS = (
+    edges("batch_size", 1, 2, 3),
+    edges("num_tokens", 1, 2, 15, 16, 17),
+    kinds("hidden_size", kind_of_width, 2, 16, 31, 100),
+    either("eps", 1e-6, 1e-5, 1e-3),
+)
+
+
+def _all(value: float, *names: str) -> Callable[[Tensors], Tensors]:
+    return lambda tensors: {name: torch.full_like(tensors[name], value) for name in names}
+
+
+TRAITS = (
+    Trait("0, as at the start of a training", "steering", _all(0.0, "shift", "scale")),
+    Trait("a scale of -1", "steering", _all(-1.0, "scale")),
+)
+GATED_TRAITS = (
+    *TRAITS,
+    Trait("0", "gate", _all(0.0, "gate")),
+    Trait("1", "gate", _all(1.0, "gate")),
+)
 
 
 # ------------------------------------------------------------------------------------------------------ kinds of values
@@ -131,6 +157,7 @@ def _rejections(tokens: str) -> tuple[Rejection, ...]:
         Rejection("tokens of rank 2", tokens, _change(tokens, lambda each: each[0])),
         Rejection("integer tokens", tokens, _change(tokens, lambda each: each.int())),
         Rejection("shift for another batch", "shift", _change("shift", lambda each: torch.cat([each, each]))),
+        Rejection("shift of one example more", "shift", _change("shift", lambda each: torch.cat([each, each[:1]]))),
         Rejection("shift of another width", "shift", _change("shift", lambda each: each[:, :-1])),
         Rejection("scale of a token each", "scale", _change("scale", lambda each: each[:, None])),
         Rejection("scale of another dtype", "scale", _change("scale", _another_dtype)),
@@ -142,6 +169,7 @@ def _rejections(tokens: str) -> tuple[Rejection, ...]:
 LANDMARKS = (
     sizes(2, 17, 100),  # tails everywhere
     sizes(3, 4, 320, 1e-5),  # long sums
+    sizes(1, 4, 1152),  # DiT-XL/2
 )
 WORKLOADS = (
     Workload("dit-xl-2/256px-batch-32", sizes(32, 256, 1152), "facebookresearch/DiT models.py, DiT_XL_2"),
@@ -186,6 +214,9 @@ LAYER_NORM_MODULATE = Contract(
     batch="batch_size",
     parameters=parameters,
     landmarks=LANDMARKS,
+    factors=FACTORS,
+    build=sizes,
+    traits=TRAITS,
     regimes=_regimes(_norm),
     cost=norm_cost,
     workloads=WORKLOADS,
@@ -217,6 +248,9 @@ GATED_RESIDUAL_LAYER_NORM_MODULATE = Contract(
     batch="batch_size",
     parameters=parameters,
     landmarks=LANDMARKS,
+    factors=FACTORS,
+    build=sizes,
+    traits=GATED_TRAITS,
     regimes=_regimes(_residual_norm),
     cost=residual_norm_cost,
     workloads=WORKLOADS,

@@ -22,6 +22,7 @@ from gaugeblock.conformance.contract import (
     Workload,
 )
 from gaugeblock.conformance.contracts import experts as of_experts
+from gaugeblock.conformance.factors import Trait, edges, kind_of_count, kinds
 from gaugeblock.reference.torch import experts, moe_layers
 
 EVERY_DTYPE = ("float32", "float16", "bfloat16")
@@ -72,6 +73,55 @@ def loss_parameters(draw: st.DrawFn) -> dict[str, Any]:
     experts = draw(st.sampled_from([1, 2, 3, 5, 8, 13, 16, 60]))
     tokens = draw(st.sampled_from([1, 2, 3, 7, 16, 17, 33, 64]))
     return loss_sizes(tokens, experts, draw(st.integers(1, min(experts, 5))))
+
+
+# ----------------------------------------------------------------------------------------------------- what is covered
+
+LOSS_FACTORS = (
+    edges("num_tokens", 1, 2, 15, 16, 17, 33),
+    kinds("num_experts", kind_of_count, 1, 2, 8, 32, 5, 13, 257),
+    edges("top_k", 1, 2, 3, 4),
+)
+MASK_TRAITS = tuple(
+    Trait(name, "attention_mask", change)
+    for name, change in (
+        ("no padding", lambda tensors: {"attention_mask": torch.ones_like(tensors["attention_mask"])}),
+        ("all padding", lambda tensors: {"attention_mask": torch.zeros_like(tensors["attention_mask"])}),
+        ("padding in front", lambda tensors: {"attention_mask": tensors["attention_mask"].sort().values}),
+    )
+)
+
+
+def loss_point(num_tokens: int, num_experts: int, top_k: int) -> dict[str, Any] | None:
+    """The point with these values of the factors."""
+    return loss_sizes(num_tokens, num_experts, top_k) if top_k <= num_experts else None
+
+
+def _in_turn(tensors: Tensors) -> Tensors:
+    """Each expert is the first choice of some token."""
+    ids, experts = tensors["topk_ids"], tensors["router_logits"].shape[1]
+    return {"topk_ids": (torch.arange(len(ids))[:, None] + torch.arange(ids.shape[1])) % experts}
+
+
+def _each_expert(sizes: Parameters) -> bool:
+    return sizes["num_tokens"] >= sizes["num_experts"]
+
+
+BALANCE_TRAITS = (
+    *MASK_TRAITS,
+    Trait("int32", "dtype of topk_ids", dtypes={"topk_ids": "int32"}),
+    Trait("each expert in turn", "values of topk_ids", _in_turn, fits=_each_expert),
+)
+
+
+def _gate_in_turn(tensors: Tensors) -> Tensors:
+    """Each expert is the first choice of some token: the first two values of each token point to its expert's row of the gate."""
+    tokens, gate = tensors["hidden_states"].clone(), tensors[f"state/{GATE}"].clone()
+    angles = 2 * math.pi * torch.arange(len(gate)) / len(gate)
+    directions = torch.stack([angles.cos(), angles.sin()], 1).to(torch.float64)
+    gate[:, :2], tokens[:, :2] = 16 * directions, directions[torch.arange(len(tokens)) % len(gate)]
+    gate[:, 2:] = gate[:, 2:].sign() / 64
+    return {"hidden_states": tokens, f"state/{GATE}": gate}
 
 
 # ------------------------------------------------------------------------------------------------- values of the layers
@@ -225,12 +275,14 @@ Z_REJECTIONS = (
     Rejection("integer logits", "router_logits", _set("router_logits", lambda each: each.to(torch.int32))),
     Rejection("no experts", "router_logits", _set("router_logits", lambda each: each[:, :0])),
     Rejection("a mask of fewer tokens", "attention_mask", _set("attention_mask", lambda each: each[:-1])),
+    Rejection("a mask of more tokens", "attention_mask", _set("attention_mask", lambda each: torch.cat([each, each[:1]]))),
     Rejection("a mask of rank 2", "attention_mask", _set("attention_mask", lambda each: each[None])),
     Rejection("a mask of numbers", "attention_mask", _set("attention_mask", lambda each: each.to(torch.float32))),
 )
 BALANCE_REJECTIONS = (
     *Z_REJECTIONS,
     Rejection("ids of fewer tokens", "topk_ids", _set("topk_ids", lambda each: each[:-1])),
+    Rejection("ids of more tokens", "topk_ids", _set("topk_ids", lambda each: torch.cat([each, each[:1]]))),
     Rejection("no ids", "topk_ids", _set("topk_ids", lambda each: each[:, :0])),
     Rejection("floating ids", "topk_ids", _set("topk_ids", lambda each: each.to(torch.float32))),
     Rejection("a negative id", "topk_ids", _set("topk_ids", lambda each: each * 0 - 1)),
@@ -304,6 +356,18 @@ MIXTRAL_MOE = Contract(
         of_experts.sizes(70, 16, 32, 3, 2),  # several tiles of rows for an expert
         of_experts.sizes(5, 40, 24, 32, 4),  # most experts without tokens
         of_experts.sizes(17, 24, 16, 6, 1),  # one expert per token, whose weight is 1: no gradient reaches the gate by it
+        of_experts.sizes(17, 24, 16, 8, 2),  # Mixtral's experts
+        of_experts.sizes(3, 16, 8, 128, 8),  # Qwen3's
+    ),
+    factors=of_experts.FACTORS,
+    build=of_experts.point,
+    traits=(
+        Trait(
+            "each expert in turn",
+            "choice",
+            _gate_in_turn,
+            fits=lambda sizes: sizes["num_tokens"] >= sizes["num_experts"] and sizes["hidden_size"] > 1,
+        ),
     ),
     regimes=(
         Regime("dithered", _gated(of_experts.dithered)),
@@ -349,7 +413,12 @@ LOAD_BALANCING_LOSS = Contract(
         loss_sizes(33, 8, 2),
         loss_sizes(100, 5, 3),
         loss_sizes(17, 300, 8),  # ids above 255
+        loss_sizes(513, 513, 1),  # each of 512 programs goes on to a second tile of a token
+        loss_sizes(17, 128, 8),  # Qwen3
     ),
+    factors=LOSS_FACTORS,
+    build=loss_point,
+    traits=BALANCE_TRAITS,
     regimes=BALANCE_REGIMES,
     cases=0.5,
     cost=balance_cost,
@@ -379,7 +448,12 @@ ROUTER_Z_LOSS = Contract(
         loss_sizes(33, 8, 2),
         loss_sizes(100, 5, 3),
         loss_sizes(17, 300, 8),
+        loss_sizes(513, 513, 1),
+        loss_sizes(17, 128, 8),
     ),
+    factors=LOSS_FACTORS[:2],  # it has no top_k
+    build=lambda num_tokens, num_experts: loss_sizes(num_tokens, num_experts, 1),
+    traits=MASK_TRAITS,
     regimes=Z_REGIMES,
     cases=0.5,
     cost=z_cost,

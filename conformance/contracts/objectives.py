@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from gaugeblock.conformance.cases import Draw
 from gaugeblock.conformance.contract import Contract, Cost, Input, Output, Parameters, Regime, Rejection, Tensors, Workload
+from gaugeblock.conformance.factors import Trait, edges, either, kind_of_width, kinds
 from gaugeblock.reference.torch import objectives
 
 SHAPE = ("batch_size", "channels", "size")
@@ -31,6 +32,18 @@ def parameters(draw: st.DrawFn) -> dict[str, Any]:
         draw(st.sampled_from([1, 15, 64, 65])),
         draw(st.sampled_from(["noise - data", "data - noise"])),
     )
+
+
+FACTORS = (edges("batch_size", 1, 2, 3), edges("channels", 1, 2, 4), kinds("size", kind_of_width, 1, 15, 16, 64, 24, 65))
+SIGN = either("velocity", "noise - data", "data - noise")
+
+
+def _all(value: float, name: str) -> Callable[[Tensors], Tensors]:
+    return lambda tensors: {name: torch.full_like(tensors[name], value)}
+
+
+TIME_TRAITS = (Trait("0", "values of times", _all(0.0, "times")), Trait("1", "values of times", _all(1.0, "times")))
+DATA_TRAITS = (Trait("0", "values of data", _all(0.0, "data")),)
 
 
 def cost(tensors: int) -> Callable[[Parameters, int], Cost]:
@@ -102,6 +115,7 @@ def _change(name: str, change: Callable[[Any], Any]) -> Callable[[dict[str, Any]
 PAIR_REJECTIONS = (
     Rejection("integer data", "data", _change("data", torch.Tensor.int)),
     Rejection("integer noise", "noise", _change("noise", torch.Tensor.int)),
+    Rejection("noise of one example more", "noise", _change("noise", lambda each: torch.cat([each, each[:1]]))),
     Rejection("noise of fewer channels", "noise", _change("noise", lambda each: each[:, 1:])),
     Rejection("data without a batch", "data", _change("data", lambda each: each[:, 0, 0])),
 )
@@ -129,10 +143,13 @@ INTERPOLATE = Contract(
     batch="batch_size",
     parameters=parameters,
     landmarks=LANDMARKS,
+    factors=FACTORS,
+    build=sizes,
+    traits=TIME_TRAITS,
     regimes=_regimes("data", "noise", "times", exact=True),
     cost=cost(3),
     workloads=WORKLOADS,
-    cases=0.25,
+    cases=0.5,
     rejections=(
         *PAIR_REJECTIONS,
         Rejection("integer times", "times", _change("times", torch.Tensor.int)),
@@ -153,10 +170,13 @@ VELOCITY = Contract(
     batch="batch_size",
     parameters=parameters,
     landmarks=LANDMARKS,
+    factors=(*FACTORS, SIGN),
+    build=sizes,
+    traits=DATA_TRAITS,
     regimes=_regimes("data", "noise", exact=True),
     cost=cost(3),
     workloads=WORKLOADS,
-    cases=0.25,
+    cases=0.5,
     rejections=(*PAIR_REJECTIONS, SIGN_REJECTION),
 )
 
@@ -173,10 +193,13 @@ LOSS = Contract(
     batch="batch_size",
     parameters=parameters,
     landmarks=LANDMARKS,
+    factors=(*FACTORS, SIGN),
+    build=sizes,
+    traits=DATA_TRAITS,
     regimes=_regimes("prediction", "data", "noise", exact=False),
     cost=cost(3),
     workloads=WORKLOADS,
-    cases=0.25,
+    cases=0.5,
     rejections=(
         *PAIR_REJECTIONS,
         Rejection("a prediction of another size", "prediction", _change("prediction", lambda each: each[:, :, 1:])),

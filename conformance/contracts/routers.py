@@ -21,6 +21,7 @@ from gaugeblock.conformance.contract import (
     Tensors,
     Workload,
 )
+from gaugeblock.conformance.factors import Factor, Trait, edges, either, kind_of_count, kinds
 from gaugeblock.reference.torch import routers
 
 LOGITS = Input("router_logits", ("num_tokens", "num_experts"), differentiable=True)
@@ -87,6 +88,90 @@ def grouped_sizes(
         "topk_groups": topk_groups,
         "routed_scaling_factor": factor,
     }
+
+
+# ----------------------------------------------------------------------------------------------------- what is covered
+
+
+def _turns(logits: torch.Tensor) -> torch.Tensor:
+    """Whose turn it is: token t is for expert t, and so on again."""
+    tokens, experts = logits.shape
+    return torch.arange(experts) == (torch.arange(tokens) % experts)[:, None]
+
+
+def _in_turn(tensors: Tensors) -> Tensors:
+    """Each expert is the first choice of some token: it has the highest logit, which had another."""
+    logits, turn = tensors["router_logits"], _turns(tensors["router_logits"])
+    if not logits.numel():
+        return {}
+    best = torch.zeros_like(turn).scatter(1, logits.argmax(1, keepdim=True), True)
+    own = (logits * turn).sum(1, keepdim=True)
+    return {"router_logits": torch.where(turn, logits.amax(1, keepdim=True), torch.where(best, own, logits))}
+
+
+def _in_turn_among_groups(tensors: Tensors) -> Tensors:
+    """The same, whatever the other experts of its group are: their scores are small, and there is no bias."""
+    logits, turn = tensors["router_logits"], _turns(tensors["router_logits"])
+    place = logits.masked_fill(turn, math.inf).argsort(1, descending=True).argsort(1)
+    low = -3 - place / logits.shape[1]
+    bias = torch.zeros_like(tensors["e_score_correction_bias"])
+    return {"router_logits": torch.where(turn, 3.0, low.to(logits.dtype)), "e_score_correction_bias": bias}
+
+
+def _negative(tensors: Tensors) -> Tensors:
+    return {"router_logits": -tensors["router_logits"].abs()}
+
+
+def _some_equal(tensors: Tensors) -> Tensors:
+    logits = tensors["router_logits"].clone()
+    logits[::2] = logits[::2, :1]
+    return {"router_logits": logits}
+
+
+def _each_expert(sizes: Parameters) -> bool:
+    return sizes["num_tokens"] >= sizes["num_experts"]
+
+
+SOFTMAX_TRAITS = (
+    Trait("each expert in turn", "router_logits", _in_turn, fits=_each_expert),
+    Trait("negative", "router_logits", _negative),
+    Trait("equal in a row", "router_logits", _some_equal),
+)
+GROUPED_TRAITS = (
+    Trait("each expert in turn", "router_logits", _in_turn_among_groups, fits=_each_expert),
+    *SOFTMAX_TRAITS[1:],
+)
+TOKENS = edges("num_tokens", 1, 2, 15, 16, 17, 33)
+CHOSEN = edges("top_k", 1, 2, 3, 4, option=True)
+SOFTMAX_FACTORS = (
+    TOKENS,
+    kinds("num_experts", kind_of_count, 1, 2, 8, 32, 5, 13, 257),
+    CHOSEN,
+    either("renormalize", False, True),
+)
+GROUPED_FACTORS = (
+    TOKENS,
+    kinds("num_groups", kind_of_count, 1, 2, 4, 8, 3, 5),
+    edges("experts_of_a_group", 1, 2, 3, 33, of=lambda sizes: sizes["num_experts"] // sizes["num_groups"]),
+    Factor("num_experts", lambda value: "above 255" if value > 255 else "up to 255"),
+    edges("topk_groups", 1, 2, 3, option=True),
+    CHOSEN,
+    either("renormalize", False, True),
+    either("routed_scaling_factor", 1.0, 2.5),
+)
+
+
+def softmax_point(num_tokens: int, num_experts: int, top_k: int, renormalize: bool) -> dict[str, Any] | None:
+    """The point with these values of the factors."""
+    return softmax_sizes(num_tokens, num_experts, top_k, renormalize) if top_k <= num_experts else None
+
+
+def grouped_point(experts_of_a_group: int, num_groups: int, topk_groups: int, top_k: int, **others: Any) -> dict[str, Any] | None:
+    """The point with these values of the factors."""
+    if topk_groups > num_groups or top_k > topk_groups * experts_of_a_group:
+        return None
+    experts = num_groups * experts_of_a_group
+    return {"num_experts": experts, "top_k": top_k, "num_groups": num_groups, "topk_groups": topk_groups, **others}
 
 
 # ------------------------------------------------------------------------------------------------------ kinds of values
@@ -272,7 +357,12 @@ SOFTMAX_TOPK = Contract(
         softmax_sizes(33, 8, 2, False),
         softmax_sizes(17, 300, 8, True),  # ids above 255
         softmax_sizes(5, 3, 3, False),  # every expert chosen
+        softmax_sizes(33, 8, 2, True),  # Mixtral
+        softmax_sizes(17, 128, 8, True),  # Qwen3
     ),
+    factors=SOFTMAX_FACTORS,
+    build=softmax_point,
+    traits=SOFTMAX_TRAITS,
     regimes=(*SOFTMAX_REGIMES, Regime("lattice", lattice, "exact", differentiable=False)),
     cost=cost,
     workloads=(
@@ -311,7 +401,11 @@ GROUPED_SIGMOID_TOPK = Contract(
         grouped_sizes(17, 15, 4, 5, 3, False, 2.5),
         grouped_sizes(5, 6, 2, 6, 3, True, 1.0),  # groups of one expert
         grouped_sizes(3, 288, 8, 1, 1, True, 2.5),  # one group; ids above 255
+        grouped_sizes(9, 256, 8, 8, 4, True, 2.5),  # DeepSeek-V3
     ),
+    factors=GROUPED_FACTORS,
+    build=grouped_point,
+    traits=GROUPED_TRAITS,
     regimes=(
         *(_with_bias(regime, _few if regime.name == "ties" else _smooth) for regime in SIGMOID_REGIMES),
         _with_bias(Regime("lattice", saturated, "worst element", differentiable=False), _few),

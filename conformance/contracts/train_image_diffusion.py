@@ -20,6 +20,7 @@ from gaugeblock.conformance.contract import (
     Tensors,
     Workload,
 )
+from gaugeblock.conformance.factors import Trait, edges, either
 from gaugeblock.reference.configs import DiTConfig, ImageDiffusionConfig
 from gaugeblock.reference.torch import dit, train_image_diffusion
 
@@ -83,6 +84,24 @@ def parameters(draw: st.DrawFn) -> dict[str, Any]:
         timestep_sampling=draw(st.sampled_from(["uniform", "logit-normal"])),
     )
     return drawn | draw(st.sampled_from([{}, {}, {}, USUAL]))
+
+
+FACTORS = (
+    edges("num_steps", 1, 2),
+    edges("batch_size", 1, 2, 3, 5),
+    edges("accumulation_steps", 1, 2, 3, option=True),
+    edges("depth", 1, 2),
+    edges("in_channels", 1, 2),
+    edges("num_classes", 1, 2),
+    either("run_seed", 0, 2**40 + 5),
+    either("adam_epsilon", 2**-8, 2**-5),
+    either("weight_decay", 0.0, 2**-3),
+    either("max_gradient_norm", 2**-10, 0.25, 100.0),
+    either("label_dropout", 0.0, 0.5, 1.0),
+    either("velocity", "noise - data", "data - noise"),
+    either("timestep_sampling", "uniform", "logit-normal"),
+)
+TRAITS = (Trait("int32", "dtype of labels", dtypes={"labels": "int32"}),)
 
 
 def config(parameters: Parameters) -> ImageDiffusionConfig:
@@ -207,6 +226,8 @@ REJECTIONS = (
         "labels": call["labels"] * 0 + call["config"].model.num_classes
     }),
     Rejection("floating example ids", "example_ids", _change("example_ids", torch.Tensor.float)),
+    Rejection("labels of more examples", "labels", _change("labels", lambda each: torch.cat([each, each[:, :1]], 1))),
+    Rejection("ids of more examples", "example_ids", _change("example_ids", lambda each: torch.cat([each, each[:, :1]], 1))),
     Rejection("ids of fewer examples", "example_ids", _change("example_ids", lambda each: each[:, :-1])),
     Rejection("a state without a parameter", "model.final_layer.linear.bias", _change(BIAS, lambda each: None)),
     Rejection("a state without its step", "step", _change("state/step", lambda each: None)),
@@ -250,6 +271,9 @@ TRAIN_STEP = Contract(
         sizes(2, 1, accumulation_steps=2, weight_decay=0.0, label_dropout=0.0, run_seed=2**40 + 5),
         sizes(1, 4, **USUAL),  # what people train with; none of it is exact in float32
     ),
+    factors=FACTORS,
+    build=sizes,
+    traits=TRAITS,
     regimes=(
         Regime("under way", under_way, differentiable=False),
         Regime("fresh", fresh, differentiable=False),

@@ -18,7 +18,7 @@ Kind = Literal["structural", "boundary", "precision", "state", "memory", "gradie
 KINDS: tuple[Kind, ...] = get_args(Kind)
 MODULES = """routers routers_interface triton_routers far_strides capacity_routers triton_capacity experts experts_precision
     experts_memory triton_experts layers triton_layers moe_layers triton_moe_layers dit objectives train_image_diffusion
-    ranks""".split()
+    ranks corners""".split()
 _planted: dict[tuple[str, str], "Fault"] = {}
 
 

@@ -1,8 +1,7 @@
 """Bugs planted into the text of our own Triton kernels, which proves that the kernels we ship are guarded: `planted/triton_*.py`.
 
 Not there, since nobody could see them: `other=` of loads whose lanes are masked again later (router logits and bias), the row
-mask of a store that writes the last row again with the same value, the key of NaN (its bits are the largest integer anyway),
-and `input_precision="tf32"`, which the interpreter computes as "ieee".
+mask of a store that writes the last row again with the same value, and the key of NaN (its bits are the largest integer anyway).
 """
 
 import ast

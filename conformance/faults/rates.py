@@ -135,7 +135,8 @@ def kill(fault: Fault, profile: Profile) -> Kill:
     ]
     with process_kept():
         subject = fault.subject()
-        twin = replace(subject, implementation=replace(subject.implementation, function=RIGHT[fault.contract]()))
+        right = contract.twin if subject.implementation.framework == "jax" else RIGHT[fault.contract]()
+        twin = replace(subject, implementation=replace(subject.implementation, function=right))
         plain = [
             name
             for name, close in PLAIN_TESTS.items()

@@ -15,8 +15,8 @@ from gaugeblock.conformance.faults.mutants import mutated
 from gaugeblock.conformance.faults.rates import RIGHT
 from gaugeblock.conformance.faults.simulated.ranks import DataParallel, ExpertParallel
 from gaugeblock.conformance.properties import properties
-from gaugeblock.conformance.ranks import pool
 from gaugeblock.conformance.registry import Implementation, contracts
+from gaugeblock.conformance.runner import ranks
 from gaugeblock.conformance.trial import Subject
 
 QUICK = replace(PROFILES["quick"], shrink_seconds=0)  # whether it fails, not how small a case does
@@ -26,7 +26,7 @@ FEW = replace(QUICK, examples=1)  # right variants are judged on more in test_er
 @pytest.fixture(autouse=True)
 def impatience(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ranks that wait for ever are given up sooner."""
-    monkeypatch.setattr(pool, "PATIENCE_SECONDS", 8.0)
+    monkeypatch.setattr(ranks, "PATIENCE_SECONDS", 8.0)
 
 
 @pytest.mark.parametrize("fault", faults(), ids=lambda fault: f"{fault.contract}-{fault.name}")

@@ -11,10 +11,11 @@ import pytest
 
 from gaugeblock.conformance.exploration import PROFILES
 from gaugeblock.conformance.faults import rates
+from gaugeblock.conformance.faults.corners import Caught, Corner
 from gaugeblock.conformance.faults.fault import faults
 from gaugeblock.conformance.faults.right.variant import Variant, every_case
 from gaugeblock.conformance.registry import contracts
-from gaugeblock.conformance.selftest import complaints, summarize
+from gaugeblock.conformance.selftest import complaints, summarize, summarize_corners
 
 
 def planted(contract: str, name: str, shrink_seconds: float = 1) -> rates.Kill:
@@ -67,9 +68,13 @@ def test_every_shortcoming_is_a_complaint() -> None:
     survivor = replace(caught, killed=False, plain=())
     alarms = rates.Alarms(100, ["an alarm"], dict.fromkeys(rates.PLAIN_TESTS, 10))
     summary = summarize([caught, survivor], alarms, rates.Vacuity(10, ["zero outputs"], 1))
+    corner = Caught(Corner("a.b", (("top_k", "2"),)), False, 9)
+    summary["corners"] = summarize_corners([corner, replace(corner, caught=True)])
+    assert summary["corners"]["planted"] == {"classes": 2, "pairs": 0} and summary["corners"]["caught"]["classes"] == 1
     summary["reproduction"] = {"scripts": 1, "fail_again": 0, "do_not": ["a.b c"]}
     assert [each.partition(":")[0] for each in complaints(summary)] == [
         "not caught",
+        "not caught in a corner",
         "false alarm",
         "passed though trivial",
         "the script does not fail again",

@@ -13,6 +13,8 @@ from rich.text import Text
 from tabulate import tabulate
 
 from gaugeblock.conformance.contract import Contract, Input, Output, Regime
+from gaugeblock.conformance.coverage import Demand, array, measure, space
+from gaugeblock.conformance.factors import ORDINARY
 from gaugeblock.conformance.registry import (
     Implementation,
     builtin_implementations,
@@ -110,13 +112,14 @@ def explain(contract: Contract, properties: Sequence["Property"], console: Conso
     _table("outputs", [_row_of(each) for each in contract.outputs], console)
     _section("how outputs are judged", _how_judged(contract), console)
     _section("sizes and options", _sizes(contract), console)
+    _table("what a kernel may treat in different ways, and cases cover", _classes(contract), console)
     _table(
         "kinds of values",
         [[each.name, _judged(each), _first_line(each.make)] for each in contract.regimes],
         console,
     )
     applying = [
-        [each.name, _applies_to(each), each.statement]
+        [each.name, _applies_to(each), each.statement, _due(contract, each)]
         for each in properties
         if each.name not in contract.without
     ]
@@ -200,6 +203,26 @@ def _sizes(contract: Contract) -> list[str]:
         "always visited:",
         *(f"  {_parameters(each)}" for each in contract.landmarks),
     ]
+
+
+def _classes(contract: Contract) -> list[list[str]]:
+    """A row for each factor: its name and its classes."""
+    traits = dict.fromkeys(trait.factor for trait in contract.traits)
+    named = [[ORDINARY, *(trait.name for trait in contract.traits if trait.factor == factor)] for factor in traits]
+    places = range(len(contract.factors))
+    classes = [dict.fromkeys(space(contract).classes(case)[place] for case in array(contract, 2)) for place in places]
+    rows = [
+        (factor.name, dict.fromkeys((*map(factor.classify, factor.values), *seen)))
+        for factor, seen in zip(contract.factors, classes, strict=True)
+    ]
+    return [[name, "; ".join(each)] for name, each in (*rows, *zip(traits, named, strict=True))]
+
+
+def _due(contract: Contract, prop: "Property") -> str:
+    """What a candidate's cases visit."""
+    demand = Demand(prop.covers, layouts=prop.layouts)
+    coverage = measure(contract, (), demand, sparing=False)
+    return "" if coverage is None else f"visits {coverage.due} {coverage.of}"
 
 
 def _parameters(parameters: Mapping[str, Any]) -> str:

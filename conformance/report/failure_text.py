@@ -9,7 +9,8 @@ from gaugeblock.conformance.report.view import printable, short_dtype
 from gaugeblock.conformance.verdict import Verdict
 
 SHOWN_CASES = 3  # a pooled failure has dozens; its script holds them all
-VERBS = {"crash": "crashes in", "timeout": "gives no answer in"}
+VERBS = {"crash": "crashes in", "timeout": "gives no answer in", "error": "could not be judged in"}
+SHOWN_OUTPUT = 10  # lines of what a candidate printed
 NUMBER = re.compile(r"0x[0-9a-fA-F]+|\d+(?:\.\d+)?(?:e[+-]?\d+)?%?")
 
 
@@ -26,7 +27,9 @@ def explanation(verdict: Verdict) -> list[str]:
     cases = [case_text(case) for case in failure.cases[:SHOWN_CASES]]
     hidden = len(failure.cases) - len(cases)
     more = [f"... and {hidden} more cases, in the script"] if hidden else []
-    lines = [verdict.reason or failure.message, failure.diagnosis, *failure.details, *cases, *more]
+    printed = failure.output.strip().splitlines()
+    output = ["it printed:", *printed[:SHOWN_OUTPUT], *(["..."] if len(printed) > SHOWN_OUTPUT else [])] if printed else []
+    lines = [verdict.reason or failure.message, failure.diagnosis, *failure.details, *output, *cases, *more]
     return [printable(line) for line in lines if line]
 
 

@@ -88,7 +88,7 @@ def junit(verdicts: Sequence[Verdict]) -> str:
         counts = {
             "tests": len(rows),
             "failures": sum(each.status == "fail" for each in rows),
-            "errors": sum(each.status in ("crash", "timeout") for each in rows),
+            "errors": sum(each.status in ("crash", "timeout", "error") for each in rows),
             "skipped": sum(each.status in ("not supported", "waived") for each in rows),
         }
         seconds = f"{sum(each.seconds for each in rows):.3f}"

@@ -14,6 +14,7 @@ from gaugeblock.conformance.verdict import FAILED, Status, Verdict
 
 EMOJI: dict[Status, str] = {
     "pass": "✅", "warning": "⚠️", "fail": "❌", "not supported": "➖", "waived": "🏳️", "crash": "💥", "timeout": "⏱️",
+    "error": "🛑",
 }  # fmt: skip
 EXPLAINED = 30  # failures in full: GitHub refuses a summary of more than 1 MiB
 ANNOTATIONS = 10  # GitHub shows no more errors of one step
@@ -34,6 +35,7 @@ def summary(verdicts: Sequence[Verdict], environment: dict[str, Any], profile: s
             if len(failures) > EXPLAINED
             else []
         ),
+        *([_visited(verdicts)] if any(each.coverage for each in verdicts) else []),
         _table([[label, inline(text)] for label, text in describe(environment).items()], ["run", ""]),
     ]
     return "\n\n".join(parts) + "\n"
@@ -75,6 +77,16 @@ def _failure(failures: Group) -> str:
     return "\n\n".join(
         [f"<details><summary>{title}<br>{inline(first.reason)}</summary>", *body, "</details>"]
     )
+
+
+def _visited(verdicts: Sequence[Verdict]) -> str:
+    """What each property has visited of each contract, of the implementation of which it visited least."""
+    rows = [
+        [inline(each.contract), inline(each.property), inline(view.visited(each)), inline(each.implementation)]
+        for each in view.least_visited(verdicts)
+    ]
+    table = _table(rows, ["contract", "property", "visited", "least of all in"])
+    return f"<details><summary>what was visited</summary>\n\n{inline(view.SPARING)}\n\n{table}\n\n</details>"
 
 
 def _fenced(text: str, language: str) -> str:

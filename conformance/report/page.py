@@ -104,12 +104,9 @@ class Chapter:
     verdicts: list[Verdict]
 
 
-def render(verdicts: Sequence[Verdict], environment: dict[str, Any], profile: str) -> str:
-    """The page, as one string without any reference to other files."""
-    failures = group(each for each in verdicts if each.status in FAILED)
-    matrices = view.matrices(verdicts)
-    anchors = _anchors(verdicts, failures)
-    templates = jinja2.Environment(
+def templates() -> jinja2.Environment:
+    """The pages beside this file."""
+    found = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
         finalize=lambda value: (
@@ -119,8 +116,16 @@ def render(verdicts: Sequence[Verdict], environment: dict[str, Any], profile: st
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    templates.filters["case_text"] = case_text
-    return templates.get_template("page.html.jinja").render(
+    found.filters["case_text"] = case_text
+    return found
+
+
+def render(verdicts: Sequence[Verdict], environment: dict[str, Any], profile: str) -> str:
+    """The page, as one string without any reference to other files."""
+    failures = group(each for each in verdicts if each.status in FAILED)
+    matrices = view.matrices(verdicts)
+    anchors = _anchors(verdicts, failures)
+    return templates().get_template("page.html.jinja").render(
         version=gaugeblock.__version__,
         profile=profile,
         conclusion=view.conclusion(verdicts),

@@ -22,6 +22,7 @@ STYLES: dict[Status, str] = {
     "waived": "cyan",
     "crash": "bold magenta",
     "timeout": "bold magenta",
+    "error": "bold red",
 }
 LONGEST_TITLE = 24  # of an implementation, in a column's head
 EXPLAINED = 12  # failures shown in full; the rest in a line each

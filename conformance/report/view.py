@@ -10,19 +10,21 @@ from dataclasses import dataclass
 from gaugeblock.conformance.verdict import FAILED, Status, Verdict
 
 MARKS: dict[Status, str] = {
-    "pass": "✓", "warning": "!", "fail": "✗", "not supported": "–", "waived": "w", "crash": "☠", "timeout": "⏱",
+    "pass": "✓", "warning": "!", "fail": "✗", "not supported": "–", "waived": "w", "crash": "☠", "timeout": "⏱", "error": "E",
 }  # fmt: skip
-WORST_FIRST: tuple[Status, ...] = ("crash", "timeout", "fail", "waived", "warning", "pass", "not supported")
+WORST_FIRST: tuple[Status, ...] = ("error", "crash", "timeout", "fail", "waived", "warning", "pass", "not supported")
 MEANINGS: dict[Status, str] = {
     "pass": "pass",
-    "warning": "warning: little of the budget is left",
+    "warning": "warning: little of the budget is left, or less was visited than should have been",
     "fail": "fail",
     "not supported": "not supported",
     "waived": "waived: a known failure",
     "crash": "crash: the process died",
     "timeout": "timeout",
+    "error": "error of the engine or the contract: no word on the candidate",
 }
 NOT_OF_CONTRACT = "the contract has no"  # begins the reason why a property makes no row of a contract's matrix
+SPARING = "Visited: of the pairs (or classes) of sizes, options and values that there are. *: built in; quick visits few."
 MEASURED = ("parity", "gradients")  # properties whose worst error stands beside the mark
 KINDS = ("reference", "triton", "distributed", "jax", "compiled", "user")
 LONGEST_SLUG = 200  # file names may have 255 bytes
@@ -152,6 +154,28 @@ def count(verdicts: Sequence[Verdict]) -> dict[Status, int]:
     """How many verdicts have each status that occurs, the worst status first."""
     found = Counter(each.status for each in verdicts)
     return {status: found[status] for status in WORST_FIRST if found[status]}
+
+
+def visited(verdict: Verdict) -> str:
+    """What a property has visited, and `*` where that is less on purpose."""
+    if verdict.coverage is None:
+        return ""
+    return f"{verdict.coverage}{'*' if verdict.coverage.sparing and verdict.coverage.visited < verdict.coverage.due else ''}"
+
+
+def least_visited(verdicts: Sequence[Verdict]) -> list[Verdict]:
+    """For each contract and property, the verdict that visited the smallest part."""
+    found: dict[tuple[str, str], Verdict] = {}
+    for each in verdicts:
+        if each.coverage is not None:
+            key = each.contract, each.property
+            found[key] = min(found.get(key, each), each, key=_part_visited)
+    return list(found.values())
+
+
+def _part_visited(verdict: Verdict) -> float:
+    assert verdict.coverage is not None
+    return verdict.coverage.visited / max(1, verdict.coverage.due)
 
 
 def tested(verdicts: Sequence[Verdict]) -> list[Verdict]:

@@ -29,7 +29,7 @@ class Waiver:
 
     def covers(self, verdict: Verdict) -> bool:
         """Whether the verdict is a failure that this waiver names."""
-        return verdict.status in FAILED and fnmatchcase(verdict.identity, self.id)
+        return verdict.status in FAILED - {"error"} and fnmatchcase(verdict.identity, self.id)
 
 
 @dataclass(frozen=True)

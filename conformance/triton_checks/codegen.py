@@ -26,6 +26,7 @@ from typing import Any
 from tabulate import tabulate
 
 from gaugeblock.conformance.triton_checks.chips import CHIPS, Chip, dots
+from gaugeblock.conformance.triton_checks.driver import driver_of
 from gaugeblock.conformance.triton_checks.patching import wrapped
 
 Launches = Iterable[tuple[str, Callable[[], object]]]
@@ -120,58 +121,9 @@ def _compiling(chip: Chip) -> Iterator[list[Any]]:
         autotuner.cache.clear()  # what was chosen for another chip
         return run(autotuner, *args, **kwargs)
 
-    driver.set_active(_compile_only_driver(chip))
+    driver.set_active(driver_of(chip))
     with wrapped(JITFunction, "run", compile_only), wrapped(Autotuner, "run", try_every_config):
         yield compiled
-
-
-def _compile_only_driver(chip: Chip) -> Any:
-    import torch
-    from triton.backends.compiler import GPUTarget
-    from triton.backends.driver import DriverBase
-
-    class CompileOnlyDriver(DriverBase):
-        """A device that kernels can be compiled for, whose tensors are the CPU's."""
-
-        @classmethod
-        def is_active(cls) -> bool:
-            return True
-
-        def get_current_target(self) -> GPUTarget:
-            return GPUTarget(chip.backend, chip.architecture, chip.warp_size)
-
-        def get_current_device(self) -> str:
-            return chip.name  # the key of a kernel's caches, so that chips do not share them
-
-        def set_current_device(self, device: Any) -> None:
-            pass
-
-        def get_current_stream(self, device: Any) -> int:
-            return 0
-
-        def get_active_torch_device(self) -> torch.device:
-            return torch.device("cpu")
-
-        def get_device_interface(self) -> Any:
-            return torch.cpu
-
-        def map_python_to_cpp_type(self, ty: str) -> str:
-            return "int"
-
-        def get_benchmarker(self) -> Callable:
-            def compile_config(call: Callable, quantiles: tuple, **_: Any) -> list[float]:
-                call()
-                return [1.0] * len(quantiles)
-
-            return compile_config
-
-        def get_empty_cache_for_benchmark(self) -> torch.Tensor:
-            return torch.empty(0)
-
-        def clear_cache(self, cache: Any) -> None:
-            pass
-
-    return CompileOnlyDriver()
 
 
 def _examine(label: str, kernel: Any, chip: Chip) -> CompiledKernel:

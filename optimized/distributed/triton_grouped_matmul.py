@@ -52,7 +52,7 @@ class _GroupedMatmul(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             d_weights = weights.new_empty(weights.shape)
             in_place = torch.arange(len(rows), device=rows.device)
-            tiles = choose_tiles(d_operand, rows, d_weights, rows_are_depth=True)
+            tiles = choose_tiles(d_operand, rows, d_weights)
             sum_of_products(d_operand, rows, d_weights, in_place, offsets, 1, tiles)
         return d_rows, d_weights, None
 

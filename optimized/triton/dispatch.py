@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from gaugeblock.optimized.triton.launch import INTERPRETED, program_rows
+from gaugeblock.optimized.triton.launch import program_rows
 
 
 class Blocks(NamedTuple):
@@ -112,7 +112,7 @@ def sum_rows(rows: torch.Tensor, weights: torch.Tensor | None, dtype: torch.dtyp
     """
     num_tokens, top_k, width = rows.shape
     sums = torch.empty(num_tokens, width, dtype=dtype, device=rows.device)
-    block_tokens, block_columns = (16, 64) if INTERPRETED else (4, 128)
+    block_tokens, block_columns = 4, 128
     grid = (triton.cdiv(num_tokens, block_tokens), triton.cdiv(width, block_columns))
     _sum_rows_kernel[grid](
         rows, weights, sums,

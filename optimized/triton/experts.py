@@ -238,7 +238,7 @@ class _FusedSwiglu(torch.autograd.Function):
             # blocks of columns are to a routed row what its choices are to a token
             weights_gradient = sum_rows(weight_summands[None], None, topk_weights.dtype).view_as(topk_weights)
 
-        of_rows = (rows, expert_offsets, topk_weights.shape[1], choose_tiles(*operands, rows_are_depth=True))
+        of_rows = (rows, expert_offsets, topk_weights.shape[1], tiles)
         if needs_w13:
             w13_gradient = w13.new_empty(w13.shape)
             sum_of_products(gate_up_gradient, hidden_states, w13_gradient, *of_rows)

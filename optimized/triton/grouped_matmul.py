@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from gaugeblock.optimized.triton.dispatch import Blocks
-from gaugeblock.optimized.triton.launch import INTERPRETED
+from gaugeblock.optimized.triton.launch import on_amd
 
 
 class Tiles(NamedTuple):
@@ -39,7 +39,7 @@ class Tiles(NamedTuple):
         }
 
 
-def choose_tiles(*operands: torch.Tensor, accumulators: int = 1, rows_are_depth: bool = False) -> Tiles:
+def choose_tiles(*operands: torch.Tensor, accumulators: int = 1) -> Tiles:
     """Choose the tiles of a product.
 
     Dtype, strides and the sizes of rows and matrices decide, never the number of tokens or experts: a token's
@@ -50,18 +50,14 @@ def choose_tiles(*operands: torch.Tensor, accumulators: int = 1, rows_are_depth:
     Args:
         operands: All tensors of a pass, so that its kernels agree on the rows of a block.
         accumulators: Results that a program keeps of each column.
-        rows_are_depth: Whether routed rows are what is summed over.
     """
-    if INTERPRETED:
-        # an operation takes 50 us whatever its size: the largest that leave two tiles along a side of 100
-        return Tiles(128, 64, 16, 1, 1) if rows_are_depth else Tiles(16, 64, 64, 1, 1)
     if operands[0].dtype == torch.float32:
         # no matrix unit of NVIDIA multiplies float32 exactly: operands pass through registers, so small tiles
         tiles = Tiles(32, 64, 16, num_warps=8, num_stages=3)
     elif not all(_is_aligned(operand) for operand in operands):
         # each element has an address of its own, in two registers; 64 rows are the fewest that wgmma takes
         tiles = Tiles(64, 64, 32, num_warps=8, num_stages=2)
-    elif triton.runtime.driver.active.get_current_target().backend == "hip":
+    elif on_amd():
         # gfx942 has 64 KiB of shared memory, and 256 registers for each lane of 8 warps
         tiles = Tiles(64, 128, 64, num_warps=8, num_stages=2)
     else:
@@ -191,7 +187,7 @@ def sum_of_products(
         rows: [num_rows] int64, the routed row at each position.
         expert_offsets: [num_experts + 1] int64, as from `sort_by_expert`.
         top_k: Routed rows per token.
-        tiles: From `choose_tiles` with `rows_are_depth`.
+        tiles: From `choose_tiles`.
     """
     num_experts, left_width, right_width = out.shape
     grid = (triton.cdiv(left_width, tiles.rows), triton.cdiv(right_width, tiles.columns), num_experts)

@@ -34,6 +34,11 @@ def require_triton_device(tensor_name: str, tensor: torch.Tensor) -> None:
         raise ValueError(f"{tensor_name} must be on {expected}, got {tensor.device}{advice}")
 
 
+def on_amd() -> bool:
+    """Return whether kernels are launched on a GPU of AMD; those that are interpreted are NVIDIA's."""
+    return not INTERPRETED and triton.runtime.driver.active.get_current_target().backend == "hip"
+
+
 def device_of(tensor: torch.Tensor) -> AbstractContextManager:
     """Make the device of `tensor` the current one, where Triton launches; nothing to do on the CPU."""
     return torch.cuda.device_of(tensor)

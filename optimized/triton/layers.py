@@ -26,13 +26,13 @@ import triton
 import triton.language as tl
 from torch.autograd.function import once_differentiable
 
-from gaugeblock.optimized.triton.launch import INTERPRETED, device_of, require_triton_device
+from gaugeblock.optimized.triton.launch import device_of, require_triton_device
 from gaugeblock.reference import validation
 
 # Rows and columns of a program's block, for 4 warps; a row may be wider. Forward, a warp has a row, in loads of 16 bytes, so that
-# sums of rows are shuffles; the interpreter's time goes by the program. Backward, a program has more tokens, since it writes
-# their sums, and a thread 8 elements; of the blocks with that many, (16, 64) and (16, 128) spilled on sm_80.
-FORWARD_BLOCK = (16, 64) if INTERPRETED else (4, 256)
+# sums of rows are shuffles. Backward, a program has more tokens, since it writes their sums, and a thread 8 elements; of the
+# blocks with that many, (16, 64) and (16, 128) spilled on sm_80.
+FORWARD_BLOCK = (4, 256)
 BACKWARD_BLOCK = (32, 32)
 SUM_BLOCK = (32, 64)
 

@@ -17,16 +17,16 @@ import triton.language as tl
 from torch.autograd.function import once_differentiable
 
 from gaugeblock.optimized.triton.experts import fused_swiglu
-from gaugeblock.optimized.triton.launch import INTERPRETED, device_of, program_rows, require_triton_device
+from gaugeblock.optimized.triton.launch import device_of, program_rows, require_triton_device
 from gaugeblock.optimized.triton.routers import divide, softmax_topk
 from gaugeblock.reference import validation
 
-# Programs that write sums: a few for each of a GPU's processors. The interpreter has as many as show an error.
-MOST_PROGRAMS = 3 if INTERPRETED else 512
+# Programs that write sums: a few for each of a GPU's processors.
+MOST_PROGRAMS = 512
 # Logits that a program has in registers: eight per thread of four warps. More make its sums spill.
-TILE = 256 if INTERPRETED else 1024
+TILE = 1024
 # Sums that the last program has in registers: 32 per thread of eight warps.
-LAST_TILE = 16 if INTERPRETED else 8192
+LAST_TILE = 8192
 
 
 def mixtral_moe(

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch.autograd.function import once_differentiable
 
-from gaugeblock.optimized.triton.launch import INTERPRETED, device_of, program_rows, require_triton_device
+from gaugeblock.optimized.triton.launch import device_of, program_rows, require_triton_device
 from gaugeblock.optimized.triton.topk import choose_lanes, keys_of, no_key, scores_of
 from gaugeblock.reference import validation
 
@@ -197,10 +197,10 @@ def _launch(kernel: Any, router_logits: torch.Tensor, lanes: int, *arguments: An
 
     A program has as many rows as make 256 lanes, and a warp for each 512 lanes of a row. So a thread has at
     most 16, which leaves registers for float64, and up to 512 experts a maximum is a few shuffles within one
-    warp. The interpreter's time goes by the program, whatever its size.
+    warp.
     """
     num_tokens = router_logits.shape[0]
-    block_tokens = 64 if INTERPRETED else max(1, 256 // lanes)
+    block_tokens = max(1, 256 // lanes)
     if num_tokens:
         with device_of(router_logits):
             kernel[(triton.cdiv(num_tokens, block_tokens),)](

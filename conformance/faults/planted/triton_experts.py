@@ -15,7 +15,7 @@ mutant(
 )  # fmt: skip
 mutant(
     EXPERTS, "other-missing", "Lanes behind the end of the sum hold whatever the load leaves there.", "experts._gate_up_kernel",
-    ", other=0.0", "", "parity", "boundary",
+    ", other=0.0", "", "masked_lanes", "boundary",
 )  # fmt: skip
 mutant(
     EXPERTS, "one-depth-tile-less", "The loop over the sum ends one tile early.", "experts._gate_up_kernel",
@@ -29,6 +29,14 @@ mutant(
 mutant(
     EXPERTS, "store-past-the-end", "The column mask of the combine is off by one.", "dispatch._sum_rows_kernel",
     "columns < width", "columns <= width", "out_of_bounds", "memory",
+)  # fmt: skip
+mutant(
+    EXPERTS, "tf32-left-on", "Operands are rounded to tf32, as is tl.dot's default.", "experts._gate_up_kernel",
+    'input_precision="ieee"', 'input_precision="tf32"', "parity", "precision",
+)  # fmt: skip
+mutant(
+    EXPERTS, "needless-blocks-compute-again", "Blocks that this routing does not need do the last row beside its own program.",
+    "dispatch.split_into_blocks", "starts_B.minimum(expert_ends_B)", "starts_B.minimum(expert_ends_B - 1)", "races", "memory",
 )  # fmt: skip
 mutant(
     EXPERTS, "float16-accumulator", "Gate and up are rounded to float16 after each tile.", "experts._gate_up_kernel",
@@ -60,8 +68,7 @@ mutant(
 )  # fmt: skip
 mutant(
     EXPERTS, "tiles-chosen-by-tokens", "Small batches sum in shorter tiles.", "grouped_matmul.choose_tiles",
-    "Tiles(16, 64, 64, 1, 1)", "Tiles(16, 64, 64 if operands[0].shape[0] > 8 else 32, 1, 1)", "batch_invariance", "state",
-    "vllm#36488",
+    "Tiles(32, 64, 16,", "Tiles(32, 64, 32 if operands[0].shape[0] > 8 else 16,", "batch_invariance", "state", "vllm#36488",
 )  # fmt: skip
 mutant(
     EXPERTS, "silu-without-the-product-rule", "silu' is taken for the sigmoid.", "experts._gate_up_backward_kernel",

@@ -9,8 +9,8 @@ from collections.abc import Callable
 from typing import Any
 
 from gaugeblock.conformance.devices import RANKS
-from gaugeblock.conformance.ranks import agent
-from gaugeblock.conformance.ranks.process import FOREVER, connect
+from gaugeblock.conformance.runner import agent
+from gaugeblock.conformance.runner.agent import FOREVER, connect
 
 NO_WORD = 1  # exit status where the leader ended without telling its own
 

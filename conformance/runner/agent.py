@@ -1,6 +1,6 @@
-"""The keeper of one machine's rank processes: starts, watches and kills them as the leader asks, through the store.
+"""The keeper of a rank's process under torchrun: starts, watches and kills it as the judge asks, through torchrun's store.
 
-Alone on a machine it is a thread of the leader; under torchrun each process of every node is the agent of one rank.
+Each process that torchrun started, on every node, is the agent of one rank; the process that it keeps knocks at the judge's door.
 """
 
 import os
@@ -13,10 +13,11 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
-from gaugeblock.conformance.ranks.process import connect
-
+FOREVER = timedelta(days=7)
 POLL_SECONDS = 0.05
 TRACE_SECONDS = 0.5  # for a signalled process to write down where it stands
 
@@ -29,8 +30,15 @@ class _Child:
     reported: bool = False
 
 
+def connect(host: str, port: int) -> Any:
+    """A client of the store."""
+    import torch.distributed as dist
+
+    return dist.TCPStore(host, port, is_master=False, timeout=FOREVER)
+
+
 def serve(host: str, port: int, ranks: Sequence[int]) -> None:
-    """Keeps the processes of `ranks` as the leader asks, until it says that all is over or is gone."""
+    """Keeps the processes of `ranks` as the judge asks, until it says that all is over or is gone."""
     with tempfile.TemporaryDirectory(prefix="gaugeblock-ranks-") as folder:
         children: list[_Child] = []
         try:
@@ -56,7 +64,7 @@ def _serve(host: str, port: int, ranks: Sequence[int], folder: Path, children: l
             _kill(children)
             generation, traced = wanted, False
             size = int(store.get(f"{generation}/size"))
-            children += [_start(host, port, generation, rank, folder) for rank in ranks if rank < size]
+            children += [_start(store, generation, rank, folder) for rank in ranks if rank < size]
         for child in children:
             if not child.reported and child.process.poll() is not None:
                 child.reported = True
@@ -68,9 +76,10 @@ def _serve(host: str, port: int, ranks: Sequence[int], folder: Path, children: l
         time.sleep(POLL_SECONDS)
 
 
-def _start(host: str, port: int, generation: str, rank: int, folder: Path) -> _Child:
+def _start(store: Any, generation: str, rank: int, folder: Path) -> _Child:
     errors = folder / f"{generation}-{rank}"
-    command = [sys.executable, "-m", "gaugeblock.conformance.ranks.process", host, str(port), generation, str(rank)]
+    door = store.get(f"{generation}/door/{rank}").decode().split()
+    command = [sys.executable, "-m", "gaugeblock.conformance.runner.process", *door]
     path = os.pathsep.join(filter(None, sys.path))
     with errors.open("w") as file:
         process = subprocess.Popen(

@@ -1,0 +1,105 @@
+"""The value of a tensor in all programs at once."""
+
+from typing import Any
+
+import numpy as np
+from triton import language as tl
+
+from gaugeblock.conformance.triton_checks.interpreter.formats import NARROW, BFloat16, Float8
+
+_NUMPY = {
+    **{name: np.dtype(name) for name in "int8 int16 int32 int64 uint8 uint16 uint32 uint64".split()},
+    "int1": np.dtype(np.bool_),
+    "fp16": np.dtype(np.float16),
+    "fp32": np.dtype(np.float32),
+    "fp64": np.dtype(np.float64),
+}
+_ADDRESS = np.dtype(np.uint64)
+_HELD = np.dtype(np.float32)  # numbers of narrow formats
+
+
+class Handle:
+    """What a `tl.tensor` has in place of a value of Triton's intermediate representation.
+
+    Attributes:
+        data: [programs, *shape]; any axis may be 1 instead, where all along it is the same: of the programs, what they agree on,
+            and of the block, what was broadcast. So a mask of a column costs a column, and most of a kernel is computed once.
+        dtype: Of an element: a scalar type or a pointer's.
+        shape: Of the block; () for a scalar.
+        attr: What the compiler would be told, such as a divisor.
+    """
+
+    __slots__ = ("attr", "data", "dtype", "shape")
+
+    def __init__(self, data: np.ndarray, dtype: Any, shape: tuple[int, ...] | None = None) -> None:
+        self.data, self.dtype = data, dtype
+        self.shape = data.shape[1:] if shape is None else shape
+        self.attr: dict[str, Any] = {}
+
+    @property
+    def full(self) -> np.ndarray:
+        """The data with every axis of the block as long as it is."""
+        return np.broadcast_to(self.data, (self.data.shape[0], *self.shape))
+
+    @property
+    def scalars(self) -> np.ndarray:
+        """[programs or 1], of a scalar or a block of one element."""
+        return self.data.reshape(-1)
+
+    def __bool__(self) -> bool:
+        return bool(self.data.all())
+
+    def get_element_ty(self) -> Any:
+        """What a pointer points to, or the dtype."""
+        dtype = self.dtype
+        while hasattr(dtype, "element_ty"):
+            dtype = dtype.element_ty
+        return dtype
+
+    def set_attr(self, key: str, value: Any) -> None:
+        """Keeps a hint for the compiler."""
+        self.attr[key] = value
+
+
+def common_shape(*handles: Handle) -> tuple[int, ...]:
+    """The shape of an elementwise result."""
+    first, *others = (handle.shape for handle in handles)
+    return first if all(shape == first for shape in others) else np.broadcast_shapes(first, *others)
+
+
+def narrow_format(dtype: Any) -> BFloat16 | Float8 | None:
+    """How numbers of a scalar type that numpy lacks are rounded, or None."""
+    return NARROW.get(dtype.scalar.name)
+
+
+def held_dtype(dtype: Any) -> np.dtype:
+    """Of the data of a handle."""
+    name = dtype.scalar.name
+    return _NUMPY.get(name) or (_HELD if name in NARROW else _ADDRESS)
+
+
+def stored_dtype(dtype: Any) -> np.dtype:
+    """Of an element in memory."""
+    name = dtype.scalar.name
+    return _NUMPY.get(name) or (NARROW[name].stored if name in NARROW else _ADDRESS)
+
+
+def packed(handle: Handle) -> np.ndarray:
+    """The data as it is in memory."""
+    narrow = narrow_format(handle.dtype)
+    return handle.data if narrow is None else narrow.pack(handle.data)
+
+
+def unpacked(data: np.ndarray, dtype: Any, shape: tuple[int, ...] | None = None) -> Handle:
+    """What memory holds, as a handle."""
+    narrow = narrow_format(dtype)
+    return Handle(data if narrow is None else narrow.unpack(data), dtype.scalar, shape)
+
+
+def rounded(data: np.ndarray, dtype: Any, shape: tuple[int, ...] | None = None) -> Handle:
+    """What an operation computed, perhaps in a wider dtype, in the dtype of its result."""
+    if data.dtype == np.bool_:
+        return Handle(data, tl.int1, shape)
+    narrow = narrow_format(dtype)
+    data = data.astype(held_dtype(dtype), copy=False) if narrow is None else narrow.rounded(data)
+    return Handle(data, dtype.scalar, shape)

@@ -1,0 +1,89 @@
+"""The nursery of candidates' processes: how they end is told, and nothing that came from one outlives it."""
+
+import os
+import signal
+import time
+
+import psutil
+import pytest
+
+from gaugeblock.conformance.runner import nursery
+from gaugeblock.conformance.runner.handle import Lost, Process
+
+CANDIDATE = """\
+import os, signal, subprocess, sys, time
+from gaugeblock.conformance import implements
+
+{what}
+
+@implements("routers.softmax_topk", name="mine")
+def route(router_logits, *, top_k, renormalize):
+    ...
+"""
+
+
+def describing(tmp_path, what: str) -> Process:
+    """A process that is asked what a file registers which does `what` first."""
+    (tmp_path / "candidate.py").write_text(CANDIDATE.format(what=what))
+    return Process("cpu", None)
+
+
+def told(tmp_path, what: str) -> dict:
+    process = describing(tmp_path, what)
+    try:
+        return process.describe((str(tmp_path / "candidate.py"),))
+    finally:
+        process.stop()
+
+
+def test_a_fork_is_ready_in_a_fraction_of_what_an_import_takes():
+    Process("cpu", None).await_ready()  # the nursery itself has to start
+    start = time.monotonic()
+    process = Process("cpu", None)
+    process.await_ready()
+    process.stop()
+    assert time.monotonic() - start < 1.0
+
+
+def test_it_has_its_own_session_folder_and_environment(tmp_path, monkeypatch):
+    monkeypatch.setenv("SOMETHING", "else")
+    what = (
+        f"open({str(tmp_path / 'seen')!r}, 'w').write("
+        "' '.join([str(os.getsid(0) == os.getpid()), os.environ['SOMETHING'], os.environ['TMPDIR'], os.getcwd()]))"
+    )
+    assert "rows" in told(tmp_path, what)
+    own, something, temporary, folder = (tmp_path / "seen").read_text().split()
+    assert own == "True" and something == "else" and folder == os.getcwd()
+    assert os.path.basename(temporary).startswith("gaugeblock-") and not os.path.exists(temporary)
+
+
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [("os._exit(3)", "exit status 3"), ("os.kill(os.getpid(), signal.SIGSEGV)", "SIGSEGV"), ("os._exit(0)", "exit status 0")],
+)
+def test_how_a_process_ended_is_told(tmp_path, what, message):
+    with pytest.raises(Lost, match=message):
+        told(tmp_path, what)
+
+
+@pytest.mark.parametrize("start_new_session", [False, True], ids=["child", "daemon"])
+def test_what_a_candidate_starts_ends_with_it(tmp_path, start_new_session):
+    orphan = f"subprocess.Popen(['sleep', '987'], start_new_session={start_new_session})"
+    middle = f"subprocess.run([sys.executable, '-c', \"import subprocess; {orphan}\"])"  # its parent is gone, and so is its name
+    assert "rows" in told(tmp_path, middle)
+    deadline = time.monotonic() + 10
+    while any(each.info["cmdline"] == ["sleep", "987"] for each in psutil.process_iter(["cmdline"])):
+        assert time.monotonic() < deadline, "it outlives the candidate's process"
+        time.sleep(0.05)
+
+
+def test_a_nursery_that_is_gone_takes_its_children_along():
+    child = Process("cpu", None)
+    child.await_ready()
+    assert child.process is not None
+    parent = psutil.Process(child.process.pid).parent()
+    parent.send_signal(signal.SIGKILL)
+    parent.wait()
+    with pytest.raises(Lost, match="died"):
+        child.describe(())
+    nursery._known.clear()  # the next one starts another
