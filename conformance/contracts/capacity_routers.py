@@ -20,6 +20,7 @@ from gaugeblock.conformance.contract import (
     Workload,
 )
 from gaugeblock.conformance.contracts import routers as of_routers
+from gaugeblock.conformance.factors import Factor, edges, kind_of_count, kinds
 from gaugeblock.reference.torch import routers
 
 
@@ -42,6 +43,32 @@ def parameters(draw: st.DrawFn) -> dict[str, Any]:
         num_experts=draw(st.sampled_from([1, 2, 3, 5, 8, 13, 16, 60, 64, 65, 257])),
         capacity_factor=draw(st.sampled_from([2**-6, 0.5, 1.0, 1.1, 1.25, 2.0, 300.0])),
     )
+
+
+# ----------------------------------------------------------------------------------------------------- what is covered
+
+
+def _room(parameters: Parameters) -> str:
+    """What an expert has room for."""
+    capacity = routers.expert_capacity(*(parameters[name] for name in ("num_tokens", "num_experts", "capacity_factor")))
+    if capacity >= parameters["num_tokens"]:
+        return "all tokens"
+    return "one token" if capacity == 1 else "some tokens"
+
+
+def _share(parameters: Parameters) -> str:
+    """Whether the capacity is rounded up."""
+    room = parameters["num_tokens"] * parameters["capacity_factor"] / parameters["num_experts"]
+    return "an integer" if room == int(room) else "no integer"
+
+
+FACTORS = (
+    edges("num_tokens", 1, 2, 17, 64, 65, 130),
+    kinds("num_experts", kind_of_count, 1, 2, 8, 32, 5, 13, 257),
+    Factor("capacity_factor", lambda value: "below 1" if value < 1 else "1 and more", (0.5, 1.0, 1.25), option=True),
+    Factor("room", str, of=_room),
+    Factor("num_tokens * capacity_factor / num_experts", str, of=_share),
+)
 
 
 # ------------------------------------------------------------------------------------------------------ kinds of values
@@ -108,8 +135,12 @@ SWITCH_TOP1 = Contract(
         sizes(66, 8, 1.25),
         sizes(33, 5, 1.1),  # 33 * 1.1 / 5 is 7.26, and float32's 1.1 is more
         sizes(130, 300, 1.0),  # ids above 255, room for one
+        sizes(65, 128, 1.25),  # google/switch-base-128
         sizes(700, 2, 1.0),  # more tokens than bfloat16 can count, or a byte
     ),
+    factors=FACTORS,
+    build=sizes,
+    traits=of_routers.SOFTMAX_TRAITS,
     regimes=(
         Regime("dithered", of_routers.dithered),
         Regime("skew", skewed),

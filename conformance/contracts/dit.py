@@ -20,6 +20,7 @@ from gaugeblock.conformance.contract import (
     Tensors,
     Workload,
 )
+from gaugeblock.conformance.contracts import flash_attention
 from gaugeblock.conformance.factors import Factor, Trait, edges, either
 from gaugeblock.reference.configs import DIT_PRESETS, DiTConfig
 from gaugeblock.reference.torch import dit, layers
@@ -260,6 +261,7 @@ DIT = Contract(
         Regime("adversarial", extreme, "worst element"),
         Regime("special", special, "worst element", differentiable=False),
     ),
+    formulas=(flash_attention.dit,),
     cases=0.25,  # a budget with the gradients of all parameters takes about a second
     configure=lambda parameters: {"config": configuration(parameters)},
     cost=cost,

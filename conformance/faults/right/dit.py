@@ -103,3 +103,43 @@ class EveryOperationRounded(FunctionsOfTorch):
         query, key, value = self.heads(self.linear(state, "attn.qkv", tokens), num_heads)
         attended = (query @ key.mT / self.root(query, num_heads)).softmax(-1) @ value
         return self.linear(state, "attn.proj", attended.transpose(1, 2).flatten(2))
+
+
+class FlashKernel(torch.autograd.Function):
+    """Attention as torch's flash kernel has it: products of rounded operands, float32 between them, the result rounded.
+
+    The backward pass takes delta from the rounded result.
+    """
+
+    @staticmethod
+    def forward(ctx, query, key, value):
+        probabilities = (query.float() @ key.float().mT / query.shape[-1] ** 0.5).softmax(-1)
+        attended = (probabilities.to(value.dtype).float() @ value.float()).to(value.dtype)
+        ctx.save_for_backward(query, key, value, probabilities, attended)
+        return attended
+
+    @staticmethod
+    def backward(ctx, gradient):
+        query, key, value, probabilities, attended = ctx.saved_tensors
+        dtype, gradient = query.dtype, gradient.float()
+        delta = (gradient * attended.float()).sum(-1, keepdim=True)
+        of_scores = (probabilities * (gradient @ value.float().mT - delta)).to(dtype).float() / query.shape[-1] ** 0.5
+        products = of_scores @ key.float(), of_scores.mT @ query.float(), probabilities.to(dtype).float().mT @ gradient
+        return tuple(each.to(dtype) for each in products)
+
+
+@right(DIT, dtypes=("float16", "bfloat16"), profile="eager", batch_invariant=False)
+class FlashAttention(EveryOperationRounded):
+    """PyTorch in the dtype of the latents, attention by a flash kernel."""
+
+    def attention(self, state, tokens, num_heads):
+        heads = self.heads(self.linear(state, "attn.qkv", tokens), num_heads)
+        return self.linear(state, "attn.proj", FlashKernel.apply(*heads).transpose(1, 2).flatten(2))
+
+
+@right(DIT, dtypes=("float16", "bfloat16"), profile="eager", batch_invariant=False)
+class AttentionOfTorch(EveryOperationRounded):
+    """PyTorch in the dtype of the latents, with torch's own choice of attention."""
+
+    def attention(self, state, tokens, num_heads):
+        return FunctionsOfTorch.attention(self, state, tokens, num_heads)
