@@ -145,7 +145,7 @@ GROUPED_FACTORS = (
     TOKENS,
     kinds("num_groups", kind_of_count, 1, 2, 4, 8, 3, 5),
     edges("experts_of_a_group", 1, 2, 3, 33, of=lambda sizes: sizes["num_experts"] // sizes["num_groups"]),
-    Factor("num_experts", lambda value: "above 255" if value > 255 else "up to 255"),
+    Factor("num_experts", kind_of_count),  # it follows from the groups
     edges("topk_groups", 1, 2, 3, option=True),
     CHOSEN,
     either("renormalize", False, True),

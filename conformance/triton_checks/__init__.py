@@ -1,1 +1,1 @@
-"""Checks that only Triton kernels need: memory under the interpreter, compilation without a GPU."""
+"""Checks that only Triton kernels need: an interpreter that watches them, compilation without a GPU."""
