@@ -30,6 +30,7 @@ from gaugeblock.conformance.runner.wire import ANYONE, ARENA_BYTES, RING_BYTES, 
 
 CALL_SECONDS = 60.0  # until an answer must be there
 START_SECONDS = 120.0  # the same for a process that imports torch and what it is to run, on a busy machine
+LOAD_SECONDS = 120.0  # for files of a user's to be imported
 TRACE_SECONDS = 0.5  # for a signalled process to write down where it stands
 END_SECONDS = 5.0  # for a process that is killed, and all that come from it, to be gone
 MOST_CHILDREN = 64  # processes that a candidate may have
@@ -156,7 +157,7 @@ class Process:
         """What files and modules register, or what is wrong with them; not yet checked."""
         self.await_ready()
         self._send(Describe(sources), (0, 0))
-        return self.receive(time.monotonic() + START_SECONDS, START_SECONDS)
+        return self.receive(time.monotonic() + LOAD_SECONDS, LOAD_SECONDS)
 
     def _send(self, request: Any, used: tuple[int, int]) -> None:
         try:

@@ -3,11 +3,15 @@
 A row names a property that has to see what the candidate does. `pass` is right for a candidate that does harm to none but itself.
 """
 
+import subprocess
+import sys
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from gaugeblock.conformance.cli import FAILS
 from gaugeblock.conformance.exploration import PROFILES, examine
 from gaugeblock.conformance.properties import properties
 from gaugeblock.conformance.registry import Implementation, RegistrationError
@@ -124,6 +128,9 @@ UNLOADABLE = (
     Unloadable("loading/tells_another_source.py", "faults.candidates"),
 )
 
+DEAD_SECONDS, SILENT_SECONDS = 20.0, 180.0  # that a candidate may cost which always dies, and one which never answers
+BUDGETED = (("os-exit", DEAD_SECONDS), ("endless-loop", SILENT_SECONDS))
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -135,14 +142,14 @@ class Outcome:
 
 
 @contextmanager
-def impatience(seconds: float) -> Iterator[None]:
-    """No call is waited for longer."""
-    before = handle.CALL_SECONDS
-    handle.CALL_SECONDS = seconds
+def impatience(call_seconds: float = 5.0, load_seconds: float = 10.0) -> Iterator[None]:
+    """No call, and no file that is imported, is waited for longer."""
+    before = handle.CALL_SECONDS, handle.LOAD_SECONDS
+    handle.CALL_SECONDS, handle.LOAD_SECONDS = call_seconds, load_seconds
     try:
         yield
     finally:
-        handle.CALL_SECONDS = before
+        handle.CALL_SECONDS, handle.LOAD_SECONDS = before
 
 
 def load(files: Iterable[str]) -> dict[tuple[str, str], Implementation]:
@@ -161,6 +168,31 @@ def judge(row: Hostile, implementation: Implementation) -> Outcome:
     if row.output not in printed or len(printed) > KEPT_OUTPUT + 100:
         return Outcome(row, verdict, f"{row.name}: {len(printed)} characters of output, without {row.output!r}")
     return Outcome(row, verdict, "")
+
+
+def files() -> list[str]:
+    """All files of candidates, those that can be judged first."""
+    return list(dict.fromkeys(each.file for each in (*HOSTILE, *UNLOADABLE)))
+
+
+def outcomes(file: str) -> list[Outcome]:
+    """What becomes of all rows of one file."""
+    with impatience():
+        wrong = [try_to_load(each) for each in UNLOADABLE if each.file == file]
+        rows = [each for each in HOSTILE if each.file == file]
+        loaded = load([file]) if rows else {}
+        return wrong + [judge(each, loaded[file, each.name]) for each in rows]
+
+
+def whole_gate(row: Hostile, most_seconds: float) -> str:
+    """What is wrong with the verdicts of every property on a lost candidate, or with the time until they are there."""
+    command = [sys.executable, "-m", "gaugeblock.conformance.cli", "check", str(FOLDER / row.file), "--implementation", row.name]
+    start = time.monotonic()
+    done = subprocess.run(command, capture_output=True, text=True)
+    seconds = time.monotonic() - start
+    if done.returncode != FAILS or "not tried again" not in done.stdout or row.says not in done.stdout:
+        return f"{row.name}: exit status {done.returncode}: {done.stdout[-500:]}"
+    return "" if seconds <= most_seconds else f"{row.name}: {seconds:.0f} s until all is said of it, {most_seconds:.0f} s may be"
 
 
 def try_to_load(row: Unloadable) -> Outcome:
