@@ -14,12 +14,13 @@ import torch
 
 from gaugeblock.conformance.frameworks import BadResult, Call, Raised
 from gaugeblock.conformance.registry import Candidate, Implementation, RegistrationError
-from gaugeblock.conformance.runner import door, handle, keeper, wire
+from gaugeblock.conformance.runner import door, handle, keeper, seats, wire
 from gaugeblock.conformance.runner.handle import EngineError, Lost, Process
 from gaugeblock.conformance.runner.loading import describe_candidates
 from gaugeblock.conformance.runner.output import KEPT_OUTPUT, Output
 from gaugeblock.conformance.runner.perform import USUAL
 from gaugeblock.conformance.runner.wire import ANYONE, HEADER, Arena, BadMessage, Closed, Dtypes, Impostor, Late, Link
+from gaugeblock.conformance.trial import Subject
 
 ROUTER = "routers.softmax_topk"
 CANDIDATES = """\
@@ -353,3 +354,13 @@ def test_what_is_wrong_with_a_file_is_one_line(tmp_path, text, message):
     with pytest.raises(RegistrationError) as wrong:
         describe_candidates((str(tmp_path / "mine.py"),))
     assert message in str(wrong.value) and "\n" not in str(wrong.value)
+
+
+def test_only_few_processes_wait_for_their_next_call(candidates, monkeypatch):
+    monkeypatch.setattr(seats, "_seats", {})
+    monkeypatch.setattr(seats, "MOST_SEATS", 1)
+    first, second = (seats.Seat(Subject(each, "float32", "cpu"), 0)._process() for each in candidates.values())
+    assert not first.alive and second.alive
+    assert seats.Seat(Subject(candidates["told"], "float32", "cpu"), 0)._process() is second
+    seats.stop_all()
+    assert not second.alive
