@@ -29,6 +29,7 @@ from gaugeblock.conformance.runner.perform import Conditions, Findings
 from gaugeblock.conformance.runner.wire import ANYONE, ARENA_BYTES, RING_BYTES, Arena, Dtypes, Impostor, Late, Link
 
 CALL_SECONDS = 60.0  # until an answer must be there
+IMPATIENT_SECONDS = 20.0  # the same for an implementation that was waited for in vain
 START_SECONDS = 120.0  # the same for a process that imports torch and what it is to run, on a busy machine
 LOAD_SECONDS = 120.0  # for files of a user's to be imported
 TRACE_SECONDS = 0.5  # for a signalled process to write down where it stands
@@ -102,7 +103,14 @@ class Process:
         """Asks for a call and waits for the answer; see `send_call` and `receive_answer`."""
         self.await_ready()
         finish = self.send_call(implementation, call, conditions, most_bytes, **how)
-        return finish(time.monotonic() + CALL_SECONDS, CALL_SECONDS)
+        name = implementation.contract, implementation.name
+        seconds = min(CALL_SECONDS, IMPATIENT_SECONDS) if name in _silent else CALL_SECONDS
+        try:
+            return finish(time.monotonic() + seconds, seconds)
+        except Lost as lost:
+            if lost.status == "timeout":
+                _silent.add(name)
+            raise
 
     def send_call(
         self,
@@ -331,6 +339,9 @@ class Process:
             self.gone = self.itself = None
         self.folder.cleanup()
         atexit.unregister(self.stop)
+
+
+_silent: set[tuple[str, str]] = set()  # implementations that were waited for in vain
 
 
 def children_of(pid: int) -> list[psutil.Process]:
