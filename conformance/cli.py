@@ -79,7 +79,7 @@ def _parser() -> argparse.ArgumentParser:
     compare.add_argument("before", type=Path, metavar="A.json")
     compare.add_argument("after", type=Path, metavar="B.json")
 
-    selftest = commands.add_parser("selftest", help="how good the suite itself is: four rates")
+    selftest = commands.add_parser("selftest", help="how good the suite itself is: five rates")
     selftest.add_argument("--profile", default="quick", choices=("quick", "ci", "thorough"))
     selftest.add_argument("--json", type=Path, metavar="FILE", help="also write the rates there")
 

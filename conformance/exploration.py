@@ -18,10 +18,11 @@ from gaugeblock.conformance.reproduction import script_for
 from gaugeblock.conformance.runner.handle import Lost
 from gaugeblock.conformance.runner.ranks import fit
 from gaugeblock.conformance.runner.seats import Seat
-from gaugeblock.conformance.trial import Ledger, Property, Subject, Trial, violation_of
+from gaugeblock.conformance.trial import Ledger, OutOfTime, Property, Subject, Trial, violation_of
 from gaugeblock.conformance.verdict import Failure, Verdict
 
 WARNING = 0.9  # of a limit: a right implementation has an rms of about 1 deviation, which is 0.83 of its limit
+SLOW_SECONDS = 10.0  # for a case that was begun while there was time to shrink
 SHRINK_EXAMPLES = 400  # cases drawn in search of a smaller failure, if time allows
 
 
@@ -154,7 +155,7 @@ def explore(subject: Subject, prop: Property, profile: Profile, ledger: Ledger) 
     jax = subject.implementation.framework == "jax"
     most = prop.weight * subject.contract.cases * (profile.compiled_examples if jax else profile.examples)
     outcomes: dict[Case, Violation | None] = {}
-    stop_at = math.inf
+    stop_at, out_of_time = math.inf, time.monotonic() + profile.verdict_seconds
     time_is_up = time.monotonic() + 0.75 * profile.verdict_seconds
 
     def attempt(case: Case) -> None:
@@ -162,8 +163,13 @@ def explore(subject: Subject, prop: Property, profile: Profile, ledger: Ledger) 
         if case not in outcomes:
             if time.monotonic() > stop_at:
                 return  # time is up: nothing smaller is tried, and Hypothesis settles on the smallest known failure
-            counted = Ledger()
-            outcomes[case] = check(subject, prop, case, counted)
+            counted = Ledger(deadline=min(out_of_time, stop_at + SLOW_SECONDS))
+            outcome = check(subject, prop, case, counted)
+            if isinstance(outcome, OutOfTime):
+                seconds = f"{profile.verdict_seconds:.0f} s"
+                late = Lost(f"within {seconds} only {len(ledger.cases)} cases could be judged", "timeout")
+                outcome = late if stop_at == math.inf else None  # that something smaller fails is not known
+            outcomes[case] = outcome
             if outcomes[case] is not None:
                 worth_shrinking = not isinstance(outcomes[case], Lost)
                 stop_at = min(stop_at, time.monotonic() + profile.shrink_seconds * worth_shrinking)

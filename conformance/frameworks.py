@@ -16,6 +16,8 @@ from gaugeblock.conformance.contract import Contract, ResultCount, Tensors, appl
 from gaugeblock.conformance.error_budget import MATRIX_PRODUCTS, SUMS, ULPS
 from gaugeblock.conformance.oracle import gradient_key
 
+KEPT_TEXT = 64 << 10  # characters of what an error says
+
 
 class BadResult(Exception):
     """What came back is not what the signature promises."""
@@ -32,13 +34,28 @@ class Raised(Exception):
     def place(self) -> str:
         """The innermost line of the candidate's own, or an empty string."""
         frames = re.findall(r'File "([^"<>]+)", line (\d+), in (\S+)', self.where)
-        own = [each for each in frames if not re.search(r"/(gaugeblock/conformance|site-packages|python3\.\d+)/", each[0])]
+        own = [
+            each for each in frames if not re.search(r"/(gaugeblock/conformance(?!/faults)|site-packages|python3\.\d+)/", each[0])
+        ]
         return f"in {own[-1][2]} ({os.path.basename(own[-1][0])}:{own[-1][1]})" if own else ""
 
     @staticmethod
     def of(error: BaseException) -> "Raised":
         """The same of an error that was caught."""
-        return Raised([each.__name__ for each in type(error).__mro__], str(error), "".join(traceback.format_exception(error)))
+        return Raised([each.__name__ for each in type(error).__mro__], _said(error, str), _said(error, _traceback))
+
+
+def _said(error: BaseException, how: Callable[[BaseException], str]) -> str:
+    """What an error of a candidate's own class says, which may raise in its turn."""
+    try:
+        said = how(error)
+        return f"{said[:KEPT_TEXT]}..." if len(said) > 2 * KEPT_TEXT else said
+    except BaseException as another:
+        return f"(no message: that raises {type(another).__name__})"
+
+
+def _traceback(error: BaseException) -> str:
+    return "".join(traceback.format_exception(error))[-2 * KEPT_TEXT :]
 
 
 @contextmanager

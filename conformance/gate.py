@@ -33,6 +33,7 @@ RANKS = "ranks"
 SLACK_SECONDS = 300.0  # for what no case's time counts: starting processes, shrinking
 FIRST_LOSSES = 2  # properties in which a candidate's process was lost, of one that has never answered
 MOST_LOSSES = 6  # the same of one that has
+MOST_TIMEOUTS = 3  # of those, how many may have been waited for
 
 
 def run_gate(options: argparse.Namespace) -> int:
@@ -137,13 +138,15 @@ class Losses:
         """What became of it in those properties that speak for the rest; empty if there is hope."""
         name = implementation.contract, implementation.name
         lost = self.lost[name]
-        return lost if len(lost) >= (MOST_LOSSES if name in self.answered else FIRST_LOSSES) else []
+        late = sum(each.status == "timeout" for each in lost)
+        enough = len(lost) >= MOST_LOSSES or late >= MOST_TIMEOUTS or (len(lost) >= FIRST_LOSSES and name not in self.answered)
+        return lost if enough else []
 
 
 def _known(subjects: Sequence[tuple[Subject, str | None]], losses: Losses, task: Task) -> Verdict | None:
     subject = subjects[task[0]][0]
     lost = losses.hopeless(subject.implementation)
-    if not lost:
+    if not lost or find_property(task[1]).inapplicable(subject):
         return None
     tried = ", ".join(dict.fromkeys(each.property for each in lost))
     return _verdict(subject, task[1], lost[-1].status, f"not tried again after {tried}: {lost[-1].reason}")

@@ -1,4 +1,4 @@
-"""`gaugeblock selftest`: how good the suite itself is, in four rates, beside what plain tests reach on the same cases."""
+"""`gaugeblock selftest`: how good the suite itself is, in five rates, beside what plain tests reach on the same cases."""
 
 import argparse
 import json
@@ -33,6 +33,7 @@ class Extent:
         trivial_examples: The same for trivial candidates.
         scripts: Reproductions run again; None for all.
         corners: Right kernels that are wrong in one class of cases, or in one pair of classes.
+        whole_gates: Whether lost candidates are put through every property too, against the clock.
     """
 
     shrink_seconds: float
@@ -40,18 +41,19 @@ class Extent:
     trivial_examples: int
     scripts: int | None
     corners: int = 200
+    whole_gates: bool = False
 
 
 EXTENTS = {
     "quick": Extent(shrink_seconds=1, examples=4, trivial_examples=4, scripts=8, corners=52),
     "ci": Extent(shrink_seconds=4, examples=18, trivial_examples=20, scripts=None),
-    "thorough": Extent(shrink_seconds=20, examples=300, trivial_examples=100, scripts=None),
+    "thorough": Extent(shrink_seconds=20, examples=300, trivial_examples=100, scripts=None, whole_gates=True),
 }
 Task = tuple[Any, ...]
 
 
 def run_selftest(options: argparse.Namespace) -> int:
-    """Measures the four rates, prints them, and writes them to `options.json`; 0 if they are what they should be.
+    """Measures the five rates, prints them, and writes them to `options.json`; 0 if they are what they should be.
 
     Args:
         options: `profile`: a key of `EXTENTS`; `json`: a path or None.
@@ -64,6 +66,7 @@ def run_selftest(options: argparse.Namespace) -> int:
     variants, trivial = (sum(results[kind][1:], results[kind][0]) for kind in ("variants", "trivial"))
     rates = summarize(kills, variants, trivial) | {"corners": summarize_corners(results["corner"])}
     rates["reproduction"] = reproduce(kills, extent.scripts, console)
+    rates["hostile"] = hostile_rate(results["hostile"], extent.whole_gates)
     rates["profile"], rates["seconds"] = options.profile, round(time.monotonic() - start, 1)
     print_rates(rates, kills, console)
     if options.json:
@@ -79,6 +82,7 @@ def tasks_of(extent: Extent) -> dict[str, list[Task]]:
     """What is to be measured, in groups that share error budgets."""
     from gaugeblock.conformance.faults.corners import drawn_corners
     from gaugeblock.conformance.faults.fault import faults
+    from gaugeblock.conformance.faults.hostile.table import files
     from gaugeblock.conformance.faults.rates import RIGHT
     from gaugeblock.conformance.registry import contracts
 
@@ -94,7 +98,7 @@ def tasks_of(extent: Extent) -> dict[str, list[Task]]:
                     ("variants", name, regime.name, dtype, extent.examples),
                     ("trivial", name, regime.name, dtype, extent.trivial_examples),
                 ]
-    return groups
+    return groups | {f"hostile/{file}": [("hostile", file)] for file in files()}
 
 
 def measure(groups: dict[str, list[Task]], profile: str, console: Console) -> dict[str, list[Any]]:
@@ -123,6 +127,7 @@ def prepare(profile_name: str) -> Callable[[Task], Any]:
     from gaugeblock.conformance.exploration import PROFILES
     from gaugeblock.conformance.faults import corners, rates
     from gaugeblock.conformance.faults.fault import faults
+    from gaugeblock.conformance.faults.hostile import table
 
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore", module="triton")  # its interpreter tells of infinities that cases hold on purpose
@@ -138,6 +143,8 @@ def prepare(profile_name: str) -> Callable[[Task], Any]:
                 return rates.judge_variants(contract, dtype, rates.drawn_cases(contract, regime, examples, seed=1))
             case ("trivial", contract, regime, dtype, examples):
                 return rates.judge_trivial(contract, dtype, rates.drawn_cases(contract, regime, examples, seed=2))
+            case ("hostile", file):
+                return [each.wrong for each in table.outcomes(file)]
 
     return run
 
@@ -157,6 +164,21 @@ def reproduce(kills: Sequence[Any], count: int | None, console: Console) -> dict
         again = list(pool.map(lambda each: fails_again(each.script, folder), chosen))
     quiet = [f"{each.contract} {each.name}" for each, failed in zip(chosen, again, strict=True) if not failed]
     return {"scripts": len(chosen), "fail_again": sum(again), "do_not": quiet}
+
+
+def hostile_rate(wrong: Sequence[Sequence[str]], whole_gates: bool) -> dict[str, Any]:
+    """How many hostile candidates ended in the expected verdict.
+
+    Args:
+        wrong: For each of them, by file, what is wrong with its verdict.
+        whole_gates: Whether to measure what lost ones cost.
+    """
+    from gaugeblock.conformance.faults.hostile.table import BUDGETED, HOSTILE, whole_gate
+
+    found = [each for file in wrong for each in file]
+    rows = {each.name: each for each in HOSTILE}
+    dear = [whole_gate(rows[name], most) for name, most in BUDGETED] if whole_gates else []
+    return {"candidates": len(found), "as_expected": found.count(""), "not": [each for each in [*found, *dear] if each]}
 
 
 # --------------------------------------------------------------------------------------------------------------- summary
@@ -223,11 +245,12 @@ def complaints(rates: dict[str, Any]) -> list[str]:
         *(f"false alarm: {each}" for each in rates["false_alarms"]["alarms"]),
         *(f"passed though trivial: {each}" for each in rates["vacuity"]["passed"]),
         *(f"the script does not fail again: {each}" for each in rates["reproduction"]["do_not"]),
+        *(f"hostile: {each}" for each in rates["hostile"]["not"]),
     ]
 
 
 def print_rates(rates: dict[str, Any], kills: Sequence[Any], console: Console) -> None:
-    """The four rates as tables, then every complaint."""
+    """The five rates as tables, then every complaint."""
     kill, alarms, vacuity = rates["kill"], rates["false_alarms"], rates["vacuity"]
     plain = list(alarms["plain"])
     for title, rows in (("class of bug", kill["by_kind"]), ("property", kill["by_property"])):
@@ -244,7 +267,7 @@ def print_rates(rates: dict[str, Any], kills: Sequence[Any], console: Console) -
         console.print(table)
 
     scripts, shrinking = rates["reproduction"], rates["shrinking"]
-    table = Table("rate", "gaugeblock", *plain, title="four rates")
+    table = Table("rate", "gaugeblock", *plain, title="five rates")
     caught = [kill["killed"], *(kill["plain"][each] for each in plain)]
     table.add_row("planted bugs caught", *(f"{each / kill['faults']:.0%} of {kill['faults']}" for each in caught))
     for name, planted in rates["corners"]["planted"].items():
@@ -254,6 +277,9 @@ def print_rates(rates: dict[str, Any], kills: Sequence[Any], console: Console) -
     table.add_row("right variants rejected", *(f"{each / alarms['judged']:.2%} of {alarms['judged']:,}" for each in rejected))
     table.add_row("trivial results accepted", f"{len(vacuity['passed'])} of {vacuity['judged']:,}", *("" for _ in plain))
     table.add_row("scripts that fail again", f"{scripts['fail_again']} of {scripts['scripts']}", *("" for _ in plain))
+    hostile = rates["hostile"]
+    ended = f"{hostile['as_expected']} of {hostile['candidates']}"
+    table.add_row("hostile candidates with the expected verdict", ended, *("" for _ in plain))
     console.print(table)
     bound = alarms["at_most_with_95_percent"]
     if bound:

@@ -3,6 +3,8 @@
 import hashlib
 import importlib.util
 import inspect
+import math
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,8 +20,13 @@ from gaugeblock.conformance.frameworks import BadResult, Call, Raised
 from gaugeblock.conformance.judge import Violation, check_form, judge
 from gaugeblock.conformance.oracle import rounded_cotangents
 from gaugeblock.conformance.registry import Implementation, find_contract
+from gaugeblock.conformance.runner.handle import Lost
 from gaugeblock.conformance.runner.perform import Conditions, Findings
 from gaugeblock.conformance.runner.seats import Seat
+
+
+class OutOfTime(Lost):
+    """The property has taken too long; the candidate's process is well."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +71,7 @@ class Ledger:
     errors: dict[str, Errors] = field(default_factory=dict)
     fingerprints: dict[str, str] = field(default_factory=dict)
     profile: str = "strict"  # the tightest that every case met
+    deadline: float = math.inf  # as `time.monotonic` counts
 
     def add(self, errors: dict[str, Errors]) -> None:
         """Pools the errors of one more case."""
@@ -128,14 +136,25 @@ class Trial:
             cotangents = {key: lay_out(tensor, cotangent_layout) for key, tensor in made.items()}
         some = None if wanted is None else tuple(wanted)
         call = Call(inputs, self.options(case), cotangents, some, self.implementation.jit)
-        return self.call(call, same_memory=same_memory, write_back=write_back, **conditions)
+        results = self.call(call, same_memory=same_memory, write_back=write_back, **conditions)
+        self._check_form(results, inputs, case)
+        return results
 
     def call(self, call: Call, *, same_memory: bool = False, write_back: bool = False, **conditions: Any) -> Tensors:
         """The candidate called once; copies of what it returned, of all ranks where there are several."""
+        if time.monotonic() > self.ledger.deadline:
+            raise OutOfTime("the time for this property is up", "timeout")
         when = Conditions(world_size=self.world_size, **conditions)
         answer = self.seat.call(self.case.parameters, call, when, same_memory=same_memory, write_back=write_back)
         self.findings = answer.findings
         return answer.results
+
+    def _check_form(self, results: Tensors, inputs: Tensors, case: Case) -> None:
+        """What is wrong in its form can be neither compared nor taken apart; sizes are those of the inputs that were given."""
+        specs, sizes = self.contract.specs(case.parameters), dict[str, int]()
+        for key, tensor in inputs.items():
+            sizes |= {name: size for name, size in zip(specs[key].shape, tensor.shape, strict=False) if isinstance(name, str)}
+        check_form(self.contract, case.replace(**sizes), self.subject.dtype, "cpu", results, self.implementation.framework)
 
     def last(self) -> Any:
         """The last call, to be asked for `again`."""
@@ -177,6 +196,9 @@ class Trial:
     def same_bits(self, results: Tensors, expected: Tensors, when: str) -> None:
         """Every result equals the expected one, bit for bit."""
         for key, tensor in expected.items():
+            if key not in results or results[key].shape != tensor.shape:
+                now = f"shape {tuple(results[key].shape)}" if key in results else "none"
+                raise Violation(f"{key} has shape {tuple(tensor.shape)}, and {now} {when}")
             if digest({key: tensor}) != digest({key: results[key]}):
                 different = ~((results[key] == tensor) | (results[key].isnan() & tensor.isnan()))
                 count = int(different.sum())

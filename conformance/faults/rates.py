@@ -314,5 +314,5 @@ def fails_again(script: str, folder: str) -> bool:
     ended = subprocess.run(
         [sys.executable, "-c", script], cwd=folder, env=environment, capture_output=True, text=True, timeout=600
     )
-    violations = ("gaugeblock.conformance.judge.Violation", "gaugeblock.conformance.ranks.pool.RanksLost")
+    violations = ("gaugeblock.conformance.judge.Violation", "gaugeblock.conformance.runner.handle.Lost")
     return ended.returncode == 1 and any(each in ended.stderr for each in violations)

@@ -72,12 +72,14 @@ def test_every_shortcoming_is_a_complaint() -> None:
     summary["corners"] = summarize_corners([corner, replace(corner, caught=True)])
     assert summary["corners"]["planted"] == {"classes": 2, "pairs": 0} and summary["corners"]["caught"]["classes"] == 1
     summary["reproduction"] = {"scripts": 1, "fail_again": 0, "do_not": ["a.b c"]}
+    summary["hostile"] = {"candidates": 2, "as_expected": 1, "not": ["os-exit: pass"]}
     assert [each.partition(":")[0] for each in complaints(summary)] == [
         "not caught",
         "not caught in a corner",
         "false alarm",
         "passed though trivial",
         "the script does not fail again",
+        "hostile",
     ]
     assert summary["kill"]["killed"] == 1 and summary["kill"]["plain"]["assert_close"] == 1
     assert summary["shrinking"] == {"known_minima": 1, "at_the_minimum": 0, "within_twice": 1, "median_ratio": 2.0}

@@ -10,7 +10,7 @@ from gaugeblock.conformance.verdict import Verdict
 
 SHOWN_CASES = 3  # a pooled failure has dozens; its script holds them all
 VERBS = {"crash": "crashes in", "timeout": "gives no answer in", "error": "could not be judged in"}
-SHOWN_OUTPUT = 10  # lines of what a candidate printed
+SHOWN_OUTPUT, SHOWN_WIDTH = 10, 200  # lines of what a candidate printed, and characters of each
 NUMBER = re.compile(r"0x[0-9a-fA-F]+|\d+(?:\.\d+)?(?:e[+-]?\d+)?%?")
 
 
@@ -28,7 +28,8 @@ def explanation(verdict: Verdict) -> list[str]:
     hidden = len(failure.cases) - len(cases)
     more = [f"... and {hidden} more cases, in the script"] if hidden else []
     printed = failure.output.strip().splitlines()
-    output = ["it printed:", *printed[:SHOWN_OUTPUT], *(["..."] if len(printed) > SHOWN_OUTPUT else [])] if printed else []
+    shown = [each if len(each) <= SHOWN_WIDTH else f"{each[:SHOWN_WIDTH]}..." for each in printed[:SHOWN_OUTPUT]]
+    output = ["it printed:", *shown, *(["..."] if len(printed) > SHOWN_OUTPUT else [])] if printed else []
     lines = [verdict.reason or failure.message, failure.diagnosis, *failure.details, *output, *cases, *more]
     return [printable(line) for line in lines if line]
 

@@ -17,8 +17,11 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+from gaugeblock.conformance.runner import keeper
+
 FOREVER = timedelta(days=7)
 POLL_SECONDS = 0.05
+END_SECONDS = 5.0  # for a process, and all that come from it, to be gone
 TRACE_SECONDS = 0.5  # for a signalled process to write down where it stands
 
 
@@ -79,7 +82,7 @@ def _serve(host: str, port: int, ranks: Sequence[int], folder: Path, children: l
 def _start(store: Any, generation: str, rank: int, folder: Path) -> _Child:
     errors = folder / f"{generation}-{rank}"
     door = store.get(f"{generation}/door/{rank}").decode().split()
-    command = [sys.executable, "-m", "gaugeblock.conformance.runner.process", *door]
+    command = [*keeper.command(os.getpid()), sys.executable, "-m", "gaugeblock.conformance.runner.process", *door]
     path = os.pathsep.join(filter(None, sys.path))
     with errors.open("w") as file:
         process = subprocess.Popen(
@@ -98,7 +101,11 @@ def _trace(child: _Child) -> str:
 
 def _kill(children: list[_Child]) -> None:
     for child in children:
-        child.process.kill()
+        child.process.terminate()
     for child in children:
-        child.process.wait()
+        try:
+            child.process.wait(END_SECONDS)
+        except subprocess.TimeoutExpired:
+            child.process.kill()
+            child.process.wait()
     children.clear()

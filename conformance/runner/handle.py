@@ -7,9 +7,9 @@ import select
 import signal
 import socket
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
@@ -22,14 +22,18 @@ from gaugeblock.conformance.judge import Violation
 from gaugeblock.conformance.registry import Implementation
 from gaugeblock.conformance.runner import nursery, wire
 from gaugeblock.conformance.runner.messages import Again, Describe, Group, Request, Settings
+from gaugeblock.conformance.runner.output import KEPT_OUTPUT, Output
 from gaugeblock.conformance.runner.perform import Conditions, Findings
-from gaugeblock.conformance.runner.wire import ARENA_BYTES, RING_BYTES, Arena, Dtypes, Impostor, Late, Link
+from gaugeblock.conformance.runner.wire import ANYONE, ARENA_BYTES, RING_BYTES, Arena, Dtypes, Impostor, Late, Link
 
 CALL_SECONDS = 60.0  # until an answer must be there
+IMPATIENT_SECONDS = 20.0  # the same for an implementation that was waited for in vain
 START_SECONDS = 120.0  # the same for a process that imports torch and what it is to run, on a busy machine
+LOAD_SECONDS = 120.0  # for files of a user's to be imported
 TRACE_SECONDS = 0.5  # for a signalled process to write down where it stands
-KEPT_OUTPUT = 64 << 10  # bytes of what is printed
+END_SECONDS = 5.0  # for a process that is killed, and all that come from it, to be gone
 MOST_CHILDREN = 64  # processes that a candidate may have
+KEPT_TEXT = 8 << 10  # characters of an error's message, or of its traceback
 MOST_RESULTS = 10_000  # tensors that a call may return
 
 
@@ -55,38 +59,6 @@ class Answer:
     findings: Findings
 
 
-class Output(threading.Thread):
-    """Reads what a process prints, without end, and keeps the beginning."""
-
-    def __init__(self, file: int) -> None:
-        super().__init__(daemon=True, name="gaugeblock-output")
-        self.file, self.lock = file, threading.Lock()
-        self.kept, self.more = bytearray(), 0
-        self.start()
-
-    def run(self) -> None:
-        """Until the last process that has the other end is gone."""
-        while True:
-            try:
-                chunk = os.read(self.file, 1 << 16)
-            except OSError:
-                return
-            if not chunk:
-                os.close(self.file)
-                return
-            with self.lock:
-                room = KEPT_OUTPUT - len(self.kept)
-                self.kept += chunk[:room]
-                self.more += max(0, len(chunk) - room)
-
-    def taken(self) -> str:
-        """What was printed since it was last asked."""
-        with self.lock:
-            text, more = self.kept.decode(errors="replace"), self.more
-            self.kept, self.more = bytearray(), 0
-        return text + (f"\n... and {more:,} bytes more" if more else "")
-
-
 class Process:
     """One process of a candidate.
 
@@ -100,9 +72,11 @@ class Process:
         self.device, self.group = device, group
         self.number = self.base = self.end = 0
         self.output: Output | None = None
-        self.process: nursery.Child | None = None
-        self.gone: socket.socket | None = None
+        self.process: nursery.Child | None = None  # the keeper of the candidate's process
+        self.gone: socket.socket | None = None  # can be read when the keeper, and so the process, has ended
+        self.itself: int | None = None  # the process, as a file: numbers are used again
         self.link = self._start() if link is None else link
+        self.link.connection.settimeout(CALL_SECONDS)  # for one that does not read what it is sent
         self.link.send_pickle(Settings(device, memory, group))
         self.ready = False
 
@@ -118,13 +92,22 @@ class Process:
         message = self.receive(deadline or time.monotonic() + START_SECONDS, START_SECONDS)
         if "unready" in message:
             raise self.lost(f"the process did not start: {str(message['unready']).strip().splitlines()[-1]}", "crash")
+        if self.link.peer:
+            self.itself = os.pidfd_open(self.link.peer)
         self.ready = True
 
     def call(self, implementation: Implementation, call: Call, conditions: Conditions, most_bytes: int, **how: bool) -> Answer:
         """Asks for a call and waits for the answer; see `send_call` and `receive_answer`."""
         self.await_ready()
         finish = self.send_call(implementation, call, conditions, most_bytes, **how)
-        return finish(time.monotonic() + CALL_SECONDS, CALL_SECONDS)
+        name = implementation.contract, implementation.name
+        seconds = min(CALL_SECONDS, IMPATIENT_SECONDS) if name in _silent else CALL_SECONDS
+        try:
+            return finish(time.monotonic() + seconds, seconds)
+        except Lost as lost:
+            if lost.status == "timeout":
+                _silent.add(name)
+            raise
 
     def send_call(
         self,
@@ -158,9 +141,10 @@ class Process:
         )
         before = bytes(self.link.sent.memory[start:end]) if write_back else b""
         self._send(request, (start, end))
+        number = self.number
 
         def finish(deadline: float, seconds: float) -> Answer:
-            message = self.receive(deadline, seconds)
+            message = self.receive(deadline, seconds, number)
             if write_back:
                 self.link.receive_returned(start, end, deadline, self.gone)
                 self.link.sent.write_back(call.inputs, inputs, before)
@@ -171,14 +155,14 @@ class Process:
     def again(self, number: int, most_bytes: int) -> Tensors:
         """What now stands in the memory of the results of call `number`."""
         self._send(Again(number, most_bytes), (0, 0))
-        message = self.receive(time.monotonic() + CALL_SECONDS, CALL_SECONDS)
+        message = self.receive(time.monotonic() + CALL_SECONDS, CALL_SECONDS, number)
         return self.answer_of(message | {"findings": {}}, most_bytes).results
 
     def describe(self, sources: tuple[str, ...]) -> dict[str, Any]:
         """What files and modules register, or what is wrong with them; not yet checked."""
         self.await_ready()
         self._send(Describe(sources), (0, 0))
-        return self.receive(time.monotonic() + START_SECONDS, START_SECONDS)
+        return self.receive(time.monotonic() + LOAD_SECONDS, LOAD_SECONDS)
 
     def _send(self, request: Any, used: tuple[int, int]) -> None:
         try:
@@ -190,8 +174,8 @@ class Process:
         return self.end if self.end < RING_BYTES else 0
 
     # ------------------------------------------------------------------------------------------------ answers
-    def receive(self, deadline: float, seconds: float) -> dict[str, Any]:
-        """The next message.
+    def receive(self, deadline: float, seconds: float, number: int = 0) -> dict[str, Any]:
+        """The next message, which answers the call of that number.
 
         Raises:
             Lost: If there is none; the process is gone then.
@@ -209,37 +193,36 @@ class Process:
             raise self.lost(f"the process sent {error}", "crash") from None
         if not isinstance(message, dict):
             raise self.lost("the process sent no answer", "crash")
+        if message.get("number", 0) != number:
+            raise self.lost("the process sent an answer to no call, or to another one", "crash")
         return message
 
     def _receive(self, deadline: float) -> Any:
-        while True:
-            try:
-                return self.link.receive_json(min(deadline, time.monotonic() + 1.0), self.gone)
-            except Late:
-                if self.process is not None and len(children_of(self.process.pid)) > MOST_CHILDREN:
-                    raise self.lost(f"the candidate has more than {MOST_CHILDREN} processes", "crash") from None
-                if time.monotonic() > deadline:
-                    raise
+        while not self.has_answer(min(1.0, max(0.0, deadline - time.monotonic()))) and time.monotonic() < deadline:
+            if self.process is not None and len(children_of(self.process.pid)) > MOST_CHILDREN + 1:  # it is one of them
+                raise self.lost(f"the candidate has more than {MOST_CHILDREN} processes", "crash")
+        return self.link.receive_json(deadline, self.gone)
 
     def answer_of(self, message: dict[str, Any], most_bytes: int) -> Answer:
         """A message as an answer.
 
         Raises:
             BadResult, Raised: As the candidate did.
+            Lost: If it is none.
         """
         if "bad_result" in message:
-            raise BadResult(str(message["bad_result"]))
+            raise BadResult(str(message["bad_result"])[:KEPT_TEXT])
         if "engine_error" in message:
             raise EngineError(str(message["engine_error"]))
         try:
             if "raised" in message:
                 kinds, text, where = message["raised"]
-                raise Raised([str(each) for each in kinds], str(text), str(where))
+                raise Raised([str(each)[:KEPT_TEXT] for each in kinds], str(text)[:KEPT_TEXT], str(where)[-KEPT_TEXT:])
             known = {each.name for each in fields(Findings)}
             findings = Findings(**{name: value for name, value in message["findings"].items() if name in known})
             return Answer(self._results(message["results"], most_bytes), _checked(findings))
-        except (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError) as error:
-            raise BadResult(f"the process sent no results: {type(error).__name__}") from None
+        except (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError, RuntimeError) as error:
+            raise self.lost(f"the process sent no results: {type(error).__name__}", "crash") from None  # not the engine's words
 
     def _results(self, described: Mapping[str, Any], most_bytes: int) -> Tensors:
         if len(described) > MOST_RESULTS:
@@ -249,9 +232,8 @@ class Process:
             dtype, shape, start = Dtypes[each["dtype"]], torch.Size(each["shape"]), each["start"]
             if min(shape, default=0) < 0:
                 raise ValueError("a negative size")
-            if start is None:  # too much to be passed on; its shape alone is wrong enough
-                results[str(key)] = torch.empty(shape, dtype=dtype, device="meta")
-                continue
+            if start is None:
+                raise BadResult(f"{str(key)[:KEPT_TEXT]} has shape {tuple(shape)}: together, the results are too large")
             if start < 0 or start + shape.numel() * dtype.itemsize > min(ARENA_BYTES, most_bytes + 64 * len(described)):
                 raise ValueError("beyond the memory of results")
             results[str(key)] = self.link.received.flat(start, shape.numel(), dtype).view(shape).clone()
@@ -274,7 +256,7 @@ class Process:
         self.output = Output(reading)
         self.gone = self.process.connection
         atexit.register(self.stop)
-        return Link(ours, sent, received, peer=self.process.pid)
+        return Link(ours, sent, received, peer=ANYONE)
 
     def has_answer(self, seconds: float) -> bool:
         """Whether there is something to receive, or the process is gone; waits for so long."""
@@ -288,7 +270,7 @@ class Process:
 
     def printed(self) -> str:
         """What it has printed since this was last asked."""
-        return self.output.taken() if self.output else ""
+        return self.output.taken(ended=not self.alive) if self.output else ""
 
     def trace(self) -> str:
         """Where it stands, as `faulthandler` writes it."""
@@ -309,7 +291,7 @@ class Process:
     def _how_it_ended(self) -> tuple[str, Literal["crash"], str, tuple[str, ...]]:
         if self.process is None:
             return "the process closed its connection", "crash", "", ()
-        code = self.process.poll(seconds=5.0)
+        code = self.process.poll(END_SECONDS)
         if code is None:
             return "the process closed its connection", "crash", "", ()
         how = signal.Signals(-code).name if code < 0 else f"exit status {code}"
@@ -326,11 +308,18 @@ class Process:
         self.link.close()
         if self.gone is None or self.process is None:
             return
+        if self.itself is not None:
+            with suppress(ProcessLookupError):
+                signal.pidfd_send_signal(self.itself, signal.SIGKILL)
+            os.close(self.itself)
         self.process.end()
         os.close(self.traces)
-        self.gone = None
+        self.gone = self.itself = None
         self.folder.cleanup()
         atexit.unregister(self.stop)
+
+
+_silent: set[tuple[str, str]] = set()  # implementations that were waited for in vain
 
 
 def children_of(pid: int) -> list[psutil.Process]:

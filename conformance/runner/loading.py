@@ -1,10 +1,16 @@
 """What candidates register, told by a process of their own: none of their code runs in the judge's."""
 
 from importlib.metadata import entry_points
+from pathlib import Path
 from typing import Any
 
+import psutil
+
+from gaugeblock.conformance.devices import available_devices
 from gaugeblock.conformance.registry import ENTRY_POINTS, Implementation, RegistrationError, register_told
-from gaugeblock.conformance.runner.handle import Lost, Process
+from gaugeblock.conformance.runner.handle import EngineError, Lost, Process
+
+MOST_CHARACTERS = 500  # of what is said of a file
 
 
 def describe_candidates(sources: tuple[str, ...]) -> list[Implementation]:
@@ -15,7 +21,7 @@ def describe_candidates(sources: tuple[str, ...]) -> list[Implementation]:
     """
     if not sources and not entry_points(group=ENTRY_POINTS):
         return []
-    process = Process("cpu", None)
+    process = Process("cpu", _memory())
     try:
         told = process.describe(sources)
     except Lost as lost:
@@ -25,11 +31,30 @@ def describe_candidates(sources: tuple[str, ...]) -> list[Implementation]:
     finally:
         process.stop()
     if "wrong" in told:
-        raise RegistrationError(str(told["wrong"]))
+        raise RegistrationError((str(told["wrong"]).splitlines() or ["(no message)"])[0][:MOST_CHARACTERS])
+    if "raised" in told:  # what is no Exception: KeyboardInterrupt
+        raise RegistrationError(f"{', '.join(sources)}: while it was imported, it raised {str(told['raised'])[:MOST_CHARACTERS]}")
+    if "engine_error" in told:
+        raise EngineError(str(told["engine_error"]))
     try:
+        _check_sources(told["rows"], sources)
         return [_row(each) for each in told["rows"]]
     except (KeyError, TypeError, AttributeError):
         raise RegistrationError(f"{', '.join(sources)}: what it registers cannot be read") from None
+
+
+def _check_sources(rows: list[dict[str, Any]], sources: tuple[str, ...]) -> None:
+    """What is told of a file is told by it: the verdict would be another's."""
+    given = {str(Path(each).resolve()) if each.endswith(".py") else each for each in sources}
+    given = given or {each.module for each in entry_points(group=ENTRY_POINTS)}
+    for each in rows:
+        if each["source"] not in given:
+            raise RegistrationError(f"{', '.join(sources)}: it speaks of an implementation in {str(each['source'])[:200]!r}")
+
+
+def _memory() -> int | None:
+    """Bytes of address space for files whose claims are not known yet; without limit where a GPU's driver takes what it likes."""
+    return None if "cuda" in available_devices() else max(8 << 30, psutil.virtual_memory().total // 2)
 
 
 def _row(told: dict[str, Any]) -> Implementation:

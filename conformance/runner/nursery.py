@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -25,8 +26,11 @@ from typing import Any
 
 import psutil
 
+from gaugeblock.conformance.runner import keeper
+
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
 MOST_FILES = 16
+END_SECONDS = 3.0  # for a keeper to end what it keeps
 NUMBER = struct.Struct("<q")
 
 
@@ -68,14 +72,23 @@ def fork(arguments: Sequence[str], environment: Mapping[str, str], files: Sequen
         files: Which it gets, as open files whose numbers precede the arguments.
         output: Where it prints.
     """
-    connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    connection.connect(start())
+    try:
+        connection = _connect()
+    except OSError:  # a candidate has harmed it
+        _known.clear()
+        connection = _connect()
     told = {"arguments": list(arguments), "environment": dict(environment), "path": sys.path, "folder": os.getcwd()}
     request = json.dumps(told).encode()
     connection.sendall(NUMBER.pack(len(request)))
     socket.send_fds(connection, [b"f"], [output, *files])
     connection.sendall(request)
     return Child(NUMBER.unpack(_exactly(connection, NUMBER.size))[0], connection)
+
+
+def _connect() -> socket.socket:
+    connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    connection.connect(start())
+    return connection
 
 
 _known: list[str] = []  # the address of this process's nursery
@@ -118,7 +131,8 @@ class Nursery:
 
     def __init__(self, listener: socket.socket) -> None:
         self.listener = listener
-        self.children: dict[int, socket.socket] = {}
+        self.children: dict[int, socket.socket] = {}  # keepers of candidates' processes, and who asked for them
+        self.ending: dict[int, float] = {}  # those that have been told to end, and when patience with them ends
         self.woken, self.wakes = socket.socketpair()
         self.wakes.setblocking(False)
         signal.set_wakeup_fd(self.wakes.fileno(), warn_on_full_buffer=False)
@@ -127,16 +141,20 @@ class Nursery:
     def serve(self) -> None:
         """Until the process that started it is gone, which is a signal."""
         while True:
-            asked = {each.fileno(): pid for pid, each in self.children.items()}
+            asked = {each.fileno(): pid for pid, each in self.children.items() if pid not in self.ending}
             watched: list[Any] = [self.listener, self.woken, *asked]
-            for file in select.select(watched, [], [])[0]:
+            for file in select.select(watched, [], [], END_SECONDS if self.ending else None)[0]:
                 if file is self.listener:
                     self._fork(self.listener.accept()[0])
                 elif file is self.woken:
                     self.woken.recv(4096)
-                    self._reap()
-                elif file in asked:
-                    self._end(asked[file])
+                elif file in asked:  # whoever asked for it has closed the connection
+                    self.ending[asked[file]] = time.monotonic() + END_SECONDS
+                    os.kill(asked[file], signal.SIGTERM)
+            self._reap()
+            for pid in [each for each, when in self.ending.items() if time.monotonic() > when]:
+                _kill_all(pid)  # its keeper was harmed
+                self.ending[pid] = time.monotonic() + END_SECONDS
 
     def _fork(self, connection: socket.socket) -> None:
         try:
@@ -146,50 +164,40 @@ class Nursery:
         except (OSError, ValueError):
             connection.close()
             return
+        own = os.getpid()
         pid = os.fork()
         if pid == 0:
-            self.listener.close()
-            for each in [connection, self.woken, self.wakes, *self.children.values()]:
-                each.close()
             signal.set_wakeup_fd(-1)
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-            _become(request, files)
+            for each in [connection, self.listener, self.woken, self.wakes, *self.children.values()]:
+                each.close()
+            keeper.keep(own, lambda: _become(request, files))
         for file in files:
             os.close(file)
         self.children[pid] = connection
         connection.sendall(NUMBER.pack(pid))
 
     def _reap(self) -> None:
-        """Takes leave of every process that has ended; orphans of candidates' processes are ours too."""
+        """Takes leave of every keeper that has ended; what a harmed one has left behind is ours too."""
         with suppress(ChildProcessError):
             while (ended := os.waitpid(-1, os.WNOHANG))[0]:
+                self.ending.pop(ended[0], None)
                 connection = self.children.pop(ended[0], None)
-                if connection is not None:
-                    self._sweep()
-                    with suppress(OSError):
-                        connection.sendall(NUMBER.pack(os.waitstatus_to_exitcode(ended[1])))
-                    connection.close()
-
-    def _end(self, pid: int) -> None:
-        """Whoever asked for it has closed the connection."""
-        for each in [*_descendants(pid), pid]:
-            with suppress(ProcessLookupError):
-                os.kill(each, signal.SIGKILL)
-
-    def _sweep(self) -> None:
-        """Ends orphans: processes that came from candidates' processes which are gone."""
-        for each in psutil.Process().children():
-            if each.pid not in self.children:
-                for pid in [*_descendants(each.pid), each.pid]:
-                    with suppress(ProcessLookupError):
-                        os.kill(pid, signal.SIGKILL)
+                if connection is None:
+                    continue
+                for each in psutil.Process().children():
+                    if each.pid not in self.children:
+                        _kill_all(each.pid)
+                with suppress(OSError):
+                    connection.sendall(NUMBER.pack(os.waitstatus_to_exitcode(ended[1])))
+                connection.close()
 
 
-def _descendants(pid: int) -> list[int]:
-    try:
-        return [each.pid for each in psutil.Process(pid).children(recursive=True)]
-    except psutil.NoSuchProcess:
-        return []
+def _kill_all(pid: int) -> None:
+    """Ends a process and all that come from it."""
+    with suppress(psutil.NoSuchProcess, ProcessLookupError):
+        for each in [*psutil.Process(pid).children(recursive=True), psutil.Process(pid)]:
+            each.kill()
 
 
 def _exactly(connection: socket.socket, count: int) -> bytes:
@@ -206,7 +214,6 @@ def _become(request: dict[str, Any], files: list[int]) -> None:
     """Turns a fork into a candidate's process; does not come back."""
     status = 1
     try:
-        os.setsid()
         output, *others = files
         nothing = os.open(os.devnull, os.O_RDONLY)
         os.dup2(nothing, 0)

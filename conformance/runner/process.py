@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from gaugeblock.conformance.runner.messages import Again, Describe, Group, Request, Settings
-from gaugeblock.conformance.runner.wire import Arena, Closed, Link
+from gaugeblock.conformance.runner.wire import Arena, Closed, Dtypes, Link
 
 KEPT = 4  # calls whose results stay in the candidate's own memory, to see what becomes of them
 
@@ -82,12 +82,16 @@ class Server:
             message = {"bad_result": str(error)}
         except Raised as error:
             message = {"raised": [error.kinds, error.message, error.where]}
-        except Exception:
-            message = {"engine_error": traceback.format_exc()}
-        except BaseException as error:  # KeyboardInterrupt: nobody interrupts this process but the candidate
+        except BaseException as error:
             raised = Raised.of(error)
-            message = {"raised": [raised.kinds, raised.message, raised.where]}
-        self.link.send_json(message, used)
+            if raised.place or not isinstance(error, Exception):  # from a signal's handler; an interrupt: nobody else's doing
+                message = {"raised": [raised.kinds, raised.message, raised.where]}
+            else:
+                message = {"engine_error": raised.where}
+        for each in (sys.stdout, sys.stderr):
+            with suppress(Exception):  # closed, or replaced by something else
+                each.flush()
+        self.link.send_json(message | {"number": getattr(request, "number", 0)}, used)
         if isinstance(request, Request) and request.written:
             self.link.return_arena(*request.written)
 
@@ -113,12 +117,25 @@ class Server:
         return message | {"findings": asdict(findings)}, used
 
     def _results(self, results: Mapping[str, Any], most_bytes: int) -> tuple[dict[str, Any], tuple[int, int]]:
-        """Contiguous copies in the arena, and where each is; only shapes where that would be too much."""
+        """Contiguous copies in the arena, and where each is; only shapes where that would be too much.
+
+        Raises:
+            BadResult: If a result cannot be read.
+        """
         import torch
 
-        fitting = sum(each.numel() * each.element_size() for each in results.values()) <= most_bytes
-        held = {key: each.detach().cpu() if fitting else torch.empty(0, dtype=each.dtype) for key, each in results.items()}
-        copies = {key: each.clone(memory_format=torch.contiguous_format) for key, each in held.items()}
+        from gaugeblock.conformance.frameworks import BadResult
+
+        key = ""
+        try:
+            fitting = sum(each.numel() * each.element_size() for each in results.values()) <= most_bytes
+            copies = {}
+            for key, each in results.items():
+                held = each.detach().cpu() if fitting else torch.empty(0, dtype=each.dtype)
+                copies[key] = held.clone(memory_format=torch.contiguous_format)
+                Dtypes[str(each.dtype).removeprefix("torch.")]
+        except Exception as error:  # sparse, quantized, without memory, of sizes beyond counting
+            raise BadResult(f"{key or 'a result'} cannot be read: {type(error).__name__}: {error}") from error
         placed, end = self.link.sent.place(copies, 0)
         described = {
             key: {"dtype": placed[key].dtype, "shape": list(each.shape), "start": placed[key].storage[0] if fitting else None}

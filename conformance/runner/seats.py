@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from gaugeblock.conformance.trial import Subject
 
 SLACK_BYTES = 1 << 20  # that results may take beyond what is due, before only their shapes are passed on
+MOST_SEATS = 4  # processes of candidates that wait for their next call: each takes 250 MB
 GIB = 1 << 30
 
 
@@ -84,9 +85,13 @@ class Seat:
         return self.subject.device, _memory(implementation, self.subject.device), own
 
     def _process(self) -> Process:
-        found = _seats.get(self._name())
+        found = _seats.pop(self._name(), None)
         if found is None or not found.alive:
-            found = _seats[self._name()] = Process(self.subject.device, _memory(self.subject.implementation, self.subject.device))
+            found = Process(self.subject.device, _memory(self.subject.implementation, self.subject.device))
+        _seats[self._name()] = found  # the last of all
+        alone = [name for name, each in _seats.items() if isinstance(each, Process)]
+        for name in alone[:-MOST_SEATS]:
+            _seats.pop(name).stop()
         return found
 
     def _ranks(self) -> Ranks:

@@ -27,13 +27,19 @@ ARENA_BYTES = 4 << 30  # of address space, for the tensors of one direction; onl
 RING_BYTES = 32 << 20  # over which the inputs of small calls wander, so that addresses are no names of calls
 ALIGNMENT = 64  # bytes, torch's own
 MOST_MESSAGE = 64 << 20
+MOST_ANSWER = 4 << 20  # of JSON, which takes a multiple of that when it is read
+ANYONE = 0  # in place of the process that is expected: whoever speaks first
 HEADER = struct.Struct("<QQQ")  # lengths of the message and of the bytes behind it, and where in the arena those belong
 CREDENTIALS = struct.Struct("3i")
 F_ADD_SEALS, F_SEAL_SHRINK = 1033, 2
 
 Dtypes: Mapping[str, torch.dtype] = {
-    str(each).removeprefix("torch."): each for each in vars(torch).values() if isinstance(each, torch.dtype)
-}
+    name: getattr(torch, name)
+    for name in (
+        "float64 float32 float16 bfloat16 float8_e4m3fn float8_e4m3fnuz float8_e5m2 float8_e5m2fnuz float8_e8m0fnu bool "
+        "int64 int32 int16 int8 uint64 uint32 uint16 uint8 complex128 complex64 complex32"
+    ).split()
+}  # others, quantized or of less than a byte, are no plain memory: to read them there can end the process
 
 
 class BadMessage(Exception):
@@ -153,7 +159,11 @@ def _bytes_of(tensor: torch.Tensor) -> torch.Tensor:
 
 
 class Link:
-    """A connection between the judge and one process of a candidate, with an arena for either direction."""
+    """A connection between the judge and one process of a candidate, with an arena for either direction.
+
+    Args:
+        peer: The process that may speak on the other side: `ANYONE` for the one that does so first; None is not looked at.
+    """
 
     def __init__(self, connection: socket.socket, sent: Arena, received: Arena, *, peer: int | None = None) -> None:
         self.connection, self.sent, self.received, self.peer = connection, sent, received, peer
@@ -193,13 +203,13 @@ class Link:
             Closed, Late, Impostor, BadMessage: If there is none.
         """
         try:
-            return json.loads(self._receive(deadline, gone))
+            return json.loads(self._receive(deadline, gone, MOST_ANSWER))
         except (ValueError, RecursionError):
             raise BadMessage("no JSON") from None
 
-    def _receive(self, deadline: float | None, gone: socket.socket | None) -> bytes:
+    def _receive(self, deadline: float | None, gone: socket.socket | None, most: int = MOST_MESSAGE) -> bytes:
         length, behind, start = HEADER.unpack(self._read(HEADER.size, deadline, gone))
-        if length > MOST_MESSAGE or (behind and self.shared) or start + behind > ARENA_BYTES:
+        if length > most or (behind and self.shared) or start + behind > ARENA_BYTES:
             raise BadMessage(f"a message of {length} bytes")
         message = self._read(length, deadline, gone)
         if behind:
@@ -217,8 +227,12 @@ class Link:
                 raise Closed from None
             if not part:
                 raise Closed
-            if self.peer is not None and any(CREDENTIALS.unpack(each[2])[0] != self.peer for each in credentials):
-                raise Impostor
+            for each in credentials if self.peer is not None else ():
+                speaker = CREDENTIALS.unpack(each[2])[0]
+                if self.peer == ANYONE:
+                    self.peer = speaker
+                if speaker != self.peer:
+                    raise Impostor
             parts.append(part)
             count -= len(part)
         return b"".join(parts)
