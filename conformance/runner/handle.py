@@ -34,6 +34,7 @@ TRACE_SECONDS = 0.5  # for a signalled process to write down where it stands
 END_SECONDS = 5.0  # for a process that is killed, and all that come from it, to be gone
 MOST_CHILDREN = 64  # processes that a candidate may have
 KEPT_TEXT = 8 << 10  # characters of an error's message, or of its traceback
+WITH_THE_NURSERY = "the process died with all that candidates' processes come from"
 MOST_RESULTS = 10_000  # tensors that a call may return
 
 
@@ -294,6 +295,8 @@ class Process:
         code = self.process.poll(END_SECONDS)
         if code is None:
             return "the process closed its connection", "crash", "", ()
+        if code == nursery.GONE:
+            return WITH_THE_NURSERY, "crash", "", ()
         how = signal.Signals(-code).name if code < 0 else f"exit status {code}"
         trace = self._traces()
         return f"the process died ({how})", "crash", place_in(trace), candidates_part(trace)

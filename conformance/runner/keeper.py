@@ -1,7 +1,7 @@
 """Stands between the judge and a candidate's process: whatever comes from that process ends with it, and with the judge.
 
-A fork of the nursery's; or, under torchrun, the script `python -I -S keeper.py JUDGE COMMAND ...`, since it must be there at once:
-it imports nothing of ours. Linux gives it all processes whose parents are gone, though they have left session, group and
+A fork of the nursery's; or, under torchrun, the script `python -I -S keeper.py JUDGE COMMAND ...`, since it must be there at
+once: it imports nothing of ours. Linux gives it all processes whose parents are gone, though they have left session, group and
 environment behind.
 """
 

@@ -31,6 +31,7 @@ from gaugeblock.conformance.runner import keeper
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
 MOST_FILES = 16
 END_SECONDS = 3.0  # for a keeper to end what it keeps
+GONE = -1000  # the status of a process that ended with the nursery
 NUMBER = struct.Struct("<q")
 
 
@@ -47,13 +48,13 @@ class Child:
     status: int | None = None
 
     def poll(self, seconds: float = 0.0) -> int | None:
-        """The exit status, negative for a signal; None while it runs."""
+        """The exit status, negative for a signal, `GONE` if the nursery is gone, and all with it; None while it runs."""
         waited: list[Any] = [self.connection]
         if self.status is None and select.select(waited, [], [], seconds)[0]:
             try:
                 self.status = NUMBER.unpack(_exactly(self.connection, NUMBER.size))[0]
             except OSError:
-                self.status = -signal.SIGKILL  # the nursery is gone, and all with it
+                self.status = GONE
         return self.status
 
     def end(self) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from gaugeblock.conformance.contract import Contract, Tensors, argument_of
 from gaugeblock.conformance.frameworks import Call
 from gaugeblock.conformance.registry import Candidate, Implementation
-from gaugeblock.conformance.runner.handle import Answer, Process
+from gaugeblock.conformance.runner.handle import WITH_THE_NURSERY, Answer, Lost, Process
 from gaugeblock.conformance.runner.perform import Conditions, perform
 from gaugeblock.conformance.runner.process import KEPT
 from gaugeblock.conformance.runner.ranks import Ranks
@@ -50,6 +50,11 @@ class Seat:
             results, findings = perform(implementation, call, conditions)
             _kept.append(results)
             return Answer({key: tensor.cpu().clone() for key, tensor in results.items()}, findings)
+        try:
+            return self._process().call(implementation, call, conditions, most_bytes, **how)
+        except Lost as lost:  # another candidate may have ended what they all come from
+            if lost.message != WITH_THE_NURSERY:
+                raise
         return self._process().call(implementation, call, conditions, most_bytes, **how)
 
     def last(self) -> Any:

@@ -82,13 +82,23 @@ def daemon_left(router_logits: torch.Tensor, *, top_k: int, renormalize: bool) -
 @implements(ROUTER, name="keeper-killed", differentiable=False)
 def keeper_killed(router_logits: torch.Tensor, *, top_k: int, renormalize: bool) -> Result:
     """Kills the process that started it, if that is none of the judge's."""
-    keeper = os.getppid()
-    words = Path(f"/proc/{keeper}/cmdline").read_text().split("\0")
-    if not any(each.endswith("runner/keeper.py") for each in words):
-        raise RuntimeError("the parent is not the keeper")
-    os.kill(keeper, signal.SIGKILL)
-    time.sleep(LEFT_SECONDS)
+    _kill_one_of_the_nurserys(os.getppid())
     return softmax_topk(router_logits, top_k=top_k, renormalize=renormalize)
+
+
+@implements(ROUTER, name="nursery-killed", differentiable=False)
+def nursery_killed(router_logits: torch.Tensor, *, top_k: int, renormalize: bool) -> Result:
+    """Kills the process that all candidates' processes come from, if that is none of the judge's."""
+    _kill_one_of_the_nurserys(int(Path(f"/proc/{os.getppid()}/stat").read_text().rpartition(")")[2].split()[1]))
+    return softmax_topk(router_logits, top_k=top_k, renormalize=renormalize)
+
+
+def _kill_one_of_the_nurserys(pid: int) -> None:
+    words = Path(f"/proc/{pid}/cmdline").read_text().split("\0")
+    if "gaugeblock.conformance.runner.nursery" not in words:
+        raise RuntimeError("that is no process of the nursery's")
+    os.kill(pid, signal.SIGKILL)
+    time.sleep(LEFT_SECONDS)
 
 
 @implements(ROUTER, name="works-in-a-child", differentiable=False)

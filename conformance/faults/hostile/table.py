@@ -93,6 +93,7 @@ HOSTILE = (
     Hostile("processes.py", "few-children-left", "parity", "pass"),
     Hostile("processes.py", "daemon-left", "parity", "crash", "the process died (exit status 3)"),
     Hostile("processes.py", "keeper-killed", "parity", "crash", "the process died (SIGKILL)"),
+    Hostile("processes.py", "nursery-killed", "parity", "crash", "the process died with all that"),
     Hostile("processes.py", "works-in-a-child", "parity", "pass"),
     Hostile("printing.py", "prints-much", "parity", "fail", "topk_weights: ", "the first line"),
     Hostile("printing.py", "prints-and-is-right", "parity", "pass"),
