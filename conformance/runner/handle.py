@@ -199,7 +199,9 @@ class Process:
         return message
 
     def _receive(self, deadline: float) -> Any:
-        while not self.has_answer(min(1.0, max(0.0, deadline - time.monotonic()))) and time.monotonic() < deadline:
+        late = False
+        while not late and not self.has_answer(min(1.0, max(0.0, deadline - time.monotonic()))):
+            late = time.monotonic() > deadline
             if self.process is not None and len(children_of(self.process.pid)) > MOST_CHILDREN + 1:  # it is one of them
                 raise self.lost(f"the candidate has more than {MOST_CHILDREN} processes", "crash")
         return self.link.receive_json(deadline, self.gone)
