@@ -17,7 +17,7 @@ from gaugeblock.conformance.contract import Contract, ContractError, Tensors, ap
 from gaugeblock.conformance.error_budget import NOISE_RUNS, RoundingNoise, exact_draws
 
 # A case is redrawn if rounding this many times as coarse decides anything in it. A choice so near a tie that honest rounding
-# turns it once in 6 calls passes 12 runs of its own size once in 9 times, of four times its size once in 400.
+# turns it once in 6 calls passes 12 runs of its own size once in 9 times, of four times its size once in 500.
 MARGIN = 4.0
 JITTER = 2.0**-20  # relative, of what decisions are made from: exact ties, which no rounding disturbs, are found by it
 

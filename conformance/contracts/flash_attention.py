@@ -64,8 +64,6 @@ def _block(
     heads = qkv.unflatten(-1, (3, config.num_heads, -1)).permute(2, 0, 3, 1, 4)
     attended = FlashAttention.apply(*heads).transpose(1, 2).flatten(2)
     attended = layers.linear(attended, state["attn.proj.weight"], state["attn.proj.bias"])
-    tokens, modulated = layers.gated_residual_layer_norm_modulate(
-        tokens, attended, gate_1, shift_2, scale_2, eps=config.norm_eps
-    )
+    tokens, modulated = layers.gated_residual_layer_norm_modulate(tokens, attended, gate_1, shift_2, scale_2, eps=config.norm_eps)
     inner = (state[f"mlp.{name}"] for name in ("fc1.weight", "fc1.bias", "fc2.weight", "fc2.bias"))
     return layers.gated_residual(tokens, layers.gelu_mlp(modulated, *inner), gate_2)

@@ -66,9 +66,7 @@ def overflow(expert_ids: torch.Tensor, num_experts: int, capacity: int) -> torch
     return dropped
 
 
-def switch_top1(
-    router_logits: torch.Tensor, *, capacity_factor: float
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def switch_top1(router_logits: torch.Tensor, *, capacity_factor: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Choose one expert of each token, if there is room: `reference.torch.routers.switch_top1`.
 
     Args:
