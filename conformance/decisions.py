@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
 from gaugeblock.conformance.contract import Contract, ContractError, Tensors, apply
+from gaugeblock.conformance.dispatch import Watching
 from gaugeblock.conformance.error_budget import NOISE_RUNS, RoundingNoise, exact_draws
 
 # A case is redrawn if rounding this many times as coarse decides anything in it. A choice so near a tie that honest rounding
@@ -44,7 +45,7 @@ class Event:
         return bool(self.numbers)
 
 
-class Decisions(TorchDispatchMode):
+class Decisions(Watching):
     """Watches how the integers and truth values of a run come about, and replaces some.
 
     Args:

@@ -13,9 +13,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._python_dispatch import _disable_current_modes
 
 from gaugeblock.conformance.contract import Tensors
+from gaugeblock.conformance.dispatch import Watching
 from gaugeblock.conformance.verdict import Statistics
 from gaugeblock.reference.torch import random
 
@@ -52,7 +53,7 @@ def rounding_unit(dtype: str) -> float:
     return torch.finfo(getattr(torch, dtype)).eps / 2
 
 
-class RoundingNoise(TorchDispatchMode):
+class RoundingNoise(Watching):
     """Disturbs float64 results as rounding would, in forward and backward; a value that needs no rounding is left alone.
 
     Args:

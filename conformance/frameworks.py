@@ -10,9 +10,9 @@ from functools import cache
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from gaugeblock.conformance.contract import Contract, ResultCount, Tensors, apply
+from gaugeblock.conformance.dispatch import Watching
 from gaugeblock.conformance.error_budget import MATRIX_PRODUCTS, SUMS, ULPS
 from gaugeblock.conformance.oracle import gradient_key
 
@@ -155,7 +155,7 @@ def _jitted(function: Callable[..., Any], options: tuple[str, ...]) -> Callable[
     return jax.jit(function, static_argnames=options)
 
 
-class LibraryInFloat64(TorchDispatchMode):
+class LibraryInFloat64(Watching):
     """Torch's own matrix products, sums and functions in float64, each rounded once to its dtype.
 
     On a CPU their bits depend on the batch: products choose a summation order by the number of rows, functions have one code for
