@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -63,11 +64,23 @@ class RoundingNoise(Watching):
         seed: Of the noise.
         cancelling: Sums may be ordered so that their partial sums are as large as the sum of magnitudes.
         scale: How many times as coarse as the dtype's the rounding is.
+        deviations: Of the sums of an earlier run of the same, in their order: their sizes hardly differ between runs, and take as
+            long as the sums. A first run fills the list.
     """
 
-    def __init__(self, dtype: str, profile: str, seed: int, *, cancelling: bool = False, scale: float = 1.0) -> None:
+    def __init__(
+        self,
+        dtype: str,
+        profile: str,
+        seed: int,
+        *,
+        cancelling: bool = False,
+        scale: float = 1.0,
+        deviations: list[torch.Tensor] | None = None,
+    ) -> None:
         super().__init__()
         self.cancelling, self.scale = cancelling, scale
+        self.deviations, self.sums = [] if deviations is None else deviations, 0
         self.operand_dtype = getattr(torch, dtype)
         self.result_dtype = self.operand_dtype if profile == "eager" else torch.float32
         self.generator = torch.Generator().manual_seed(seed)
@@ -85,29 +98,28 @@ class RoundingNoise(Watching):
         if func.is_view or (name in MOVES and not adds) or not _is_float64(result):
             return result
         if adds:
-            noisy = self._add_noise(result, self._scattered_deviation(func, before, result, args, kwargs))
+            noisy = self._add_noise(result, lambda: self._scattered_deviation(func, before, result, args, kwargs))
         elif name in SUMS:
-            noisy = self._add_noise(result, self._sum_deviation(func, result, args, kwargs))
+            noisy = self._add_noise(result, lambda: self._sum_deviation(func, result, args, kwargs))
         else:
             noisy = self._function(name.removesuffix("_"), result, args)
         return result.copy_(noisy) if func._schema.is_mutable else noisy
 
     def _constant(self, value: Any) -> Any:
         """A constant such as 1 - 1e-6 is rounded to float32 once, which is an error of one sign in all elements."""
-        if not isinstance(value, float) or not math.isfinite(value):
-            return value
-        constant = torch.tensor(value, dtype=torch.float64)
-        if constant.to(torch.float32) == constant:
-            return value
-        within = half_ulp(constant.abs(), torch.float32).item() / math.sqrt(3)
-        return value + self._unit_noise(constant, within).item()
+        error = _error_of_constant(value) if isinstance(value, float) else 0.0
+        return value + self._unit_noise(torch.zeros((), dtype=torch.float64), error).item() if error else value
 
     def _matrix_product(self, func: Any, first: int, args: tuple, kwargs: dict) -> torch.Tensor:
         left, right = (self._round(operand, self.operand_dtype) for operand in args[first : first + 2])
         result = func(*args[:first], left, right, *args[first + 2 :], **kwargs)
         size = torch.abs if self.cancelling else torch.square
-        sizes = func(*(size(each) for each in args[:first]), size(left), size(right), *args[first + 2 :], **kwargs)
-        return self._add_noise(result, self._accumulation_deviation(left.shape[-1], result, sizes))
+
+        def deviation() -> torch.Tensor:
+            sizes = func(*(size(each) for each in args[:first]), size(left), size(right), *args[first + 2 :], **kwargs)
+            return self._accumulation_deviation(left.shape[-1], result, sizes)
+
+        return self._add_noise(result, deviation)
 
     def _sum_deviation(self, func: Any, result: torch.Tensor, args: tuple, kwargs: dict) -> torch.Tensor:
         name = func.overloadpacket.__name__
@@ -145,8 +157,13 @@ class RoundingNoise(Watching):
             kept = torch.where(result.isfinite(), saturated, result)
         return self._store(torch.where(exact, kept, torch.addcmul(result, result, noise)))  # an infinity is exact
 
-    def _add_noise(self, result: torch.Tensor, deviation: torch.Tensor) -> torch.Tensor:
-        """Adds the error of float32 arithmetic."""
+    def _add_noise(self, result: torch.Tensor, deviation_of: Callable[[], torch.Tensor]) -> torch.Tensor:
+        """Adds the error of a float32 sum."""
+        place, self.sums = self.sums, self.sums + 1
+        if place == len(self.deviations):
+            self.deviations.append(deviation_of())
+        known = self.deviations[place]
+        deviation = known if known.shape == result.shape else deviation_of()
         return self._store(torch.where(result.isfinite(), torch.addcmul(result, deviation, self._unit_noise(result)), result))
 
     def _store(self, result: torch.Tensor) -> torch.Tensor:
@@ -169,6 +186,15 @@ class RoundingNoise(Watching):
         """Uniform noise."""
         widest = math.sqrt(3) * deviation * self.scale
         return torch.empty_like(like).uniform_(-widest, widest, generator=self.generator)
+
+
+@lru_cache(1024)
+def _error_of_constant(value: float) -> float:
+    """The deviation of a constant that float32 does not hold; 0 for one that it does."""
+    constant = torch.tensor(value, dtype=torch.float64)
+    if not math.isfinite(value) or constant.to(torch.float32) == constant:
+        return 0.0
+    return half_ulp(constant.abs(), torch.float32).item() / math.sqrt(3)
 
 
 @contextmanager

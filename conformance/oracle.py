@@ -116,9 +116,10 @@ def _selection_scores(contract: Contract, case: Case, dtype: str) -> tuple[Budge
 
 
 def _spread(run: Callable[[], Tensors], oracle: Tensors, dtype: str, profile: str, *, cancelling: bool) -> dict[str, Budget]:
-    noisy = []
+    noisy: list[Tensors] = []
+    deviations: list[torch.Tensor] = []
     for seed in range(NOISE_RUNS):
-        with RoundingNoise(dtype, profile, seed, cancelling=cancelling), exact_draws():
+        with RoundingNoise(dtype, profile, seed, cancelling=cancelling, deviations=deviations), exact_draws():
             noisy.append(run())
     return spread(oracle, noisy)
 
