@@ -22,7 +22,7 @@ check: setup  ## the gate over all built-in implementations: verdicts here and i
 	$(BIN)/gaugeblock check --report report
 
 machines: setup  ## the gate on pretended CPUs (older instructions, more threads): the same verdicts on all? (some minutes)
-	$(BIN)/gaugeblock machines --report machines
+	$(BIN)/gaugeblock machines --variants --report machines
 
 lint: setup  ## ruff, mypy, and the direction of imports
 	$(BIN)/ruff check .

@@ -63,6 +63,7 @@ def _parser() -> argparse.ArgumentParser:
     machines = commands.add_parser("machines", help="the gate on pretended CPUs, whose verdicts must be the same")
     machines.add_argument("--machine", action="append", default=[], metavar="NAME", help="only this one (repeatable)")
     machines.add_argument("--report", type=Path, default=Path("machines"), metavar="DIR", help="a report of each, a page of all")
+    machines.add_argument("--variants", action="store_true", help="also judge right variants on each, which none may reject")
     machines.add_argument("arguments", nargs=argparse.REMAINDER, metavar="-- ...", help="arguments of `gaugeblock check`")
 
     listing = commands.add_parser("list", help="contracts and implementations, and what is missing")
@@ -81,6 +82,7 @@ def _parser() -> argparse.ArgumentParser:
 
     selftest = commands.add_parser("selftest", help="how good the suite itself is: five rates")
     selftest.add_argument("--profile", default="quick", choices=("quick", "ci", "thorough"))
+    selftest.add_argument("--rate", default="all", choices=("all", "variants"), help="only right variants (default: all)")
     selftest.add_argument("--json", type=Path, metavar="FILE", help="also write the rates there")
 
     codegen = commands.add_parser("codegen", help="compile every Triton kernel for four chips, without a GPU")

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from rich.console import Console
@@ -74,12 +74,24 @@ MACHINES = (
 
 @dataclass(frozen=True)
 class Run:
-    """What came of the gate on one machine: each verdict's status by its identity, and its exit status."""
+    """What came of the gate on one machine: each verdict's status by its identity, and its exit status.
+
+    Attributes:
+        alarms: Right variants that were rejected there; None if none was judged.
+        judged: How many times one was judged.
+    """
 
     machine: Machine
     statuses: Mapping[str, Status]
     exit_status: int
     seconds: float
+    alarms: tuple[str, ...] | None = None
+    judged: int = 0
+
+    @property
+    def conforms(self) -> bool:
+        """Whether all is as it should be."""
+        return not self.exit_status and not self.alarms
 
 
 def run_machines(options: argparse.Namespace) -> int:
@@ -98,11 +110,14 @@ def run_machines(options: argparse.Namespace) -> int:
         console.print(f"  exit status {runs[-1].exit_status} after {runs[-1].seconds:.0f} s, report in {folder / machine.name}")
         if runs[-1].exit_status in (WRONG_CALL, NOTHING_TESTED):
             return runs[-1].exit_status
+        if options.variants:
+            runs[-1] = judge_variants_on(runs[-1], folder / machine.name)
+            console.print(f"  right variants rejected: {len(runs[-1].alarms or ())} of {runs[-1].judged:,} judgements")
     different = differences(runs)
     (folder / "index.html").write_text(render(runs, different), encoding="utf-8")
     print_runs(runs, different, console)
     console.print(f"page: {folder / 'index.html'}")
-    return FAILS if different or any(each.exit_status for each in runs) else CONFORM
+    return CONFORM if not different and all(each.conforms for each in runs) else FAILS
 
 
 def run_gate_on(machine: Machine, folder: Path, arguments: Sequence[str]) -> Run:
@@ -115,6 +130,21 @@ def run_gate_on(machine: Machine, folder: Path, arguments: Sequence[str]) -> Run
     keys = ("contract", "implementation", "property", "dtype", "device")
     statuses: dict[str, Status] = {"/".join(each[key] for key in keys): each["status"] for each in verdicts}
     return Run(machine, statuses, done.returncode, time.monotonic() - start)
+
+
+def judge_variants_on(run: Run, folder: Path) -> Run:
+    """`gaugeblock selftest --rate variants` on the same machine.
+
+    Raises:
+        RuntimeError: If it does not come to an end.
+    """
+    written = folder / "variants.json"
+    command = [sys.executable, "-m", "gaugeblock.conformance.cli", "selftest", "--rate", "variants", "--json", str(written)]
+    done = subprocess.run(command, env=run.machine.variables(), stdout=subprocess.DEVNULL)
+    if done.returncode not in (CONFORM, FAILS):
+        raise RuntimeError(f"right variants could not be judged on {run.machine.name}: exit status {done.returncode}")
+    told = json.loads(written.read_text())
+    return replace(run, alarms=tuple(told["alarms"]), judged=told["judged"])
 
 
 def differences(runs: Sequence[Run]) -> list[str]:
@@ -134,6 +164,9 @@ def print_runs(runs: Sequence[Run], different: Sequence[str], console: Console) 
         counts = [sum(found == status for found in each.statuses.values()) for each in runs]
         if any(counts):
             table.add_row(f"{MARKS[status]} {status}", *map(str, counts))
+    if any(each.judged for each in runs):
+        shares = [f"{len(each.alarms or ())} of {each.judged:,}" for each in runs]
+        table.add_row("right variants rejected", *shares, style="bold red" if any(each.alarms for each in runs) else "")
     for identity in different:
         contract, implementation, prop, dtype, device = identity.split("/")
         found = [each.statuses.get(identity) for each in runs]

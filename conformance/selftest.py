@@ -56,11 +56,13 @@ def run_selftest(options: argparse.Namespace) -> int:
     """Measures the five rates, prints them, and writes them to `options.json`; 0 if they are what they should be.
 
     Args:
-        options: `profile`: a key of `EXTENTS`; `json`: a path or None.
+        options: `profile`: a key of `EXTENTS`; `json`: a path or None; `rate`: "all", or "variants" for that one alone.
     """
     start, console = time.monotonic(), Console(highlight=False)
     extent = EXTENTS[options.profile]
-    os.environ["OMP_NUM_THREADS"] = "1"  # one process for each core
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # one process for each core
+    if options.rate == "variants":
+        return measure_variants(options, console)
     results = measure(tasks_of(extent), options.profile, console)
     kills = results["kill"]
     variants, trivial = (sum(results[kind][1:], results[kind][0]) for kind in ("variants", "trivial"))
@@ -73,6 +75,20 @@ def run_selftest(options: argparse.Namespace) -> int:
         caught = [asdict(each) | {"script": ""} for each in kills]
         options.json.write_text(json.dumps(rates | {"faults": caught}, indent=1) + "\n")
     return CONFORM if complaints(rates) == [] else FAILS
+
+
+def measure_variants(options: argparse.Namespace, console: Console) -> int:
+    """The second rate alone, as on another machine: how many judgements of right variants are rejections; 0 if none is."""
+    every = tasks_of(EXTENTS[options.profile])
+    groups = {name: [task for task in tasks if task[0] == "variants"] for name, tasks in every.items()}
+    found = measure({name: tasks for name, tasks in groups.items() if tasks}, options.profile, console)["variants"]
+    alarms = sum(found[1:], found[0])
+    console.print(f"right variants rejected: {len(alarms.alarms)} of {alarms.judged:,} judgements")
+    for each in alarms.alarms:
+        console.print(f"  {each}", markup=False)
+    if options.json:
+        options.json.write_text(json.dumps({"judged": alarms.judged, "alarms": alarms.alarms}, indent=1) + "\n")
+    return FAILS if alarms.alarms else CONFORM
 
 
 # ------------------------------------------------------------------------------------------------------------- measuring
@@ -122,14 +138,13 @@ def measure(groups: dict[str, list[Task]], profile: str, console: Console) -> di
 
 def prepare(profile_name: str) -> Callable[[Task], Any]:
     """Sets a worker process up; the returned function measures one thing."""
-    import torch
-
+    from gaugeblock.conformance.devices import keep_thread_count
     from gaugeblock.conformance.exploration import PROFILES
     from gaugeblock.conformance.faults import corners, rates
     from gaugeblock.conformance.faults.fault import faults
     from gaugeblock.conformance.faults.hostile import table
 
-    torch.set_num_threads(1)
+    keep_thread_count()
     warnings.filterwarnings("ignore", module="triton")  # its interpreter tells of infinities that cases hold on purpose
     quick = replace(PROFILES["quick"], shrink_seconds=EXTENTS[profile_name].shrink_seconds)
 

@@ -58,7 +58,7 @@ def test_an_unknown_machine_exits_2(capsys):
 def test_the_exit_status_says_whether_all_conform_alike(monkeypatch, tmp_path, statuses):
     found = iter(statuses)
     monkeypatch.setattr(machines, "run_gate_on", lambda machine, folder, arguments: run_of(machine.name, parity=next(found)))
-    options = SimpleNamespace(machine=["this", "sse4"], report=tmp_path, arguments=[])
+    options = SimpleNamespace(machine=["this", "sse4"], report=tmp_path, arguments=[], variants=False)
     assert machines.run_machines(options) == (cli.CONFORM if statuses[0] == statuses[1] else cli.FAILS)
 
 
