@@ -44,7 +44,7 @@ browser:
 	-@command -v npm >/dev/null || { apt-get update && apt-get install --yes --no-install-recommends npm; }
 
 # One OpenMP thread per process: two workers fill two cores, more threads only wait for each other.
-test: lint browser  ## the linters and all tests (some minutes)
+test: lint browser check  ## the linters, the gate over all that is built in, and all tests (a quarter of an hour)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist worksteal
 
 clean:  ## remove .venv, reports and caches

@@ -9,6 +9,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 if TYPE_CHECKING:
     import torch
 
@@ -69,7 +71,12 @@ def edges(name: str, *starts: int, of: Callable[[Mapping[str, Any]], int] | None
 
 def either(name: str, *values: Any) -> Factor:
     """An option with a class for each of its values."""
-    return Factor(name, str, values, option=True)
+    return Factor(name, _name_of, values, option=True)
+
+
+def _name_of(value: Any) -> str:
+    """A value in words; of a float, the shortest that gives the same number of float32, which is what a call is given."""
+    return str(np.float32(value)) if isinstance(value, float) else str(value)
 
 
 def kinds(

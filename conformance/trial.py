@@ -270,7 +270,7 @@ class Property:
             return f"the contract has no {lacking[0]}"
         claims = [(claim.removeprefix("no "), not claim.startswith("no ")) for claim in self.needs]
         for claim, needed in claims:
-            if getattr(implementation, claim) != needed:
+            if bool(getattr(implementation, claim)) != needed:
                 return f"claims {claim}={not needed}"
         if implementation.framework not in self.frameworks:
             return f"not judged for {implementation.framework}"

@@ -34,6 +34,7 @@ from gaugeblock.conformance.oracle import GRADIENT, budgets
 from gaugeblock.conformance.properties import properties
 from gaugeblock.conformance.registry import find_contract, implementations
 from gaugeblock.conformance.trial import Ledger, Property, Subject, Trial
+from gaugeblock.conformance.verdict import FAILED
 
 RIGHT: dict[str, Callable[[], Callable[..., Any]]] = {
     "routers.softmax_topk": SoftmaxRouter,
@@ -51,6 +52,7 @@ RIGHT: dict[str, Callable[[], Callable[..., Any]]] = {
     "objectives.rectified_flow_loss": FlowLoss,
     "train_image_diffusion.train_step": Trainer,
 }  # the kernel that each contract's bugs are planted into
+CAUGHT = FAILED - {"error"}  # an error of the engine catches nothing
 SOURCE = "gaugeblock.conformance.faults.candidates"
 Close = Callable[[torch.Tensor, torch.Tensor], bool]
 
@@ -148,7 +150,7 @@ def kill(fault: Fault, profile: Profile) -> Kill:
             )
         ]
     return Kill(
-        fault.contract, fault.name, fault.kind, fault.caught_by, verdict.status == "fail", verdict.cases, verdict.reason,
+        fault.contract, fault.name, fault.kind, fault.caught_by, verdict.status in CAUGHT, verdict.cases, verdict.reason,
         size_product(failing[0]) if len(failing) == 1 else None, fault.smallest,
         verdict.failure.script if verdict.failure else "", tuple(plain),
     )  # fmt: skip
@@ -314,5 +316,5 @@ def fails_again(script: str, folder: str) -> bool:
     ended = subprocess.run(
         [sys.executable, "-c", script], cwd=folder, env=environment, capture_output=True, text=True, timeout=600
     )
-    violations = ("gaugeblock.conformance.judge.Violation", "gaugeblock.conformance.runner.handle.Lost")
+    violations = ("gaugeblock.conformance.violation.Violation", "gaugeblock.conformance.runner.handle.Lost")
     return ended.returncode == 1 and any(each in ended.stderr for each in violations)

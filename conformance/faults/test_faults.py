@@ -9,10 +9,11 @@ from dataclasses import replace
 
 import pytest
 
+from gaugeblock.conformance import exploration
 from gaugeblock.conformance.exploration import PROFILES, examine
 from gaugeblock.conformance.faults.fault import KINDS, Fault, faults, process_kept
 from gaugeblock.conformance.faults.mutants import mutated
-from gaugeblock.conformance.faults.rates import RIGHT
+from gaugeblock.conformance.faults.rates import CAUGHT, RIGHT
 from gaugeblock.conformance.faults.simulated.ranks import DataParallel, ExpertParallel
 from gaugeblock.conformance.properties import properties
 from gaugeblock.conformance.registry import Implementation, contracts
@@ -21,6 +22,12 @@ from gaugeblock.conformance.trial import Subject
 
 QUICK = replace(PROFILES["quick"], shrink_seconds=0)  # whether it fails, not how small a case does
 FEW = replace(QUICK, examples=1)  # right variants are judged on more in test_error_budget.py
+
+
+@pytest.fixture
+def sparingly(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is right is judged on as few cases as what is built in; `gaugeblock selftest` takes more."""
+    monkeypatch.setattr(exploration, "is_built_in", lambda implementation: True)
 
 
 @pytest.fixture(autouse=True)
@@ -33,13 +40,13 @@ def impatience(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_fault_is_caught_by_its_property(fault: Fault) -> None:
     with process_kept():
         verdict = examine(fault.subject(), properties()[fault.caught_by], QUICK)
-    assert verdict.status == "fail", f"{verdict.status} after {verdict.cases} cases: {fault.summary} {verdict.reason}"
+    assert verdict.status in CAUGHT, f"{verdict.status} after {verdict.cases} cases: {fault.summary} {verdict.reason}"
 
 
 @pytest.mark.parametrize(
     ("contract", "dtype"), [(name, dtype) for name in RIGHT for dtype in contracts()[name].dtypes if dtype != "float16"]
 )
-def test_the_same_kernel_without_a_fault_passes_every_property(contract: str, dtype: str) -> None:
+def test_the_same_kernel_without_a_fault_passes_every_property(sparingly: None, contract: str, dtype: str) -> None:
     assert_right(Implementation(contract, "right", RIGHT[contract]()), dtype)
 
 
@@ -51,7 +58,7 @@ def test_the_same_kernel_without_a_fault_passes_every_property(contract: str, dt
     ],
     ids=lambda implementation: implementation.contract,
 )
-def test_the_same_ranks_without_a_fault_pass_every_property(implementation: Implementation) -> None:
+def test_the_same_ranks_without_a_fault_pass_every_property(sparingly: None, implementation: Implementation) -> None:
     caught_by = {fault.caught_by for fault in faults() if fault.claims.get("world_sizes")}
     assert_right(implementation, "float32", caught_by)
 
