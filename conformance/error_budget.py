@@ -89,13 +89,15 @@ class RoundingNoise(Watching):
         kwargs = kwargs or {}
         name = func.overloadpacket.__name__
         if name in MATRIX_PRODUCTS:
-            return self._matrix_product(func, MATRIX_PRODUCTS[name], args, kwargs)
+            first = MATRIX_PRODUCTS[name]
+            empty = not all(each.numel() for each in args[first : first + 2])  # of nothing, nothing is rounded
+            return func(*args, **kwargs) if empty else self._matrix_product(func, first, args, kwargs)
         adds = name in SCATTERED_SUMS and (not name.startswith("index_put") or (len(args) > 3 and bool(args[3])))
         if not func.is_view and name not in MOVES and name not in SUMS:
             args, kwargs = tuple(map(self._constant, args)), {key: self._constant(each) for key, each in kwargs.items()}
         before = args[0].clone() if adds else None
         result = func(*args, **kwargs)
-        if func.is_view or (name in MOVES and not adds) or not _is_float64(result):
+        if func.is_view or (name in MOVES and not adds) or not _is_float64(result) or not result.numel():
             return result
         if adds:
             noisy = self._add_noise(result, lambda: self._scattered_deviation(func, before, result, args, kwargs))

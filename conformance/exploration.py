@@ -125,8 +125,9 @@ def _is_sparing(subject: Subject, profile: Profile) -> bool:
 
 
 def _demand(subject: Subject, prop: Property, profile: Profile) -> Demand:
-    """What a property is to visit."""
-    return Demand(prop.covers + profile.more, subject.implementation.framework == "jax", prop.layouts)
+    """What a property is to visit; what is not about numbers visits classes alone in all dtypes but the first."""
+    again = subject.dtype != subject.implementation.dtypes[0] and not prop.every_dtype
+    return Demand(1 if again else prop.covers + profile.more, subject.implementation.framework == "jax", prop.layouts)
 
 
 def _fitted(subject: Subject, prop: Property) -> Callable[[Case], Case]:
