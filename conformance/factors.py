@@ -9,8 +9,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 if TYPE_CHECKING:
     import torch
 
@@ -76,7 +74,11 @@ def either(name: str, *values: Any) -> Factor:
 
 def _name_of(value: Any) -> str:
     """A value in words; of a float, the shortest that gives the same number of float32, which is what a call is given."""
-    return str(np.float32(value)) if isinstance(value, float) else str(value)
+    if not isinstance(value, float):
+        return str(value)
+    import numpy as np  # not where a contract is only read
+
+    return str(np.float32(value))
 
 
 def kinds(
