@@ -16,6 +16,7 @@ from gaugeblock.conformance.dispatch import Watching
 from gaugeblock.conformance.error_budget import MATRIX_PRODUCTS, SUMS, ULPS
 from gaugeblock.conformance.oracle import gradient_key
 
+UNSAID = "(no message"  # begins what stands for a text that could not be had
 KEPT_TEXT = 64 << 10  # characters of what an error says
 
 
@@ -51,7 +52,7 @@ def _said(error: BaseException, how: Callable[[BaseException], str]) -> str:
         said = how(error)
         return f"{said[:KEPT_TEXT]}..." if len(said) > 2 * KEPT_TEXT else said
     except BaseException as another:
-        return f"(no message: that raises {type(another).__name__})"
+        return f"{UNSAID}: that raises {type(another).__name__})"
 
 
 def _traceback(error: BaseException) -> str:

@@ -67,7 +67,7 @@ class Server:
 
     def answer(self, request: Any) -> None:
         """Does what is asked; whatever a candidate raises is an answer."""
-        from gaugeblock.conformance.frameworks import BadResult, Raised
+        from gaugeblock.conformance.frameworks import UNSAID, BadResult, Raised
 
         used = 0, 0
         try:
@@ -84,7 +84,8 @@ class Server:
             message = {"raised": [error.kinds, error.message, error.where]}
         except BaseException as error:
             raised = Raised.of(error)
-            if raised.place or not isinstance(error, Exception):  # from a signal's handler; an interrupt: nobody else's doing
+            # from a signal's handler, which may strike while the traceback is written too; an interrupt: nobody else's doing
+            if raised.place or raised.where.startswith(UNSAID) or not isinstance(error, Exception):
                 message = {"raised": [raised.kinds, raised.message, raised.where]}
             else:
                 message = {"engine_error": raised.where}
