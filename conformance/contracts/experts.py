@@ -293,7 +293,7 @@ FUSED_SWIGLU = Contract(
         Workload("deepseek-v3/prefill-4096", sizes(4096, 7168, 2048, 256, 8), "deepseek-ai/DeepSeek-V3 config.json"),
         Workload("olmoe-1b-7b/prefill-4096", sizes(4096, 2048, 1024, 64, 8), "allenai/OLMoE-1B-7B-0924 config.json"),
         Workload("mixtral-8x7b/decode-64", sizes(64, 4096, 14336, 8, 2), "mistralai/Mixtral-8x7B-v0.1 config.json"),
-        Workload("two-cores/prefill-2048", sizes(2048, 1024, 512, 32, 4), "the size of this project's goal on a CPU, issue 2"),
+        Workload("two-cores/prefill-2048", sizes(2048, 1024, 512, 32, 4), "a size for a CPU"),
     ),
     relabel=shuffled,
     cases=0.5,

@@ -98,7 +98,7 @@ class Process:
         self.ready = True
 
     def call(self, implementation: Implementation, call: Call, conditions: Conditions, most_bytes: int, **how: bool) -> Answer:
-        """Asks for a call and waits for the answer; see `send_call` and `receive_answer`."""
+        """Asks for a call, as `send_call`, and waits for the answer."""
         self.await_ready()
         finish = self.send_call(implementation, call, conditions, most_bytes, **how)
         name = implementation.contract, implementation.name
