@@ -55,8 +55,9 @@ class Decisions(Watching):
 
     def __init__(self, replaced: Mapping[Place, torch.Tensor] | None = None, jitter: torch.Generator | None = None) -> None:
         super().__init__()
-        self.replaced, self.jitter = replaced or {}, jitter
+        self.replaced, self.jitter = replaced, jitter
         self.events: list[Event] = []
+        self._position = -1
         self._alive: list[torch.Tensor] = []  # so that no memory is used twice
 
     def __torch_dispatch__(self, func: Any, types: Iterable[type], args: tuple = (), kwargs: dict | None = None) -> Any:
@@ -65,28 +66,35 @@ class Decisions(Watching):
         made = tuple(result) if isinstance(result, tuple | list) else (result,)
         if func.is_view or not any(map(_is_discrete, made)):
             return result
+        self._position += 1
+        if self.replaced is not None:
+            made = self._with_replaced(func, args, kwargs, made)
+            return type(result)(made) if isinstance(result, tuple | list) else made[0]
         given = [each for each in tree_leaves((args, kwargs)) if isinstance(each, torch.Tensor)]
         decides = any(each.is_floating_point() for each in given) and not _only_creates(func)
         if decides and self.jitter is not None:
             with _disable_current_modes():
                 result = func(*(self._disturbed(each) for each in args), **kwargs)
             made = tuple(result) if isinstance(result, tuple | list) else (result,)
-        position = len(self.events)
-        for index, own in enumerate(made):
-            if (position, index) in self.replaced:
-                other = self.replaced[position, index]
-                if other.shape != own.shape:
-                    raise ContractError(
-                        f"{func}: {tuple(other.shape)} cannot replace {tuple(own.shape)}; the run took another way"
-                    )
-                made = _with_indices(func, args, kwargs, made, index, other.to(own.dtype))
-        discrete = {(position, index): each for index, each in enumerate(made) if _is_discrete(each)}
+        discrete = {(self._position, index): each for index, each in enumerate(made) if _is_discrete(each)}
         self._alive += [*discrete.values(), *given]
         results = {place: (each.clone(), _memory(each)) for place, each in discrete.items()}
         sources = frozenset(_memory(each) for each in given if _is_discrete(each))
         numbers = frozenset(_memory(each) for each in given if each.is_floating_point()) if decides else frozenset()
         self.events.append(Event(results, sources, numbers))
-        return type(result)(made) if isinstance(result, tuple | list) else made[0]
+        return result
+
+    def _with_replaced(self, func: Any, args: tuple, kwargs: dict, made: tuple) -> tuple:
+        """The results of an operation, some replaced."""
+        for index, own in enumerate(made):
+            other = (self.replaced or {}).get((self._position, index))
+            if other is not None:
+                if other.shape != own.shape:
+                    raise ContractError(
+                        f"{func}: {tuple(other.shape)} cannot replace {tuple(own.shape)}; the run took another way"
+                    )
+                made = _with_indices(func, args, kwargs, made, index, other.to(own.dtype))
+        return made
 
     def _disturbed(self, value: Any) -> Any:
         if not isinstance(value, torch.Tensor) or not value.is_floating_point():

@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from gaugeblock.conformance.contract import Tensors
 from gaugeblock.conformance.dispatch import Watching
+from gaugeblock.conformance.runs import Each, Runs, RunsDiffer, of_run, perform, values_of
 from gaugeblock.conformance.verdict import Statistics
 from gaugeblock.reference.torch import random
 
@@ -66,6 +67,7 @@ class RoundingNoise(Watching):
         scale: How many times as coarse as the dtype's the rounding is.
         deviations: Of the sums of an earlier run of the same, in their order: their sizes hardly differ between runs, and take as
             long as the sums. A first run fills the list.
+        runs: How many runs are done at once: what needs rounding is then `Runs`. None for one, in ordinary tensors.
     """
 
     def __init__(
@@ -77,8 +79,10 @@ class RoundingNoise(Watching):
         cancelling: bool = False,
         scale: float = 1.0,
         deviations: list[torch.Tensor] | None = None,
+        runs: int | None = None,
     ) -> None:
         super().__init__()
+        self.runs = runs
         self.cancelling, self.scale = cancelling, scale
         self.deviations, self.sums = [] if deviations is None else deviations, 0
         self.operand_dtype = getattr(torch, dtype)
@@ -89,42 +93,78 @@ class RoundingNoise(Watching):
         kwargs = kwargs or {}
         name = func.overloadpacket.__name__
         if name in MATRIX_PRODUCTS:
-            first = MATRIX_PRODUCTS[name]
-            empty = not all(each.numel() for each in args[first : first + 2])  # of nothing, nothing is rounded
-            return func(*args, **kwargs) if empty else self._matrix_product(func, first, args, kwargs)
+            return self._matrix_product(func, MATRIX_PRODUCTS[name], args, kwargs)
         adds = name in SCATTERED_SUMS and (not name.startswith("index_put") or (len(args) > 3 and bool(args[3])))
         if not func.is_view and name not in MOVES and name not in SUMS:
             args, kwargs = tuple(map(self._constant, args)), {key: self._constant(each) for key, each in kwargs.items()}
-        before = args[0].clone() if adds else None
-        result = func(*args, **kwargs)
-        if func.is_view or (name in MOVES and not adds) or not _is_float64(result) or not result.numel():
+        before = of_run(0, args[0]).clone() if adds else None
+        result = self._perform(func, args, kwargs)
+        if func.is_view or not _is_float64(result):
             return result
+        if (name in MOVES and not adds) or not result.numel():
+            return result if func._schema.is_mutable else self._held(self._values(result), writable=True)
+        values = self._values(result)
         if adds:
-            noisy = self._add_noise(result, lambda: self._scattered_deviation(func, before, result, args, kwargs))
+            noisy = self._add_noise(values, lambda: self._scattered_deviation(func, before, of_run(0, result), args, kwargs))
         elif name in SUMS:
-            noisy = self._add_noise(result, lambda: self._sum_deviation(func, result, args, kwargs))
+            noisy = self._add_noise(values, lambda: self._sum_deviation(func, of_run(0, result), args, kwargs))
         else:
-            noisy = self._function(name.removesuffix("_"), result, args)
-        return result.copy_(noisy) if func._schema.is_mutable else noisy
+            noisy = self._function(name.removesuffix("_"), values, tuple(map(self._values, args)))
+        if not func._schema.is_mutable:
+            return self._held(noisy)
+        self._values(result).copy_(noisy)
+        return result
+
+    def _perform(self, func: Any, args: tuple, kwargs: dict) -> Any:
+        """The operation itself, in each run."""
+        if self.runs is None:
+            return func(*args, **kwargs)
+        if func._schema.is_mutable and not isinstance(args[0], Runs) and _is_float64(args[0]):
+            raise RunsDiffer(f"{func} writes to what all runs share")
+        return perform(func, args, kwargs, self.runs)
+
+    def _values(self, value: Any) -> Any:
+        """What is disturbed of a tensor: its values in all runs."""
+        return values_of(value, self.runs) if self.runs is not None and isinstance(value, torch.Tensor) else value
+
+    def _held(self, values: torch.Tensor, *, writable: bool = False) -> torch.Tensor:
+        """The tensor of values."""
+        if self.runs is None:
+            return values
+        return Runs(values.clone() if writable and values.stride(0) == 0 else values)
 
     def _constant(self, value: Any) -> Any:
         """A constant such as 1 - 1e-6 is rounded to float32 once, which is an error of one sign in all elements."""
         error = _error_of_constant(value) if isinstance(value, float) else 0.0
-        return value + self._unit_noise(torch.zeros((), dtype=torch.float64), error).item() if error else value
+        if not error:
+            return value
+        noise = self._unit_noise(torch.zeros((1 if self.runs is None else self.runs,), dtype=torch.float64), error)
+        numbers = (value + noise).tolist()
+        return numbers[0] if self.runs is None else Each(numbers)
 
     def _matrix_product(self, func: Any, first: int, args: tuple, kwargs: dict) -> torch.Tensor:
-        left, right = (self._round(operand, self.operand_dtype) for operand in args[first : first + 2])
-        result = func(*args[:first], left, right, *args[first + 2 :], **kwargs)
+        if not all(each.numel() for each in args[first : first + 2]):  # of nothing, nothing is rounded
+            return self._perform(func, args, kwargs)
+        left, right = (self._operand(operand) for operand in args[first : first + 2])
+        result = self._perform(func, (*args[:first], left, right, *args[first + 2 :]), kwargs)
         size = torch.abs if self.cancelling else torch.square
 
         def deviation() -> torch.Tensor:
-            sizes = func(*(size(each) for each in args[:first]), size(left), size(right), *args[first + 2 :], **kwargs)
-            return self._accumulation_deviation(left.shape[-1], result, sizes)
+            a, b, before, after = (of_run(0, each) for each in (left, right, args[:first], args[first + 2 :]))
+            sizes = func(*map(size, before), size(a), size(b), *after, **kwargs)
+            return self._accumulation_deviation(a.shape[-1], of_run(0, result), sizes)
 
-        return self._add_noise(result, deviation)
+        return self._held(self._add_noise(self._values(result), deviation))
+
+    def _operand(self, operand: torch.Tensor) -> torch.Tensor:
+        """An operand of a matrix product, rounded to the dtype under test."""
+        values = self._values(operand)
+        rounded = self._round(values, self.operand_dtype)
+        return operand if rounded is values else self._held(rounded)
 
     def _sum_deviation(self, func: Any, result: torch.Tensor, args: tuple, kwargs: dict) -> torch.Tensor:
         name = func.overloadpacket.__name__
+        args = of_run(0, args)
         terms = args[0].shape[args[1]] if name == "cumsum" else args[0].numel() // max(1, result.numel())
         scale = terms if name == "mean" and not self.cancelling else 1
         size = torch.abs if self.cancelling else torch.square
@@ -133,8 +173,8 @@ class RoundingNoise(Watching):
     def _scattered_deviation(self, func: Any, before: Any, result: torch.Tensor, args: tuple, kwargs: dict) -> torch.Tensor:
         position = SCATTERED_SUMS[func.overloadpacket.__name__]
         size = torch.abs if self.cancelling else torch.square
-        sizes = [*args]
-        sizes[0], sizes[position] = size(before), size(args[position])
+        sizes = [*of_run(0, args)]
+        sizes[0], sizes[position] = size(before), size(sizes[position])
         return self._accumulation_deviation(6, result, func(*sizes, **kwargs))  # few terms meet in one place
 
     def _accumulation_deviation(self, terms: int, result: torch.Tensor, sizes: torch.Tensor) -> torch.Tensor:
@@ -153,7 +193,7 @@ class RoundingNoise(Watching):
         exact = result.to(torch.float32) == result
         kept = result
         if name in ULPS:
-            noise *= ULPS[name] + _argument_growth(name, result, args)
+            noise *= ULPS[name] + _argument_growth(name, result, args, 0 if self.runs is None else 1)
             # a sigmoid of 1 is so only in float64: what is taken from it afterwards has no digits, in the oracle either
             saturated = torch.addcmul(result, result, self._unit_noise(result, torch.finfo(torch.float64).eps))
             kept = torch.where(result.isfinite(), saturated, result)
@@ -163,10 +203,11 @@ class RoundingNoise(Watching):
         """Adds the error of a float32 sum."""
         place, self.sums = self.sums, self.sums + 1
         if place == len(self.deviations):
-            self.deviations.append(deviation_of())
+            self.deviations.append(deviation_of().nan_to_num_(0.0, 0.0, 0.0))  # an infinity is exact
         known = self.deviations[place]
-        deviation = known if known.shape == result.shape else deviation_of()
-        return self._store(torch.where(result.isfinite(), torch.addcmul(result, deviation, self._unit_noise(result)), result))
+        alike = known.shape == (result.shape if self.runs is None else result.shape[1:])
+        deviation = known if alike else deviation_of().nan_to_num_(0.0, 0.0, 0.0)
+        return self._store(torch.addcmul(result, deviation, self._unit_noise(result)))
 
     def _store(self, result: torch.Tensor) -> torch.Tensor:
         """Adds the error of storing the result."""
@@ -185,9 +226,10 @@ class RoundingNoise(Watching):
         return value + deviation.mul_(self._unit_noise(value)).mul_(inexact)
 
     def _unit_noise(self, like: torch.Tensor, deviation: float = 1.0) -> torch.Tensor:
-        """Uniform noise."""
-        widest = math.sqrt(3) * deviation * self.scale
-        return torch.empty_like(like).uniform_(-widest, widest, generator=self.generator)
+        """Uniform noise, in 2^16 steps: four to a random number, which take half as long as as many random numbers."""
+        bits = torch.empty((like.numel() + 3) // 4, dtype=torch.int64).random_(-(2**63), None, generator=self.generator)
+        steps = bits.view(torch.int16)[: like.numel()].view(like.shape)
+        return steps.to(torch.float64).add_(0.5).mul_(math.sqrt(3) * deviation * self.scale / 2**15)
 
 
 @lru_cache(1024)
@@ -220,8 +262,12 @@ def exact_draws() -> Iterator[None]:
             setattr(random, name, draw)
 
 
-def _argument_growth(name: str, result: torch.Tensor, args: tuple) -> torch.Tensor | float:
-    """Relative error, in ulps, that a rounded argument (x · log2 e, or z - max) causes in an exponential."""
+def _argument_growth(name: str, result: torch.Tensor, args: tuple, in_front: int) -> torch.Tensor | float:
+    """Relative error, in ulps, that a rounded argument (x · log2 e, or z - max) causes in an exponential.
+
+    Args:
+        in_front: How many dimensions stand before the operation's own.
+    """
     match name:
         case "exp":
             return args[0].abs()
@@ -232,7 +278,8 @@ def _argument_growth(name: str, result: torch.Tensor, args: tuple) -> torch.Tens
         case "silu_backward":
             return args[1].abs() * args[1].neg().sigmoid()
         case "_softmax":
-            return (args[0] - args[0].amax(args[1], keepdim=True)).abs().nan_to_num(0.0)
+            along = args[1] if args[1] < 0 else args[1] + in_front
+            return (args[0] - args[0].amax(along, keepdim=True)).abs().nan_to_num(0.0)
         case _:
             return 0.0
 
@@ -258,9 +305,9 @@ class Budget:
     signed_variance: float
 
 
-def spread(oracle: Tensors, runs: list[Tensors]) -> dict[str, Budget]:
-    """Budgets from the oracle and noisy runs of the same reference."""
-    return {key: _budget(value, torch.stack([run[key] for run in runs])) for key, value in oracle.items()}
+def spread(oracle: Tensors, runs: Tensors) -> dict[str, Budget]:
+    """Budgets from the oracle and noisy runs of the same reference, `[runs, *shape]` each."""
+    return {key: _budget(value, runs[key]) for key, value in oracle.items()}
 
 
 def widest(budgets: list[dict[str, Budget]]) -> dict[str, Budget]:

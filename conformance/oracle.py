@@ -14,9 +14,11 @@ from gaugeblock.conformance.cases import Case, cotangents, dtypes_of, make_input
 from gaugeblock.conformance.contract import Contract, Tensors, apply, nest
 from gaugeblock.conformance.decisions import replay_of
 from gaugeblock.conformance.error_budget import NOISE_RUNS, Budget, RoundingNoise, exact_draws, spread, widest
+from gaugeblock.conformance.runs import RunsDiffer, values_of
 
 GRADIENT = "gradient of "  # begins the key of a gradient among results
 CACHED = 512  # cases; a budget with gradients takes about a megabyte
+LARGE = 2**18  # elements of outputs and gradients, from which on runs are done one by one: nothing is won, and memory is lost
 _with_gradients: set[Any] = set()  # budgets that were computed with gradients
 
 
@@ -116,12 +118,31 @@ def _selection_scores(contract: Contract, case: Case, dtype: str) -> tuple[Budge
 
 
 def _spread(run: Callable[[], Tensors], oracle: Tensors, dtype: str, profile: str, *, cancelling: bool) -> dict[str, Budget]:
+    small = sum(each.numel() for each in oracle.values()) <= LARGE
+    try:
+        noisy = noisy_runs(run, dtype, profile, cancelling=cancelling, at_once=small)
+    except RunsDiffer:
+        noisy = noisy_runs(run, dtype, profile, cancelling=cancelling, at_once=False)
+    return spread(oracle, noisy)
+
+
+def noisy_runs(
+    run: Callable[[], Tensors], dtype: str, profile: str, *, cancelling: bool = False, at_once: bool = True
+) -> Tensors:
+    """What a run gives under rounding noise, `[NOISE_RUNS, *shape]`.
+
+    Raises:
+        RunsDiffer: They cannot be done at once, and `at_once` says so.
+    """
+    if at_once:
+        with RoundingNoise(dtype, profile, 0, cancelling=cancelling, runs=NOISE_RUNS), exact_draws():
+            return {key: values_of(each, NOISE_RUNS) for key, each in run().items()}
     noisy: list[Tensors] = []
     deviations: list[torch.Tensor] = []
     for seed in range(NOISE_RUNS):
         with RoundingNoise(dtype, profile, seed, cancelling=cancelling, deviations=deviations), exact_draws():
             noisy.append(run())
-    return spread(oracle, noisy)
+    return {key: torch.stack([each[key] for each in noisy]) for key in noisy[0]}
 
 
 def _widen(tensor: torch.Tensor) -> torch.Tensor:

@@ -115,12 +115,14 @@ def _usual_settings() -> Iterator[None]:
 @contextmanager
 def _filled_memory() -> Iterator[None]:
     """Torch fills fresh memory with NaN and huge integers (torch.utils.deterministic.fill_uninitialized_memory)."""
+    # what torch.use_deterministic_algorithms does, but for importing torch's compiler, 1 s, to tell it so
+    switch = torch._C._set_deterministic_algorithms
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    switch(True, warn_only=True)
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        switch(before[0], warn_only=before[1])
 
 
 @contextmanager

@@ -63,6 +63,7 @@ class Server:
         if settings.group is not None:
             _join(settings.group, settings.device)
         self.most = None if settings.memory is None else settings.memory + _address_space()
+        self.was_far = False
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
     def answer(self, request: Any) -> None:
@@ -100,8 +101,7 @@ class Server:
         from gaugeblock.conformance.runner.perform import perform
 
         device = self.settings.device
-        far = any(each.far for each in request.inputs.values())
-        _limit_memory(None if far else self.most)  # a far view is tens of GiB of address space, and a few pages
+        self._limit_memory(far=any(each.far for each in request.inputs.values()))
         placed = {**request.inputs, **{f"cotangent/{key}": each for key, each in (request.cotangents or {}).items()}}
         tensors = self.link.received.tensors(placed, device)
         inputs = {key: tensors[key] for key in request.inputs}
@@ -116,6 +116,15 @@ class Server:
         self.kept.append((request.number, results))
         message, used = self._results(results, request.most_bytes)
         return message | {"findings": asdict(findings)}, used
+
+    def _limit_memory(self, *, far: bool) -> None:
+        """A far view is tens of GiB of address space, and a few pages; what keeps one alive after its call is not to suffer for it."""
+        if self.settings.memory is not None and self.most is not None:
+            if self.was_far and not far:
+                self.most = max(self.most, self.settings.memory + _address_space())
+            self.was_far = far
+            hard = resource.getrlimit(resource.RLIMIT_AS)[1]
+            resource.setrlimit(resource.RLIMIT_AS, (hard if far else self.most, hard))
 
     def _results(self, results: Mapping[str, Any], most_bytes: int) -> tuple[dict[str, Any], tuple[int, int]]:
         """Contiguous copies in the arena, and where each is; only shapes where that would be too much.
@@ -182,12 +191,6 @@ _meshes: dict[int, Any] = {}
 
 def _mesh(size: int) -> Any:
     return _meshes[size]
-
-
-def _limit_memory(most: int | None) -> None:
-    """Lets the process have no more bytes of address space than so many, or as many as it likes."""
-    hard = resource.getrlimit(resource.RLIMIT_AS)[1]
-    resource.setrlimit(resource.RLIMIT_AS, (hard if most is None else most, hard))
 
 
 @cache
