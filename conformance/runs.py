@@ -35,27 +35,29 @@ class Runs(torch.Tensor):
     """A tensor in several runs; its shape and strides are those of one.
 
     Attributes:
-        values: Of all runs, `[runs, *shape]`.
+        all_runs: Its values, `[runs, *shape]`.
     """
 
-    values: torch.Tensor
+    all_runs: torch.Tensor
 
     @staticmethod
     def __new__(cls, values: torch.Tensor) -> "Runs":
         """Looks like `values[0]`."""
-        tensor: Runs = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+        tensor: Runs = torch.Tensor._make_wrapper_subclass(
             cls, values.shape[1:], strides=values.stride()[1:], dtype=values.dtype, device=values.device
         )
-        tensor.values = values
+        tensor.all_runs = values
         return tensor
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
         """Whoever made several runs does what is done with them."""
         raise RunsDiffer(f"{func} on several runs at once")
 
-    def __repr__(self, **_: Any) -> str:
-        return f"Runs({self.values!r})"
+    def __repr__(self, **_: Any) -> str:  # type: ignore[override]
+        return f"Runs({self.all_runs!r})"
 
 
 @dataclass(frozen=True)
@@ -67,13 +69,13 @@ class Each:
 
 def values_of(tensor: torch.Tensor, runs: int) -> torch.Tensor:
     """`[runs, *shape]`, whether or not the runs differ."""
-    return tensor.values if isinstance(tensor, Runs) else tensor.expand(runs, *tensor.shape)
+    return tensor.all_runs if isinstance(tensor, Runs) else tensor.expand(runs, *tensor.shape)
 
 
 def of_run(run: int, value: Any) -> Any:
     """What an argument, or several, are in one run."""
     if isinstance(value, Runs):
-        return value.values[run]
+        return value.all_runs[run]
     if isinstance(value, Each):
         return value.numbers[run]
     if isinstance(value, tuple | list):
@@ -144,20 +146,20 @@ def _at_once(func: Any, args: tuple, kwargs: dict, runs: int) -> Any:
         counted = _counted_from_the_end(func, args, name in RAISED)
         return None if counted is None else func(*_stacked(counted, runs), **_stacked(kwargs, runs))
     if name in ALIKE:
-        return func(args[0].values, *args[1:], **kwargs)
+        return func(args[0].all_runs, *args[1:], **kwargs)
     if name in SHAPED and len(args) == 2:
         return func(_aligned(args[0], len(args[1])), [1 if name == "repeat" else runs, *args[1]], **kwargs)
     if name == "permute":
-        return func(args[0].values, [0, *(each % args[0].ndim + 1 for each in args[1])])
+        return func(args[0].all_runs, [0, *(each % args[0].ndim + 1 for each in args[1])])
     if name == "t" and args[0].ndim == 2:
-        return args[0].values.transpose(1, 2)
+        return args[0].all_runs.transpose(1, 2)
     if name in ("mm", "bmm"):
         return torch.matmul(*_stacked(args, runs))
     if name in INDEXED and isinstance(args[0], Runs) and not any(isinstance(each, Runs) for each in args[1]):
         given = [position for position, each in enumerate(args[1]) if each is not None]
         if given[-1] - given[0] == len(given) - 1:  # else what they choose would come before the runs
             rest = args[2:] if name == "index" else (_raised(args[0], args[1], args[2], runs), *args[3:])
-            return func(args[0].values, [None, *args[1]], *rest, **kwargs)
+            return func(args[0].all_runs, [None, *args[1]], *rest, **kwargs)
     return None
 
 
@@ -165,7 +167,7 @@ def _aligned(value: Any, rank: int) -> Any:
     """With the dimension of runs in front of `rank` others."""
     if isinstance(value, Runs):
         missing = rank - value.ndim
-        return value.values.view(len(value.values), *(1,) * missing, *value.shape) if missing > 0 else value.values
+        return value.all_runs.view(len(value.all_runs), *(1,) * missing, *value.shape) if missing > 0 else value.all_runs
     if isinstance(value, tuple | list):
         return type(value)([_aligned(each, rank) for each in value])
     return {key: _aligned(each, rank) for key, each in value.items()} if isinstance(value, dict) else value

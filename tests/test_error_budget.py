@@ -107,7 +107,7 @@ def test_honest_errors_stay_within_every_limit(rows: int, columns: int, shared: 
         return 1e-3 * drawn.expand(rows, columns) * value.abs()
 
     for _ in range(300):
-        budget = spread({"out": value}, [{"out": value + errors()} for _ in range(12)])["out"]
+        budget = spread({"out": value}, {"out": torch.stack([value + errors() for _ in range(12)])})["out"]
         statistics = measure(value + errors(), budget, torch.float64, pooled=True).statistics()
         assert statistics.worst <= 1, statistics
 

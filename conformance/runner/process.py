@@ -118,7 +118,7 @@ class Server:
         return message | {"findings": asdict(findings)}, used
 
     def _limit_memory(self, *, far: bool) -> None:
-        """A far view is tens of GiB of address space, and a few pages; what keeps one alive after its call is not to suffer for it."""
+        """A far view is tens of GiB of address space and a few pages; what keeps one after its call is not to suffer for it."""
         if self.settings.memory is not None and self.most is not None:
             if self.was_far and not far:
                 self.most = max(self.most, self.settings.memory + _address_space())
