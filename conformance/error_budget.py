@@ -32,6 +32,8 @@ KAPPA = 10.0
 # together, each limit widens by SIGMAS deviations of the statistic itself, as the noise runs show it.
 RMS_LIMIT, BIAS_LIMIT, SIGMAS = 1.2, 0.1, 5.0
 
+EXPONENT_BITS = 0x7FF0000000000000  # of a float64
+
 # Units in the last place of float32 that a library's function may be off; exact operations count 1.
 ULPS = {"exp": 2, "exp2": 2, "log": 2, "sigmoid": 4, "silu": 4, "tanh": 4, "erf": 4, "gelu": 8, "rsqrt": 2, "_softmax": 4,
         "_log_softmax": 4, "pow": 2, "sin": 2, "cos": 2, "silu_backward": 6, "gelu_backward": 8}  # fmt: skip
@@ -327,14 +329,17 @@ def _budget(value: torch.Tensor, runs: torch.Tensor) -> Budget:
     if not value.is_floating_point():
         return Budget(value, torch.zeros_like(value), 0.0, 0.0)
     errors = runs - value
+    mean = errors.mean(0)
     variance = _pooled(errors.square().mean(0).nan_to_num(0.0, 0.0, 0.0))
     # Errors of one sign in every run are squares of errors (the square of a gradient that is 0 but for rounding): KAPPA
     # deviations of what is squared are KAPPA² of their mean. By chance it happens to one element of 2048.
-    squared = (errors > 0).all(0) | (errors < 0).all(0)
-    variance = torch.where(squared, (KAPPA * errors.mean(0)).square(), variance)
-    scaled = torch.where(variance > 0, errors / variance.sqrt(), 0.0).reshape(len(runs), value.numel())
-    signed = (scaled * value.sign().flatten()).sum(1)
-    return Budget(value, variance, float(scaled.square().sum(1).var()), float(signed.square().mean()))
+    least, most = torch.aminmax(errors, dim=0)
+    variance = torch.where((least > 0) | (most < 0), (KAPPA * mean).square(), variance)
+    scaled = (errors * torch.where(variance > 0, variance.rsqrt(), 0.0)).reshape(len(runs), value.numel())
+    if not mean.isfinite().all():
+        scaled = scaled.nan_to_num(0.0, 0.0, 0.0)
+    squares_sum, signed_sum = torch.linalg.vecdot(scaled, scaled), scaled @ value.sign().nan_to_num(0.0).flatten()
+    return Budget(value, variance, float(squares_sum.var()), float(signed_sum.square().mean()))
 
 
 def _pooled(variance: torch.Tensor) -> torch.Tensor:
@@ -349,8 +354,8 @@ def _pooled(variance: torch.Tensor) -> torch.Tensor:
 def half_ulp(magnitude: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Half the distance between neighbouring numbers of `dtype` at a magnitude."""
     info = torch.finfo(dtype)
-    exponent = torch.frexp(magnitude.clamp(info.smallest_normal, info.max)).exponent - 1
-    return info.eps / 2 * torch.ldexp(torch.ones_like(magnitude), exponent)
+    power = magnitude.clamp(info.smallest_normal, info.max).view(torch.int64) & EXPONENT_BITS  # of two, of the same exponent
+    return power.view(torch.float64) * (info.eps / 2)
 
 
 def propagated_error(budget: Budget) -> torch.Tensor:
@@ -426,12 +431,12 @@ def measure(candidate: torch.Tensor, budget: Budget, dtype: torch.dtype, *, pool
         return Errors(worst)
     inexact = budget.variance > 0
     deviation = (budget.variance + half_ulp(budget.value.abs(), dtype) ** 2 / 3).sqrt()
-    scaled = ((candidate.to(torch.float64) - budget.value) / deviation)[inexact].nan_to_num(0.0, 0.0, 0.0)
-    elements = scaled.numel()
+    scaled = torch.where(inexact, (candidate.to(torch.float64) - budget.value) / deviation, 0.0).nan_to_num_(0.0, 0.0, 0.0)
+    elements = int(inexact.sum())
     return Errors(
         worst,
         float(scaled.square().sum()),
-        float((scaled * budget.value[inexact].sign()).sum()),
+        float((scaled * budget.value.sign()).nan_to_num_(0.0).sum()),
         budget.squares_variance + elements,  # rounding the result adds an independent error to each element
         budget.signed_variance + elements,
         elements,

@@ -1,7 +1,8 @@
 """Property: offsets of more than 32 bits."""
 
 from gaugeblock.conformance.cases import lay_out
-from gaugeblock.conformance.contract import argument_of
+from gaugeblock.conformance.contract import Tensors, argument_of
+from gaugeblock.conformance.judge import Violation
 from gaugeblock.conformance.properties import conformance_property
 from gaugeblock.conformance.trial import Trial
 
@@ -13,6 +14,19 @@ def test_far_strides(trial: Trial) -> None:
     entries: dict[str, list[str]] = {}
     for key in inputs:
         entries.setdefault(argument_of(key), []).append(key)
-    for keys in entries.values():
-        key = keys[trial.case.seed % len(keys)]
-        trial.judge(trial.run(inputs | {key: lay_out(inputs[key], "far")}, gradients=trial.implementation.differentiable))
+    chosen = [keys[trial.case.seed % len(keys)] for keys in entries.values()]
+    try:
+        _judge_far(trial, inputs, chosen)
+    except Violation:
+        for key in chosen:  # which of them is it?
+            _judge_far(trial, inputs, [key])
+        raise
+
+
+def _judge_far(trial: Trial, inputs: Tensors, keys: list[str]) -> None:
+    far = {key: lay_out(inputs[key], "far") for key in keys}
+    try:
+        trial.judge(trial.run(inputs | far, gradients=trial.implementation.differentiable))
+    except Violation as violation:
+        violation.message = f"{', '.join(keys)} with elements 2^31 apart: {violation.message}"
+        raise
