@@ -5,14 +5,23 @@ error budget in every process; hence this small pool.
 """
 
 import multiprocessing
+import os
+import tempfile
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
 from typing import Any, Generic, TypeVar
 
 Task = TypeVar("Task")
+
+
+def get_ready(module: str) -> None:
+    """Has a server process import a module, meanwhile; workers are forked from it, in milliseconds each."""
+    forkserver.set_forkserver_preload([module])
+    forkserver.ensure_running()
 
 
 @dataclass(frozen=True)
@@ -89,15 +98,20 @@ def run_tasks(
 
 
 def _start(prepare: Callable[..., Any], arguments: tuple[Any, ...]) -> _Worker:
-    context = multiprocessing.get_context("spawn")  # fork is unsafe once torch or jax has started threads
+    context = multiprocessing.get_context("forkserver")  # to fork this process is unsafe once torch or jax has started threads
     ours, theirs = context.Pipe()
-    process = context.Process(target=_serve, args=(theirs, prepare, arguments), daemon=True)
+    process = context.Process(target=_serve, args=(theirs, dict(os.environ), prepare, arguments), daemon=True)
     process.start()
     theirs.close()
     return _Worker(process, ours)
 
 
-def _serve(connection: Connection, prepare: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+def _serve(
+    connection: Connection, environment: Mapping[str, str], prepare: Callable[..., Any], arguments: tuple[Any, ...]
+) -> None:
+    os.environ.clear()  # of the time when the server was started
+    os.environ.update(environment)
+    tempfile.tempdir = None  # which is in the environment
     function = prepare(*arguments)
     while (task := connection.recv()) is not None:
         connection.send(function(task))
