@@ -68,26 +68,26 @@ class Accesses:
     def create_masked_load(self, pointers: Handle, mask: Handle, other: Handle | None, *_: Any, **__: Any) -> Handle:
         element = pointers.get_element_ty()
         dtype, addresses, enabled = stored_dtype(element), pointers.data, mask.data
-        if enabled.all():
+        count = np.count_nonzero(enabled)
+        if count == enabled.size:
             return unpacked(self._read(addresses, dtype), element, pointers.shape)
-        shape = np.broadcast_shapes(addresses.shape, enabled.shape)
         if other is None:
             rest = poison(element, pointers.shape) if self.poison else np.zeros(1, dtype)
         else:
             rest = packed(Handle(other.data, element))
-        if enabled.any():
-            every_lane = np.broadcast_to(enabled, shape)
-            first = np.unravel_index(every_lane.argmax(), shape)
-            harmless = np.broadcast_to(addresses, shape)[first]
+        if count:
+            first = np.unravel_index(enabled.argmax(), enabled.shape)  # in addresses too, but where they have an axis of 1
+            harmless = addresses[tuple([min(index, size - 1) for index, size in zip(first, addresses.shape, strict=True)])]
             try:
                 loaded = self._read(np.where(enabled, addresses, harmless), dtype)
             except OutOfBoundsAccess:  # said again, of the enabled lanes alone
+                shape = np.broadcast_shapes(addresses.shape, enabled.shape)
                 lanes, enabled_addresses = self._lanes(addresses, enabled, shape)
                 self.memory.locate("load", enabled_addresses, dtype, self._programs_of(lanes, shape))
                 raise
             loaded = np.where(enabled, loaded, rest)
         else:
-            loaded = np.broadcast_to(rest, np.broadcast_shapes(rest.shape, (1,) * len(shape)))
+            loaded = np.broadcast_to(rest, np.broadcast_shapes(rest.shape, (1,) * addresses.ndim))
         return unpacked(loaded, element, pointers.shape)
 
     def create_store(self, pointers: Handle, value: Handle, *_: Any) -> None:

@@ -100,13 +100,15 @@ def _language() -> tuple[list[tuple[Attributes, Attributes]], list[tuple[type, s
         "broadcast_impl_value": broadcasting(SEMANTIC.broadcast_impl_value),
         "binary_op_type_checking_impl": checking(SEMANTIC.binary_op_type_checking_impl),
     }
-    namespaces = [(vars(module), _builtins(module) | ours) for module in (tl, tl.core)]
+    unwrap = {"_unwrap_if_constexpr": _unwrapping(tl.core._unwrap_if_constexpr)}
+    namespaces = [(vars(tl), _builtins(tl) | ours), (vars(tl.core), _builtins(tl.core) | ours | unwrap)]
     namespaces += [(vars(tl.math), _builtins(tl.math)), (vars(SEMANTIC), semantic), (vars(stock), {"TensorHandle": Handle})]
     add_methods(_builtins(tl.tensor))
     descriptor = tl.core.tensor_descriptor_base
     types = [
         *((descriptor, name, member) for name, member in _builtins(descriptor).items()),
         (tl.dtype, "to_ir", lambda self, builder: self),
+        (tl.dtype, "__eq__", _equality(tl.dtype.__eq__)),
         (tl.block_type, "__init__", _block_types(tl.block_type.__init__)),
         (tl.block_type, "with_element_ty", lambda self, scalar_ty: block(scalar_ty, self.sizes)),
         (stock.InterpretedFunction, "__call__", lambda self, *args, **kwargs: rewritten(self)(*args, **kwargs)),
@@ -193,6 +195,18 @@ def rewritten(function: Any) -> Callable:
         function.fn.__globals__.update({f"_lockstep_{name}": value for name, value in _PYTHON.items()})
         _rewritten[function.fn] = _Rewriter(function.fn, **function.kwargs).rewrite_ast()
     return _rewritten[function.fn]
+
+
+_PLAIN = {Tensor, int, float, bool, str, type(None), tl.dtype}
+
+
+def _unwrapping(original: Callable) -> Callable:
+    """`_unwrap_if_constexpr`, which every function calls on each argument."""
+    return lambda o: o if type(o) in _PLAIN else original(o)
+
+
+def _equality(original: Callable) -> Callable:
+    return lambda self, other: self.name == other.name if type(other) is tl.dtype else original(self, other)
 
 
 def _static_assert(condition: Any, message: str = "") -> None:
