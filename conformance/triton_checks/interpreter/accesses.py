@@ -76,8 +76,7 @@ class Accesses:
         else:
             rest = packed(Handle(other.data, element))
         if count:
-            first = np.unravel_index(enabled.argmax(), enabled.shape)  # in addresses too, but where they have an axis of 1
-            harmless = addresses[tuple([min(index, size - 1) for index, size in zip(first, addresses.shape, strict=True)])]
+            harmless = _first_enabled(addresses, enabled)
             try:
                 loaded = self._read(np.where(enabled, addresses, harmless), dtype)
             except OutOfBoundsAccess:  # said again, of the enabled lanes alone
@@ -190,7 +189,7 @@ class Accesses:
 
     def _of_each_program(self, handle: Handle) -> np.ndarray:
         """The data of each program: an atomic happens as often as there are programs, though its operands agree."""
-        return np.ascontiguousarray(np.broadcast_to(handle.data, (len(self.programs), *handle.shape)))
+        return np.ascontiguousarray(handle.for_programs(len(self.programs)))
 
     def _start_atomic(self, addresses: np.ndarray, enabled: np.ndarray, dtype: np.dtype) -> None:
         self.has_atomics = True
@@ -222,6 +221,14 @@ class Accesses:
                 found[lanes[now]] = place.memory[index]
                 place.memory[index] = update(place.memory[index], lanes[now])
         return found.reshape(addresses.shape)
+
+
+def _first_enabled(addresses: np.ndarray, enabled: np.ndarray) -> np.uint64:
+    first = int(enabled.argmax())
+    if addresses.shape == enabled.shape:
+        return addresses.flat[first]
+    indices = np.unravel_index(first, enabled.shape)  # in addresses too, but where they have an axis of 1
+    return addresses[tuple([min(index, size - 1) for index, size in zip(indices, addresses.shape, strict=True)])]
 
 
 def poison(element: Any, shape: tuple[int, ...]) -> np.ndarray:

@@ -38,7 +38,12 @@ class Handle:
     @property
     def full(self) -> np.ndarray:
         """The data with every axis of the block as long as it is."""
-        return np.broadcast_to(self.data, (self.data.shape[0], *self.shape))
+        return self.for_programs(self.data.shape[0])
+
+    def for_programs(self, count: int) -> np.ndarray:
+        """The data with all axes as long as they are; not to be written to."""
+        shape = (count, *self.shape)
+        return self.data if self.data.shape == shape else np.broadcast_to(self.data, shape)
 
     @property
     def scalars(self) -> np.ndarray:

@@ -8,7 +8,7 @@ import ast
 import inspect
 from collections.abc import Callable, Container, Iterator
 from contextlib import contextmanager
-from functools import cache, partial
+from functools import cache, lru_cache, partial
 from typing import Any
 
 from triton import language as tl
@@ -26,6 +26,7 @@ from gaugeblock.conformance.triton_checks.interpreter.tensors import (
     broadcasting,
     casting,
     checking,
+    sizes_of_tensor,
     to_tensor,
 )
 
@@ -81,7 +82,7 @@ def builder() -> Builder:
 @cache
 def _language() -> tuple[list[tuple[Attributes, Attributes]], list[tuple[type, str, Any]]]:
     """What modules and instances have instead, and types."""
-    ours = {
+    ours: Attributes = {
         "tensor": Tensor,
         "range": lockstep_range,
         "static_range": lockstep_range,
@@ -101,6 +102,7 @@ def _language() -> tuple[list[tuple[Attributes, Attributes]], list[tuple[type, s
         "binary_op_type_checking_impl": checking(SEMANTIC.binary_op_type_checking_impl),
     }
     unwrap = {"_unwrap_if_constexpr": _unwrapping(tl.core._unwrap_if_constexpr)}
+    ours["arange"] = _kept(_builtins(tl)["arange"])
     namespaces = [(vars(tl), _builtins(tl) | ours), (vars(tl.core), _builtins(tl.core) | ours | unwrap)]
     namespaces += [(vars(tl.math), _builtins(tl.math)), (vars(SEMANTIC), semantic), (vars(stock), {"TensorHandle": Handle})]
     add_methods(_builtins(tl.tensor))
@@ -197,6 +199,17 @@ def rewritten(function: Any) -> Callable:
     return _rewritten[function.fn]
 
 
+def _kept(original: Callable) -> Callable:
+    """A function of integers that are known to the compiler; what it returns, nothing changes."""
+    known = lru_cache(1024, typed=True)(original)
+
+    def function(*values: Any, **rest: Any) -> Any:
+        plain = [each.value if type(each) is tl.constexpr else each for each in values]
+        return original(*values, **rest) if rest or not all(type(each) is int for each in plain) else known(*plain)
+
+    return function
+
+
 _PLAIN = {Tensor, int, float, bool, str, type(None), tl.dtype}
 
 
@@ -221,15 +234,15 @@ def _hint(tensor: Any, values: Any, name: str) -> Any:
 
 def _block_types(original: Callable) -> Callable:
     """`tl.block_type.__init__`, which checks each shape once: a type is made in many operations. `sizes` is Python's tuple."""
-    known: dict[tuple[int, ...], tuple[Any, int]] = {}
+    known: dict[tuple[int, ...], tuple[Any, int, Any]] = {}
 
     def init(self: Any, element_ty: Any, shape: Any) -> None:
         sizes = tuple([each.value if isinstance(each, tl.constexpr) else each for each in shape])
         if sizes not in known:
             original(self, element_ty, list(sizes))
-            known[sizes] = self.shape, self.numel
+            known[sizes] = self.shape, self.numel, sizes_of_tensor(sizes)
         self.sizes, self.element_ty = sizes, element_ty
-        self.shape, self.numel = known[sizes]
+        self.shape, self.numel, self.sizes_of_tensor = known[sizes]
         self.name = f"<{sizes}, {element_ty}>"
 
     return init

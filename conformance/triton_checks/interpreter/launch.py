@@ -10,7 +10,7 @@ import random
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any
 
 import numpy as np
@@ -128,7 +128,7 @@ def _bound(kernel: Callable, arguments: list, keywords: dict[str, Any]) -> dict[
         if name not in bound:
             if name in defaults:
                 bound[name] = defaults[name]
-            elif name in (names.kwonlydefaults or {}):
+            elif names.kwonlydefaults and name in names.kwonlydefaults:
                 bound[name] = names.kwonlydefaults[name]
     fits = len(bound) == len(names.args) + len(names.kwonlyargs) and not (names.varargs or names.varkw)
     once = len(arguments) <= len(names.args) and not any(name in keywords for name in names.args[: len(arguments)])
@@ -169,14 +169,24 @@ def _type_of(mangled: str) -> Any:
     return tl.str_to_ty(mangled, None)
 
 
+def _scalar(value: int, mangled: str) -> Any:
+    dtype = _type_of(mangled)
+    return tl.tensor(Handle(np.array([value], stored_dtype(dtype)), dtype), dtype)
+
+
+@lru_cache(4096, typed=True)
+def _integer(value: int) -> Any:
+    return _scalar(value, mangle_type(value))
+
+
 def as_tensor(argument: Any) -> Any:
     """An argument as a kernel sees it: a pointer, a scalar or a descriptor of Triton's; other things are constants."""
     if isinstance(argument, bool):
         return tl.tensor(Handle(np.array([argument]), tl.int1), tl.int1)
-    if isinstance(argument, int) or hasattr(argument, "data_ptr"):
-        dtype = _type_of(mangle_type(argument))
-        value = argument if isinstance(argument, int) else argument.data_ptr()
-        return tl.tensor(Handle(np.array([value], stored_dtype(dtype)), dtype), dtype)
+    if isinstance(argument, int):
+        return _integer(argument)
+    if hasattr(argument, "data_ptr"):
+        return _scalar(argument.data_ptr(), mangle_type(argument))
     if isinstance(argument, tuple):
         values = [as_tensor(each) for each in argument]
         return type(argument)(*values) if hasattr(argument, "_fields") else type(argument)(values)

@@ -1,6 +1,7 @@
 """The memory that a launch may touch: where an address lies, what was written by whom, and how it is undone."""
 
 import ctypes
+import math
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
@@ -39,6 +40,8 @@ class Extent:
 
 def extents_of(name: str, argument: Any) -> Iterator[Extent]:
     """The extents of the tensors in one argument: a tensor, a tuple of them, a descriptor, or neither."""
+    if isinstance(argument, int | float):
+        return
     if isinstance(argument, tuple):
         for item in argument:
             yield from extents_of(name, item)
@@ -164,6 +167,8 @@ class Memory:
 
     def races(self, writes: Iterable[Write]) -> list[str]:
         """A sentence for each tensor that has an element that two programs write."""
+        if math.prod(self.grid) < 2:
+            return []
         found: dict[str, str] = {}
         writers: dict[tuple[int, int], np.ndarray] = {}  # by start of a span and size of an element: the last that wrote each
         spans = _spans(self.extents)

@@ -31,7 +31,7 @@ class Tensor(tl.tensor):
 
     def __init__(self, handle: Any, type: Any) -> None:
         self.handle, self.type, self.dtype = handle, type, type.scalar
-        self.shape, self.numel = _sizes(type.sizes if type.is_block() else ())
+        self.shape, self.numel = type.sizes_of_tensor if type.is_block() else _SCALAR
 
     def __index__(self) -> Any:
         return SEMANTIC.builder.agreement.agree_on(self.handle.scalars)
@@ -58,10 +58,12 @@ class Tensor(tl.tensor):
 Tensor.__name__, Tensor.__qualname__, Tensor.__module__ = tl.tensor.__name__, tl.tensor.__qualname__, tl.tensor.__module__
 
 
-@cache
-def _sizes(shape: tuple[int, ...]) -> tuple[Any, Any]:
-    """What a tensor says of its shape."""
+def sizes_of_tensor(shape: tuple[int, ...]) -> tuple[Any, Any]:
+    """`shape` and `numel` of a tensor."""
     return tl.core.tuple([tl.constexpr(size) for size in shape]), tl.constexpr(math.prod(shape))
+
+
+_SCALAR = sizes_of_tensor(())
 
 
 _blocks: dict[tuple[str, tuple[int, ...]], Any] = {}
