@@ -8,27 +8,17 @@ import ast
 import inspect
 from collections.abc import Callable, Container, Iterator
 from contextlib import contextmanager
-from functools import cache, lru_cache, partial
+from functools import cache, partial
 from typing import Any
 
 from triton import language as tl
 from triton.runtime import interpreter as stock
 
-from gaugeblock.conformance.triton_checks.interpreter import reductions
+from gaugeblock.conformance.triton_checks.interpreter import reductions, shortcuts
 from gaugeblock.conformance.triton_checks.interpreter.builder import Builder
 from gaugeblock.conformance.triton_checks.interpreter.control_flow import turns
 from gaugeblock.conformance.triton_checks.interpreter.handle import Handle
-from gaugeblock.conformance.triton_checks.interpreter.tensors import (
-    SEMANTIC,
-    Tensor,
-    add_methods,
-    block,
-    broadcasting,
-    casting,
-    checking,
-    sizes_of_tensor,
-    to_tensor,
-)
+from gaugeblock.conformance.triton_checks.interpreter.tensors import SEMANTIC, Tensor, add_methods, block, sizes_of_tensor
 
 _MISSING = object()
 Attributes = dict[str, Any]
@@ -96,13 +86,14 @@ def _language() -> tuple[list[tuple[Attributes, Attributes]], list[tuple[type, s
     }
     semantic = {
         "tensor": Tensor,
-        "to_tensor": to_tensor(SEMANTIC.to_tensor),
-        "cast": casting(SEMANTIC.cast),
-        "broadcast_impl_value": broadcasting(SEMANTIC.broadcast_impl_value),
-        "binary_op_type_checking_impl": checking(SEMANTIC.binary_op_type_checking_impl),
+        "to_tensor": shortcuts.converting(SEMANTIC.to_tensor),
+        "cast": shortcuts.casting(SEMANTIC.cast),
+        "broadcast_impl_value": shortcuts.broadcasting(SEMANTIC.broadcast_impl_value),
+        "binary_op_type_checking_impl": shortcuts.checking(SEMANTIC.binary_op_type_checking_impl),
     }
-    unwrap = {"_unwrap_if_constexpr": _unwrapping(tl.core._unwrap_if_constexpr)}
-    ours["arange"] = _kept(_builtins(tl)["arange"])
+    unwrap = {"_unwrap_if_constexpr": shortcuts.unwrapping(tl.core._unwrap_if_constexpr)}
+    for name, shortcut in (("arange", shortcuts.kept), ("load", shortcuts.loading)):
+        ours[name] = shortcut(_builtins(tl)[name])
     namespaces = [(vars(tl), _builtins(tl) | ours), (vars(tl.core), _builtins(tl.core) | ours | unwrap)]
     namespaces += [(vars(tl.math), _builtins(tl.math)), (vars(SEMANTIC), semantic), (vars(stock), {"TensorHandle": Handle})]
     add_methods(_builtins(tl.tensor))
@@ -110,9 +101,9 @@ def _language() -> tuple[list[tuple[Attributes, Attributes]], list[tuple[type, s
     types = [
         *((descriptor, name, member) for name, member in _builtins(descriptor).items()),
         (tl.dtype, "to_ir", lambda self, builder: self),
-        (tl.dtype, "__eq__", _equality(tl.dtype.__eq__)),
+        (tl.dtype, "__eq__", shortcuts.equality(tl.dtype.__eq__)),
         (tl.block_type, "__init__", _block_types(tl.block_type.__init__)),
-        (tl.block_type, "with_element_ty", lambda self, scalar_ty: block(scalar_ty, self.sizes)),
+        (tl.block_type, "with_element_ty", lambda self, scalar_ty: block(scalar_ty, tuple(self.shape))),
         (stock.InterpretedFunction, "__call__", lambda self, *args, **kwargs: rewritten(self)(*args, **kwargs)),
     ]
     if hasattr(tl, "condition"):
@@ -197,29 +188,6 @@ def rewritten(function: Any) -> Callable:
         function.fn.__globals__.update({f"_lockstep_{name}": value for name, value in _PYTHON.items()})
         _rewritten[function.fn] = _Rewriter(function.fn, **function.kwargs).rewrite_ast()
     return _rewritten[function.fn]
-
-
-def _kept(original: Callable) -> Callable:
-    """A function of integers that are known to the compiler; what it returns, nothing changes."""
-    known = lru_cache(1024, typed=True)(original)
-
-    def function(*values: Any, **rest: Any) -> Any:
-        plain = [each.value if type(each) is tl.constexpr else each for each in values]
-        return original(*values, **rest) if rest or not all(type(each) is int for each in plain) else known(*plain)
-
-    return function
-
-
-_PLAIN = {Tensor, int, float, bool, str, type(None), tl.dtype}
-
-
-def _unwrapping(original: Callable) -> Callable:
-    """`_unwrap_if_constexpr`, which every function calls on each argument."""
-    return lambda o: o if type(o) in _PLAIN else original(o)
-
-
-def _equality(original: Callable) -> Callable:
-    return lambda self, other: self.name == other.name if type(other) is tl.dtype else original(self, other)
 
 
 def _static_assert(condition: Any, message: str = "") -> None:

@@ -15,14 +15,14 @@ import numpy as np
 from triton import language as tl
 from triton.runtime import interpreter as stock
 
-from gaugeblock.conformance.triton_checks.interpreter.arithmetic import cast, moved
+from gaugeblock.conformance.triton_checks.interpreter.arithmetic import moved
 from gaugeblock.conformance.triton_checks.interpreter.functions import Operation
 from gaugeblock.conformance.triton_checks.interpreter.handle import Handle, rounded
 
 SEMANTIC = stock.interpreter_semantic
-_FLOATS = {each.name: each for each in (tl.float16, tl.bfloat16, tl.float32, tl.float64)}
-_INTEGERS = {each.name: each for each in (tl.int8, tl.int16, tl.int32, tl.int64)}  # of one sign: the wider holds both
-_NUMBERS = _FLOATS | _INTEGERS
+FLOATS = {each.name: each for each in (tl.float16, tl.bfloat16, tl.float32, tl.float64)}
+INTEGERS = {each.name: each for each in (tl.int8, tl.int16, tl.int32, tl.int64)}  # of one sign: the wider holds both
+NUMBERS = FLOATS | INTEGERS
 _ALL = slice(None)
 
 
@@ -78,7 +78,7 @@ def block(element: Any, shape: tuple[int, ...]) -> Any:
     return known
 
 
-def _of(handle: Handle, dtype: Any) -> Tensor:
+def of(handle: Handle, dtype: Any) -> Tensor:
     return Tensor(handle, block(dtype, handle.shape) if handle.shape else dtype)
 
 
@@ -91,7 +91,7 @@ def _alike(tensor: Tensor, handle: Handle) -> Tensor:
 
 
 @cache
-def _common(left: tuple[int, ...], right: tuple[int, ...]) -> tuple[int, ...] | None:
+def broadcast_shape(left: tuple[int, ...], right: tuple[int, ...]) -> tuple[int, ...] | None:
     """The shape of an operation on shapes that differ; None where Triton has something to say."""
     if left and right:
         if len(left) != len(right) or any(m != n and m != 1 and n != 1 for m, n in zip(left, right, strict=True)):
@@ -100,88 +100,24 @@ def _common(left: tuple[int, ...], right: tuple[int, ...]) -> tuple[int, ...] | 
     return left or right
 
 
-def _spread(data: np.ndarray, rank: int) -> np.ndarray:
+def spread(data: np.ndarray, rank: int) -> np.ndarray:
     """A block's data; a scalar's with axes as those of a block."""
     return data if data.ndim == rank + 1 else data.reshape(-1, *(1,) * rank)
 
 
-def broadcasting(original: Callable) -> Callable:
-    """`broadcast_impl_value`, which copies nothing: an axis that is repeated stays 1 in the data."""
-
-    def spread(tensor: Any, shape: tuple[int, ...]) -> Any:
-        handle = tensor.handle
-        if handle.shape == shape:
-            return tensor
-        return _of(Handle(_spread(handle.data, len(shape)), handle.dtype, shape), tensor.dtype)
-
-    def broadcast(lhs: Any, rhs: Any) -> tuple[Any, Any]:
-        left, right = lhs.handle.shape, rhs.handle.shape
-        if left == right:
-            return lhs, rhs
-        shape = _common(left, right)
-        return original(lhs, rhs) if shape is None else (spread(lhs, shape), spread(rhs, shape))
-
-    return broadcast
-
-
-def checking(original: Callable) -> Callable:
-    """`binary_op_type_checking_impl`, which for operands of one dtype has only to broadcast them."""
-
-    def check(
-        lhs: Any, rhs: Any, allow_lhs_ptr: Any = False, allow_rhs_ptr: Any = False, arithmetic_check: Any = True,
-        div_or_mod: Any = False,
-    ) -> tuple[Any, Any]:  # fmt: skip
-        if not div_or_mod:
-            left, right = lhs, rhs
-            if type(left) is not Tensor and type(right) is Tensor and arithmetic_check:
-                left = _constant_for(right, left)
-            elif type(right) is not Tensor and type(left) is Tensor and arithmetic_check:
-                right = _constant_for(left, right)
-            if type(left) is Tensor and type(right) is Tensor and left.dtype is right.dtype and left.dtype.name in _NUMBERS:
-                return SEMANTIC.broadcast_impl_value(left, right)
-        return original(lhs, rhs, allow_lhs_ptr, allow_rhs_ptr, arithmetic_check, div_or_mod)
-
-    return check
-
-
-def casting(original: Callable) -> Callable:
-    """`cast`, which knows where there is nothing to do, and where the builder rounds and nothing else happens."""
-
-    def to(input: Any, dst_ty: Any, fp_downcast_rounding: Any = None) -> Any:
-        source, target = input.dtype, dst_ty.scalar
-        if source is target:
-            return input
-        if fp_downcast_rounding is None and (source.name, target.name) in _PLAIN_CASTS:
-            return _of(cast(None, input.handle, target), target)
-        return original(input, dst_ty, fp_downcast_rounding)
-
-    return to
-
-
-_PLAIN_CASTS = {
-    *((one, other) for one in _INTEGERS for other in _INTEGERS),
-    *((one, other) for one in _INTEGERS for other in _FLOATS),
-    *(pair for narrow in ("fp16", "bf16") for pair in ((narrow, "fp32"), ("fp32", narrow))),
-}
-
-
-def to_tensor(original: Callable) -> Callable:
-    """`to_tensor`, which kernels call in every assignment."""
-    return lambda x, check_type=True: x if type(x) is Tensor else original(x, check_type)
-
-
-def _constant_for(tensor: Tensor, value: Any) -> Tensor | None:
+def constant_beside(tensor: Tensor, value: Any) -> Tensor | None:
     """A number of Python as an operand beside a tensor, in its dtype; None if it is no number, or if they are of another."""
-    if type(value) is int:
-        return _constant(tensor.dtype.name, value, 1.0)
-    if type(value) is float:
-        return _constant(tensor.dtype.name, value, math.copysign(1.0, value))  # 0.0 == -0.0
-    return None
+    return _constant(tensor.dtype.name, value, sign(value)) if type(value) is int or type(value) is float else None
+
+
+def sign(value: float) -> float:
+    """What tells 0.0 from -0.0, which are equal."""
+    return 1.0 if value else math.copysign(1.0, value)
 
 
 @lru_cache(4096, typed=True)
-def _constant(dtype: str, value: float, sign: float) -> Tensor | None:
-    scalar = _NUMBERS.get(dtype)
+def _constant(dtype: str, value: float, _sign: float) -> Tensor | None:
+    scalar = NUMBERS.get(dtype)
     if scalar is None:
         return None
     beside = Tensor(Handle(np.zeros(1, np.int8), scalar), scalar)
@@ -207,13 +143,13 @@ _BITWISE: dict[str, Operation] = {"and": np.bitwise_and, "or": np.bitwise_or, "x
 def _results(operation: Operation) -> dict[tuple[str, str], Any]:
     """By the names of two dtypes that of the result, before a comparison makes it a truth value."""
     if operation in _BITWISE.values():
-        return {(name, name): dtype for name, dtype in (_INTEGERS | {"int1": tl.int1}).items()}
+        return {(name, name): dtype for name, dtype in (INTEGERS | {"int1": tl.int1}).items()}
     wider = {
         (one.name, other.name): max(one, other, key=operator.attrgetter("int_bitwidth"))
-        for one in _INTEGERS.values()
-        for other in _INTEGERS.values()
+        for one in INTEGERS.values()
+        for other in INTEGERS.values()
     }
-    return wider | {(name, name): dtype for name, dtype in _FLOATS.items()}
+    return wider | {(name, name): dtype for name, dtype in FLOATS.items()}
 
 
 def _operator(operation: Operation, original: Callable, reflected: bool) -> Callable:
@@ -226,21 +162,21 @@ def _operator(operation: Operation, original: Callable, reflected: bool) -> Call
         if type(other) is tl.constexpr:
             other = other.value
         if type(other) is not Tensor:
-            other = _constant_for(self, other) if takes_constants else None
+            other = constant_beside(self, other) if takes_constants else None
             if other is None:
                 return original(self, given)
         dtype = results.get((self.dtype.name, other.dtype.name))
-        if dtype is None and not (adds and other.dtype.name in _INTEGERS and self.dtype.is_ptr()):
+        if dtype is None and not (adds and other.dtype.name in INTEGERS and self.dtype.is_ptr()):
             return original(self, given)
         left, right = self.handle, other.handle
         x, y, shape = left.data, right.data, left.shape
         if shape != right.shape:
-            common = _common(shape, right.shape)
+            common = broadcast_shape(shape, right.shape)
             if common is None:
                 return original(self, given)
             shape = common
-            x = x if x.size == 1 else _spread(x, len(shape))
-            y = y if y.size == 1 else _spread(y, len(shape))
+            x = x if x.size == 1 else spread(x, len(shape))
+            y = y if y.size == 1 else spread(y, len(shape))
         if dtype is None:
             return _typed(Handle(moved(x, y, self.dtype), self.dtype, shape), self.dtype, self)
         handle = rounded(operation(y, x) if reflected else operation(x, y), dtype, shape)
@@ -250,7 +186,7 @@ def _operator(operation: Operation, original: Callable, reflected: bool) -> Call
 
 
 def _typed(handle: Handle, dtype: Any, like: Tensor) -> Tensor:
-    return _alike(like, handle) if dtype is like.dtype and handle.shape == like.handle.shape else _of(handle, dtype)
+    return _alike(like, handle) if dtype is like.dtype and handle.shape == like.handle.shape else of(handle, dtype)
 
 
 def _item(original: Callable) -> Callable:
@@ -270,7 +206,7 @@ def _item(original: Callable) -> Callable:
                 shape.append(size)
             else:
                 return original(self, slices)
-        return _of(Handle(self.handle.data[(_ALL, *slices)], self.handle.dtype, (*shape, *old)), self.dtype)
+        return of(Handle(self.handle.data[(_ALL, *slices)], self.handle.dtype, (*shape, *old)), self.dtype)
 
     return item
 
