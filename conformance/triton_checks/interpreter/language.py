@@ -126,7 +126,8 @@ def _original(member: Any) -> Any:
 
 def _with_semantic(member: Any) -> Callable:
     # what `tl.core.builtin` wraps around a function only looks whether there is a semantic
-    function = member.__wrapped__ if member.__code__ is _original(tl.core.to_tensor).__code__ else member
+    is_wrapped = getattr(member, "__code__", None) is _original(tl.core.to_tensor).__code__
+    function = member.__wrapped__ if is_wrapped else member
 
     def call(*args: Any, _semantic: Any = None, **kwargs: Any) -> Any:
         return function(*args, _semantic=SEMANTIC, **kwargs)

@@ -54,14 +54,18 @@ def checking(original: Callable) -> Callable:
         if not div_or_mod:
             left, right = lhs, rhs
             if type(left) is not Tensor and type(right) is Tensor and arithmetic_check:
-                left = constant_beside(right, left)
+                left = constant_beside(right, left, _check)
             elif type(right) is not Tensor and type(left) is Tensor and arithmetic_check:
-                right = constant_beside(left, right)
+                right = constant_beside(left, right, _check)
             if type(left) is Tensor and type(right) is Tensor and left.dtype is right.dtype and left.dtype.name in NUMBERS:
                 return SEMANTIC.broadcast_impl_value(left, right)
         return original(lhs, rhs, allow_lhs_ptr, allow_rhs_ptr, arithmetic_check, div_or_mod)
 
     return check
+
+
+def _check(left: Any, right: Any) -> Any:
+    return SEMANTIC.binary_op_type_checking_impl(left, right)
 
 
 def casting(original: Callable) -> Callable:

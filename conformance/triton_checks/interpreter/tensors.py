@@ -17,7 +17,7 @@ from triton.runtime import interpreter as stock
 
 from gaugeblock.conformance.triton_checks.interpreter.arithmetic import moved
 from gaugeblock.conformance.triton_checks.interpreter.functions import Operation
-from gaugeblock.conformance.triton_checks.interpreter.handle import Handle, rounded
+from gaugeblock.conformance.triton_checks.interpreter.handle import Handle, held_dtype, rounded
 
 SEMANTIC = stock.interpreter_semantic
 FLOATS = {each.name: each for each in (tl.float16, tl.bfloat16, tl.float32, tl.float64)}
@@ -105,9 +105,17 @@ def spread(data: np.ndarray, rank: int) -> np.ndarray:
     return data if data.ndim == rank + 1 else data.reshape(-1, *(1,) * rank)
 
 
-def constant_beside(tensor: Tensor, value: Any) -> Tensor | None:
-    """A number of Python as an operand beside a tensor, in its dtype; None if it is no number, or if they are of another."""
-    return _constant(tensor.dtype.name, value, sign(value)) if type(value) is int or type(value) is float else None
+def constant_beside(tensor: Tensor, value: Any, operation: Callable) -> Tensor | None:
+    """A number of Python as Triton takes it beside a tensor, in the tensor's dtype.
+
+    Args:
+        operation: Triton's, of both.
+
+    Returns:
+        None if it is no number, or the operation casts the tensor.
+    """
+    is_number = type(value) is int or type(value) is float
+    return _constant(operation, tensor.dtype.name, value, sign(value)) if is_number else None
 
 
 def sign(value: float) -> float:
@@ -116,20 +124,30 @@ def sign(value: float) -> float:
 
 
 @lru_cache(4096, typed=True)
-def _constant(dtype: str, value: float, _sign: float) -> Tensor | None:
-    scalar = NUMBERS.get(dtype)
-    if scalar is None:
+def _constant(operation: Callable, dtype: str, value: float, _sign: float) -> Tensor | None:
+    """Found out by trying: to compare, Triton 3.6 first makes a tensor of the number, in a dtype of its own."""
+    if dtype not in NUMBERS:
         return None
-    beside = Tensor(Handle(np.zeros(1, np.int8), scalar), scalar)
+    scalar = NUMBERS[dtype]
+    beside = Tensor(Handle(np.zeros(1, held_dtype(scalar)), scalar), scalar)
+    pairs: list[tuple[Any, Any]] = []
+
+    def look(*arguments: Any, **options: Any) -> tuple[Any, Any]:
+        pairs.append(type(SEMANTIC).binary_op_type_checking_impl(SEMANTIC, *arguments, **options))
+        return pairs[-1]
+
+    ours, SEMANTIC.binary_op_type_checking_impl = SEMANTIC.binary_op_type_checking_impl, look
     try:
-        same, constant = _check_as_triton(beside, value)
-    except Exception:  # Triton says so again, and better, when asked by the operator
+        operation(beside, value)
+    except Exception:  # Triton says so again when asked for the operation itself
         return None
-    return constant if same is beside and constant.dtype is scalar else None
-
-
-def _check_as_triton(left: Any, right: Any) -> tuple[Any, Any]:
-    return type(SEMANTIC).binary_op_type_checking_impl(SEMANTIC, left, right)
+    finally:
+        SEMANTIC.binary_op_type_checking_impl = ours
+    if len(pairs) != 1:
+        return None
+    left, right = pairs[0]
+    constant = right if left is beside else left
+    return constant if (left is beside or right is beside) and constant.dtype is scalar else None
 
 
 # Of each operator what is done to numbers: to those of one dtype, and to integers of two.
@@ -162,7 +180,7 @@ def _operator(operation: Operation, original: Callable, reflected: bool) -> Call
         if type(other) is tl.constexpr:
             other = other.value
         if type(other) is not Tensor:
-            other = constant_beside(self, other) if takes_constants else None
+            other = constant_beside(self, other, original) if takes_constants else None
             if other is None:
                 return original(self, given)
         dtype = results.get((self.dtype.name, other.dtype.name))
