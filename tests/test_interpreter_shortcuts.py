@@ -4,9 +4,11 @@ import os
 
 os.environ.setdefault("TRITON_INTERPRET", "1")  # read when kernels are decorated
 
+import inspect
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from itertools import product
 from typing import Any
 
@@ -15,6 +17,7 @@ import pytest
 import triton.language as tl
 
 from gaugeblock.conformance.triton_checks.interpreter import language, tensors
+from gaugeblock.conformance.triton_checks.interpreter import launch as launches
 from gaugeblock.conformance.triton_checks.interpreter.builder import Builder
 from gaugeblock.conformance.triton_checks.interpreter.handle import Handle, held_dtype, rounded
 from gaugeblock.conformance.triton_checks.interpreter.memory import Extent, Memory
@@ -167,3 +170,21 @@ def test_shortcuts_last_for_a_launch():
     with launch():
         assert tl.tensor is tl.core.tensor is tensors.Tensor
     assert (tl.tensor, tl.core.tensor, tl.load, tl.dtype.__eq__, dict(vars(SEMANTIC))) == before
+
+
+def test_arguments_are_bound_as_python_binds_them():
+    def plain(a, b, c): ...
+    def with_defaults(a, b=2, *, c, d=4): ...
+    def variadic(a, *rest, **others): ...
+
+    calls = [
+        ([1, 2, 3], {}),
+        ([1], {"c": 3, "b": 2}),
+        ([1, 2], {"b": 2, "c": 3}),
+        ([], {"c": 3, "a": 1}),
+        ([1, 2, 3, 4], {}),
+        ([], {}),
+    ]
+    for function, (arguments, keywords) in product((plain, with_defaults, variadic), calls):
+        expected = outcome(partial(inspect.getcallargs, function, *arguments, **keywords))
+        assert outcome(launches._bound, function, arguments, keywords) == expected

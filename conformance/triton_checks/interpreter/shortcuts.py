@@ -131,7 +131,7 @@ def loading(original: Callable) -> Callable:
 
 def kept(original: Callable) -> Callable:
     """A function of integers that the compiler knows, asked once: what it returns, nothing changes."""
-    known = lru_cache(1024, typed=True)(original)
+    known = lru_cache(64, typed=True)(original)  # few, since a range may take megabytes
 
     def function(*values: Any, **rest: Any) -> Any:
         plain = [each.value if type(each) is tl.constexpr else each for each in values]
