@@ -68,26 +68,25 @@ class Accesses:
     def create_masked_load(self, pointers: Handle, mask: Handle, other: Handle | None, *_: Any, **__: Any) -> Handle:
         element = pointers.get_element_ty()
         dtype, addresses, enabled = stored_dtype(element), pointers.data, mask.data
-        if enabled.all():
+        count = np.count_nonzero(enabled)
+        if count == enabled.size:
             return unpacked(self._read(addresses, dtype), element, pointers.shape)
-        shape = np.broadcast_shapes(addresses.shape, enabled.shape)
         if other is None:
             rest = poison(element, pointers.shape) if self.poison else np.zeros(1, dtype)
         else:
             rest = packed(Handle(other.data, element))
-        if enabled.any():
-            every_lane = np.broadcast_to(enabled, shape)
-            first = np.unravel_index(every_lane.argmax(), shape)
-            harmless = np.broadcast_to(addresses, shape)[first]
+        if count:
+            harmless = _first_enabled(addresses, enabled)
             try:
                 loaded = self._read(np.where(enabled, addresses, harmless), dtype)
             except OutOfBoundsAccess:  # said again, of the enabled lanes alone
+                shape = np.broadcast_shapes(addresses.shape, enabled.shape)
                 lanes, enabled_addresses = self._lanes(addresses, enabled, shape)
                 self.memory.locate("load", enabled_addresses, dtype, self._programs_of(lanes, shape))
                 raise
             loaded = np.where(enabled, loaded, rest)
         else:
-            loaded = np.broadcast_to(rest, np.broadcast_shapes(rest.shape, (1,) * len(shape)))
+            loaded = np.broadcast_to(rest, np.broadcast_shapes(rest.shape, (1,) * addresses.ndim))
         return unpacked(loaded, element, pointers.shape)
 
     def create_store(self, pointers: Handle, value: Handle, *_: Any) -> None:
@@ -190,7 +189,7 @@ class Accesses:
 
     def _of_each_program(self, handle: Handle) -> np.ndarray:
         """The data of each program: an atomic happens as often as there are programs, though its operands agree."""
-        return np.ascontiguousarray(np.broadcast_to(handle.data, (len(self.programs), *handle.shape)))
+        return np.ascontiguousarray(handle.for_programs(len(self.programs)))
 
     def _start_atomic(self, addresses: np.ndarray, enabled: np.ndarray, dtype: np.dtype) -> None:
         self.has_atomics = True
@@ -222,6 +221,14 @@ class Accesses:
                 found[lanes[now]] = place.memory[index]
                 place.memory[index] = update(place.memory[index], lanes[now])
         return found.reshape(addresses.shape)
+
+
+def _first_enabled(addresses: np.ndarray, enabled: np.ndarray) -> np.uint64:
+    first = int(enabled.argmax())
+    if addresses.shape == enabled.shape:
+        return addresses.flat[first]
+    indices = np.unravel_index(first, enabled.shape)  # in addresses too, but where they have an axis of 1
+    return addresses[tuple([min(index, size - 1) for index, size in zip(indices, addresses.shape, strict=True)])]
 
 
 def poison(element: Any, shape: tuple[int, ...]) -> np.ndarray:

@@ -24,6 +24,7 @@ from gaugeblock.conformance.triton_checks.interpreter.functions import (
 from gaugeblock.conformance.triton_checks.interpreter.handle import (
     Handle,
     common_shape,
+    element_of,
     held_dtype,
     narrow_format,
     packed,
@@ -90,9 +91,9 @@ def binary(operation: Operation) -> Callable[[Any, Handle, Handle], Handle]:
 
     def method(builder: Any, left: Handle, right: Handle) -> Handle:
         x, y, shape = left.data, right.data, common_shape(left, right)
-        if x.dtype == np.bool_ and y.dtype == np.bool_:  # integers of one bit, which wrap; for numpy True + True is True
+        if x.dtype.kind == y.dtype.kind == "b":  # integers of one bit, which wrap; for numpy True + True is True
             bits = operation(x.astype(np.int8), y.astype(np.int8))
-            return Handle(bits if bits.dtype == np.bool_ else (bits & 1).astype(np.bool_), tl.int1, shape)
+            return Handle(bits if bits.dtype.kind == "b" else (bits & 1).astype(np.bool_), tl.int1, shape)
         return rounded(operation(x, y), left.dtype, shape)
 
     return method
@@ -107,6 +108,16 @@ def cast(builder: Any, value: Handle, to: Any, *signed: Any) -> Handle:
         return Handle(data.astype(dtype, copy=False), to.scalar, value.shape)
     exact = data if data.dtype.kind == "f" else data.astype(np.float64)
     return rounded(exact, to, value.shape)
+
+
+def moved(addresses: np.ndarray, offsets: np.ndarray, pointer: Any) -> np.ndarray:
+    """Addresses so many elements further on."""
+    if pointer.name not in _STEPS:
+        _STEPS[pointer.name] = np.uint64(stored_dtype(element_of(pointer)).itemsize)
+    return addresses + _STEPS[pointer.name] * offsets.astype(np.uint64)
+
+
+_STEPS: dict[str, np.uint64] = {}  # the bytes of an element, by a pointer's name
 
 
 class Arithmetic:
@@ -129,9 +140,7 @@ class Arithmetic:
     create_int_to_ptr = create_ptr_to_int = create_bitcast
 
     def create_addptr(self, pointers: Handle, offsets: Handle) -> Handle:
-        step = stored_dtype(pointers.get_element_ty()).itemsize
-        data = pointers.data + np.uint64(step) * offsets.data.astype(np.uint64)
-        return Handle(data, pointers.dtype, common_shape(pointers, offsets))
+        return Handle(moved(pointers.data, offsets.data, pointers.dtype), pointers.dtype, common_shape(pointers, offsets))
 
     def create_ashr(self, left: Handle, right: Handle) -> Handle:
         signed = np.dtype(f"int{8 * left.data.itemsize}")

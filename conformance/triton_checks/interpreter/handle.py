@@ -15,7 +15,8 @@ _NUMPY = {
     "fp64": np.dtype(np.float64),
 }
 _ADDRESS = np.dtype(np.uint64)
-_HELD = np.dtype(np.float32)  # numbers of narrow formats
+_HELD = _NUMPY | dict.fromkeys(NARROW, np.dtype(np.float32))
+_STORED = _NUMPY | {name: narrow.stored for name, narrow in NARROW.items()}
 
 
 class Handle:
@@ -26,20 +27,23 @@ class Handle:
             and of the block, what was broadcast. So a mask of a column costs a column, and most of a kernel is computed once.
         dtype: Of an element: a scalar type or a pointer's.
         shape: Of the block; () for a scalar.
-        attr: What the compiler would be told, such as a divisor.
     """
 
-    __slots__ = ("attr", "data", "dtype", "shape")
+    __slots__ = ("data", "dtype", "shape")
 
     def __init__(self, data: np.ndarray, dtype: Any, shape: tuple[int, ...] | None = None) -> None:
         self.data, self.dtype = data, dtype
         self.shape = data.shape[1:] if shape is None else shape
-        self.attr: dict[str, Any] = {}
 
     @property
     def full(self) -> np.ndarray:
         """The data with every axis of the block as long as it is."""
-        return np.broadcast_to(self.data, (self.data.shape[0], *self.shape))
+        return self.for_programs(self.data.shape[0])
+
+    def for_programs(self, count: int) -> np.ndarray:
+        """The data with all axes as long as they are; not to be written to."""
+        shape = (count, *self.shape)
+        return self.data if self.data.shape == shape else np.broadcast_to(self.data, shape)
 
     @property
     def scalars(self) -> np.ndarray:
@@ -51,20 +55,26 @@ class Handle:
 
     def get_element_ty(self) -> Any:
         """What a pointer points to, or the dtype."""
-        dtype = self.dtype
-        while hasattr(dtype, "element_ty"):
-            dtype = dtype.element_ty
-        return dtype
+        return element_of(self.dtype)
 
     def set_attr(self, key: str, value: Any) -> None:
-        """Keeps a hint for the compiler."""
-        self.attr[key] = value
+        """Forgets a hint for the compiler."""
 
 
-def common_shape(*handles: Handle) -> tuple[int, ...]:
+def element_of(dtype: Any) -> Any:
+    """What a pointer points to, or the dtype."""
+    while hasattr(dtype, "element_ty"):
+        dtype = dtype.element_ty
+    return dtype
+
+
+def common_shape(first: Handle, *others: Handle) -> tuple[int, ...]:
     """The shape of an elementwise result."""
-    first, *others = (handle.shape for handle in handles)
-    return first if all(shape == first for shape in others) else np.broadcast_shapes(first, *others)
+    shape = first.shape
+    for other in others:
+        if other.shape != shape:
+            return np.broadcast_shapes(shape, *(each.shape for each in others))
+    return shape
 
 
 def narrow_format(dtype: Any) -> BFloat16 | Float8 | None:
@@ -74,14 +84,12 @@ def narrow_format(dtype: Any) -> BFloat16 | Float8 | None:
 
 def held_dtype(dtype: Any) -> np.dtype:
     """Of the data of a handle."""
-    name = dtype.scalar.name
-    return _NUMPY.get(name) or (_HELD if name in NARROW else _ADDRESS)
+    return _HELD.get(dtype.scalar.name, _ADDRESS)
 
 
 def stored_dtype(dtype: Any) -> np.dtype:
     """Of an element in memory."""
-    name = dtype.scalar.name
-    return _NUMPY.get(name) or (NARROW[name].stored if name in NARROW else _ADDRESS)
+    return _STORED.get(dtype.scalar.name, _ADDRESS)
 
 
 def packed(handle: Handle) -> np.ndarray:
@@ -98,8 +106,9 @@ def unpacked(data: np.ndarray, dtype: Any, shape: tuple[int, ...] | None = None)
 
 def rounded(data: np.ndarray, dtype: Any, shape: tuple[int, ...] | None = None) -> Handle:
     """What an operation computed, perhaps in a wider dtype, in the dtype of its result."""
-    if data.dtype == np.bool_:
+    if data.dtype.kind == "b":
         return Handle(data, tl.int1, shape)
-    narrow = narrow_format(dtype)
-    data = data.astype(held_dtype(dtype), copy=False) if narrow is None else narrow.rounded(data)
-    return Handle(data, dtype.scalar, shape)
+    scalar = dtype.scalar
+    narrow = NARROW.get(scalar.name)
+    data = data.astype(_HELD.get(scalar.name, _ADDRESS), copy=False) if narrow is None else narrow.rounded(data)
+    return Handle(data, scalar, shape)

@@ -14,78 +14,107 @@ from typing import Any
 from triton import language as tl
 from triton.runtime import interpreter as stock
 
-from gaugeblock.conformance.triton_checks.interpreter import reductions
+from gaugeblock.conformance.triton_checks.interpreter import reductions, shortcuts
 from gaugeblock.conformance.triton_checks.interpreter.builder import Builder
 from gaugeblock.conformance.triton_checks.interpreter.control_flow import turns
 from gaugeblock.conformance.triton_checks.interpreter.handle import Handle
+from gaugeblock.conformance.triton_checks.interpreter.tensors import SEMANTIC, Tensor, add_methods, block, sizes_of_tensor
 
-Patch = tuple[Any, str, Any]  # an owner, the name of its attribute, and the value to be
 _MISSING = object()
+Attributes = dict[str, Any]
 
 
 @contextmanager
-def patched(patches: list[Patch]) -> Iterator[None]:
-    """Sets attributes for a while."""
-    before = [(owner, name, vars(owner).get(name, _MISSING)) for owner, name, _ in patches]
-    for owner, name, value in patches:
+def speaking_to(builder: Builder) -> Iterator[None]:
+    """Has kernels that are called inside run in the programs of the builder's batch."""
+    namespaces, types = _language()
+    builders = [(vars(stock), {"interpreter_builder": builder}), (vars(SEMANTIC), {"builder": builder})]
+    with _exchanged([*namespaces, *builders]), _set(types):
+        yield
+
+
+@contextmanager
+def _exchanged(namespaces: list[tuple[Attributes, Attributes]]) -> Iterator[None]:
+    """Gives modules and instances other attributes for a while: all of one at a time, since there are hundreds."""
+    before = [{name: namespace.get(name, _MISSING) for name in values} for namespace, values in namespaces]
+    for namespace, values in namespaces:
+        namespace.update(values)
+    try:
+        yield
+    finally:
+        for (namespace, _), values in zip(reversed(namespaces), reversed(before), strict=True):
+            namespace.update(values)
+            for name in [name for name, value in values.items() if value is _MISSING]:
+                del namespace[name]
+
+
+@contextmanager
+def _set(attributes: list[tuple[type, str, Any]]) -> Iterator[None]:
+    """Sets attributes of types, each of its own, for a while."""
+    before = [(owner, name, vars(owner).get(name, _MISSING)) for owner, name, _ in attributes]
+    for owner, name, value in attributes:
         setattr(owner, name, value)
     try:
         yield
     finally:
-        for owner, name, value in reversed(before):
+        for owner, name, value in before:
             if value is _MISSING:
                 delattr(owner, name)
             else:
                 setattr(owner, name, value)
 
 
-@contextmanager
-def speaking_to(builder: Builder) -> Iterator[None]:
-    """Has kernels that are called inside run in the programs of the builder's batch."""
-    builders = [(stock, "interpreter_builder", builder), (stock.interpreter_semantic, "builder", builder)]
-    with patched([*_language(), *builders]):
-        yield
-
-
 def builder() -> Builder:
     """The builder that is spoken to."""
-    return stock.interpreter_semantic.builder
+    return SEMANTIC.builder
 
 
 @cache
-def _language() -> list[Patch]:
-    patches: list[Patch] = []
-    for owner in (tl, tl.core, tl.math, tl.tensor, tl.core.tensor_descriptor_base):
-        members = [(name, _original(member)) for name, member in inspect.getmembers(owner)]
-        patches += [(owner, name, _with_semantic(member)) for name, member in members if tl.core.is_builtin(member)]
-    for module in (tl, tl.core):
-        patches += [
-            (module, "range", lockstep_range),
-            (module, "static_range", lockstep_range),
-            (module, "reduce", reductions.reduce),
-            (module, "associative_scan", reductions.associative_scan),
-            (module, "static_assert", _static_assert),
-            (module, "static_print", print),
-            (module, "multiple_of", partial(_hint, name="tt.divisibility")),
-            (module, "max_contiguous", partial(_hint, name="tt.contiguity")),
-            (module, "max_constancy", partial(_hint, name="tt.constancy")),
-        ]
-    if hasattr(tl, "condition"):
-        patches.append((tl.condition, "__bool__", lambda self: bool(self.condition)))
-    patches += [
+def _language() -> tuple[list[tuple[Attributes, Attributes]], list[tuple[type, str, Any]]]:
+    """What modules and instances have instead, and types."""
+    ours: Attributes = {
+        "tensor": Tensor,
+        "range": lockstep_range,
+        "static_range": lockstep_range,
+        "reduce": reductions.reduce,
+        "associative_scan": reductions.associative_scan,
+        "static_assert": _static_assert,
+        "static_print": print,
+        "multiple_of": partial(_hint, name="tt.divisibility"),
+        "max_contiguous": partial(_hint, name="tt.contiguity"),
+        "max_constancy": partial(_hint, name="tt.constancy"),
+    }
+    semantic = {
+        "tensor": Tensor,
+        "to_tensor": shortcuts.converting(SEMANTIC.to_tensor),
+        "cast": shortcuts.casting(SEMANTIC.cast),
+        "broadcast_impl_value": shortcuts.broadcasting(SEMANTIC.broadcast_impl_value),
+        "binary_op_type_checking_impl": shortcuts.checking(SEMANTIC.binary_op_type_checking_impl),
+    }
+    unwrap = {"_unwrap_if_constexpr": shortcuts.unwrapping(tl.core._unwrap_if_constexpr)}
+    for name, shortcut in (("arange", shortcuts.kept), ("load", shortcuts.loading)):
+        ours[name] = shortcut(_builtins(tl)[name])
+    namespaces = [(vars(tl), _builtins(tl) | ours), (vars(tl.core), _builtins(tl.core) | ours | unwrap)]
+    namespaces += [(vars(tl.math), _builtins(tl.math)), (vars(SEMANTIC), semantic), (vars(stock), {"TensorHandle": Handle})]
+    add_methods(_builtins(tl.tensor))
+    descriptor = tl.core.tensor_descriptor_base
+    types = [
+        *((descriptor, name, member) for name, member in _builtins(descriptor).items()),
         (tl.dtype, "to_ir", lambda self, builder: self),
-        (tl.tensor, "__init__", _init_tensor),
-        (tl.tensor, "__index__", lambda self: builder().agreement.agree_on(self.handle.scalars)),
-        (tl.tensor, "__bool__", _truth),
-        (tl.tensor, "__repr__", lambda self: repr(self.handle.full)),
-        (tl.tensor, "__str__", lambda self: str(self.handle.full)),
-        (tl.tensor, "T", property(_transposed)),
+        (tl.dtype, "__eq__", shortcuts.equality(tl.dtype.__eq__)),
         (tl.block_type, "__init__", _block_types(tl.block_type.__init__)),
-        (stock.TritonSemantic, "broadcast_impl_value", _broadcasting(stock.TritonSemantic.broadcast_impl_value)),
+        (tl.block_type, "with_element_ty", lambda self, scalar_ty: block(scalar_ty, tuple(self.shape))),
         (stock.InterpretedFunction, "__call__", lambda self, *args, **kwargs: rewritten(self)(*args, **kwargs)),
-        (stock, "TensorHandle", Handle),
     ]
-    return patches
+    if hasattr(tl, "condition"):
+        types.append((tl.condition, "__bool__", lambda self: bool(self.condition)))
+    return namespaces, types
+
+
+def _builtins(owner: Any) -> Attributes:
+    """The functions of an owner that ask for a semantic, which they now have."""
+    members = [(name, _original(member)) for name, member in inspect.getmembers(owner)]
+    return {name: _with_semantic(member) for name, member in members if tl.core.is_builtin(member)}
 
 
 def _original(member: Any) -> Any:
@@ -95,9 +124,13 @@ def _original(member: Any) -> Any:
     return member
 
 
-def _with_semantic(member: Callable) -> Callable:
+def _with_semantic(member: Any) -> Callable:
+    # what `tl.core.builtin` wraps around a function only looks whether there is a semantic
+    is_wrapped = getattr(member, "__code__", None) is _original(tl.core.to_tensor).__code__
+    function = member.__wrapped__ if is_wrapped else member
+
     def call(*args: Any, _semantic: Any = None, **kwargs: Any) -> Any:
-        return member(*args, _semantic=stock.interpreter_semantic, **kwargs)
+        return function(*args, _semantic=SEMANTIC, **kwargs)
 
     return call
 
@@ -168,71 +201,17 @@ def _hint(tensor: Any, values: Any, name: str) -> Any:
     return tensor
 
 
-def _truth(self: Any) -> bool:
-    """Of a scalar, what all programs have; a block is true, as in Triton's interpreter."""
-    return builder().agreement.agree_on(self.handle.scalars != 0) if self.numel.value == 1 else True
-
-
-def _transposed(self: Any) -> Any:
-    *others, rows, columns = self.handle.shape
-    order = (*range(len(others)), len(others) + 1, len(others))
-    return tl.tensor(builder().create_trans(self.handle, order), tl.block_type(self.dtype, [*others, columns, rows]))
-
-
-# Types are made in every operation, a fifth of its time: those of one shape share what is computed from it.
-
-
-def _init_tensor(self: Any, handle: Any, type: Any) -> None:
-    """As `tl.tensor.__init__`."""
-    self.handle, self.type, self.dtype = handle, type, type.scalar
-    self.shape, self.numel = _sizes(type.sizes if type.is_block() else ())
-
-
-@cache
-def _sizes(shape: tuple[int, ...]) -> tuple[Any, Any]:
-    numel = 1
-    for size in shape:
-        numel *= size
-    return tl.core.tuple([tl.constexpr(size) for size in shape]), tl.constexpr(numel)
-
-
 def _block_types(original: Callable) -> Callable:
-    """`tl.block_type.__init__`, which checks each shape once. `sizes` is the shape as Python's tuple."""
-    known: dict[tuple[int, ...], tuple[Any, int]] = {}
+    """`tl.block_type.__init__`, which checks each shape once: a type is made in many operations. `sizes` is Python's tuple."""
+    known: dict[tuple[int, ...], tuple[Any, int, Any]] = {}
 
     def init(self: Any, element_ty: Any, shape: Any) -> None:
         sizes = tuple([each.value if isinstance(each, tl.constexpr) else each for each in shape])
         if sizes not in known:
             original(self, element_ty, list(sizes))
-            known[sizes] = self.shape, self.numel
+            known[sizes] = self.shape, self.numel, sizes_of_tensor(sizes)
         self.sizes, self.element_ty = sizes, element_ty
-        self.shape, self.numel = known[sizes]
+        self.shape, self.numel, self.sizes_of_tensor = known[sizes]
         self.name = f"<{sizes}, {element_ty}>"
 
     return init
-
-
-def _broadcasting(original: Callable) -> Callable:
-    """`broadcast_impl_value`, which copies nothing: an axis that is repeated stays 1 in the data."""
-
-    def broadcast(self: Any, lhs: Any, rhs: Any) -> tuple[Any, Any]:
-        left, right = lhs.handle.shape, rhs.handle.shape
-        if left == right:
-            return lhs, rhs
-        if left and right:
-            if len(left) != len(right) or any(m != n and m != 1 and n != 1 for m, n in zip(left, right, strict=True)):
-                return original(self, lhs, rhs)
-            shape = tuple([max(sizes) for sizes in zip(left, right, strict=True)])
-        else:
-            shape = left or right
-        return _spread(lhs, shape), _spread(rhs, shape)
-
-    return broadcast
-
-
-def _spread(tensor: Any, shape: tuple[int, ...]) -> Any:
-    handle = tensor.handle
-    if handle.shape == shape:
-        return tensor
-    data = handle.data if handle.shape else handle.data.reshape(-1, *(1,) * len(shape))
-    return tl.tensor(Handle(data, handle.dtype, shape), tl.block_type(tensor.type.scalar, shape))

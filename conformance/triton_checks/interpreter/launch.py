@@ -10,6 +10,7 @@ import random
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import cache, lru_cache
 from typing import Any
 
 import numpy as np
@@ -61,13 +62,12 @@ class Launch:
             Unbatched: it cannot be run in lockstep; nothing is changed.
         """
         kernel = rewritten(self.function)
-        executor = stock.GridExecutor(kernel, self.function.arg_names, self.grid, self.function.pre_run_hooks)
-        names = inspect.getfullargspec(kernel)
-        keywords = {name: value for name, value in self.keywords.items() if name in (*names.args, *names.kwonlyargs)}
+        names, executor = _parameters(kernel), _executor(kernel)
+        keywords = {name: value for name, value in self.keywords.items() if name in names.args or name in names.kwonlyargs}
         host_arguments, host_keywords = executor._init_args_hst(self.arguments, keywords)
         for hook in self.function.pre_run_hooks:
             hook(*host_arguments, **host_keywords)
-        bound = inspect.getcallargs(kernel, *host_arguments, **host_keywords)
+        bound = _bound(kernel, host_arguments, host_keywords)
         grid = tuple(int(size) for size in (self.grid(bound) if callable(self.grid) else self.grid))
         grid += (1,) * (3 - len(grid))
         extents = [extent for name, value in bound.items() for extent in extents_of(name, value)]
@@ -81,7 +81,8 @@ class Launch:
                 raise
             except Exception as error:
                 raise InterpreterError(repr(error)) from error
-        executor._restore_args_dev(self.arguments, host_arguments, keywords, host_keywords)
+        if not all(map(_is_on_host, (*self.arguments, *keywords.values()))):
+            executor._restore_args_dev(self.arguments, host_arguments, keywords, host_keywords)
         return [] if builder.has_atomics else memory.races(writes)
 
     def _batches(self, count: int) -> list[np.ndarray]:
@@ -107,6 +108,40 @@ class Launch:
             raise cause from None
 
 
+@cache
+def _parameters(kernel: Callable) -> inspect.FullArgSpec:
+    return inspect.getfullargspec(kernel)
+
+
+@cache
+def _executor(kernel: Callable) -> Any:
+    """Triton's, for what it knows of arguments; it runs nothing."""
+    return stock.GridExecutor(kernel, [*_parameters(kernel).args, *_parameters(kernel).kwonlyargs], None)
+
+
+def _bound(kernel: Callable, arguments: list, keywords: dict[str, Any]) -> dict[str, Any]:
+    """The arguments by name, in the order of `inspect.getcallargs`, which is asked for the error when they do not fit."""
+    names = _parameters(kernel)
+    bound = dict(zip(names.args, arguments, strict=False)) | keywords
+    defaults = dict(zip(reversed(names.args), reversed(names.defaults or ()), strict=False))
+    for name in (*names.args, *names.kwonlyargs):
+        if name not in bound:
+            if name in defaults:
+                bound[name] = defaults[name]
+            elif names.kwonlydefaults and name in names.kwonlydefaults:
+                bound[name] = names.kwonlydefaults[name]
+    fits = len(bound) == len(names.args) + len(names.kwonlyargs) and not (names.varargs or names.varkw)
+    once = len(arguments) <= len(names.args) and not any(name in keywords for name in names.args[: len(arguments)])
+    return bound if fits and once else inspect.getcallargs(kernel, *arguments, **keywords)
+
+
+def _is_on_host(argument: Any) -> bool:
+    """There is no copy of it that kernels worked on."""
+    if isinstance(argument, tuple | TensorDescriptor):
+        return False
+    return bool(getattr(argument, "is_cpu", not hasattr(argument, "data_ptr")))
+
+
 def _run_batches(kernel: Callable, arguments: dict[str, Any], builder: Builder, batches: list[np.ndarray]) -> list[Write]:
     done: list[Write] = []
     while batches:
@@ -129,14 +164,29 @@ def _undo(writes: list[Write]) -> None:
         write.undo()
 
 
+@cache
+def _type_of(mangled: str) -> Any:
+    return tl.str_to_ty(mangled, None)
+
+
+def _scalar(value: int, mangled: str) -> Any:
+    dtype = _type_of(mangled)
+    return tl.tensor(Handle(np.array([value], stored_dtype(dtype)), dtype), dtype)
+
+
+@lru_cache(4096, typed=True)
+def _integer(value: int) -> Any:
+    return _scalar(value, mangle_type(value))
+
+
 def as_tensor(argument: Any) -> Any:
     """An argument as a kernel sees it: a pointer, a scalar or a descriptor of Triton's; other things are constants."""
     if isinstance(argument, bool):
         return tl.tensor(Handle(np.array([argument]), tl.int1), tl.int1)
-    if isinstance(argument, int) or hasattr(argument, "data_ptr"):
-        dtype = tl.str_to_ty(mangle_type(argument), None)
-        value = argument if isinstance(argument, int) else argument.data_ptr()
-        return tl.tensor(Handle(np.array([value], stored_dtype(dtype)), dtype), dtype)
+    if isinstance(argument, int):
+        return _integer(argument)
+    if hasattr(argument, "data_ptr"):
+        return _scalar(argument.data_ptr(), mangle_type(argument))
     if isinstance(argument, tuple):
         values = [as_tensor(each) for each in argument]
         return type(argument)(*values) if hasattr(argument, "_fields") else type(argument)(values)

@@ -1,6 +1,7 @@
 """The memory that a launch may touch: where an address lies, what was written by whom, and how it is undone."""
 
 import ctypes
+import math
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
@@ -16,15 +17,16 @@ class Extent:
 
     def __init__(self, name: str, start: int, stop: int, itemsize: int, strides: tuple[int, ...] = ()) -> None:
         self.name, self.start, self.stop, self.itemsize, self.strides = name, start, stop, itemsize, strides
-        self._views: dict[np.dtype, np.ndarray] = {}
+        self._views: dict[int, np.ndarray] = {}
 
     def view(self, dtype: np.dtype) -> np.ndarray:
         """As many elements of a dtype as there is room for."""
-        if dtype not in self._views:
+        view = self._views.get(dtype.num)
+        if view is None:
             count = (self.stop - self.start) // dtype.itemsize
             memory = (ctypes.c_char * (count * dtype.itemsize)).from_address(self.start)
-            self._views[dtype] = np.frombuffer(memory, dtype)  # type: ignore[call-overload]
-        return self._views[dtype]
+            view = self._views[dtype.num] = np.frombuffer(memory, dtype)  # type: ignore[call-overload]
+        return view
 
     def element(self, address: int) -> str:
         """Which element of the tensor lies at an address, as `name[i, j]`."""
@@ -38,6 +40,8 @@ class Extent:
 
 def extents_of(name: str, argument: Any) -> Iterator[Extent]:
     """The extents of the tensors in one argument: a tensor, a tuple of them, a descriptor, or neither."""
+    if isinstance(argument, int | float):
+        return
     if isinstance(argument, tuple):
         for item in argument:
             yield from extents_of(name, item)
@@ -123,7 +127,7 @@ class Memory:
             OutOfBoundsAccess: if a lane lies in none of the extents.
         """
         # Nearly every access stays within one tensor, so its lowest and highest address decide.
-        low, high = int(addresses.min()), int(addresses.max())
+        low, high = int(np.minimum.reduce(addresses, axis=None)), int(np.maximum.reduce(addresses, axis=None))
         for extent in self.extents:
             if extent.start <= low and high + dtype.itemsize <= extent.stop:
                 return [_place(extent, addresses, dtype)]
@@ -163,6 +167,8 @@ class Memory:
 
     def races(self, writes: Iterable[Write]) -> list[str]:
         """A sentence for each tensor that has an element that two programs write."""
+        if math.prod(self.grid) < 2:
+            return []
         found: dict[str, str] = {}
         writers: dict[tuple[int, int], np.ndarray] = {}  # by start of a span and size of an element: the last that wrote each
         spans = _spans(self.extents)

@@ -50,8 +50,10 @@ def _reduced(arrays: list[np.ndarray], axis: int, combine_fn: Any, dtypes: list[
 
 def _fold(data: np.ndarray, axis: int, combine: Combine) -> np.ndarray:
     """Combines the halves, and their halves, to the end: blocks have a power of two of elements along each axis."""
+    along = (slice(None),) * axis
     while data.shape[axis] > 1:
-        data = combine(*np.split(data, 2, axis))
+        half = data.shape[axis] // 2
+        data = combine(data[(*along, slice(half))], data[(*along, slice(half, None))])
     return data
 
 
@@ -109,7 +111,7 @@ def _combined(combine_fn: Any, left: list[np.ndarray], right: list[np.ndarray], 
 
 def _same_programs(tensors: Any) -> list[np.ndarray]:
     count = max(each.handle.data.shape[0] for each in tensors)
-    return [np.broadcast_to(each.handle.full, (count, *each.handle.shape)) for each in tensors]
+    return [each.handle.for_programs(count) for each in tensors]
 
 
 def _tensor(data: np.ndarray, dtype: Any) -> Any:

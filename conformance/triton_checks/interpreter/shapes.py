@@ -64,4 +64,4 @@ class Shapes:
 
 def _same_programs(*blocks: Handle) -> list[np.ndarray]:
     count = max(block.data.shape[0] for block in blocks)
-    return [np.broadcast_to(block.full, (count, *block.shape)) for block in blocks]
+    return [block.for_programs(count) for block in blocks]
