@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils.weak import WeakIdKeyDictionary
 
 from gaugeblock.conformance.contract import Tensors
 from gaugeblock.conformance.dispatch import Watching
@@ -48,6 +49,7 @@ MOVES = frozenset(
     zeros_like _to_copy _unsafe_view value_selecting_reduction_backward""".split()
 )
 MATRIX_PRODUCTS = {"mm": 0, "bmm": 0, "mv": 0, "dot": 0, "addmm": 1, "addmv": 1, "baddbmm": 1, "_grouped_mm": 0}
+ADDITIONS = {"add", "add_", "sub", "sub_"}
 SUMS = {"sum", "mean", "cumsum"}
 SCATTERED_SUMS = {"index_add": 3, "index_add_": 3, "scatter_add": 3, "scatter_add_": 3, "index_put": 2, "index_put_": 2}
 
@@ -90,6 +92,7 @@ class RoundingNoise(Watching):
         self.operand_dtype = getattr(torch, dtype)
         self.result_dtype = self.operand_dtype if profile == "eager" else torch.float32
         self.generator = torch.Generator().manual_seed(seed)
+        self.terms = WeakIdKeyDictionary()  # of each element of a matrix product, and of what only shows one in another shape
 
     def __torch_dispatch__(self, func: Any, types: Iterable[type], args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
@@ -102,7 +105,9 @@ class RoundingNoise(Watching):
         before = of_run(0, args[0]).clone() if adds else None
         result = self._perform(func, args, kwargs)
         if func.is_view or not _is_float64(result):
-            return result
+            return self._with_terms(result, self._terms(args[0])) if func.is_view else result
+        if name == "_unsafe_view":
+            return self._with_terms(self._held(self._values(result), writable=True), self._terms(args[0]))
         if (name in MOVES and not adds) or not result.numel():
             return result if func._schema.is_mutable else self._held(self._values(result), writable=True)
         values = self._values(result)
@@ -110,11 +115,14 @@ class RoundingNoise(Watching):
             noisy = self._add_noise(values, lambda: self._scattered_deviation(func, before, of_run(0, result), args, kwargs))
         elif name in SUMS:
             noisy = self._add_noise(values, lambda: self._sum_deviation(func, of_run(0, result), args, kwargs))
+        elif name in ADDITIONS and (terms := sum(map(self._terms, args[:2]))):
+            noisy = self._add_noise(values, lambda: self._continued_deviation(terms, of_run(0, result), args, kwargs))
         else:
             noisy = self._function(name.removesuffix("_"), values, tuple(map(self._values, args)))
         if not func._schema.is_mutable:
             return self._held(noisy)
         self._values(result).copy_(noisy)
+        self.terms.pop(result, None)
         return result
 
     def _perform(self, func: Any, args: tuple, kwargs: dict) -> Any:
@@ -156,7 +164,17 @@ class RoundingNoise(Watching):
             sizes = func(*map(size, before), size(a), size(b), *after, **kwargs)
             return self._accumulation_deviation(a.shape[-1], of_run(0, result), sizes)
 
-        return self._held(self._add_noise(self._values(result), deviation))
+        return self._with_terms(self._held(self._add_noise(self._values(result), deviation)), left.shape[-1])
+
+    def _terms(self, value: Any) -> int:
+        """How many terms each element of a matrix product has; 0 for what is none."""
+        return self.terms.get(value, 0) if isinstance(value, torch.Tensor) else 0
+
+    def _with_terms(self, result: Any, terms: int) -> Any:
+        """The result, known as a matrix product of so many terms."""
+        if terms and isinstance(result, torch.Tensor):
+            self.terms[result] = terms
+        return result
 
     def _operand(self, operand: torch.Tensor) -> torch.Tensor:
         """An operand of a matrix product, rounded to the dtype under test."""
@@ -171,6 +189,15 @@ class RoundingNoise(Watching):
         scale = terms if name == "mean" and not self.cancelling else 1
         size = torch.abs if self.cancelling else torch.square
         return self._accumulation_deviation(terms - 1, result, func(size(args[0]), *args[1:], **kwargs) / scale)
+
+    def _continued_deviation(self, terms: int, result: torch.Tensor, args: tuple, kwargs: dict) -> torch.Tensor:
+        """Of what is added to a matrix product: it is a term more of its sums, and libraries begin with it, as `addmm` may.
+
+        Then every partial sum is as large as a bias that all but cancels what comes after it.
+        """
+        size = torch.abs if self.cancelling else torch.square
+        left, right = (torch.as_tensor(each, dtype=torch.float64) for each in of_run(0, args[:2]))
+        return self._accumulation_deviation(terms, result, size(left) + size(kwargs.get("alpha", 1) * right))
 
     def _scattered_deviation(self, func: Any, before: Any, result: torch.Tensor, args: tuple, kwargs: dict) -> torch.Tensor:
         position = SCATTERED_SUMS[func.overloadpacket.__name__]

@@ -35,11 +35,11 @@ def draw(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
-def noise_of(function, dtype: str, profile: str, runs: int = 24) -> torch.Tensor:
+def noise_of(function, dtype: str, profile: str, runs: int = 24, **options) -> torch.Tensor:
     """The predicted deviation of a function's result, element by element."""
     errors = []
     for seed in range(runs):
-        with RoundingNoise(dtype, profile, seed):
+        with RoundingNoise(dtype, profile, seed, **options):
             noisy = function()
         errors.append(noisy - function())
     return torch.stack(errors).square().mean(0).sqrt()
@@ -83,6 +83,17 @@ def test_sum_in_float32_one_after_the_other(terms: int) -> None:
     ratio = (true_error / predicted).square().mean().sqrt()
     assert 0.25 < ratio < 0.75
     assert (true_error / predicted).abs().max() < KAPPA / 2
+
+
+@pytest.mark.parametrize("cancelling", (False, True))
+def test_a_product_that_begins_with_its_bias(cancelling: bool) -> None:
+    """As torch's convolution of one example does: each partial sum is rounded at the size of the bias, not of the products."""
+    left, right, bias = (2**-12 * draw(256, 16)).float().double(), draw(16, 16, seed=1).float().double(), -torch.ones(16)
+    products = (left[:, :, None] * right).float().unbind(1)
+    true_error = functools.reduce(torch.add, products, bias.float()).double() - (left @ right + bias)
+    for product in (lambda: left @ right + bias, lambda: (left.view(2, 128, 16) @ right + bias).flatten(0, 1)):
+        predicted = noise_of(product, "float32", "strict", cancelling=cancelling)
+        assert 0.5 < (true_error / predicted).square().mean().sqrt() < 1.5
 
 
 def test_exact_values_get_no_noise() -> None:
