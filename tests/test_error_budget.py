@@ -23,6 +23,7 @@ from gaugeblock.conformance.faults.fault import faults
 from gaugeblock.conformance.faults.rates import drawn_cases, judge_variants
 from gaugeblock.conformance.properties import properties
 from gaugeblock.conformance.registry import contracts
+from gaugeblock.conformance.runs import of_run
 from gaugeblock.conformance.trial import Ledger
 
 LOW_PRECISION = ("float16", "bfloat16")
@@ -94,6 +95,27 @@ def test_a_product_that_begins_with_its_bias(cancelling: bool) -> None:
     for product in (lambda: left @ right + bias, lambda: (left.view(2, 128, 16) @ right + bias).flatten(0, 1)):
         predicted = noise_of(product, "float32", "strict", cancelling=cancelling)
         assert 0.5 < (true_error / predicted).square().mean().sqrt() < 1.5
+
+
+@pytest.mark.parametrize("dtype", LOW_PRECISION)
+@pytest.mark.parametrize("runs", (None, 3))
+def test_the_first_run_rounds_in_earnest(dtype: str, runs: int | None) -> None:
+    """What is small beside a 1 is lost in every implementation; noise beside it would leave some."""
+    low = getattr(torch, dtype)
+    small, factor = (2**-11 * draw(64)).to(low), draw(64, seed=1).to(low)
+    with RoundingNoise(dtype, "eager", 0, runs=runs, first_rounds=True):
+        noisy = ((small.double() * factor.double() + 1) / 3 - 0.1) * 0.7
+    expected = ((small * factor + 1) / 3 - 0.1) * 0.7
+    assert torch.equal(of_run(0, noisy), expected.double())
+    assert runs is None or not torch.equal(of_run(1, noisy), expected.double())
+
+
+def test_a_first_run_that_is_no_number_does_not_count() -> None:
+    value, runs = draw(8, 4), draw(12, 8, 4, seed=1)
+    broken = runs.clone()
+    broken[0, 0, 0] = torch.nan
+    runs[0, 0, 0] = value[0, 0]
+    assert torch.equal(spread({"y": value}, {"y": broken})["y"].variance, spread({"y": value}, {"y": runs})["y"].variance)
 
 
 def test_exact_values_get_no_noise() -> None:
