@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils.weak import WeakIdKeyDictionary
 
 from gaugeblock.conformance.contract import Tensors
 from gaugeblock.conformance.dispatch import Watching
@@ -48,6 +49,7 @@ MOVES = frozenset(
     zeros_like _to_copy _unsafe_view value_selecting_reduction_backward""".split()
 )
 MATRIX_PRODUCTS = {"mm": 0, "bmm": 0, "mv": 0, "dot": 0, "addmm": 1, "addmv": 1, "baddbmm": 1, "_grouped_mm": 0}
+ADDITIONS = {"add", "add_", "sub", "sub_"}
 SUMS = {"sum", "mean", "cumsum"}
 SCATTERED_SUMS = {"index_add": 3, "index_add_": 3, "scatter_add": 3, "scatter_add_": 3, "index_put": 2, "index_put_": 2}
 
@@ -70,6 +72,9 @@ class RoundingNoise(Watching):
         deviations: Of the sums of an earlier run of the same, in their order: their sizes hardly differ between runs, and take as
             long as the sums. A first run fills the list.
         runs: How many runs are done at once: what needs rounding is then `Runs`. None for one, in ordinary tensors.
+        first_rounds: Whether the first run, or the only one, rounds in earnest wherever what is rounded is known. Rounding is a
+            function of the value: a sum of 1 and 2^-10 is 1 in bfloat16, in every implementation and every such element,
+            which no noise on the 2^-10 that is left comes to.
     """
 
     def __init__(
@@ -82,14 +87,16 @@ class RoundingNoise(Watching):
         scale: float = 1.0,
         deviations: list[torch.Tensor] | None = None,
         runs: int | None = None,
+        first_rounds: bool = False,
     ) -> None:
         super().__init__()
-        self.runs = runs
+        self.runs, self.first_rounds = runs, first_rounds
         self.cancelling, self.scale = cancelling, scale
         self.deviations, self.sums = [] if deviations is None else deviations, 0
         self.operand_dtype = getattr(torch, dtype)
         self.result_dtype = self.operand_dtype if profile == "eager" else torch.float32
         self.generator = torch.Generator().manual_seed(seed)
+        self.terms = WeakIdKeyDictionary()  # of each element of a matrix product, and of what only shows one in another shape
 
     def __torch_dispatch__(self, func: Any, types: Iterable[type], args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
@@ -102,7 +109,9 @@ class RoundingNoise(Watching):
         before = of_run(0, args[0]).clone() if adds else None
         result = self._perform(func, args, kwargs)
         if func.is_view or not _is_float64(result):
-            return result
+            return self._with_terms(result, self._terms(args[0])) if func.is_view else result
+        if name == "_unsafe_view":
+            return self._with_terms(self._held(self._values(result), writable=True), self._terms(args[0]))
         if (name in MOVES and not adds) or not result.numel():
             return result if func._schema.is_mutable else self._held(self._values(result), writable=True)
         values = self._values(result)
@@ -110,11 +119,14 @@ class RoundingNoise(Watching):
             noisy = self._add_noise(values, lambda: self._scattered_deviation(func, before, of_run(0, result), args, kwargs))
         elif name in SUMS:
             noisy = self._add_noise(values, lambda: self._sum_deviation(func, of_run(0, result), args, kwargs))
+        elif name in ADDITIONS and (terms := sum(map(self._terms, args[:2]))):
+            noisy = self._add_noise(values, lambda: self._continued_deviation(terms, of_run(0, result), args, kwargs))
         else:
             noisy = self._function(name.removesuffix("_"), values, tuple(map(self._values, args)))
         if not func._schema.is_mutable:
             return self._held(noisy)
         self._values(result).copy_(noisy)
+        self.terms.pop(result, None)
         return result
 
     def _perform(self, func: Any, args: tuple, kwargs: dict) -> Any:
@@ -141,7 +153,7 @@ class RoundingNoise(Watching):
         if not error:
             return value
         noise = self._unit_noise(torch.zeros((1 if self.runs is None else self.runs,), dtype=torch.float64), error)
-        numbers = (value + noise).tolist()
+        numbers = self._first_rounded(value + noise, torch.full_like(noise, value, dtype=torch.float32)).tolist()
         return numbers[0] if self.runs is None else Each(numbers)
 
     def _matrix_product(self, func: Any, first: int, args: tuple, kwargs: dict) -> torch.Tensor:
@@ -156,7 +168,17 @@ class RoundingNoise(Watching):
             sizes = func(*map(size, before), size(a), size(b), *after, **kwargs)
             return self._accumulation_deviation(a.shape[-1], of_run(0, result), sizes)
 
-        return self._held(self._add_noise(self._values(result), deviation))
+        return self._with_terms(self._held(self._add_noise(self._values(result), deviation)), left.shape[-1])
+
+    def _terms(self, value: Any) -> int:
+        """How many terms each element of a matrix product has; 0 for what is none."""
+        return self.terms.get(value, 0) if isinstance(value, torch.Tensor) else 0
+
+    def _with_terms(self, result: Any, terms: int) -> Any:
+        """The result, known as a matrix product of so many terms."""
+        if terms and isinstance(result, torch.Tensor):
+            self.terms[result] = terms
+        return result
 
     def _operand(self, operand: torch.Tensor) -> torch.Tensor:
         """An operand of a matrix product, rounded to the dtype under test."""
@@ -171,6 +193,15 @@ class RoundingNoise(Watching):
         scale = terms if name == "mean" and not self.cancelling else 1
         size = torch.abs if self.cancelling else torch.square
         return self._accumulation_deviation(terms - 1, result, func(size(args[0]), *args[1:], **kwargs) / scale)
+
+    def _continued_deviation(self, terms: int, result: torch.Tensor, args: tuple, kwargs: dict) -> torch.Tensor:
+        """Of what is added to a matrix product: it is a term more of its sums, and libraries begin with it, as `addmm` may.
+
+        Then every partial sum is as large as a bias that all but cancels what comes after it.
+        """
+        size = torch.abs if self.cancelling else torch.square
+        left, right = (torch.as_tensor(each, dtype=torch.float64) for each in of_run(0, args[:2]))
+        return self._accumulation_deviation(terms, result, size(left) + size(kwargs.get("alpha", 1) * right))
 
     def _scattered_deviation(self, func: Any, before: Any, result: torch.Tensor, args: tuple, kwargs: dict) -> torch.Tensor:
         position = SCATTERED_SUMS[func.overloadpacket.__name__]
@@ -192,14 +223,16 @@ class RoundingNoise(Watching):
     def _function(self, name: str, result: torch.Tensor, args: tuple) -> torch.Tensor:
         """Adds the error of an elementwise function, relative to its result; what float32 holds exactly gets none."""
         noise = self._unit_noise(result, math.sqrt(ROUNDING_VARIANCE) * rounding_unit("float32"))
-        exact = result.to(torch.float32) == result
+        rounded = result.to(torch.float32)
+        exact = rounded == result
         kept = result
         if name in ULPS:
             noise *= ULPS[name] + _argument_growth(name, result, args, 0 if self.runs is None else 1)
             # a sigmoid of 1 is so only in float64: what is taken from it afterwards has no digits, in the oracle either
             saturated = torch.addcmul(result, result, self._unit_noise(result, torch.finfo(torch.float64).eps))
             kept = torch.where(result.isfinite(), saturated, result)
-        return self._store(torch.where(exact, kept, torch.addcmul(result, result, noise)))  # an infinity is exact
+        noisy = torch.where(exact, kept, torch.addcmul(result, result, noise))  # an infinity is exact
+        return self._store(noisy if name in ULPS else self._first_rounded(noisy, rounded))
 
     def _add_noise(self, result: torch.Tensor, deviation_of: Callable[[], torch.Tensor]) -> torch.Tensor:
         """Adds the error of a float32 sum."""
@@ -219,13 +252,21 @@ class RoundingNoise(Watching):
         """The noise of rounding once to `dtype`, where that changes the value."""
         if dtype is torch.float32:  # the result's own noise was that rounding
             return value
-        inexact = value.to(dtype).to(torch.float64) != value
+        rounded = value.to(dtype).to(torch.float64)
+        inexact = rounded != value
         if not inexact.any():
             return value
         info = torch.finfo(dtype)
         underflow = info.smallest_normal * info.eps / 2 * math.sqrt(1 / 3)
         deviation = (value.abs() * (math.sqrt(ROUNDING_VARIANCE) * info.eps / 2)).clamp_min_(underflow)
-        return value + deviation.mul_(self._unit_noise(value)).mul_(inexact)
+        return self._first_rounded(value + deviation.mul_(self._unit_noise(value)).mul_(inexact), rounded)
+
+    def _first_rounded(self, noisy: torch.Tensor, rounded: torch.Tensor) -> torch.Tensor:
+        """With what rounding comes to in the first run, where that is finite."""
+        if self.first_rounds:
+            first, real = (noisy, rounded) if self.runs is None else (noisy[0], rounded[0])
+            first.copy_(torch.where(real.isfinite(), real.to(torch.float64), first))
+        return noisy
 
     def _unit_noise(self, like: torch.Tensor, deviation: float = 1.0) -> torch.Tensor:
         """Uniform noise, in 2^16 steps: four to a random number, which take half as long as as many random numbers."""
@@ -330,11 +371,15 @@ def _budget(value: torch.Tensor, runs: torch.Tensor) -> Budget:
         return Budget(value, torch.zeros_like(value), 0.0, 0.0)
     errors = runs - value
     mean = errors.mean(0)
+    if not mean.isfinite().all():  # what is rounded in earnest may cancel to 0 / 0, and the other runs count
+        errors[0].nan_to_num_(0.0, 0.0, 0.0)
+        mean = errors.mean(0)
     variance = _pooled(errors.square().mean(0).nan_to_num(0.0, 0.0, 0.0))
     # Errors of one sign in every run are squares of errors (the square of a gradient that is 0 but for rounding): KAPPA
-    # deviations of what is squared are KAPPA² of their mean. By chance it happens to one element of 2048.
+    # deviations of what is squared are KAPPA² of their mean. By chance it happens to one element of 2048. Where values are
+    # rounded in earnest, some are 0.
     least, most = torch.aminmax(errors, dim=0)
-    variance = torch.where((least > 0) | (most < 0), (KAPPA * mean).square(), variance)
+    variance = torch.where((least >= 0) | (most <= 0), (KAPPA * mean).square(), variance)
     scaled = (errors * torch.where(variance > 0, variance.rsqrt(), 0.0)).reshape(len(runs), value.numel())
     if not mean.isfinite().all():
         scaled = scaled.nan_to_num(0.0, 0.0, 0.0)

@@ -135,12 +135,13 @@ def noisy_runs(
         RunsDiffer: `at_once`, which they cannot be.
     """
     if at_once:
-        with RoundingNoise(dtype, profile, 0, cancelling=cancelling, runs=NOISE_RUNS), exact_draws():
+        with RoundingNoise(dtype, profile, 0, cancelling=cancelling, runs=NOISE_RUNS, first_rounds=True), exact_draws():
             return {key: values_of(each, NOISE_RUNS) for key, each in run().items()}
     noisy: list[Tensors] = []
     deviations: list[torch.Tensor] = []
     for seed in range(NOISE_RUNS):
-        with RoundingNoise(dtype, profile, seed, cancelling=cancelling, deviations=deviations), exact_draws():
+        noise = RoundingNoise(dtype, profile, seed, cancelling=cancelling, deviations=deviations, first_rounds=seed == 0)
+        with noise, exact_draws():
             noisy.append(run())
     return {key: torch.stack([each[key] for each in noisy]) for key in noisy[0]}
 

@@ -23,6 +23,7 @@ from gaugeblock.conformance.faults.fault import faults
 from gaugeblock.conformance.faults.rates import drawn_cases, judge_variants
 from gaugeblock.conformance.properties import properties
 from gaugeblock.conformance.registry import contracts
+from gaugeblock.conformance.runs import of_run
 from gaugeblock.conformance.trial import Ledger
 
 LOW_PRECISION = ("float16", "bfloat16")
@@ -35,11 +36,11 @@ def draw(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
-def noise_of(function, dtype: str, profile: str, runs: int = 24) -> torch.Tensor:
+def noise_of(function, dtype: str, profile: str, runs: int = 24, **options) -> torch.Tensor:
     """The predicted deviation of a function's result, element by element."""
     errors = []
     for seed in range(runs):
-        with RoundingNoise(dtype, profile, seed):
+        with RoundingNoise(dtype, profile, seed, **options):
             noisy = function()
         errors.append(noisy - function())
     return torch.stack(errors).square().mean(0).sqrt()
@@ -83,6 +84,38 @@ def test_sum_in_float32_one_after_the_other(terms: int) -> None:
     ratio = (true_error / predicted).square().mean().sqrt()
     assert 0.25 < ratio < 0.75
     assert (true_error / predicted).abs().max() < KAPPA / 2
+
+
+@pytest.mark.parametrize("cancelling", (False, True))
+def test_a_product_that_begins_with_its_bias(cancelling: bool) -> None:
+    """As torch's convolution of one example does: each partial sum is rounded at the size of the bias, not of the products."""
+    left, right, bias = (2**-12 * draw(256, 16)).float().double(), draw(16, 16, seed=1).float().double(), -torch.ones(16)
+    products = (left[:, :, None] * right).float().unbind(1)
+    true_error = functools.reduce(torch.add, products, bias.float()).double() - (left @ right + bias)
+    for product in (lambda: left @ right + bias, lambda: (left.view(2, 128, 16) @ right + bias).flatten(0, 1)):
+        predicted = noise_of(product, "float32", "strict", cancelling=cancelling)
+        assert 0.5 < (true_error / predicted).square().mean().sqrt() < 1.5
+
+
+@pytest.mark.parametrize("dtype", LOW_PRECISION)
+@pytest.mark.parametrize("runs", (None, 3))
+def test_the_first_run_rounds_in_earnest(dtype: str, runs: int | None) -> None:
+    """What is small beside a 1 is lost in every implementation; noise beside it would leave some."""
+    low = getattr(torch, dtype)
+    small, factor = (2**-11 * draw(64)).to(low), draw(64, seed=1).to(low)
+    with RoundingNoise(dtype, "eager", 0, runs=runs, first_rounds=True):
+        noisy = ((small.double() * factor.double() + 1) / 3 - 0.1) * 0.7
+    expected = ((small * factor + 1) / 3 - 0.1) * 0.7
+    assert torch.equal(of_run(0, noisy), expected.double())
+    assert runs is None or not torch.equal(of_run(1, noisy), expected.double())
+
+
+def test_a_first_run_that_is_no_number_does_not_count() -> None:
+    value, runs = draw(8, 4), draw(12, 8, 4, seed=1)
+    broken = runs.clone()
+    broken[0, 0, 0] = torch.nan
+    runs[0, 0, 0] = value[0, 0]
+    assert torch.equal(spread({"y": value}, {"y": broken})["y"].variance, spread({"y": value}, {"y": runs})["y"].variance)
 
 
 def test_exact_values_get_no_noise() -> None:
