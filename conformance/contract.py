@@ -102,7 +102,7 @@ class Selection:
 
 @dataclass(frozen=True)
 class Regime:
-    """A kind of values (JUDGING.md section 2.7).
+    """A kind of values.
 
     Attributes:
         name: As the report prints it.

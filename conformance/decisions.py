@@ -15,7 +15,8 @@ from torch.utils._pytree import tree_leaves
 
 from gaugeblock.conformance.contract import Contract, ContractError, Tensors, apply
 from gaugeblock.conformance.dispatch import Watching
-from gaugeblock.conformance.error_budget import NOISE_RUNS, RoundingNoise, exact_draws
+from gaugeblock.conformance.error_budget import NOISE_RUNS
+from gaugeblock.conformance.rounding_noise import RoundingNoise, exact_draws
 
 # A case is redrawn if rounding this many times as coarse decides anything in it. A choice so near a tie that honest rounding
 # turns it once in 6 calls passes 12 runs of its own size once in 9 times, of four times its size once in 500.

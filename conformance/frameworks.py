@@ -13,8 +13,8 @@ import torch
 
 from gaugeblock.conformance.contract import Contract, ResultCount, Tensors, apply
 from gaugeblock.conformance.dispatch import Watching
-from gaugeblock.conformance.error_budget import MATRIX_PRODUCTS, SUMS, ULPS
 from gaugeblock.conformance.oracle import gradient_key
+from gaugeblock.conformance.rounding_noise import MATRIX_PRODUCTS, SUMS, ULPS
 
 UNSAID = "(no message"  # begins what stands for a text that could not be had
 KEPT_TEXT = 64 << 10  # characters of what an error says

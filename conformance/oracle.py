@@ -13,7 +13,8 @@ import torch
 from gaugeblock.conformance.cases import Case, cotangents, dtypes_of, make_inputs, options, value_case
 from gaugeblock.conformance.contract import Contract, Tensors, apply, nest
 from gaugeblock.conformance.decisions import replay_of
-from gaugeblock.conformance.error_budget import NOISE_RUNS, Budget, RoundingNoise, exact_draws, spread, widest
+from gaugeblock.conformance.error_budget import NOISE_RUNS, Budget, spread, widest
+from gaugeblock.conformance.rounding_noise import RoundingNoise, exact_draws
 from gaugeblock.conformance.runs import values_of
 
 GRADIENT = "gradient of "  # begins the key of a gradient among results

@@ -4,7 +4,7 @@
 as one of torch's own with a dimension more in front; what has no such form, run by run.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -97,13 +97,13 @@ def perform(func: Any, args: tuple, kwargs: dict, runs: int) -> Any:
         RunsDiffer: The runs come to different numbers, shapes or truths, or something that is the same for all of them would be
             written to.
     """
-    several = [each for each in _leaves((args, kwargs)) if isinstance(each, Runs | Each)]
-    if not several:
+    several = _kinds(args) | _kinds(kwargs.values()) if kwargs else _kinds(args)
+    if not several & {Runs, Each}:
         return func(*args, **kwargs)
     written = func._schema.is_mutable
     if written and not isinstance(args[0], Runs):
         raise RunsDiffer(f"{func} writes to what all runs share")
-    if not any(isinstance(each, Each) for each in several):
+    if Each not in several:
         result = _at_once(func, args, kwargs, runs)
         if result is not None:
             return args[0] if written else _wrapped(result, collapsed=not func.is_view)
@@ -113,15 +113,14 @@ def perform(func: Any, args: tuple, kwargs: dict, runs: int) -> Any:
     return args[0] if written else _together(func, results)
 
 
-def _leaves(value: Any) -> Iterator[Any]:
-    """What arguments are made of; `tree_leaves` of torch takes longer than most operations."""
-    if isinstance(value, tuple | list):
-        for each in value:
-            yield from _leaves(each)
-    elif isinstance(value, dict):
-        yield from _leaves(list(value.values()))
-    else:
-        yield value
+def _kinds(values: Iterable[Any]) -> set[type]:
+    """The types of arguments, also of those in lists; `tree_leaves` of torch takes longer than most operations."""
+    kinds = {type(each) for each in values}
+    if kinds & {list, tuple}:
+        for each in values:
+            if isinstance(each, list | tuple):
+                kinds |= _kinds(each)
+    return kinds
 
 
 @lru_cache(None)
@@ -140,7 +139,7 @@ def _at_once(func: Any, args: tuple, kwargs: dict, runs: int) -> Any:
     """What one call comes to for all runs; None if there is no such call."""
     name = func.overloadpacket.__name__
     if _is_pointwise(func):
-        rank = max(each.ndim for each in _leaves((args, kwargs)) if isinstance(each, torch.Tensor))
+        rank = max(each.ndim for each in (*args, *kwargs.values()) if isinstance(each, torch.Tensor))
         return func(*_aligned(args, rank), **_aligned(kwargs, rank))
     if name in ALONG or name in RAISED:
         counted = _counted_from_the_end(func, args, name in RAISED)

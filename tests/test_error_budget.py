@@ -11,11 +11,8 @@ from gaugeblock.conformance.error_budget import (
     BIAS_LIMIT,
     KAPPA,
     RMS_LIMIT,
-    ROUNDING_VARIANCE,
     Errors,
-    RoundingNoise,
     measure,
-    rounding_unit,
     spread,
 )
 from gaugeblock.conformance.exploration import check
@@ -23,6 +20,7 @@ from gaugeblock.conformance.faults.fault import faults
 from gaugeblock.conformance.faults.rates import drawn_cases, judge_variants
 from gaugeblock.conformance.properties import properties
 from gaugeblock.conformance.registry import contracts
+from gaugeblock.conformance.rounding_noise import ROUNDING_VARIANCE, RoundingNoise, rounding_unit
 from gaugeblock.conformance.runs import of_run
 from gaugeblock.conformance.trial import Ledger
 

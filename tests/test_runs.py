@@ -13,9 +13,10 @@ from gaugeblock.conformance.cases import options
 from gaugeblock.conformance.coverage import array
 from gaugeblock.conformance.decisions import replay_of
 from gaugeblock.conformance.dispatch import Watching
-from gaugeblock.conformance.error_budget import NOISE_RUNS, RoundingNoise
+from gaugeblock.conformance.error_budget import NOISE_RUNS
 from gaugeblock.conformance.oracle import exact_inputs, noisy_runs, reference_run, rounded_cotangents
 from gaugeblock.conformance.registry import contracts
+from gaugeblock.conformance.rounding_noise import RoundingNoise
 from gaugeblock.conformance.runs import Each, Runs, RunsDiffer, of_run, perform, values_of
 
 RUNS = 5
