@@ -214,7 +214,8 @@ COMMANDS = {
 def command() -> NoReturn:
     """The console's command: `main`, and a quick end."""
     status = main()
-    gc.freeze()  # or torch's thousands of functions are looked through once more, half a second, before all is thrown away
+    if not sys.modules.keys() & {"jax", "triton"}:  # whose bindings tell of what is left at the end
+        gc.freeze()  # or torch's thousands of functions are looked through once more, half a second, before all is thrown away
     sys.exit(status)
 
 

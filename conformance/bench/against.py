@@ -39,7 +39,7 @@ class Measured:
 
     Attributes:
         times: Median seconds of a call, one of each round.
-        counters: Of the last round.
+        counters: Of the first round.
         broken: Why an implementation raised, or that its results were wrong.
     """
 
@@ -84,11 +84,11 @@ def main(options: argparse.Namespace) -> int:
         trees = (lay_out(options.against, Path(folder)), _repository())
         if not options.candidates and not (trees[1] / "gaugeblock").is_dir():
             raise ValueError("--against: nothing here depends on the revision; name the file that registers your implementations")
-        changes = compare(*rounds(trees, _arguments(options), Path(folder)))
+        changes = compare(*rounds(trees, _arguments(options), Path(folder), counters=True))
         slower = [each for each in changes if each.what == "time" and each.worse]
         if slower:  # once more, by itself: what was chance does not come again
             print(f"{len(slower)} times look longer; measured once more")
-            again = compare(*rounds(trees, _arguments(options, slower), Path(folder)))
+            again = compare(*rounds(trees, _arguments(options, slower), Path(folder), counters=False))
             changes = [_confirmed(each, again) for each in changes]
     print(render(changes))
     if not changes:
@@ -112,18 +112,22 @@ def lay_out(revision: str, folder: Path) -> Path:
     return tree
 
 
-def rounds(trees: Sequence[Path], arguments: Sequence[str], folder: Path) -> list[Measured]:
+def rounds(trees: Sequence[Path], arguments: Sequence[str], folder: Path, *, counters: bool) -> list[Measured]:
     """Measures the repositories in turn, each from the folder that is the current one here.
+
+    Args:
+        counters: Whether the first round counts too; another would count the same.
 
     Raises:
         ValueError: If one cannot be measured, with the last line of what it said.
     """
     found = [Measured() for _ in trees]
     path, inside = folder / "measured.json", Path.cwd().relative_to(_repository())
-    for _ in range(ROUNDS):
+    for number in range(ROUNDS):
+        counting = ["--counters"] if counters and number == 0 else []
         for tree, measured in zip(trees, found, strict=True):
             path.unlink(missing_ok=True)
-            command = [sys.executable, "-m", "gaugeblock.conformance.cli", "bench", *arguments, "--json", str(path)]
+            command = [sys.executable, "-m", "gaugeblock.conformance.cli", "bench", *arguments, *counting, "--json", str(path)]
             first = os.pathsep.join([str(tree), *filter(None, [os.environ.get("PYTHONPATH")])])
             environment = os.environ | {"PYTHONPATH": first}
             run = subprocess.run(command, cwd=tree / inside, env=environment, capture_output=True, text=True, check=False)
@@ -211,7 +215,7 @@ def _arguments(options: argparse.Namespace, only: Sequence[Change] = ()) -> list
         contracts, workloads, _, names = zip(*(each.key for each in only), strict=True)
         named = {"contract": contracts, "workload": workloads, "implementation": names}
     repeated = [text for name, values in named.items() for value in sorted(set(values)) for text in (f"--{name}", value)]
-    return [*options.candidates, "--quick", "--counters", "--direction", options.direction, *repeated]
+    return [*options.candidates, "--quick", "--direction", options.direction, *repeated]
 
 
 def _text(change: Change, value: float) -> str:
