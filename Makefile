@@ -18,10 +18,10 @@ setup: .venv/.installed  ## .venv, with everything of pyproject.toml at the vers
 	$(INSTALL) --editable '.[torch,jax,triton,conformance,benchmarks,demo,dev]'
 	touch $@
 
-check: setup  ## the gate over all built-in implementations: verdicts here and in report/ (a minute and a half)
+check: setup  ## the gate over all built-in implementations: verdicts here and in report/ (a minute)
 	$(BIN)/gaugeblock check --report report
 
-machines: setup  ## the gate on pretended CPUs (older instructions, more threads): the same verdicts on all? (some minutes)
+machines: setup  ## the gate on pretended CPUs (older instructions, more threads): the same verdicts on all? (a quarter of an hour)
 	$(BIN)/gaugeblock machines --variants --report machines
 
 lint: setup  ## ruff, mypy, and the direction of imports
@@ -44,7 +44,7 @@ browser:
 	-@command -v npm >/dev/null || { apt-get update && apt-get install --yes --no-install-recommends npm; }
 
 # One OpenMP thread per process: two workers fill two cores, more threads only wait for each other.
-test: lint browser check  ## the linters, the gate over all that is built in, and all tests (a quarter of an hour)
+test: lint browser check  ## the linters, the gate over all that is built in, and all tests (ten minutes)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist worksteal
 
 clean:  ## remove .venv, reports and caches
