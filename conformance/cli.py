@@ -13,8 +13,7 @@ from pathlib import Path
 from typing import NoReturn
 
 import gaugeblock
-
-CONFORM, FAILS, WRONG_CALL, NOTHING_TESTED = 0, 1, 2, 3
+from gaugeblock.conformance.exit_status import CONFORM, FAILS, WRONG_CALL
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

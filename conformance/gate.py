@@ -15,8 +15,8 @@ from functools import partial
 
 from rich.console import Console
 
-from gaugeblock.conformance.cli import CONFORM, FAILS, NOTHING_TESTED, WRONG_CALL
 from gaugeblock.conformance.devices import cache_compilations, compile_quickly, set_up_process
+from gaugeblock.conformance.exit_status import CONFORM, FAILS, NOTHING_TESTED, WRONG_CALL
 from gaugeblock.conformance.exploration import PROFILES, examine
 from gaugeblock.conformance.properties import find_property, properties
 from gaugeblock.conformance.registry import Implementation, one_line

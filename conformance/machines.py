@@ -17,7 +17,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from gaugeblock.conformance.cli import CONFORM, FAILS, NOTHING_TESTED, WRONG_CALL
+from gaugeblock.conformance.exit_status import CONFORM, FAILS, NOTHING_TESTED, WRONG_CALL
 from gaugeblock.conformance.report.machines_page import render
 from gaugeblock.conformance.report.view import MARKS, WORST_FIRST, short_dtype
 from gaugeblock.conformance.verdict import Status

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from gaugeblock.conformance.cli import CONFORM, FAILS
+from gaugeblock.conformance.exit_status import CONFORM, FAILS
 from gaugeblock.conformance.workers import Died, run_tasks
 
 os.environ.setdefault("TRITON_INTERPRET", "1")  # faults are planted for the CPU, on a machine with a GPU too

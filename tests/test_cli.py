@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from gaugeblock.conformance import cli
+from gaugeblock.conformance import cli, exit_status
 from gaugeblock.conformance.properties import properties
 from gaugeblock.conformance.registry import contracts
 
@@ -20,7 +20,7 @@ def output_of(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "160")
 
     def run(*arguments: str) -> str:
-        assert cli.main(arguments) == cli.CONFORM
+        assert cli.main(arguments) == exit_status.CONFORM
         return capsys.readouterr().out
 
     return run
@@ -96,7 +96,7 @@ def test_explain_says_all_that_a_contract_demands(output_of, name):
     ids=lambda each: " ".join(each) if isinstance(each, list) else "",
 )
 def test_what_does_not_exist_is_told_in_one_line_and_exits_2(arguments, reason, capsys):
-    assert cli.main(arguments) == cli.WRONG_CALL
+    assert cli.main(arguments) == exit_status.WRONG_CALL
     output = capsys.readouterr()
     assert output.err.startswith("gaugeblock: ") and output.err.count("\n") == 1 and reason in output.err
 
@@ -105,7 +105,7 @@ def test_what_does_not_exist_is_told_in_one_line_and_exits_2(arguments, reason, 
 def test_a_wrong_call_exits_2(arguments, capsys):
     with pytest.raises(SystemExit) as end:
         cli.main(arguments)
-    assert end.value.code == cli.WRONG_CALL
+    assert end.value.code == exit_status.WRONG_CALL
     assert capsys.readouterr().err.startswith("usage: gaugeblock")
 
 

@@ -15,7 +15,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from gaugeblock.conformance import cli, gate, registry
+from gaugeblock.conformance import cli, exit_status, gate, registry
 from gaugeblock.conformance.judge import Violation
 from gaugeblock.conformance.verdict import Verdict
 from gaugeblock.conformance.workers import Died, run_tasks
@@ -156,7 +156,7 @@ def fresh_run(tmp_path_factory):
 def test_what_a_file_elsewhere_registers_is_judged(fresh_run):
     statuses = {name: each["status"] for name, each in fresh_run.verdicts.items()}
     assert statuses == {"right": "pass", "wrong": "fail", "raises": "fail", "kills": "crash"}
-    assert fresh_run.done.returncode == cli.FAILS
+    assert fresh_run.done.returncode == exit_status.FAILS
 
 
 def test_reasons_are_one_line_and_no_traceback_is_shown(fresh_run):
@@ -195,7 +195,7 @@ def failure_of(fresh_run, suffix):
 
 
 def test_a_failure_fails_again(fresh_run, environment, capsys):
-    assert cli.main(["reproduce", str(failure_of(fresh_run, ".json"))]) == cli.FAILS
+    assert cli.main(["reproduce", str(failure_of(fresh_run, ".json"))]) == exit_status.FAILS
     assert f"fails again: {fresh_run.verdicts['wrong']['reason']}" in capsys.readouterr().out
 
 
@@ -208,7 +208,7 @@ def test_a_mended_candidate_holds(fresh_run, environment, capsys, tmp_path):
     failure = json.loads(failure_of(fresh_run, ".json").read_text())
     (tmp_path / "kernels.py").write_text(KERNELS.replace("1.01 * ", ""))
     (tmp_path / "failure.json").write_text(json.dumps({**failure, "source": str(tmp_path / "kernels.py")}))
-    assert cli.main(["reproduce", str(tmp_path / "failure.json")]) == cli.CONFORM
+    assert cli.main(["reproduce", str(tmp_path / "failure.json")]) == exit_status.CONFORM
     assert "holds now" in capsys.readouterr().out
 
 
@@ -228,7 +228,7 @@ def test_a_failure_file_that_cannot_be_run_exits_2(fresh_run, environment, capsy
     (tmp_path / "failure.json").write_text(
         json.dumps({key: each for key, each in failure.items() if each is not None})
     )
-    assert cli.main(["reproduce", str(tmp_path / "failure.json")]) == cli.WRONG_CALL
+    assert cli.main(["reproduce", str(tmp_path / "failure.json")]) == exit_status.WRONG_CALL
     assert capsys.readouterr().err.startswith("gaugeblock: ")
 
 
@@ -262,30 +262,30 @@ def check(environment, monkeypatch, tmp_path):
 
 def test_only_the_properties_asked_for_are_judged(check):
     arguments = ("--implementation", "right", "--property", "determinism", "--property", "parity")
-    assert check(*arguments) == (cli.CONFORM, {"right/float32/parity", "right/float32/determinism"})
+    assert check(*arguments) == (exit_status.CONFORM, {"right/float32/parity", "right/float32/determinism"})
 
 
 def test_all_properties_are_judged_unless_some_are_asked_for(check, monkeypatch):
     every = gate.properties()
     monkeypatch.setattr(gate, "properties", lambda: {name: every[name] for name in ("parity", "rejections")})
     assert check("--implementation", "right") == (
-        cli.CONFORM,
+        exit_status.CONFORM,
         {"right/float32/parity", "right/float32/rejections"},
     )
 
 
 def test_contracts_and_implementations_are_globs(check):
-    assert check("--contract", "exp*", "--property", "parity") == (cli.FAILS, {"unfinished/float32/parity"})
+    assert check("--contract", "exp*", "--property", "parity") == (exit_status.FAILS, {"unfinished/float32/parity"})
     _, judged = check("--implementation", "*r*gh*", "--implementation", "wr?ng", "--property", "rejections")
     assert judged == {"right/float32/rejections", "wrong/float32/rejections"}
 
 
 def test_a_dtype_filter_leaves_the_others_out(check):
-    assert check("--dtype", "float16", "--property", "parity") == (cli.FAILS, {"raises/float16/parity"})
+    assert check("--dtype", "float16", "--property", "parity") == (exit_status.FAILS, {"raises/float16/parity"})
 
 
 def test_only_properties_that_do_not_apply_is_nothing_tested(check):
-    assert check("--implementation", "kills", "--property", "gradients")[0] == cli.NOTHING_TESTED
+    assert check("--implementation", "kills", "--property", "gradients")[0] == exit_status.NOTHING_TESTED
 
 
 @pytest.mark.parametrize(
@@ -299,7 +299,7 @@ def test_only_properties_that_do_not_apply_is_nothing_tested(check):
 )
 def test_a_name_that_does_not_exist_exits_2(environment, tmp_path, capsys, arguments, reason):
     (tmp_path / "my_kernels.py").write_text(KERNELS)
-    assert cli.main(["check", str(tmp_path / "my_kernels.py"), *arguments]) == cli.WRONG_CALL
+    assert cli.main(["check", str(tmp_path / "my_kernels.py"), *arguments]) == exit_status.WRONG_CALL
     error = capsys.readouterr().err
     assert error.startswith("gaugeblock: ") and error.count("\n") == 1 and reason in error
 
@@ -311,10 +311,10 @@ def verdict(status, cases=1):
 @pytest.mark.parametrize(
     ("statuses", "expected"),
     [
-        (["pass", "warning", "waived", "not supported"], cli.CONFORM),
-        (["pass", "fail"], cli.FAILS),
-        (["pass", "crash"], cli.FAILS),
-        (["pass", "timeout"], cli.FAILS),
+        (["pass", "warning", "waived", "not supported"], exit_status.CONFORM),
+        (["pass", "fail"], exit_status.FAILS),
+        (["pass", "crash"], exit_status.FAILS),
+        (["pass", "timeout"], exit_status.FAILS),
     ],
 )
 def test_the_exit_status_says_whether_all_conform(statuses, expected):
@@ -322,8 +322,8 @@ def test_the_exit_status_says_whether_all_conform(statuses, expected):
 
 
 def test_nothing_tested_is_never_green():
-    assert gate.exit_status([]) == cli.NOTHING_TESTED
-    assert gate.exit_status([verdict("not supported", cases=0)]) == cli.NOTHING_TESTED
+    assert gate.exit_status([]) == exit_status.NOTHING_TESTED
+    assert gate.exit_status([verdict("not supported", cases=0)]) == exit_status.NOTHING_TESTED
 
 
 # ----------------------------------------------------------------------------------------------------- pytest

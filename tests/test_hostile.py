@@ -9,7 +9,7 @@ import time
 import psutil
 import pytest
 
-from gaugeblock.conformance.cli import FAILS
+from gaugeblock.conformance.exit_status import FAILS
 from gaugeblock.conformance.faults.hostile import table
 from gaugeblock.conformance.faults.hostile.table import FOLDER, HOSTILE, UNLOADABLE
 from gaugeblock.conformance.runner import seats

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from gaugeblock.conformance import cli, machines
+from gaugeblock.conformance import cli, exit_status, machines
 from gaugeblock.conformance.machines import MACHINES, Machine, Run, differences
 from gaugeblock.conformance.report.machines_page import render
 
@@ -50,7 +50,7 @@ def test_a_verdict_that_differs_is_named_and_a_warning_is_a_pass():
 
 
 def test_an_unknown_machine_exits_2(capsys):
-    assert cli.main(["machines", "--machine", "cray"]) == cli.WRONG_CALL
+    assert cli.main(["machines", "--machine", "cray"]) == exit_status.WRONG_CALL
     assert "no machine 'cray'; known: this" in capsys.readouterr().err
 
 
@@ -59,11 +59,11 @@ def test_the_exit_status_says_whether_all_conform_alike(monkeypatch, tmp_path, s
     found = iter(statuses)
     monkeypatch.setattr(machines, "run_gate_on", lambda machine, folder, arguments: run_of(machine.name, parity=next(found)))
     options = SimpleNamespace(machine=["this", "sse4"], report=tmp_path, arguments=[], variants=False)
-    assert machines.run_machines(options) == (cli.CONFORM if statuses[0] == statuses[1] else cli.FAILS)
+    assert machines.run_machines(options) == (exit_status.CONFORM if statuses[0] == statuses[1] else exit_status.FAILS)
 
 
 def test_the_properties_of_bits_hold_on_another_cpu(tmp_path):
     arguments = [word for name in OF_BITS for word in ("--property", name)]
     run = machines.run_gate_on(BY_NAME["avx2"], tmp_path, arguments)
     wrong = {identity: status for identity, status in run.statuses.items() if status not in ("pass", "not supported")}
-    assert run.exit_status == cli.CONFORM and not wrong
+    assert run.exit_status == exit_status.CONFORM and not wrong

@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from gaugeblock.conformance import cli, implements, registry
+from gaugeblock.conformance import cli, exit_status, implements, registry
 from gaugeblock.conformance.registry import RegistrationError, find_contract, load_candidates
 from gaugeblock.conformance.selection import Filters, subjects_of
 
@@ -202,14 +202,14 @@ def test_a_file_that_is_missing_or_registers_nothing_is_refused(candidate, tmp_p
 
 @pytest.mark.parametrize("text", ["def f(:", "raise RuntimeError", "import sys; sys.exit(0)", ""])
 def test_the_command_says_in_one_line_what_is_wrong_with_a_file_and_exits_2(text, candidate, capsys):
-    assert cli.main(["check", candidate("wrong", text)]) == cli.WRONG_CALL
+    assert cli.main(["check", candidate("wrong", text)]) == exit_status.WRONG_CALL
     output = capsys.readouterr()
     assert output.err.startswith("gaugeblock: ") and output.err.count("\n") == 1 and not output.out
 
 
 def test_nothing_to_test_on_this_machine_exits_3(candidate, capsys):
     source = candidate("float32_only", REGISTERS.format(name="mine"))
-    assert cli.main(["check", source, "--dtype", "bfloat16"]) == cli.NOTHING_TESTED
+    assert cli.main(["check", source, "--dtype", "bfloat16"]) == exit_status.NOTHING_TESTED
     assert "nothing was tested" in capsys.readouterr().out
 
 

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from gaugeblock.conformance.cli import FAILS
+from gaugeblock.conformance.exit_status import FAILS
 from gaugeblock.conformance.exploration import PROFILES, examine
 from gaugeblock.conformance.properties import properties
 from gaugeblock.conformance.registry import Implementation, RegistrationError
