@@ -106,7 +106,8 @@ def layer_norm(hidden_states: torch.Tensor, *, eps: float) -> torch.Tensor:
 
 def linear(inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
     """Multiply the last axis by a matrix [out_features, in_features] and add a bias [out_features]."""
-    return inputs @ weight.mT + bias
+    # contiguous: in bfloat16 on a CPU torch's product goes astray where rows of the weight lie 2^31 elements apart (2.13)
+    return inputs @ weight.contiguous().mT + bias
 
 
 def self_attention(
