@@ -32,7 +32,7 @@ lint: setup  ## ruff, mypy, and the direction of imports
 demo: setup  ## train a tiny DiT on digits, in PyTorch and in JAX from the same draws (some minutes): demo/*.png
 	OMP_NUM_THREADS=2 $(BIN)/python demo/train_digits.py
 
-dashboard: setup  ## asv over this commit, and a page of all results that needs no internet: .asv/html (ten minutes)
+dashboard: setup  ## asv over this commit, and a page of all results that needs no internet: .asv/html (a quarter of an hour)
 	$(BIN)/asv machine --yes
 	$(BIN)/asv run --environment existing:$(CURDIR)/$(BIN)/python --set-commit-hash HEAD --launch-method forkserver; \
 	status=$$?; $(BIN)/python benchmarks/dashboard/publish.py && exit $$status

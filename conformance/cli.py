@@ -6,7 +6,6 @@ Exit status: 0 all conform, 1 something fails, 2 the call or the candidate file 
 import argparse
 import gc
 import json
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -116,7 +115,6 @@ def _check(options: argparse.Namespace) -> int:
     from gaugeblock.conformance import workers
     from gaugeblock.conformance.runner import nursery
 
-    os.environ.setdefault("OMP_NUM_THREADS", "1")  # one process for each core, not each with a thread for every core
     workers.get_ready("gaugeblock.conformance.gate")  # both import torch while this process does
     nursery.start()
     from gaugeblock.conformance.gate import run_gate

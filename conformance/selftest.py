@@ -60,7 +60,6 @@ def run_selftest(options: argparse.Namespace) -> int:
     """
     start, console = time.monotonic(), Console(highlight=False)
     extent = EXTENTS[options.profile]
-    os.environ.setdefault("OMP_NUM_THREADS", "1")  # one process for each core
     if options.rate == "variants":
         return measure_variants(options, console)
     results = measure(tasks_of(extent), options.profile, console)

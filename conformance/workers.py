@@ -19,7 +19,11 @@ Task = TypeVar("Task")
 
 
 def get_ready(module: str) -> None:
-    """Has a server process import a module, meanwhile; workers are forked from it, in milliseconds each."""
+    """Has a server process import a module, meanwhile; workers are forked from it, in milliseconds each.
+
+    There is one for each core, so that none needs a thread for every core.
+    """
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
     forkserver.set_forkserver_preload([module])
     forkserver.ensure_running()
 

@@ -39,7 +39,7 @@ def several(*shape: int, seed: int = 0) -> Runs:
 
 
 def same(at_once: Any, one_by_one: list[Any]) -> bool:
-    """Whether the results of all runs are those of each."""
+    """Whether the results of all runs are those of each, but for float64's rounding of sums in another order."""
     columns = zip(*map(tree_leaves, one_by_one), strict=True)
     return all(
         torch.allclose(values_of(each, RUNS), torch.stack(column), rtol=1e-14, atol=1e-14)

@@ -2,6 +2,7 @@
 
 import importlib
 import inspect
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from functools import partial
 from types import ModuleType
@@ -16,12 +17,12 @@ from gaugeblock.conformance.faults.simulated.experts import Experts
 EXPERTS = "experts.fused_swiglu"
 
 
-class OffAt(Experts):
+class OffAt(Experts, ABC):
     """1 % off where it is said."""
 
+    @abstractmethod
     def wrong_at(self, num_experts: int, top_k: int) -> bool:
         """Whether the specialization for these sizes has the bug."""
-        raise NotImplementedError
 
     def __call__(self, hidden_states, w13, w2, topk_weights, topk_ids):
         out = super().__call__(hidden_states, w13, w2, topk_weights, topk_ids)
