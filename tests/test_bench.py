@@ -21,9 +21,9 @@ from gaugeblock.conformance.bench.competitors import Competitor, competitors
 from gaugeblock.conformance.bench.problem import FULL, QUICK, Problem, Results, Unavailable, make_problem, scaled
 from gaugeblock.conformance.bench.roofline import Machine, this_machine
 from gaugeblock.conformance.bench.rows import Effort, Row, bench, count_calls
-from gaugeblock.conformance.contract import Contract, Cost, Workload
-from gaugeblock.conformance.frameworks import call_torch
-from gaugeblock.conformance.registry import RegistrationError, find_contract
+from gaugeblock.conformance.engine.contract import Contract, Cost, Workload
+from gaugeblock.conformance.engine.frameworks import call_torch
+from gaugeblock.conformance.engine.registry import RegistrationError, find_contract
 
 MACHINE = Machine("a machine", "cpu", "float32", flops=1e11, bytes=1e10)
 BRIEF = Effort(QUICK, seconds=0.01)

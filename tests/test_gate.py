@@ -15,10 +15,11 @@ from types import SimpleNamespace
 
 import pytest
 
-from gaugeblock.conformance import cli, exit_status, gate, registry
-from gaugeblock.conformance.judge import Violation
-from gaugeblock.conformance.verdict import Verdict
-from gaugeblock.conformance.workers import Died, run_tasks
+from gaugeblock.conformance import cli, exit_status, gate
+from gaugeblock.conformance.engine import registry
+from gaugeblock.conformance.engine.judging.judge import Violation
+from gaugeblock.conformance.engine.judging.verdict import Verdict
+from gaugeblock.conformance.engine.processes.workers import Died, run_tasks
 
 ROUTER = "routers.softmax_topk"
 KERNELS = """\

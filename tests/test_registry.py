@@ -4,9 +4,10 @@ import sys
 
 import pytest
 
-from gaugeblock.conformance import cli, exit_status, implements, registry
-from gaugeblock.conformance.registry import RegistrationError, find_contract, load_candidates
-from gaugeblock.conformance.selection import Filters, subjects_of
+from gaugeblock.conformance import cli, exit_status, implements
+from gaugeblock.conformance.engine import registry
+from gaugeblock.conformance.engine.registry import RegistrationError, find_contract, load_candidates
+from gaugeblock.conformance.engine.selection import Filters, subjects_of
 
 ROUTER = "routers.softmax_topk"
 REGISTERS = """\

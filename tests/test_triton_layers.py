@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gaugeblock.conformance.triton_checks.interpreter import watch
+from gaugeblock.conformance.engine.triton.interpreter import watch
 from gaugeblock.optimized.triton import launch, layers
 from gaugeblock.optimized.triton.dit import dit
 from gaugeblock.optimized.triton.layers import gated_residual_layer_norm_modulate, layer_norm_modulate

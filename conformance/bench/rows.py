@@ -12,7 +12,7 @@ from gaugeblock.conformance.bench.counters import Counters, count
 from gaugeblock.conformance.bench.problem import Direction, Limits, Problem, Results, Unavailable, make_problem, scaled
 from gaugeblock.conformance.bench.roofline import Machine
 from gaugeblock.conformance.bench.timing import Timing, measure
-from gaugeblock.conformance.contract import Contract, Workload
+from gaugeblock.conformance.engine.contract import Contract, Workload
 
 LONGEST_REASON = 100  # characters
 

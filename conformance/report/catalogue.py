@@ -12,10 +12,10 @@ from rich.table import Table
 from rich.text import Text
 from tabulate import tabulate
 
-from gaugeblock.conformance.contract import Contract, Input, Output, Regime
-from gaugeblock.conformance.coverage import Demand, array, measure, space
-from gaugeblock.conformance.factors import ORDINARY
-from gaugeblock.conformance.registry import (
+from gaugeblock.conformance.engine.contract import Contract, Input, Output, Regime
+from gaugeblock.conformance.engine.factors import ORDINARY
+from gaugeblock.conformance.engine.inputs.coverage import Demand, array, measure, space
+from gaugeblock.conformance.engine.registry import (
     Implementation,
     builtin_implementations,
     contracts,
@@ -24,7 +24,7 @@ from gaugeblock.conformance.registry import (
 from gaugeblock.conformance.report.view import printable
 
 if TYPE_CHECKING:
-    from gaugeblock.conformance.trial import Property
+    from gaugeblock.conformance.engine.trial import Property
 
 KINDS = ("triton", "distributed", "jax", "compiled", "user")
 MARKED = re.compile(r"(?<=<!-- catalogue:begin -->\n).*?(?=<!-- catalogue:end -->)", re.DOTALL)

@@ -11,9 +11,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from gaugeblock.conformance.engine.judging.verdict import FAILED, Verdict
 from gaugeblock.conformance.report.files import FORMAT
 from gaugeblock.conformance.report.view import MARKS, printable, units
-from gaugeblock.conformance.verdict import FAILED, Verdict
 
 # What is worth a reader's eye, not what is right: the same cases on the same machine give the same statistics.
 NOTABLE_RATIO, NOTABLE_CHANGE = 1.25, 0.05

@@ -9,10 +9,10 @@ from typing import Any
 from xml.etree import ElementTree
 
 import gaugeblock
+from gaugeblock.conformance.engine.judging.verdict import FAILED, Verdict
 from gaugeblock.conformance.report import markdown, page, view
 from gaugeblock.conformance.report.failure_text import explanation
 from gaugeblock.conformance.report.view import printable
-from gaugeblock.conformance.verdict import FAILED, Verdict
 
 FORMAT = 1  # of gaugeblock.json and of failures/*.json
 BUILT_IN: Mapping[tuple[str, str], str | None] = MappingProxyType({})

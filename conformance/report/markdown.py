@@ -6,11 +6,11 @@ from typing import Any
 
 from tabulate import tabulate
 
+from gaugeblock.conformance.engine.judging.verdict import FAILED, Status, Verdict
 from gaugeblock.conformance.report import view
 from gaugeblock.conformance.report.environment import describe
 from gaugeblock.conformance.report.failure_text import Group, explanation, group
 from gaugeblock.conformance.report.view import Block, Matrix, printable
-from gaugeblock.conformance.verdict import FAILED, Status, Verdict
 
 EMOJI: dict[Status, str] = {
     "pass": "✅", "warning": "⚠️", "fail": "❌", "not supported": "➖", "waived": "🏳️", "crash": "💥", "timeout": "⏱️",

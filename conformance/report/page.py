@@ -13,11 +13,11 @@ import jinja2
 from markupsafe import Markup
 
 import gaugeblock
+from gaugeblock.conformance.engine.judging.verdict import FAILED, Statistics, Status, Verdict
 from gaugeblock.conformance.report import view
 from gaugeblock.conformance.report.environment import describe
 from gaugeblock.conformance.report.failure_text import Group, case_text, group
 from gaugeblock.conformance.report.view import Block, Matrix
-from gaugeblock.conformance.verdict import FAILED, Statistics, Status, Verdict
 
 LETTER = 7.0  # width of a letter of the grids, in their pixels
 CELL_WIDTH, CELL_HEIGHT, GAP, BLOCK_GAP, HEAD = 52, 24, 3, 16, 46

@@ -9,10 +9,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
+from gaugeblock.conformance.engine.judging.verdict import FAILED, Status, Verdict
 from gaugeblock.conformance.report import view
 from gaugeblock.conformance.report.failure_text import Group, explanation, group
 from gaugeblock.conformance.report.view import Block, Matrix, printable
-from gaugeblock.conformance.verdict import FAILED, Status, Verdict
 
 STYLES: dict[Status, str] = {
     "pass": "green",

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from gaugeblock.conformance.verdict import FAILED, Status, Verdict
+from gaugeblock.conformance.engine.judging.verdict import FAILED, Status, Verdict
 
 MARKS: dict[Status, str] = {
     "pass": "✓", "warning": "!", "fail": "✗", "not supported": "–", "waived": "w", "crash": "☠", "timeout": "⏱", "error": "E",

@@ -15,7 +15,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from gaugeblock.conformance.verdict import FAILED, Verdict
+from gaugeblock.conformance.engine.judging.verdict import FAILED, Verdict
 
 
 @dataclass(frozen=True)
