@@ -207,6 +207,7 @@ COMMANDS = {
     "codegen": _codegen, "bench": _bench,
 }  # fmt: skip
 
+
 def command() -> NoReturn:
     """The console's command: `main`, and a quick end."""
     status = main()

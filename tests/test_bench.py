@@ -37,9 +37,7 @@ def options_of(*arguments: str) -> argparse.Namespace:
 
 
 def tiny(contract: Contract) -> Workload:
-    return Workload(
-        "tiny", contract.landmarks[1], "a landmark of sizes that grouped_mm takes: multiples of 16 bytes"
-    )
+    return Workload("tiny", contract.landmarks[1], "a landmark of sizes that grouped_mm takes: multiples of 16 bytes")
 
 
 def bench_router(*competing: Competitor) -> list[Row]:
@@ -112,9 +110,7 @@ def test_nothing_measured_is_no_success():
 def test_the_table_is_sorted_by_distance_from_the_roofline():
     rows = bench_router(RIGHT, Competitor("again", RIGHT.prepare))
     assert [row.roofline for row in rows] == sorted(row.roofline for row in rows)
-    assert rows[0].roofline == pytest.approx(
-        rows[0].median / MACHINE.seconds(ROUTER.cost(tiny(ROUTER).parameters, itemsize=4))
-    )
+    assert rows[0].roofline == pytest.approx(rows[0].median / MACHINE.seconds(ROUTER.cost(tiny(ROUTER).parameters, itemsize=4)))
 
 
 def test_roofline_time_is_that_of_the_slower_ceiling():

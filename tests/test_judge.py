@@ -105,9 +105,7 @@ def test_errors_too_large_everywhere_show_in_rms():
     noise = math.sqrt(3) * (2 * Draw(0).uniform(*budget.value.shape) - 1)
     results = {"y": (budget.value + 2.5 * budget.variance.sqrt() * noise).to(torch.float32)}
     violation = violation_of(PRODUCT, NORMAL, results)
-    assert (
-        violation.message.startswith("y: rms error ") and "precision is lost everywhere" in violation.message
-    )
+    assert violation.message.startswith("y: rms error ") and "precision is lost everywhere" in violation.message
     assert violation.diagnosis == "no single element is beyond its budget: the error is spread"
 
 
@@ -124,9 +122,7 @@ def test_a_truncated_result_is_wrong():
     exact = product(wide["x"], {"weight": wide["state/weight"]})
     judge(PRODUCT, NORMAL, "bfloat16", "strict", {"y": exact.to(torch.bfloat16)})
     truncated = (exact.view(torch.int32) & -(2**16)).view(torch.float32).to(torch.bfloat16)
-    assert violation_of(PRODUCT, NORMAL, {"y": truncated}, "bfloat16").message.startswith(
-        "y: an element lies "
-    )
+    assert violation_of(PRODUCT, NORMAL, {"y": truncated}, "bfloat16").message.startswith("y: an element lies ")
 
 
 def test_a_wrong_gradient_is_told_from_a_right_output():

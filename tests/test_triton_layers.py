@@ -22,9 +22,7 @@ from gaugeblock.reference.torch import layers as reference
 
 DEVICE = "cpu" if launch.INTERPRETED else "cuda"
 EPS = 1e-6
-TINY = DiTConfig(
-    input_size=4, in_channels=2, hidden_size=16, depth=2, num_heads=2, num_classes=3, frequency_embedding_size=8
-)
+TINY = DiTConfig(input_size=4, in_channels=2, hidden_size=16, depth=2, num_heads=2, num_classes=3, frequency_embedding_size=8)
 
 
 @pytest.fixture(autouse=True)

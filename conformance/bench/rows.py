@@ -122,9 +122,7 @@ def bench(
     return sorted(rows.values(), key=lambda row: math.inf if row.roofline is None else row.roofline)
 
 
-def count_calls(
-    contract: Contract, direction: Direction, competing: Iterable[Competitor], machine: Machine
-) -> list[CounterRow]:
+def count_calls(contract: Contract, direction: Direction, competing: Iterable[Competitor], machine: Machine) -> list[CounterRow]:
     """Counts what one call of each competitor needs at the contract's first landmark, small enough for an interpreter."""
     problem = make_problem(contract, contract.landmarks[0], direction, machine)
     rows = []

@@ -23,6 +23,7 @@ KEPT_TEXT = 64 << 10  # characters of what an error says
 class BadResult(Exception):
     """What came back is not what the signature promises."""
 
+
 NOT_THE_CANDIDATES = r"/(gaugeblock/conformance(?!/selftest|/peers)|site-packages|python3\.\d+)/"  # files
 
 

@@ -126,9 +126,7 @@ class TransformersMixtralBlock:
 
     def __call__(self, hidden_states, state, *, top_k):
         experts, width, inner = state["experts.down_proj"].shape
-        config = MixtralConfig(
-            hidden_size=width, intermediate_size=inner, num_local_experts=experts, num_experts_per_tok=top_k
-        )
+        config = MixtralConfig(hidden_size=width, intermediate_size=inner, num_local_experts=experts, num_experts_per_tok=top_k)
         config._experts_implementation = "eager"
         block = MixtralSparseMoeBlock(config).eval()
         out = functional_call(block, dict(state), hidden_states[None])[0]

@@ -66,13 +66,9 @@ def catalogue_rows(rows_of: Callable[[Contract], Sequence[Implementation]]) -> l
 
 def print_catalogue(console: Console) -> None:
     """Prints contracts × kinds of implementations, registered ones among them; a dash is what is missing."""
-    table = Table(
-        "contract", "references", *KINDS, box=None, pad_edge=False, padding=(0, 3, 0, 0), header_style="dim"
-    )
+    table = Table("contract", "references", *KINDS, box=None, pad_edge=False, padding=(0, 3, 0, 0), header_style="dim")
     for row in catalogue_rows(lambda contract: implementations(contract.name)):
-        table.add_row(
-            Text(row[0], "bold"), *(Text(printable(cell), "dim" if cell == NONE else "") for cell in row[1:])
-        )
+        table.add_row(Text(row[0], "bold"), *(Text(printable(cell), "dim" if cell == NONE else "") for cell in row[1:]))
     console.print(table)
 
 
@@ -124,9 +120,7 @@ def explain(contract: Contract, properties: Sequence["Property"], console: Conso
         if each.name not in contract.without
     ]
     _table("properties", applying, console)
-    _table(
-        "properties that do not apply", [[name, reason] for name, reason in contract.without.items()], console
-    )
+    _table("properties that do not apply", [[name, reason] for name, reason in contract.without.items()], console)
     _table(
         "must be rejected with ValueError or TypeError",
         [[each.name, f"naming {each.argument}"] for each in contract.rejections],
@@ -190,9 +184,7 @@ def _how_judged(contract: Contract) -> list[str]:
             f"bit for bit in: {regimes('exact')}.",
         ]
     if flowing:
-        lines.append(
-            f"gradients of {', '.join(flowing)}: the same, through a random cotangent, in: {smooth}."
-        )
+        lines.append(f"gradients of {', '.join(flowing)}: the same, through a random cotangent, in: {smooth}.")
     return lines
 
 

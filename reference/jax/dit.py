@@ -104,9 +104,7 @@ def embed_conditions(
     return time_BD + state["y_embedder.embedding_table.weight"][class_labels]
 
 
-def block(
-    state: Mapping[str, jax.Array], hidden_states: jax.Array, conditioning: jax.Array, *, config: DiTConfig
-) -> jax.Array:
+def block(state: Mapping[str, jax.Array], hidden_states: jax.Array, conditioning: jax.Array, *, config: DiTConfig) -> jax.Array:
     """Apply one adaLN-Zero block: attention, then a feed-forward network, each modulated before and gated after.
 
         shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = sixths of linear(silu(c))

@@ -15,9 +15,7 @@ from gaugeblock.reference.jax.precision import at_least_float32
 LONGEST_PERIOD = 10000  # of both sinusoidal embeddings, in units of 2 pi
 
 
-def layer_norm_modulate(
-    hidden_states: jax.Array, shift: jax.Array, scale: jax.Array, *, eps: float
-) -> jax.Array:
+def layer_norm_modulate(hidden_states: jax.Array, shift: jax.Array, scale: jax.Array, *, eps: float) -> jax.Array:
     """Normalize each token to mean 0 and variance 1, then scale and shift it as its example asks (adaptive LayerNorm).
 
         out = (x - mean(x)) / sqrt(mean((x - mean(x))**2) + eps) * (1 + scale) + shift

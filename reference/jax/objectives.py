@@ -68,9 +68,7 @@ def rectified_flow_velocity(data: jax.Array, noise: jax.Array, *, velocity: Velo
     return (from_data_to_noise if velocity == "noise - data" else -from_data_to_noise).astype(data.dtype)
 
 
-def rectified_flow_loss(
-    prediction: jax.Array, data: jax.Array, noise: jax.Array, *, velocity: VelocitySign
-) -> jax.Array:
+def rectified_flow_loss(prediction: jax.Array, data: jax.Array, noise: jax.Array, *, velocity: VelocitySign) -> jax.Array:
     """Return how far a predicted velocity is off, for each example.
 
         loss[b] = mean of (prediction[b] - velocity[b])**2

@@ -33,9 +33,7 @@ KEY_INCREMENTS = (0x9E3779B9, 0xBB67AE85)  # golden ratio, sqrt(3) - 1
 ROUNDS = 10
 
 
-def normal(
-    shape: tuple[int, ...], *, seed: int, step: int | jax.Array, example: int | jax.Array, purpose: int
-) -> jax.Array:
+def normal(shape: tuple[int, ...], *, seed: int, step: int | jax.Array, example: int | jax.Array, purpose: int) -> jax.Array:
     """Draw standard normals by the transform of Box and Muller.
 
         u = (word_0 + 1) / 2**32,  v = word_1 / 2**32
@@ -61,9 +59,7 @@ def normal(
     return _draw(normals, shape)
 
 
-def uniform(
-    shape: tuple[int, ...], *, seed: int, step: int | jax.Array, example: int | jax.Array, purpose: int
-) -> jax.Array:
+def uniform(shape: tuple[int, ...], *, seed: int, step: int | jax.Array, example: int | jax.Array, purpose: int) -> jax.Array:
     """Draw uniformly from the multiples of 2**-24 in [0, 1): the high 24 bits of each word, exactly.
 
     Args: as of `bits`.
@@ -77,9 +73,7 @@ def uniform(
     return (words >> 8).astype(jnp.float32) * jnp.float32(2.0**-24)
 
 
-def bits(
-    shape: tuple[int, ...], *, seed: int, step: int | jax.Array, example: int | jax.Array, purpose: int
-) -> jax.Array:
+def bits(shape: tuple[int, ...], *, seed: int, step: int | jax.Array, example: int | jax.Array, purpose: int) -> jax.Array:
     """Draw 32-bit words.
 
     Args:
@@ -129,9 +123,7 @@ def _multiply(a: int, b: jax.Array) -> tuple[jax.Array, jax.Array]:
     return a_high * b_high + (middle >> 16) + (carry >> 16), jnp.uint32(a) * b
 
 
-def _blocks(
-    shape: tuple[int, ...], seed: int, step: int | jax.Array, example: int | jax.Array, purpose: int
-) -> jax.Array:
+def _blocks(shape: tuple[int, ...], seed: int, step: int | jax.Array, example: int | jax.Array, purpose: int) -> jax.Array:
     """Return the blocks that a draw needs, [*example.shape, num_blocks, 4]."""
     validation.random_draw(seed, step, example, purpose)
     examples = jnp.asarray(example, jnp.uint32)[..., None]

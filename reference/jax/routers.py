@@ -119,9 +119,7 @@ def group_scores(choice_scores: jax.Array, num_groups: int) -> jax.Array:
     return jax.lax.top_k(scores_TGM, min(2, scores_TGM.shape[-1]))[0].sum(axis=-1)
 
 
-def switch_top1(
-    router_logits: jax.Array, *, capacity_factor: float
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+def switch_top1(router_logits: jax.Array, *, capacity_factor: float) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Choose the most probable expert of each token; an expert takes its first tokens, as many as it has room for.
 
         p = softmax(router_logits)

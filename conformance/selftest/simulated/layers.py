@@ -10,9 +10,7 @@ class NormModulate:
 
     columns = 64  # of a block
 
-    def __call__(
-        self, hidden_states: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor, *, eps: float
-    ) -> torch.Tensor:
+    def __call__(self, hidden_states: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor, *, eps: float) -> torch.Tensor:
         self.validate(hidden_states, shift, scale, eps)
         normalized = self.normalize(hidden_states.float(), eps)
         return self.store(self.modulate(normalized, shift.float(), scale.float()), hidden_states)

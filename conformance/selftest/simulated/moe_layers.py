@@ -47,9 +47,7 @@ class BalanceLoss:
 
     rows = 16  # tokens of a block
 
-    def __call__(
-        self, router_logits: torch.Tensor, topk_ids: torch.Tensor, attention_mask: torch.Tensor
-    ) -> torch.Tensor:
+    def __call__(self, router_logits: torch.Tensor, topk_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
         validation.load_balancing_loss(router_logits, topk_ids, attention_mask)
         validation.expert_ids_in_range(topk_ids, num_experts=router_logits.shape[1])
         probabilities = self.sum(self.probabilities(self.masked(router_logits.float(), attention_mask), attention_mask))
