@@ -94,9 +94,9 @@ def run_gate(options: argparse.Namespace) -> int:
     if options.report:
         sources = {(each.implementation.contract, each.implementation.name): source for each, source in subjects}
         files.write_report(options.report, verdicts, capture_environment(), profile.name, sources)
-    terminal.print_matrix(verdicts, console, time.monotonic() - start, options.report)
+    terminal.print_matrix(verdicts, console, time.monotonic() - start, options.report, verbose=options.verbose)
     if options.report:
-        console.print(f"report: {options.report / 'index.html'}")
+        console.print(f"report: {options.report / 'index.html'}", markup=False, soft_wrap=True)
     return exit_status(verdicts)
 
 

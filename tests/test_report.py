@@ -9,9 +9,10 @@ from xml.etree import ElementTree
 import pytest
 from rich.console import Console
 
-from gaugeblock.conformance.engine.judging.verdict import Coverage, Failure, Statistics, Verdict
-from gaugeblock.conformance.report import catalogue, compare, files, terminal, waivers
+from gaugeblock.conformance.engine.judging.verdict import FAILED, Coverage, Failure, Statistics, Verdict
+from gaugeblock.conformance.report import catalogue, compare, files, markdown, terminal, waivers
 from gaugeblock.conformance.report.environment import capture_environment
+from tests.synthetic_report import ENVIRONMENT, contract_names, verdicts
 
 ROOT = Path(__file__).parents[1]
 NASTY = "<script>alert(\"1\")</script> & 'quotes'\nsecond line"
@@ -68,6 +69,34 @@ def test_matrix_fits_a_narrow_terminal(capsys):
     lines = capsys.readouterr().out.splitlines()
     assert max(map(len, lines)) <= 80
     assert any(line.startswith("layout") and "✗" in line for line in lines)
+
+
+def test_summary_of_a_hundred_contracts_fits_where_github_shows_it():
+    found = verdicts(100, broken=0.5)
+    text = markdown.summary(found, ENVIRONMENT, "quick")
+    assert len(text.encode()) <= markdown.LIMIT < 2**20 and markdown.LEFT_OUT in text
+    overview, _, details = text.partition("<details>")
+    assert [name for name in contract_names(100) if f"| {name} " not in overview] == [], "the overview comes first"
+    assert details.index("worst element") < details.index("### "), "then failures in full, then matrices"
+
+
+def test_summary_leaves_out_what_comes_last(tmp_path):
+    found = verdicts(20, broken=0.02)
+    whole = markdown.summary(found, ENVIRONMENT, "quick")
+    wrong = {each.contract for each in found if each.status in FAILED | {"warning"}}
+    assert {name for name in contract_names(20) if f"### {name}\n" in whole} == wrong
+    assert markdown.LEFT_OUT not in whole and "what was visited" in whole
+    short = markdown.summary(found, ENVIRONMENT, "quick", limit=len(whole.encode()) - 1000)
+    assert len(short.encode()) <= len(whole.encode()) - 1000 and markdown.LEFT_OUT in short and "a machine" in short
+    assert "what was visited" not in short and short.count("### ") == whole.count("### ")
+
+
+def test_a_kept_verdict_is_marked_in_every_file(tmp_path):
+    kept = verdict()
+    vars(kept)["kept"] = {"date": "2026-11-20", "commit": "abc1234"}
+    files.write_report(tmp_path, [kept, FAILING], capture_environment(), "quick")
+    for name in ("index.html", "junit.xml", "summary.md"):
+        assert "kept of 2026-11-20, commit abc1234" in (tmp_path / name).read_text(), name
 
 
 def test_waiver_hides_a_failure_until_its_date(tmp_path):

@@ -23,6 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--waivers", type=Path, metavar="FILE", help="TOML file of known failures, each with a link and an expiry date"
     )
+    parser.add_argument("--verbose", "-v", action="store_true", help="print every matrix, also of contracts where all conforms")
     parser.add_argument("--workers", type=int, metavar="N", help="processes (default: one for each core)")
 
 

@@ -2,13 +2,12 @@
 
 import inspect
 import re
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.padding import Padding
-from rich.table import Table
 from rich.text import Text
 from tabulate import tabulate
 
@@ -18,6 +17,7 @@ from gaugeblock.conformance.engine.implementation import Implementation
 from gaugeblock.conformance.engine.inputs.bad_calls import bad_calls
 from gaugeblock.conformance.engine.inputs.coverage import Demand, array, measure, space
 from gaugeblock.conformance.engine.registry import builtin_implementations, contracts, implementations
+from gaugeblock.conformance.report.tables import print_columns, print_entries, print_line, print_paragraph
 from gaugeblock.conformance.report.view import printable
 
 if TYPE_CHECKING:
@@ -63,10 +63,21 @@ def catalogue_rows(rows_of: Callable[[Contract], Sequence[Implementation]]) -> l
 
 def print_catalogue(console: Console) -> None:
     """Prints contracts × kinds of implementations, registered ones among them; a dash is what is missing."""
-    table = Table("contract", "references", *KINDS, box=None, pad_edge=False, padding=(0, 3, 0, 0), header_style="dim")
-    for row in catalogue_rows(lambda contract: implementations(contract.name)):
-        table.add_row(Text(row[0], "bold"), *(Text(printable(cell), "dim" if cell == NONE else "") for cell in row[1:]))
-    console.print(table)
+    columns = [*zip(*catalogue_rows(lambda contract: implementations(contract.name)), strict=True)]
+    titles = ["contract", "references", *KINDS]
+    if set(columns[-1]) == {NONE}:  # nobody's: those that are missing are ours to write
+        titles, columns = titles[:-1], columns[:-1]
+    names = [Text(printable(name), "bold") for name in columns[0]]
+    cells = [_in_lines(column, title) for column, title in zip(columns[1:], titles[1:], strict=True)]
+    print_columns(console, [Text(each, "dim") for each in titles], [*zip(names, *cells, strict=True)])
+
+
+def _in_lines(column: Sequence[str], title: str) -> list[Text]:
+    """Cells of several names in as many lines as a column as wide as the longest name demands."""
+    names = [name for cell in column for name in cell.split(", ")]
+    width = max(len("torch, jax"), len(title), 1 + max(map(len, names)))
+    filled = [textwrap.fill(printable(cell), width, break_long_words=False, break_on_hyphens=False) for cell in column]
+    return [Text(cell, "dim" if cell == NONE else "") for cell in filled]
 
 
 def markdown_table() -> str:
@@ -94,8 +105,9 @@ def readme_is_current(path: Path) -> bool:
 
 def explain(contract: Contract, properties: Sequence["Property"], console: Console) -> None:
     """Prints what a contract demands, in the order in which someone who writes an implementation asks."""
-    console.print(Text(contract.signature, "bold"))
-    console.print(Text(f"{contract.summary}\n"))
+    print_line(console, Text(contract.signature, "bold"))
+    print_paragraph(console, "", contract.summary)
+    console.print()
     _section("formula", [contract.formula], console)
     _section("source", [contract.source], console)
     _table("inputs", [_row_of(each) for each in contract.inputs], console)
@@ -132,7 +144,8 @@ def explain(contract: Contract, properties: Sequence["Property"], console: Conso
 def _section(title: str, lines: Sequence[str], console: Console) -> None:
     console.print(Text(title, "bold"))
     for line in lines:
-        console.print(Padding(Text(printable(line)), (0, 0, 0, 2)))
+        text = line.lstrip()
+        print_paragraph(console, " " * (2 + len(line) - len(text)), printable(text))
     console.print()
 
 
@@ -140,10 +153,7 @@ def _table(title: str, rows: Sequence[Sequence[str]], console: Console) -> None:
     if not rows:
         return
     console.print(Text(title, "bold"))
-    table = Table(box=None, show_header=False, pad_edge=True, padding=(0, 1, 0, 2))
-    for row in rows:
-        table.add_row(*(Text(printable(cell)) for cell in row))
-    console.print(table)
+    print_entries(console, rows)
     console.print()
 
 

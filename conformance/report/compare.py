@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 from gaugeblock.conformance.engine.judging.verdict import FAILED, Verdict
 from gaugeblock.conformance.report.files import FORMAT
-from gaugeblock.conformance.report.view import MARKS, printable, units
+from gaugeblock.conformance.report.tables import print_line
+from gaugeblock.conformance.report.view import MARKS, units
 
 # What is worth a reader's eye, not what is right: the same cases on the same machine give the same statistics.
 NOTABLE_RATIO, NOTABLE_CHANGE = 1.25, 0.05
@@ -179,7 +179,7 @@ def print_comparison(comparison: Comparison, console: Console) -> None:
     bits = [f"{each.identity}: {each.changed} of {each.compared} cases, e.g. {each.case}" for each in comparison.changed_bits]
     _print_list("bits changed", "", bits, console)
     _print_drifts(comparison.drifts, console)
-    console.print(_closing_line(comparison))
+    print_line(console, _closing_line(comparison))
 
 
 def _line(verdict: Verdict) -> str:
@@ -191,7 +191,7 @@ def _print_list(title: str, style: str, lines: Sequence[str], console: Console) 
         return
     console.print(Text(f"{title} ({len(lines)})", style or "bold"))
     for line in lines[:SHOWN]:
-        console.print(Text(f"  {printable(line)}"))
+        print_line(console, f"  {line}")
     if len(lines) > SHOWN:
         console.print(f"  ... and {len(lines) - SHOWN} more")
     console.print()
@@ -201,13 +201,10 @@ def _print_drifts(drifts: Sequence[Drift], console: Console) -> None:
     if not drifts:
         return
     console.print(Text(f"drift of statistics, in units of their limits ({len(drifts)})", "bold"))
-    table = Table("verdict", "output", "statistic", box=None, pad_edge=False, padding=(0, 2, 0, 2))
-    for heading in ("before", "after", "ratio"):
-        table.add_column(heading, justify="right")
-    for each in drifts[:SHOWN]:
-        numbers = (units(each.before), units(each.after), f"×{units(each.ratio)}")
-        table.add_row(*(Text(printable(text)) for text in (each.identity, each.output, each.statistic, *numbers)))
-    console.print(table)
+    console.print(Text("  before   after   ratio", "dim"))
+    for each in drifts[:SHOWN]:  # names last: they are of any length
+        numbers = f"{units(each.before):>8}{units(each.after):>8}{f'×{units(each.ratio)}':>8}"
+        print_line(console, f"{numbers}   {each.statistic} of {each.output}, {each.identity}")
     if len(drifts) > SHOWN:
         console.print(f"  ... and {len(drifts) - SHOWN} more")
     console.print()

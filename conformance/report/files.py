@@ -116,8 +116,8 @@ def _testcase(suite: ElementTree.Element, verdict: Verdict) -> None:
         result.text = "\n".join([*explanation(verdict), *(["", printable(script)] if script else [])])
     elif verdict.status in ("not supported", "waived"):
         ElementTree.SubElement(case, "skipped", message=f"{verdict.status}: {reason}")
-    elif reason:
-        ElementTree.SubElement(case, "system-out").text = f"{verdict.status}: {reason}"
+    elif remark := printable(view.remark(verdict)):
+        ElementTree.SubElement(case, "system-out").text = f"{verdict.status}: {remark}"
 
 
 def _write_failures(folder: Path, verdicts: Sequence[Verdict], sources: Mapping[tuple[str, str], str | None]) -> None:

@@ -10,31 +10,105 @@ from gaugeblock.conformance.engine.judging.verdict import FAILED, Status, Verdic
 from gaugeblock.conformance.report import view
 from gaugeblock.conformance.report.environment import describe
 from gaugeblock.conformance.report.failure_text import Group, explanation, group
+from gaugeblock.conformance.report.overview import FEW, Column, Tile, overview, worth_showing
 from gaugeblock.conformance.report.view import Block, Matrix, printable
 
 EMOJI: dict[Status, str] = {
     "pass": "✅", "warning": "⚠️", "fail": "❌", "not supported": "➖", "waived": "🏳️", "crash": "💥", "timeout": "⏱️",
     "error": "🛑",
 }  # fmt: skip
-EXPLAINED = 30  # failures in full: GitHub refuses a summary of more than 1 MiB
+LIMIT = 2**20 - 2**16  # bytes: GitHub shows nothing of a step's summary above 1 MiB, to which others may add
+EXPLAINED = 30  # failures in full
+LISTED = 200  # of the others, in a line each
 ANNOTATIONS = 10  # GitHub shows no more errors of one step
 
 
-def summary(verdicts: Sequence[Verdict], environment: dict[str, Any], profile: str) -> str:
-    """The run as GitHub Markdown: a table for each contract, what fails, and where it ran."""
+def summary(verdicts: Sequence[Verdict], environment: dict[str, Any], profile: str, limit: int = LIMIT) -> str:
+    """The run as GitHub Markdown: an overview, what fails, matrices, what was visited, and where it ran.
+
+    Matrices are those of a few contracts, or of many those in which anything but a pass is. What comes last is left out first
+    where all together is longer than `limit` bytes.
+    """
     conclusion = view.conclusion(verdicts)
     counts = [[f"{EMOJI[status]} {status}", number] for status, number in view.count(verdicts).items()]
     failures = group(each for each in verdicts if each.status in FAILED)
-    parts = [
+    matrices = view.matrices(verdicts)
+    shown = worth_showing(matrices)
+    first = [
         f"## gaugeblock: {conclusion}",
         _table(counts, ["status", f"verdicts (profile {inline(profile)})"]),
-        *(f"### {inline(matrix.contract)}\n\n{_matrix(matrix)}" for matrix in view.matrices(verdicts)),
-        *(_failure(each) for each in failures[:EXPLAINED]),
-        *([f"... and {len(failures) - EXPLAINED} more failures, in the report."] if len(failures) > EXPLAINED else []),
-        *([_visited(verdicts)] if any(each.coverage for each in verdicts) else []),
-        _table([[label, inline(text)] for label, text in describe(environment).items()], ["run", ""]),
+        *([_overview(matrices)] if len(matrices) > FEW else []),
+        *_quietly(verdicts),
     ]
-    return "\n\n".join(parts) + "\n"
+    run = _table([[label, inline(text)] for label, text in describe(environment).items()], ["run", ""])
+    details = [
+        *map(_failure, failures[:EXPLAINED]),
+        *([_more(failures[EXPLAINED:])] if len(failures) > EXPLAINED else []),
+        *(f"### {inline(each.contract)}\n\n{_matrix(each)}" for each in shown),
+        *([_visited(verdicts)] if any(each.coverage for each in verdicts) else []),
+    ]
+    room = limit - sum(_size(each) for each in (*first, run))
+    return "\n\n".join([*first, *_fitting(details, room), run]) + "\n"
+
+
+LEFT_OUT = "... and more, which has no room here: see the report."
+
+
+def _fitting(parts: Sequence[str], room: int) -> list[str]:
+    """Those that fit, in their order, and a word on the rest."""
+    room -= _size(LEFT_OUT)
+    fitting = []
+    for each in parts:
+        if _size(each) <= room:
+            fitting.append(each)
+            room -= _size(each)
+    return fitting if len(fitting) == len(parts) else [*fitting, LEFT_OUT]
+
+
+def _size(part: str) -> int:
+    return len(part.encode("utf-8", errors="replace")) + len("\n\n")
+
+
+def _overview(matrices: Sequence[Matrix]) -> str:
+    """Contracts × implementations: the worst status and error of each, with its name where a column has several."""
+    found = overview(matrices)
+    several = len(found.devices) > 1
+
+    def head(column: Column) -> str:
+        return inline(f"{column.title or column.kind}{f' {column.device}' if several else ''}")
+
+    def cell(tile: Tile | None, column: Column) -> str:
+        if tile is None:
+            return ""
+        text = tile.text().replace(view.MARKS[tile.status], EMOJI[tile.status], 1)
+        return text if column.title else f"{text} {inline(tile.block.implementation)}"
+
+    rows = [
+        [inline(row.matrix.contract), *(cell(tile, column) for tile, column in zip(row.tiles, found.columns, strict=True))]
+        for row in found.rows
+    ]
+    return _table(rows, ["", *map(head, found.columns)])
+
+
+def _quietly(verdicts: Sequence[Verdict]) -> list[str]:
+    """What was not judged again, and what applied to nothing."""
+    judged = view.tested(verdicts)
+    nowhere, kept = view.nowhere(verdicts) if judged else [], view.kept_of(judged)
+    return [
+        *([f"verdicts: {inline(kept)}"] if kept else []),
+        *([f"<sub>applied to nothing here: {inline(', '.join(nowhere))}</sub>"] if nowhere else []),
+    ]
+
+
+def _more(failures: Sequence[Group]) -> str:
+    """A line for each."""
+    lines = [
+        f"- {EMOJI[each.first.status]} {inline(f'{each.first.contract} {each.first.implementation}, {each.places}')}: "
+        f"{inline(each.first.reason)}"
+        for each in failures[:LISTED]
+    ]
+    rest = [f"- ... and {len(failures) - LISTED} more, in the report"] if len(failures) > LISTED else []
+    return f"<details><summary>{len(failures)} more failures</summary>\n\n{chr(10).join([*lines, *rest])}\n\n</details>"
 
 
 def inline(text: str) -> str:

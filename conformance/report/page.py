@@ -1,113 +1,69 @@
-"""One self-contained HTML page: the matrix as a coloured grid, errors against their limits, failures, and where it ran.
+"""One self-contained HTML page: the overview, what fails, and for each contract its matrix and its errors against their limits.
 
-Here is what the pictures show and where; how they look is the business of `page.html.jinja`. Every text goes through
-`printable` and is escaped by the template.
+Here is what the page shows and where each cell leads; how it looks is the business of the templates beside this file. All of it
+is plain tables. What is known about a contract is written into a `noscript` element: a browser without JavaScript shows it, one
+with it takes it for text, which costs nothing, until the contract is opened. So 60,000 verdicts open as fast as 600.
+Every text goes through `printable` and is escaped by the template.
 """
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jinja2
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 import gaugeblock
 from gaugeblock.conformance.engine.judging.verdict import FAILED, Statistics, Status, Verdict
-from gaugeblock.conformance.report import view
+from gaugeblock.conformance.report import overview, view
 from gaugeblock.conformance.report.environment import describe
 from gaugeblock.conformance.report.failure_text import Group, case_text, group
 from gaugeblock.conformance.report.view import Block, Matrix
 
-LETTER = 7.0  # width of a letter of the grids, in their pixels
-CELL_WIDTH, CELL_HEIGHT, GAP, BLOCK_GAP, HEAD = 52, 24, 3, 16, 46
-TRACK, TRACK_UNITS, ROW_HEIGHT, DOT_LABEL, DOT_NUMBER = (
-    168,
-    1.25,
-    19,
-    160,
-    44,
-)  # a dot plot reaches 1.25 of the limit
-
-
-@dataclass(frozen=True)
-class Cell:
-    """A verdict in the grid, and the anchor of what is known about it."""
-
-    x: float
-    y: float
-    verdict: Verdict
-    href: str
-
-
-@dataclass(frozen=True)
-class Label:
-    """A text in a picture; `width` is that of the bracket beneath it, if it has one."""
-
-    x: float
-    y: float
-    text: str
-    width: float = 0
-
-
-@dataclass(frozen=True)
-class Grid:
-    """The matrix of one contract as a picture."""
-
-    width: float
-    height: float
-    cells: list[Cell]
-    rows: list[Label]
-    heads: list[Label]
-    dtypes: list[Label]
-
-
-@dataclass(frozen=True)
-class Dots:
-    """The three statistics of one output; positions on a track where the limit is at 1."""
-
-    y: float
-    name: str
-    statistics: Statistics
-    max: float
-    rms: float | None
-    bias: float | None
-
-
-@dataclass(frozen=True)
-class Strip:
-    """The outputs of one verdict in a dot plot."""
-
-    y: float
-    height: float
-    verdict: Verdict
-    dots: list[Dots]
+EXPLAINED = 200  # failures in full; the rest in a line each
+LONG_NAME = 18  # of an output
+REACH = 1.25  # of a track, in units of the limit
 
 
 @dataclass(frozen=True)
 class Plot:
-    """Errors of one implementation under one property, one strip for each dtype."""
+    """Errors of one implementation under one property: the verdicts that have any, one for each dtype."""
 
-    prop: str
     block: Block
-    height: float
-    strips: list[Strip]
+    verdicts: list[Verdict]
 
 
 @dataclass(frozen=True)
 class Chapter:
-    """All about one contract."""
+    """All about one contract: its matrix, its errors by property, its verdicts, and why some are neither pass nor failure."""
 
+    number: int
     matrix: Matrix
-    grid: Grid
+    status: Status
     plots: dict[str, list[Plot]]
-    verdicts: list[Verdict]
+    judged: list[Verdict]
+    notes: list[Group]
+
+    def column(self, block: Block) -> str:
+        """The anchor of an implementation's columns in the matrix."""
+        return f"b{self.number}-{self.matrix.blocks.index(block)}"
+
+    def note(self, number: int) -> str:
+        """The anchor of a note."""
+        return f"n{self.number}-{number}"
+
+    def has_long_names(self, prop: str) -> bool:
+        """Whether the outputs of a plot need much room."""
+        names = (name for plot in self.plots[prop] for verdict in plot.verdicts for name in verdict.statistics)
+        return any(len(short_output(name)) > LONG_NAME for name in names)
 
 
 def templates() -> jinja2.Environment:
-    """The pages beside this file."""
+    """The pages of `templates/`."""
     found = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
         autoescape=True,
         finalize=lambda value: view.printable(value) if isinstance(value, str) and not isinstance(value, Markup) else value,
         undefined=jinja2.StrictUndefined,
@@ -115,6 +71,9 @@ def templates() -> jinja2.Environment:
         lstrip_blocks=True,
     )
     found.filters["case_text"] = case_text
+    found.filters["short_output"] = short_output
+    found.filters["place"] = place
+    found.filters["breakable"] = breakable
     return found
 
 
@@ -122,7 +81,10 @@ def render(verdicts: Sequence[Verdict], environment: dict[str, Any], profile: st
     """The page, as one string without any reference to other files."""
     failures = group(each for each in verdicts if each.status in FAILED)
     matrices = view.matrices(verdicts)
-    anchors = _anchors(verdicts, failures)
+    summary = overview.overview(matrices)
+    chapters = [_chapter(number, row) for number, row in enumerate(summary.rows, 1)]
+    judged = [each.identity for chapter in chapters for each in chapter.judged]
+    numbers = {identity: number for number, identity in enumerate(judged, 1)}  # short names for anchors: there are many
     return (
         templates()
         .get_template("page.html.jinja")
@@ -130,20 +92,21 @@ def render(verdicts: Sequence[Verdict], environment: dict[str, Any], profile: st
             version=gaugeblock.__version__,
             profile=profile,
             conclusion=view.conclusion(verdicts),
-            outcome="none" if not view.tested(verdicts) else "fail" if failures else "pass",
             counts=view.count(verdicts),
-            total=len(verdicts),
             cases=sum(each.cases for each in verdicts),
             seconds=sum(each.seconds for each in verdicts),
+            kept=view.kept_of(view.tested(verdicts)),
+            nowhere=view.nowhere(verdicts) if view.tested(verdicts) else [],
             failures=failures,
-            notes=[note for status in _NOTED for note in group(each for each in verdicts if each.status == status)],
-            chapters=[_chapter(matrix, anchors) for matrix in matrices],
-            environment=environment,
+            explained=EXPLAINED,
+            overview=summary,
+            chapters={each.matrix.contract: each for each in chapters},
+            few=len(chapters) <= overview.FEW,
+            numbers=numbers,
+            anchors=_anchors(chapters, numbers, failures),
             facts=describe(environment),
             view=view,
             status_class=lambda status: status.replace(" ", "-"),
-            cell_size=(CELL_WIDTH, CELL_HEIGHT),
-            plot=(DOT_LABEL, TRACK, DOT_NUMBER, TRACK / TRACK_UNITS),
         )
     )
 
@@ -151,74 +114,52 @@ def render(verdicts: Sequence[Verdict], environment: dict[str, Any], profile: st
 _NOTED: tuple[Status, ...] = ("warning", "waived", "not supported")
 
 
-def _anchors(verdicts: Sequence[Verdict], failures: Sequence[Group]) -> dict[str, str]:
-    """Where each verdict's cell leads: its failure, its errors, or its line in the table."""
-    anchors = {each.identity: f"row-{view.slug(each)}" for each in verdicts}
-    anchors |= {each.identity: view.slug(each) for each in verdicts if _is_plotted(each)}
-    return anchors | {each.identity: f"failure-{number}" for number, one in enumerate(failures, 1) for each in one.verdicts}
+def _anchors(chapters: Sequence[Chapter], numbers: Mapping[str, int], failures: Sequence[Group]) -> dict[str, str]:
+    """Where each verdict's cell leads: its failure, its errors, its line in the table, or the reason why it was not judged."""
+    anchors = {
+        each.identity: f"{'e' if _is_plotted(each) else 'v'}{numbers[each.identity]}"
+        for chapter in chapters
+        for each in chapter.judged
+    }
+    for chapter in chapters:
+        for number, note in enumerate(chapter.notes):
+            anchors |= {each.identity: chapter.note(number) for each in note.verdicts if each.status == "not supported"}
+    shown = enumerate(failures[:EXPLAINED], 1)
+    return anchors | {each.identity: f"failure-{number}" for number, one in shown for each in one.verdicts}
 
 
 def _is_plotted(verdict: Verdict) -> bool:
     return verdict.property in view.MEASURED and bool(verdict.statistics)
 
 
-def _chapter(matrix: Matrix, anchors: dict[str, str]) -> Chapter:
+def _chapter(number: int, row: overview.Row) -> Chapter:
+    matrix = row.matrix
+    rows = [[matrix.cell(prop, block, dtype) for block in matrix.blocks for dtype in block.dtypes] for prop in matrix.properties]
+    verdicts = [cell for cells in rows for cell in cells if cell is not None]
     plots = {prop: [_plot(matrix, prop, block) for block in matrix.blocks] for prop in view.MEASURED}
-    plots = {prop: [each for each in found if each.strips] for prop, found in plots.items()}
-    verdicts = [
-        cell
-        for prop in matrix.properties
-        for block in matrix.blocks
-        for dtype in block.dtypes
-        if (cell := matrix.cell(prop, block, dtype)) is not None
-    ]
-    return Chapter(matrix, _grid(matrix, anchors), {prop: found for prop, found in plots.items() if found}, verdicts)
-
-
-def _grid(matrix: Matrix, anchors: dict[str, str]) -> Grid:
-    left = max(map(len, matrix.properties)) * LETTER + 14
-    tops = {prop: HEAD + row * (CELL_HEIGHT + GAP) for row, prop in enumerate(matrix.properties)}
-    cells, heads, dtypes = [], [], []
-    x = left
-    for block in matrix.blocks:
-        columns = len(block.dtypes) * (CELL_WIDTH + GAP) - GAP
-        width = max(columns, len(block.title) * LETTER)
-        heads.append(Label(x, 14, block.title, columns))
-        for column, dtype in enumerate(block.dtypes):
-            at = x + column * (CELL_WIDTH + GAP)
-            dtypes.append(Label(at + CELL_WIDTH / 2, HEAD - 10, view.short_dtype(dtype)))
-            found = {prop: matrix.cell(prop, block, dtype) for prop in matrix.properties}
-            cells += [Cell(at, tops[prop], each, anchors[each.identity]) for prop, each in found.items() if each]
-        x += width + BLOCK_GAP
-    rows = [Label(left - 10, top + CELL_HEIGHT / 2 + 4, prop) for prop, top in tops.items()]
-    return Grid(x - BLOCK_GAP + 2, HEAD + len(tops) * (CELL_HEIGHT + GAP), cells, rows, heads, dtypes)
+    plots = {prop: [each for each in found if each.verdicts] for prop, found in plots.items()}
+    notes = [each for status in _NOTED for each in group(one for one in verdicts if one.status == status)]
+    shown = {prop: found for prop, found in plots.items() if found}
+    return Chapter(number, matrix, row.status, shown, view.tested(verdicts), notes)
 
 
 def _plot(matrix: Matrix, prop: str, block: Block) -> Plot:
-    strips: list[Strip] = []
-    y = 6.0
-    for dtype in block.dtypes:
-        verdict = matrix.cell(prop, block, dtype)
-        if verdict is None or not verdict.statistics:
-            continue
-        dots = [
-            _dots((row + 0.5) * ROW_HEIGHT, name, statistics) for row, (name, statistics) in enumerate(verdict.statistics.items())
-        ]
-        strips.append(Strip(y, len(dots) * ROW_HEIGHT, verdict, dots))
-        y += len(dots) * ROW_HEIGHT + 6
-    return Plot(prop, block, y + 18, strips)
+    cells = [matrix.cell(prop, block, dtype) for dtype in block.dtypes]
+    return Plot(block, [each for each in cells if each is not None and each.statistics])
 
 
-def _dots(y: float, name: str, statistics: Statistics) -> Dots:
-    def place(value: float | None) -> float | None:
-        return None if value is None else DOT_LABEL + min(max(value, 0.0), TRACK_UNITS) * TRACK / TRACK_UNITS
+def place(statistics: Statistics) -> str:
+    """Where the marks of an output stand on their track, as CSS: 0 is its left edge, 1 the right one, at 1.25 of the limit."""
+    marks = {"m": statistics.max, "r": statistics.rms, "b": statistics.bias}
+    places = {name: min(max(value, 0.0), REACH) / REACH for name, value in marks.items() if value is not None}
+    return ";".join(f"--{name}:{value:.2g}" for name, value in places.items())
 
-    short = name.replace("gradient of ", "∇ ")
-    return Dots(
-        y,
-        short,
-        statistics,
-        place(statistics.max) or DOT_LABEL,
-        place(statistics.rms),
-        place(statistics.bias),
-    )
+
+def short_output(name: str) -> str:
+    """`∇ w13`."""
+    return name.replace("gradient of ", "∇ ")
+
+
+def breakable(name: str) -> Markup:
+    """A long name that may be broken after its dots, dashes and underscores, and is one word to a search all the same."""
+    return Markup(re.sub(r"(?<=[._-])(?=\w)", "<wbr>", str(escape(view.printable(name)))))

@@ -1,10 +1,12 @@
 """Verdicts in the terminal: progress while they arrive, then the matrix, the failures, and a closing line."""
 
+import collections
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from time import monotonic
 
+from rich.cells import cell_len
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.text import Text
@@ -12,6 +14,8 @@ from rich.text import Text
 from gaugeblock.conformance.engine.judging.verdict import FAILED, Status, Verdict
 from gaugeblock.conformance.report import view
 from gaugeblock.conformance.report.failure_text import Group, explanation, group
+from gaugeblock.conformance.report.overview import FEW, Tile, overview, worth_showing
+from gaugeblock.conformance.report.tables import print_line, print_list
 from gaugeblock.conformance.report.view import Block, Matrix, printable
 
 STYLES: dict[Status, str] = {
@@ -24,30 +28,71 @@ STYLES: dict[Status, str] = {
     "timeout": "bold magenta",
     "error": "bold red",
 }
-LONGEST_TITLE = 24  # of an implementation, in a column's head
 EXPLAINED = 12  # failures shown in full; the rest in a line each
+ROOM_BESIDE_NAMES = 60  # in the overview; where there is less, what does not fit stands below them
+LISTED = 40  # lines of each kind, unless all are asked for
 BETWEEN_BLOCKS = "  "
 
 
-def print_matrix(verdicts: Sequence[Verdict], console: Console, seconds: float | None = None, folder: Path | None = None) -> None:
-    """Prints the matrix of each contract, what fails and why, and a closing line.
+def print_matrix(
+    verdicts: Sequence[Verdict],
+    console: Console,
+    seconds: float | None = None,
+    folder: Path | None = None,
+    *,
+    verbose: bool = False,
+) -> None:
+    """Prints what came of a run: an overview of many contracts, matrices, what fails and why, and a closing line.
+
+    A few contracts are what someone works at: their matrices are printed whole. Of many, each gets a line, and a matrix only
+    where there is anything but passes; the page has them all.
 
     Args:
         verdicts: In the order in which contracts and properties should appear.
         seconds: How long the run took; otherwise what the verdicts took together.
         folder: Where the report is written: a failure then names its script there instead of printing it.
+        verbose: Whether to print every matrix, and every line.
     """
-    for matrix in view.matrices(verdicts):
+    matrices = view.matrices(verdicts)
+    if len(matrices) > FEW:
+        _print_overview(matrices, console)
+    shown = matrices if verbose else worth_showing(matrices)
+    for matrix in shown:
         _print_contract(matrix, console)
+    _print_rest(len(shown), len(matrices), "matrices", console)
     if verdicts:
         console.print(_legend(verdicts))
+    most = None if verbose else LISTED
     failures = group(each for each in verdicts if each.status in FAILED)
-    for number, each in enumerate(failures):
+    for number, each in enumerate(failures[:most]):
         _print_failure(each, console, folder, in_full=number < EXPLAINED)
+    _print_rest(len(failures[:most]), len(failures), "failures", console)
     for status in ("warning", "waived", "not supported"):
-        _print_notes(status, verdicts, console)
+        _print_notes(status, verdicts, console, most)
+    _print_quietly(verdicts, console)
     console.print()
-    console.print(_closing_line(verdicts, sum(each.seconds for each in verdicts) if seconds is None else seconds))
+    print_line(console, _closing_line(verdicts, sum(each.seconds for each in verdicts) if seconds is None else seconds))
+
+
+# --------------------------------------------------------------------------------------------------------- the overview
+
+
+def _print_overview(matrices: Sequence[Matrix], console: Console) -> None:
+    """A line for each contract: its mark, and the worst of each implementation."""
+    console.print()
+    lead = max(cell_len(printable(each.contract)) for each in matrices) + 2
+    beside = console.width - lead >= ROOM_BESIDE_NAMES
+    for rows in overview(matrices).families.values():
+        for row in rows:
+            name = _ljust(printable(row.matrix.contract), lead - 2 if beside else 0)
+            mark = Text.assemble((f"{view.MARKS[row.status]} ", STYLES[row.status]), (name, "bold"))
+            print_list(console, mark, [_entry(each) for each in row.tiles if each], lead + 2 if beside else 4)
+
+
+def _entry(tile: Tile) -> Text:
+    """`triton .31`, or `mychip ✗ 2e7`."""
+    text = tile.text(narrow=True).removeprefix(f"{view.MARKS['pass']} ").replace(view.MARKS["pass"], "")
+    return Text.assemble(printable(tile.block.title), (f" {text}".rstrip(), STYLES[tile.status]))
 
 
 def _print_contract(matrix: Matrix, console: Console) -> None:
@@ -58,8 +103,9 @@ def _print_contract(matrix: Matrix, console: Console) -> None:
         console.print()
         part = f"  {number} of {len(tables)}" if len(tables) > 1 else ""
         console.print(Text.assemble((printable(matrix.contract), "bold"), (part, "dim")))
-        for line in _table(matrix, blocks, label_width, cell_width):
-            console.print(line, no_wrap=True, overflow="ellipsis")
+        for line in _table(matrix, blocks, label_width, cell_width, console.width):
+            line.rstrip()
+            console.print(line, soft_wrap=True)
 
 
 def _tables(blocks: Sequence[Block], width: int, cell_width: int) -> Iterator[list[Block]]:
@@ -77,25 +123,27 @@ def _tables(blocks: Sequence[Block], width: int, cell_width: int) -> Iterator[li
 
 
 def _block_width(block: Block, cell_width: int) -> int:
-    return max(len(block.dtypes) * (cell_width + 1) - 1, min(len(block.title), LONGEST_TITLE))
+    return max(len(block.dtypes) * (cell_width + 1) - 1, cell_len(printable(block.title)))
 
 
-def _table(matrix: Matrix, blocks: list[Block], label_width: int, cell_width: int) -> Iterator[Text]:
+def _table(matrix: Matrix, blocks: list[Block], label_width: int, cell_width: int, width: int) -> Iterator[Text]:
+    widths = [_block_width(block, cell_width) for block in blocks]
     titles, dtypes = Text(" " * label_width), Text(" " * label_width)
-    for block in blocks:
-        width = _block_width(block, cell_width)
-        titles.append(BETWEEN_BLOCKS + _fit(printable(block.title), width), "bold")
-        dtypes.append(BETWEEN_BLOCKS + _fit(_row(map(view.short_dtype, block.dtypes), cell_width), width), "dim")
+    for block, needed in zip(blocks, widths, strict=True):
+        titles.append(BETWEEN_BLOCKS + _ljust(printable(block.title), needed), "bold")
+        dtypes.append(BETWEEN_BLOCKS + _row(map(view.short_dtype, block.dtypes), cell_width).ljust(needed), "dim")
+    if cell_len(titles.plain) > width:  # one name that is too long to stand above its columns
+        titles = Text(titles.plain.strip().rjust(width), "bold")
     yield titles
     yield dtypes
     for prop in matrix.properties:
         line = Text(prop.ljust(label_width))
-        for block in blocks:
+        for block, needed in zip(blocks, widths, strict=True):
             cells = [matrix.cell(prop, block, dtype) for dtype in block.dtypes]
             texts = Text(" ").join(
                 Text(view.cell_text(cell, narrow=True).ljust(cell_width), STYLES[cell.status] if cell else "") for cell in cells
             )
-            texts.pad_right(_block_width(block, cell_width) - len(texts))
+            texts.pad_right(needed - len(texts))
             line.append(BETWEEN_BLOCKS).append_text(texts)
         yield line
 
@@ -104,8 +152,8 @@ def _row(texts: Iterable[str], width: int) -> str:
     return " ".join(each.ljust(width) for each in texts)
 
 
-def _fit(text: str, width: int) -> str:
-    return text.ljust(width) if len(text) <= width else text[: width - 1] + "…"
+def _ljust(text: str, width: int) -> str:
+    return text + " " * (width - cell_len(text))
 
 
 def _legend(verdicts: Sequence[Verdict]) -> Text:
@@ -124,13 +172,8 @@ def _print_failure(failures: Group, console: Console, folder: Path | None, *, in
     first = failures.first
     lines = explanation(first)
     console.print()
-    console.print(
-        Text.assemble(
-            (f"{view.MARKS[first.status]} ", STYLES[first.status]),
-            (printable(f"{first.contract} {first.implementation}"), "bold"),
-            printable(f": {failures.places}"),
-        )
-    )
+    mark = Text(f"{view.MARKS[first.status]} ", STYLES[first.status])
+    print_line(console, mark, Text(printable(f"{first.contract} {first.implementation}"), "bold"), f": {failures.places}")
     for number, line in enumerate(lines if in_full else lines[:1]):
         console.print(Text(f"  {line}", STYLES[first.status] if number == 0 else ""), soft_wrap=True)
     script = first.failure.script if first.failure else ""
@@ -142,22 +185,39 @@ def _print_failure(failures: Group, console: Console, folder: Path | None, *, in
         console.print(Text(f"\n{printable(script)}", "dim"), soft_wrap=True)
 
 
-def _print_notes(status: Status, verdicts: Sequence[Verdict], console: Console) -> None:
+def _print_notes(status: Status, verdicts: Sequence[Verdict], console: Console, most: int | None) -> None:
     """Why cells are neither a pass nor a failure: one line for each reason; mere counts for what is not supported."""
     found = [each for each in verdicts if each.status == status]
     if found:
         console.print()
     if status == "not supported":
-        reasons: dict[str, int] = {}
-        for each in found:
-            reasons[each.reason] = reasons.get(each.reason, 0) + 1
-        for reason, times in reasons.items():
-            console.print(Text(printable(f"– {times} not supported: {reason}"), "dim"), soft_wrap=True)
+        reasons = collections.Counter(each.reason for each in found)
+        for reason, times in reasons.most_common(most):
+            print_line(console, Text(printable(f"– {times} not supported: {reason}"), "dim"))
+        _print_rest(len(reasons.most_common(most)), len(reasons), "reasons", console)
         return
-    for notes in group(found):
+    groups = group(found)
+    for notes in groups[:most]:
         first = notes.first
-        text = printable(f"{first.contract} {first.implementation}, {notes.places}: {first.reason}")
-        console.print(Text.assemble((f"{view.MARKS[status]} ", STYLES[status]), text), soft_wrap=True)
+        text = f"{first.contract} {first.implementation}, {notes.places}: {first.reason}"
+        print_line(console, Text(f"{view.MARKS[status]} ", STYLES[status]), text)
+    _print_rest(len(groups[:most]), len(groups), "of these", console)
+
+
+def _print_rest(shown: int, number: int, what: str, console: Console) -> None:
+    if number > shown:
+        print_line(console, Text(f"... and {number - shown} more {what}: --verbose prints all", "dim"))
+
+
+def _print_quietly(verdicts: Sequence[Verdict], console: Console) -> None:
+    """What applied to nothing, and what was not judged again."""
+    nowhere, kept = view.nowhere(verdicts), view.kept_of(view.tested(verdicts))
+    if nowhere and view.tested(verdicts):
+        console.print()
+        print_line(console, Text(printable(f"applied to nothing here: {', '.join(nowhere)}"), "dim"))
+    if kept:
+        console.print()
+        print_line(console, Text(f"verdicts: {kept}", "dim"))
 
 
 def _closing_line(verdicts: Sequence[Verdict], seconds: float) -> Text:

@@ -27,6 +27,7 @@ NOT_OF_CONTRACT = "the contract has no"  # begins the reason why a property make
 SPARING = "Visited: of the pairs (or classes) of sizes, options and values there are. *: built in, of which quick visits few."
 MEASURED = ("parity", "gradients")  # properties whose worst error stands beside the mark
 KINDS = ("reference", "triton", "distributed", "jax", "compiled", "user")
+SHORT_COMMIT = 10
 LONGEST_SLUG = 200  # file names may have 255 bytes
 DTYPES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
 
@@ -48,6 +49,8 @@ def units(value: float, *, narrow: bool = False) -> str:
 
 def printable(text: str) -> str:
     """The text with control characters and lone surrogates as escapes: terminals and XML choke on them."""
+    if text.isprintable():
+        return text
     return "".join(each if each.isprintable() or each in "\n\t" else ascii(each)[1:-1] for each in text)
 
 
@@ -130,7 +133,7 @@ def _matrix(contract: str, verdicts: list[Verdict]) -> Matrix:
             device,
             tuple(sorted(found, key=_dtype_order)),
         )
-        for (kind, name, device), found in sorted(dtypes.items(), key=lambda each: (_kind_order(each[0][0]), each[0]))
+        for (kind, name, device), found in sorted(dtypes.items(), key=lambda each: (kind_order(each[0][0]), each[0]))
     ]
     judged = {each.property for each in verdicts if each.status != "not supported"}
     absent = {each.property for each in verdicts if each.reason.startswith(NOT_OF_CONTRACT)} - judged
@@ -140,7 +143,8 @@ def _matrix(contract: str, verdicts: list[Verdict]) -> Matrix:
     return Matrix(contract, properties, tuple(blocks), cells)
 
 
-def _kind_order(kind: str) -> int:
+def kind_order(kind: str) -> int:
+    """Where a kind's columns stand among the others."""
     return KINDS.index(kind) if kind in KINDS else len(KINDS)
 
 
@@ -176,6 +180,36 @@ def _part_visited(verdict: Verdict) -> float:
     return verdict.coverage.visited / max(1, verdict.coverage.due)
 
 
+def kept(verdict: Verdict) -> str:
+    """`kept of 2026-11-20, commit abc1234` of a verdict that was not judged again; else an empty string."""
+    found = vars(verdict).get("kept")
+    if not found or verdict.status == "not supported":
+        return ""
+    commit = (found["commit"] or "")[:SHORT_COMMIT]
+    return f"kept of {found['date']}" + (f", commit {commit}" if commit else "")
+
+
+def remark(verdict: Verdict) -> str:
+    """Its reason, and whether it was kept."""
+    return "; ".join(filter(None, (verdict.reason, kept(verdict))))
+
+
+def kept_of(verdicts: Sequence[Verdict]) -> str:
+    """`all kept of 2026-11-20, commit abc1234`, `3 of 12 kept`, or an empty string."""
+    whence = [text for each in verdicts if (text := kept(each))]
+    several = len(set(whence)) > 1
+    if not whence:
+        return ""
+    number = "all" if len(whence) == len(verdicts) else f"{len(whence):,} of {len(verdicts):,}"
+    return f"{number} kept, the latest {max(whence).removeprefix('kept ')}" if several else f"{number} {whence[0]}"
+
+
+def nowhere(verdicts: Sequence[Verdict]) -> list[str]:
+    """Properties that applied to nothing of what was judged: nobody should believe that they were tested."""
+    somewhere = {each.property for each in tested(verdicts)}
+    return [name for name in dict.fromkeys(each.property for each in verdicts) if name not in somewhere]
+
+
 def tested(verdicts: Sequence[Verdict]) -> list[Verdict]:
     """Those that came of running something."""
     return [each for each in verdicts if each.status != "not supported"]
@@ -189,15 +223,17 @@ def conclusion(verdicts: Sequence[Verdict]) -> str:
     if not judged:
         return "nothing was tested"
     if failed:
-        return f"{failed} of {len(judged)} verdicts {'fails' if failed == 1 else 'fail'}"
+        return f"{failed:,} of {len(judged):,} verdicts {'fails' if failed == 1 else 'fail'}"
     if waived:
-        return f"{len(judged) - waived} of {len(judged)} verdicts conform, {waived} {'is' if waived == 1 else 'are'} waived"
-    return f"all {len(judged)} verdicts conform" if len(judged) > 1 else "the one verdict conforms"
+        return f"{len(judged) - waived:,} of {len(judged):,} verdicts conform, {waived} {'is' if waived == 1 else 'are'} waived"
+    return f"all {len(judged):,} verdicts conform" if len(judged) > 1 else "the one verdict conforms"
 
 
 def duration(seconds: float) -> str:
-    """`0.4 s`, `58 s` or `12 min 5 s`."""
+    """`0.4 s`, `58 s`, `12 min 5 s` or `2 h 10 min`."""
     if seconds < 9.95:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
+    if minutes >= 60:
+        return f"{minutes // 60} h {minutes % 60} min"
     return f"{minutes} min {rest} s" if minutes else f"{rest} s"

@@ -15,10 +15,10 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
 
 from gaugeblock.conformance.engine.processes.workers import Died, run_tasks
 from gaugeblock.conformance.exit_status import CONFORM, FAILS
+from gaugeblock.conformance.report.tables import print_columns
 
 os.environ.setdefault("TRITON_INTERPRET", "1")  # faults are planted for the CPU, on a machine with a GPU too
 
@@ -259,33 +259,34 @@ def print_rates(rates: dict[str, Any], kills: Sequence[Any], console: Console) -
     kill, alarms, vacuity = rates["kill"], rates["false_alarms"], rates["vacuity"]
     plain = list(alarms["plain"])
     for title, rows in (("class of bug", kill["by_kind"]), ("property", kill["by_property"])):
-        table = Table(title, "planted", "caught", "median examples", "most", *plain, title=f"planted bugs, by {title}")
+        lines = []
         for name, row in [*rows.items(), ("all", kill)]:
-            counts = [
-                row["faults"],
-                row["killed"],
-                row["median_examples"],
-                row["most_examples"],
-                *(row["plain"][each] for each in plain),
-            ]
-            table.add_row(name, *(f"{each:g}" for each in counts), end_section=name == list(rows)[-1])
-        console.print(table)
+            examples = row["faults"], row["killed"], row["median_examples"], row["most_examples"]
+            lines.append([name, *(f"{each:g}" for each in (*examples, *(row["plain"][each] for each in plain)))])
+        console.print(f"planted bugs, by {title}", style="bold")
+        header = [title, "planted", "caught", "median examples", "most", *plain]
+        print_columns(console, header, lines, right=range(1, len(header)))
+        console.print()
 
-    scripts, shrinking = rates["reproduction"], rates["shrinking"]
-    table = Table("rate", "gaugeblock", *plain, title="five rates")
+    scripts, shrinking, hostile = rates["reproduction"], rates["shrinking"], rates["hostile"]
     caught = [kill["killed"], *(kill["plain"][each] for each in plain)]
-    table.add_row("planted bugs caught", *(f"{each / kill['faults']:.0%} of {kill['faults']}" for each in caught))
-    for name, planted in rates["corners"]["planted"].items():
-        share = f"{rates['corners']['caught'][name] / max(1, planted):.0%} of {planted}"
-        table.add_row(f"wrong by 1 % in one of the {name} of cases, caught", share, *("" for _ in plain))
     rejected = [len(alarms["alarms"]), *(alarms["plain"][each] for each in plain)]
-    table.add_row("right variants rejected", *(f"{each / alarms['judged']:.2%} of {alarms['judged']:,}" for each in rejected))
-    table.add_row("trivial results accepted", f"{len(vacuity['passed'])} of {vacuity['judged']:,}", *("" for _ in plain))
-    table.add_row("scripts that fail again", f"{scripts['fail_again']} of {scripts['scripts']}", *("" for _ in plain))
-    hostile = rates["hostile"]
-    ended = f"{hostile['as_expected']} of {hostile['candidates']}"
-    table.add_row("hostile candidates with the expected verdict", ended, *("" for _ in plain))
-    console.print(table)
+    ours: dict[str, str] = {
+        f"wrong by 1 % in one of the {name} of cases, caught":
+            f"{rates['corners']['caught'][name] / max(1, planted):.0%} of {planted}"
+        for name, planted in rates["corners"]["planted"].items()
+    }  # fmt: skip
+    ours["trivial results accepted"] = f"{len(vacuity['passed'])} of {vacuity['judged']:,}"
+    ours["scripts that fail again"] = f"{scripts['fail_again']} of {scripts['scripts']}"
+    ours["hostile candidates with the expected verdict"] = f"{hostile['as_expected']} of {hostile['candidates']}"
+    console.print("five rates", style="bold")
+    lines = [
+        ["planted bugs caught", *(f"{each / kill['faults']:.0%} of {kill['faults']}" for each in caught)],
+        ["right variants rejected", *(f"{each / alarms['judged']:.2%} of {alarms['judged']:,}" for each in rejected)],
+        *([name, rate, *("" for _ in plain)] for name, rate in ours.items()),
+    ]
+    print_columns(console, ["rate", "gaugeblock", *plain], lines)
+    console.print()
     bound = alarms["at_most_with_95_percent"]
     if bound:
         console.print(f"no false alarm in {alarms['judged']:,} judgements: fewer than {bound:.1e} each, with 95 % confidence")

@@ -15,10 +15,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from rich.console import Console
-from rich.table import Table
+from rich.text import Text
 
 from gaugeblock.conformance.engine.judging.verdict import Status
 from gaugeblock.conformance.exit_status import CONFORM, FAILS, NOTHING_TESTED, WRONG_CALL
+from gaugeblock.conformance.report.tables import print_columns, print_line
 from gaugeblock.conformance.report.view import MARKS, WORST_FIRST, short_dtype
 from gaugeblock.conformance.selftest.machines_page import render
 
@@ -102,7 +103,8 @@ def run_machines(options: argparse.Namespace) -> int:
     for machine in machines:
         console.print(f"{machine.name}: {machine.summary}", style="bold")
         runs.append(run_gate_on(machine, folder / machine.name, options.arguments))
-        console.print(f"  exit status {runs[-1].exit_status} after {runs[-1].seconds:.0f} s, report in {folder / machine.name}")
+        told = f"  exit status {runs[-1].exit_status} after {runs[-1].seconds:.0f} s, report in {folder / machine.name}"
+        console.print(told, soft_wrap=True)
         if runs[-1].exit_status in (WRONG_CALL, NOTHING_TESTED):
             return runs[-1].exit_status
         if options.variants:
@@ -111,7 +113,7 @@ def run_machines(options: argparse.Namespace) -> int:
     different = differences(runs)
     (folder / "index.html").write_text(render(runs, different), encoding="utf-8")
     print_runs(runs, different, console)
-    console.print(f"page: {folder / 'index.html'}")
+    console.print(f"page: {folder / 'index.html'}", soft_wrap=True)
     return CONFORM if not different and all(each.conforms for each in runs) else FAILS
 
 
@@ -153,22 +155,32 @@ def differences(runs: Sequence[Run]) -> list[str]:
 
 
 def print_runs(runs: Sequence[Run], different: Sequence[str], console: Console) -> None:
-    """A column for each machine: how many verdicts of each status, then each verdict that differs."""
-    table = Table("verdicts", *(each.machine.name for each in runs))
+    """A column for each machine: how many verdicts of each status; then each verdict that differs."""
+    rows: list[list[str | Text]] = []
     for status in WORST_FIRST:
         counts = [sum(found == status for found in each.statuses.values()) for each in runs]
         if any(counts):
-            table.add_row(f"{MARKS[status]} {status}", *map(str, counts))
+            rows.append([f"{MARKS[status]} {status}", *map(str, counts)])
     if any(each.judged for each in runs):
+        style = "bold red" if any(each.alarms for each in runs) else ""
         shares = [f"{len(each.alarms or ())} of {each.judged:,}" for each in runs]
-        table.add_row("right variants rejected", *shares, style="bold red" if any(each.alarms for each in runs) else "")
+        rows.append([Text(text, style) for text in ("right variants rejected", *shares)])
+    print_columns(console, ["verdicts", *(each.machine.name for each in runs)], rows, right=range(1, 1 + len(runs)))
+    console.print()
     for identity in different:
+        found = ", ".join(f"{status or 'missing'} on {where}" for status, where in _where(identity, runs).items())
         contract, implementation, prop, dtype, device = identity.split("/")
-        found = [each.statuses.get(identity) for each in runs]
         label = f"{contract} {implementation} {prop} {short_dtype(dtype)} {device}"
-        table.add_row(label, *(MARKS[status] if status else "" for status in found), style="bold red")
-    console.print(table)
+        print_line(console, Text(f"{label}: {found}", "bold red"))
     console.print("the same verdicts on all" if not different else f"{len(different)} verdicts differ")
+
+
+def _where(identity: str, runs: Sequence[Run]) -> dict[Status | None, str]:
+    """Each status of a verdict, and the machines where it has it."""
+    found: dict[Status | None, list[str]] = {}
+    for each in runs:
+        found.setdefault(each.statuses.get(identity), []).append(each.machine.name)
+    return {status: ", ".join(names) for status, names in found.items()}
 
 
 def _chosen(names: Sequence[str]) -> list[Machine]:
