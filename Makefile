@@ -26,6 +26,7 @@ machines: setup  ## the gate on pretended CPUs (older instructions, more threads
 
 lint: setup  ## ruff, mypy, and the direction of imports
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 

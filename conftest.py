@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from gaugeblock.conformance.devices import compile_quickly, split_cpu_for_jax
+from gaugeblock.conformance.engine.devices import compile_quickly, split_cpu_for_jax
 
 compile_quickly()
 split_cpu_for_jax()  # before any test imports jax

@@ -1,5 +1,5 @@
 """The gate: contracts of operations, and one engine that checks any implementation against any of them."""
 
-from gaugeblock.conformance.registry import implements
+from gaugeblock.conformance.engine.registry import implements
 
 __all__ = ["implements"]

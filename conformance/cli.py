@@ -112,19 +112,18 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _check(options: argparse.Namespace) -> int:
-    from gaugeblock.conformance import workers
-    from gaugeblock.conformance.runner import nursery
+    from gaugeblock.conformance.engine.processes import nursery, workers
 
     workers.get_ready("gaugeblock.conformance.gate")  # both import torch while this process does
     nursery.start()
+    from gaugeblock.conformance.engine.processes import torchrun
     from gaugeblock.conformance.gate import run_gate
-    from gaugeblock.conformance.runner import torchrun
 
     return torchrun.run(lambda: run_gate(options)) if torchrun.is_torchrun() else run_gate(options)
 
 
 def _machines(options: argparse.Namespace) -> int:
-    from gaugeblock.conformance.machines import run_machines
+    from gaugeblock.conformance.selftest.machines import run_machines
 
     options.arguments = [each for each in options.arguments if each != "--"]
     return run_machines(options)
@@ -133,8 +132,8 @@ def _machines(options: argparse.Namespace) -> int:
 def _list(options: argparse.Namespace) -> int:
     from rich.console import Console
 
-    from gaugeblock.conformance.properties import properties
-    from gaugeblock.conformance.registry import load_entry_points
+    from gaugeblock.conformance.engine.properties import properties
+    from gaugeblock.conformance.engine.registry import load_entry_points
     from gaugeblock.conformance.report import catalogue
 
     load_entry_points()
@@ -150,8 +149,8 @@ def _list(options: argparse.Namespace) -> int:
 def _explain(options: argparse.Namespace) -> int:
     from rich.console import Console
 
-    from gaugeblock.conformance.properties import properties
-    from gaugeblock.conformance.registry import find_contract
+    from gaugeblock.conformance.engine.properties import properties
+    from gaugeblock.conformance.engine.registry import find_contract
     from gaugeblock.conformance.report import catalogue
 
     catalogue.explain(find_contract(options.contract), tuple(properties().values()), Console())
@@ -159,7 +158,7 @@ def _explain(options: argparse.Namespace) -> int:
 
 
 def _reproduce(options: argparse.Namespace) -> int:
-    from gaugeblock.conformance.reproduction import reproduce_file
+    from gaugeblock.conformance.engine.reproduction import reproduce_file
 
     try:
         reproduce_file(options.failure)
@@ -181,16 +180,16 @@ def _compare(options: argparse.Namespace) -> int:
 
 
 def _selftest(options: argparse.Namespace) -> int:
-    from gaugeblock.conformance import workers
+    from gaugeblock.conformance.engine.processes import workers
 
     workers.get_ready("gaugeblock.conformance.gate")
-    from gaugeblock.conformance.selftest import run_selftest
+    from gaugeblock.conformance.selftest.command import run_selftest
 
     return run_selftest(options)
 
 
 def _codegen(options: argparse.Namespace) -> int:
-    from gaugeblock.conformance.triton_checks.codegen import main as codegen
+    from gaugeblock.conformance.codegen.command import main as codegen
 
     arguments = ["--target", *options.target] if options.target else []
     return codegen(arguments + (["--json", str(options.json)] if options.json else []))
@@ -207,6 +206,7 @@ COMMANDS = {
     "list": _list, "explain": _explain, "reproduce": _reproduce, "compare": _compare, "selftest": _selftest,
     "codegen": _codegen, "bench": _bench,
 }  # fmt: skip
+
 
 def command() -> NoReturn:
     """The console's command: `main`, and a quick end."""

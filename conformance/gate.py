@@ -15,18 +15,18 @@ from functools import partial
 
 from rich.console import Console
 
-from gaugeblock.conformance.devices import cache_compilations, compile_quickly, set_up_process
+from gaugeblock.conformance.engine.devices import cache_compilations, compile_quickly, set_up_process
+from gaugeblock.conformance.engine.exploration import PROFILES, examine
+from gaugeblock.conformance.engine.judging.verdict import FAILED, Failure, Status, Verdict
+from gaugeblock.conformance.engine.processes import nursery
+from gaugeblock.conformance.engine.processes.workers import Died, run_tasks
+from gaugeblock.conformance.engine.properties import find_property, properties
+from gaugeblock.conformance.engine.registry import Implementation, one_line
+from gaugeblock.conformance.engine.selection import Filters, subjects_of
+from gaugeblock.conformance.engine.trial import Subject
 from gaugeblock.conformance.exit_status import CONFORM, FAILS, NOTHING_TESTED, WRONG_CALL
-from gaugeblock.conformance.exploration import PROFILES, examine
-from gaugeblock.conformance.properties import find_property, properties
-from gaugeblock.conformance.registry import Implementation, one_line
 from gaugeblock.conformance.report import files, terminal, waivers
 from gaugeblock.conformance.report.environment import capture_environment
-from gaugeblock.conformance.runner import nursery
-from gaugeblock.conformance.selection import Filters, subjects_of
-from gaugeblock.conformance.trial import Subject
-from gaugeblock.conformance.verdict import FAILED, Failure, Status, Verdict
-from gaugeblock.conformance.workers import Died, run_tasks
 
 Task = tuple[int, str]  # the subject's number and the property's name
 RANKS = "ranks"

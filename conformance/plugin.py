@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 if TYPE_CHECKING:
-    from gaugeblock.conformance.trial import Property, Subject
+    from gaugeblock.conformance.engine.trial import Property, Subject
 
 VERDICT = "gauge_verdict"
 PROFILES = ("quick", "ci", "thorough")  # named here so that pytest starts without torch
@@ -65,9 +65,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 @pytest.fixture
 def gauge_verdict(request: pytest.FixtureRequest) -> Callable[["Property"], None]:
     """Examines the subject under a property; fails or skips the test as the verdict says."""
-    from gaugeblock.conformance.exploration import PROFILES, examine
+    from gaugeblock.conformance.engine.exploration import PROFILES, examine
+    from gaugeblock.conformance.engine.judging.verdict import FAILED
     from gaugeblock.conformance.report.failure_text import failure_lines
-    from gaugeblock.conformance.verdict import FAILED
 
     selected: Selected = request.param
 
@@ -94,11 +94,11 @@ def select(config: pytest.Config) -> list[Selected]:
 
 
 def _select(config: pytest.Config) -> list[Selected]:
-    from gaugeblock.conformance.devices import set_up_process
+    from gaugeblock.conformance.engine.devices import set_up_process
 
     set_up_process()  # before any candidate imports triton
-    from gaugeblock.conformance.registry import RegistrationError
-    from gaugeblock.conformance.selection import Filters, subjects_of
+    from gaugeblock.conformance.engine.registry import RegistrationError
+    from gaugeblock.conformance.engine.selection import Filters, subjects_of
 
     filters = Filters(*(tuple(config.getoption(f"--gauge-{name}")) for name in ("contract", "implementation", "dtype", "device")))
     try:

@@ -22,8 +22,8 @@ import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from sklearn.datasets import load_digits
 
-from gaugeblock.conformance.error_budget import KAPPA
-from gaugeblock.conformance.rounding_noise import rounding_unit
+from gaugeblock.conformance.engine.budget.error_budget import KAPPA
+from gaugeblock.conformance.engine.budget.rounding_noise import rounding_unit
 from gaugeblock.optimized.jax import train_image_diffusion as jax_step
 from gaugeblock.reference.configs import DiTConfig, ImageDiffusionConfig
 from gaugeblock.reference.torch import dit, samplers, train_image_diffusion

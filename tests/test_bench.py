@@ -21,9 +21,9 @@ from gaugeblock.conformance.bench.competitors import Competitor, competitors
 from gaugeblock.conformance.bench.problem import FULL, QUICK, Problem, Results, Unavailable, make_problem, scaled
 from gaugeblock.conformance.bench.roofline import Machine, this_machine
 from gaugeblock.conformance.bench.rows import Effort, Row, bench, count_calls
-from gaugeblock.conformance.contract import Contract, Cost, Workload
-from gaugeblock.conformance.frameworks import call_torch
-from gaugeblock.conformance.registry import RegistrationError, find_contract
+from gaugeblock.conformance.engine.contract import Contract, Cost, Workload
+from gaugeblock.conformance.engine.frameworks import call_torch
+from gaugeblock.conformance.engine.registry import RegistrationError, find_contract
 
 MACHINE = Machine("a machine", "cpu", "float32", flops=1e11, bytes=1e10)
 BRIEF = Effort(QUICK, seconds=0.01)
@@ -37,9 +37,7 @@ def options_of(*arguments: str) -> argparse.Namespace:
 
 
 def tiny(contract: Contract) -> Workload:
-    return Workload(
-        "tiny", contract.landmarks[1], "a landmark of sizes that grouped_mm takes: multiples of 16 bytes"
-    )
+    return Workload("tiny", contract.landmarks[1], "a landmark of sizes that grouped_mm takes: multiples of 16 bytes")
 
 
 def bench_router(*competing: Competitor) -> list[Row]:
@@ -112,9 +110,7 @@ def test_nothing_measured_is_no_success():
 def test_the_table_is_sorted_by_distance_from_the_roofline():
     rows = bench_router(RIGHT, Competitor("again", RIGHT.prepare))
     assert [row.roofline for row in rows] == sorted(row.roofline for row in rows)
-    assert rows[0].roofline == pytest.approx(
-        rows[0].median / MACHINE.seconds(ROUTER.cost(tiny(ROUTER).parameters, itemsize=4))
-    )
+    assert rows[0].roofline == pytest.approx(rows[0].median / MACHINE.seconds(ROUTER.cost(tiny(ROUTER).parameters, itemsize=4)))
 
 
 def test_roofline_time_is_that_of_the_slower_ceiling():

@@ -5,7 +5,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gaugeblock.conformance.cases import (
+from gaugeblock.conformance.engine.budget.oracle import exact_inputs, reference_run
+from gaugeblock.conformance.engine.contract import nest
+from gaugeblock.conformance.engine.inputs.cases import (
     GUARD,
     LAYOUTS,
     Case,
@@ -19,10 +21,8 @@ from gaugeblock.conformance.cases import (
     options,
     take,
 )
-from gaugeblock.conformance.contract import nest
-from gaugeblock.conformance.coverage import array
-from gaugeblock.conformance.oracle import exact_inputs, reference_run
-from gaugeblock.conformance.registry import contracts
+from gaugeblock.conformance.engine.inputs.coverage import array
+from gaugeblock.conformance.engine.registry import contracts
 
 CONTRACTS = tuple(contracts().values())
 REGIMES = [pytest.param(row, each, id=f"{row.name}-{each.name}") for row in CONTRACTS for each in row.regimes]

@@ -9,14 +9,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gaugeblock.conformance.cases import Case, make_inputs, options
-from gaugeblock.conformance.choice import check_choice, must_and_may
-from gaugeblock.conformance.contract import Contract, Regime
-from gaugeblock.conformance.decisions import replay_of
-from gaugeblock.conformance.error_budget import KAPPA, Budget
-from gaugeblock.conformance.frameworks import Call, call_torch
-from gaugeblock.conformance.judge import Violation, judge
-from gaugeblock.conformance.registry import find_contract
+from gaugeblock.conformance.engine.budget.decisions import replay_of
+from gaugeblock.conformance.engine.budget.error_budget import KAPPA, Budget
+from gaugeblock.conformance.engine.contract import Contract, Regime
+from gaugeblock.conformance.engine.frameworks import Call, call_torch
+from gaugeblock.conformance.engine.inputs.cases import Case, make_inputs, options
+from gaugeblock.conformance.engine.judging.choice import check_choice, must_and_may
+from gaugeblock.conformance.engine.judging.judge import Violation, judge
+from gaugeblock.conformance.engine.registry import find_contract
 
 ROUTER = find_contract("routers.softmax_topk")
 GROUPED = find_contract("routers.grouped_sigmoid_topk")

@@ -5,16 +5,16 @@ from dataclasses import replace
 import pytest
 import torch
 
-from gaugeblock.conformance.cases import REDRAWS, Case, make_inputs, options
-from gaugeblock.conformance.contract import Contract, ContractError
-from gaugeblock.conformance.decisions import Decisions, rounding_decides
-from gaugeblock.conformance.exploration import PROFILES, examine
-from gaugeblock.conformance.frameworks import Call, call_torch
-from gaugeblock.conformance.judge import Violation, judge
-from gaugeblock.conformance.oracle import exact_inputs, reference_run
-from gaugeblock.conformance.properties import find_property
-from gaugeblock.conformance.registry import Implementation, contracts, find_contract
-from gaugeblock.conformance.trial import Subject
+from gaugeblock.conformance.engine.budget.decisions import Decisions, rounding_decides
+from gaugeblock.conformance.engine.budget.oracle import exact_inputs, reference_run
+from gaugeblock.conformance.engine.contract import Contract, ContractError
+from gaugeblock.conformance.engine.exploration import PROFILES, examine
+from gaugeblock.conformance.engine.frameworks import Call, call_torch
+from gaugeblock.conformance.engine.inputs.cases import REDRAWS, Case, make_inputs, options
+from gaugeblock.conformance.engine.judging.judge import Violation, judge
+from gaugeblock.conformance.engine.properties import find_property
+from gaugeblock.conformance.engine.registry import Implementation, contracts, find_contract
+from gaugeblock.conformance.engine.trial import Subject
 from gaugeblock.reference.torch import moe_layers
 
 MIXTRAL = find_contract("moe_layers.mixtral_moe")

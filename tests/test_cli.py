@@ -7,11 +7,11 @@ import sys
 import pytest
 
 from gaugeblock.conformance import cli, exit_status
-from gaugeblock.conformance.properties import properties
-from gaugeblock.conformance.registry import contracts
+from gaugeblock.conformance.engine.properties import properties
+from gaugeblock.conformance.engine.registry import contracts
 
 ROUTER, GROUPED, EXPERTS = "routers.softmax_topk", "routers.grouped_sigmoid_topk", "experts.fused_swiglu"
-HEAVY = {"torch", "jax", "triton", "numpy", "hypothesis", "rich", "gaugeblock.conformance.trial"}
+HEAVY = {"torch", "jax", "triton", "numpy", "hypothesis", "rich", "gaugeblock.conformance.engine.trial"}
 
 
 @pytest.fixture

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from gaugeblock.conformance.triton_checks import codegen
-from gaugeblock.conformance.triton_checks.chips import CHIPS
+from gaugeblock.conformance.codegen import command as codegen
+from gaugeblock.conformance.engine.triton.chips import CHIPS
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -2,11 +2,11 @@
 
 import pytest
 
-from gaugeblock.conformance.cases import Case
-from gaugeblock.conformance.exploration import check
-from gaugeblock.conformance.properties import properties
-from gaugeblock.conformance.registry import contracts, implementations
-from gaugeblock.conformance.trial import Ledger, Subject
+from gaugeblock.conformance.engine.exploration import check
+from gaugeblock.conformance.engine.inputs.cases import Case
+from gaugeblock.conformance.engine.properties import properties
+from gaugeblock.conformance.engine.registry import contracts, implementations
+from gaugeblock.conformance.engine.trial import Ledger, Subject
 
 
 @pytest.mark.parametrize("name", ["layers.layer_norm_modulate", "layers.gated_residual_layer_norm_modulate"])

@@ -5,12 +5,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from gaugeblock.conformance.cases import Case, in_float32, make_inputs, options
-from gaugeblock.conformance.contract import Contract, Input, Output, Regime
 from gaugeblock.conformance.contracts.train_image_diffusion import USUAL, sizes
-from gaugeblock.conformance.frameworks import Call, call_torch
-from gaugeblock.conformance.judge import Violation, judge
-from gaugeblock.conformance.registry import find_contract
+from gaugeblock.conformance.engine.contract import Contract, Input, Output, Regime
+from gaugeblock.conformance.engine.frameworks import Call, call_torch
+from gaugeblock.conformance.engine.inputs.cases import Case, in_float32, make_inputs, options
+from gaugeblock.conformance.engine.judging.judge import Violation, judge
+from gaugeblock.conformance.engine.registry import find_contract
 from gaugeblock.reference.configs import DiTConfig, ImageDiffusionConfig
 
 STEP = find_contract("train_image_diffusion.train_step")

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from gaugeblock.conformance.bench import asv_results, history
-from gaugeblock.conformance.registry import SUBJECTS
+from gaugeblock.conformance.engine.registry import SUBJECTS
 
 ROOT = Path(__file__).parents[1]
 SUBJECT, QUESTION = "objectives", "Counters"  # what is really run here: small functions, few of them

@@ -6,12 +6,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from gaugeblock.conformance.cases import Case, make_inputs, options
-from gaugeblock.conformance.contract import Contract, ContractError, Input, Output, Regime, Selection
-from gaugeblock.conformance.decisions import Decisions, replay_of
-from gaugeblock.conformance.frameworks import Call, call_torch
-from gaugeblock.conformance.judge import Violation, judge
-from gaugeblock.conformance.registry import find_contract
+from gaugeblock.conformance.engine.budget.decisions import Decisions, replay_of
+from gaugeblock.conformance.engine.contract import Contract, ContractError, Input, Output, Regime, Selection
+from gaugeblock.conformance.engine.frameworks import Call, call_torch
+from gaugeblock.conformance.engine.inputs.cases import Case, make_inputs, options
+from gaugeblock.conformance.engine.judging.judge import Violation, judge
+from gaugeblock.conformance.engine.registry import find_contract
 
 ROWS, CANDIDATES = 6, 5
 CASE = Case(num_tokens=ROWS, num_candidates=CANDIDATES, count=2, regime="ties")

@@ -40,9 +40,7 @@ def on_ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
     """Run a function in every process, and return what each returned or raised."""
     address = f"file://{tmp_path_factory.mktemp('ranks') / 'store'}"
     context = multiprocessing.get_context("spawn")
-    processes = [
-        ProcessPoolExecutor(1, mp_context=context, initializer=join, initargs=(rank, address)) for rank in range(RANKS)
-    ]
+    processes = [ProcessPoolExecutor(1, mp_context=context, initializer=join, initargs=(rank, address)) for rank in range(RANKS)]
 
     def run(function: Callable[..., Any], *arguments: Any) -> list[Any]:
         futures = [process.submit(function, *arguments) for process in processes]
@@ -99,9 +97,7 @@ def check_experts(ranks: int) -> None:
         return weights.chunk(ranks)[mesh.get_local_rank()]
 
     shard = [mine(floats[0]), my_experts(floats[1]), my_experts(floats[2]), mine(floats[3])]
-    actual = out_and_gradients(
-        lambda *floats: experts.fused_swiglu(*floats, mine(ids), mesh=mesh), shard, mine(cotangent)
-    )
+    actual = out_and_gradients(lambda *floats: experts.fused_swiglu(*floats, mine(ids), mesh=mesh), shard, mine(cotangent))
     cut = (mine, mine, my_experts, my_experts, mine)
     for one_actual, one_expected, of_rank in zip(actual, expected, cut, strict=True):
         assert_equal_to_rounding(one_actual, of_rank(one_expected))
@@ -284,8 +280,6 @@ def test_the_triton_products_of_rows_are_those_of_the_reference(sizes):
         for seed, shape in enumerate([(sum(sizes), 20), (len(sizes), 12, 20), (sum(sizes), 12)])
     )
     expected = out_and_gradients(lambda *floats: reference.grouped_matmul(*floats, sizes_E), [rows, weights], cotangent)
-    actual = out_and_gradients(
-        lambda *floats: triton_grouped_matmul.grouped_matmul(*floats, sizes_E), [rows, weights], cotangent
-    )
+    actual = out_and_gradients(lambda *floats: triton_grouped_matmul.grouped_matmul(*floats, sizes_E), [rows, weights], cotangent)
     for one_actual, one_expected in zip(actual, expected, strict=True):
         assert_equal_to_rounding(one_actual, one_expected)

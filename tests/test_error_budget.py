@@ -6,8 +6,7 @@ import os
 import pytest
 import torch
 
-from gaugeblock.conformance.cases import Case
-from gaugeblock.conformance.error_budget import (
+from gaugeblock.conformance.engine.budget.error_budget import (
     BIAS_LIMIT,
     KAPPA,
     RMS_LIMIT,
@@ -15,14 +14,15 @@ from gaugeblock.conformance.error_budget import (
     measure,
     spread,
 )
-from gaugeblock.conformance.exploration import check
-from gaugeblock.conformance.faults.fault import faults
-from gaugeblock.conformance.faults.rates import drawn_cases, judge_variants
-from gaugeblock.conformance.properties import properties
-from gaugeblock.conformance.registry import contracts
-from gaugeblock.conformance.rounding_noise import ROUNDING_VARIANCE, RoundingNoise, rounding_unit
-from gaugeblock.conformance.runs import of_run
-from gaugeblock.conformance.trial import Ledger
+from gaugeblock.conformance.engine.budget.rounding_noise import ROUNDING_VARIANCE, RoundingNoise, rounding_unit
+from gaugeblock.conformance.engine.budget.runs import of_run
+from gaugeblock.conformance.engine.exploration import check
+from gaugeblock.conformance.engine.inputs.cases import Case
+from gaugeblock.conformance.engine.properties import properties
+from gaugeblock.conformance.engine.registry import contracts
+from gaugeblock.conformance.engine.trial import Ledger
+from gaugeblock.conformance.selftest.fault import faults
+from gaugeblock.conformance.selftest.rates import drawn_cases, judge_variants
 
 LOW_PRECISION = ("float16", "bfloat16")
 DTYPES = ("float32", *LOW_PRECISION)

@@ -5,8 +5,8 @@ import resource
 import pytest
 import torch
 
-from gaugeblock.conformance.cases import LAYOUTS, lay_out
-from gaugeblock.conformance.far import FAR, far_view, is_far
+from gaugeblock.conformance.engine.inputs.cases import LAYOUTS, lay_out
+from gaugeblock.conformance.engine.inputs.far import FAR, far_view, is_far
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64, torch.bool, torch.uint8])

@@ -5,14 +5,14 @@ from dataclasses import replace
 import pytest
 import torch
 
-from gaugeblock.conformance.cases import Case, options
 from gaugeblock.conformance.contracts import flash_attention
-from gaugeblock.conformance.error_budget import Budget
-from gaugeblock.conformance.faults.right.variant import variants
-from gaugeblock.conformance.judge import Violation, judge
-from gaugeblock.conformance.oracle import budgets, exact_inputs, reference_run, rounded_cotangents
-from gaugeblock.conformance.registry import find_contract
-from gaugeblock.conformance.trial import Trial
+from gaugeblock.conformance.engine.budget.error_budget import Budget
+from gaugeblock.conformance.engine.budget.oracle import budgets, exact_inputs, reference_run, rounded_cotangents
+from gaugeblock.conformance.engine.inputs.cases import Case, options
+from gaugeblock.conformance.engine.judging.judge import Violation, judge
+from gaugeblock.conformance.engine.registry import find_contract
+from gaugeblock.conformance.engine.trial import Trial
+from gaugeblock.conformance.selftest.variant import variants
 
 DIT = find_contract("dit.dit")
 WITHOUT = replace(DIT, formulas=())

@@ -15,10 +15,11 @@ from types import SimpleNamespace
 
 import pytest
 
-from gaugeblock.conformance import cli, exit_status, gate, registry
-from gaugeblock.conformance.judge import Violation
-from gaugeblock.conformance.verdict import Verdict
-from gaugeblock.conformance.workers import Died, run_tasks
+from gaugeblock.conformance import cli, exit_status, gate
+from gaugeblock.conformance.engine import registry
+from gaugeblock.conformance.engine.judging.judge import Violation
+from gaugeblock.conformance.engine.judging.verdict import Verdict
+from gaugeblock.conformance.engine.processes.workers import Died, run_tasks
 
 ROUTER = "routers.softmax_topk"
 KERNELS = """\
@@ -225,9 +226,7 @@ def test_a_mended_candidate_holds(fresh_run, environment, capsys, tmp_path):
 )
 def test_a_failure_file_that_cannot_be_run_exits_2(fresh_run, environment, capsys, tmp_path, change):
     failure = json.loads(failure_of(fresh_run, ".json").read_text()) | change
-    (tmp_path / "failure.json").write_text(
-        json.dumps({key: each for key, each in failure.items() if each is not None})
-    )
+    (tmp_path / "failure.json").write_text(json.dumps({key: each for key, each in failure.items() if each is not None}))
     assert cli.main(["reproduce", str(tmp_path / "failure.json")]) == exit_status.WRONG_CALL
     assert capsys.readouterr().err.startswith("gaugeblock: ")
 
@@ -253,9 +252,7 @@ def check(environment, monkeypatch, tmp_path):
         registry._registered.clear()
         status = cli.main(["check", str(kernels), *arguments, "--report", str(tmp_path / "report")])
         verdicts = json.loads((tmp_path / "report" / "gaugeblock.json").read_text())["verdicts"]
-        return status, {
-            "/".join((each["implementation"], each["dtype"], each["property"])) for each in verdicts
-        }
+        return status, {"/".join((each["implementation"], each["dtype"], each["property"])) for each in verdicts}
 
     return run
 

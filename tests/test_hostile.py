@@ -9,10 +9,10 @@ import time
 import psutil
 import pytest
 
+from gaugeblock.conformance.engine.processes import seats
 from gaugeblock.conformance.exit_status import FAILS
-from gaugeblock.conformance.faults.hostile import table
-from gaugeblock.conformance.faults.hostile.table import FOLDER, HOSTILE, UNLOADABLE
-from gaugeblock.conformance.runner import seats
+from gaugeblock.conformance.selftest.hostile import table
+from gaugeblock.conformance.selftest.hostile.table import FOLDER, HOSTILE, UNLOADABLE
 
 SELFTEST_ALONE = set(
     "engine-imitated files-searched runner-patched cached-by-pointer input-aliased huge-beyond-counting huge-indeed sparse "
@@ -78,7 +78,7 @@ def test_the_run_goes_on_and_nothing_outlives_it(tmp_path):
 
 def test_nothing_outlives_a_judge_that_is_killed():
     code = (
-        "from gaugeblock.conformance.runner.handle import Process; p = Process('cpu', None); p.await_ready();"
+        "from gaugeblock.conformance.engine.processes.handle import Process; p = Process('cpu', None); p.await_ready();"
         "print(p.link.peer, p.process.pid, flush=True); input()"
     )
     judge = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)

@@ -19,7 +19,7 @@ from triton.runtime.interpreter import GridExecutor, InterpretedFunction, Interp
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from gaugeblock.conformance.triton_checks.interpreter import OutOfBoundsAccess, control_flow, watch
+from gaugeblock.conformance.engine.triton.interpreter import OutOfBoundsAccess, control_flow, watch
 from tests.interpreted_kernels import EXAMPLES, PROGRAMS
 
 # Triton 3.6 cannot sort in an interpreter: its `tl.sort` compares None.
@@ -598,7 +598,7 @@ class TestWatch:
     def test_does_nothing_without_triton(self):
         script = (
             "import sys; sys.modules['triton'] = None\n"
-            "from gaugeblock.conformance.triton_checks.interpreter import watch\n"
+            "from gaugeblock.conformance.engine.triton.interpreter import watch\n"
             "with watch() as seen: pass\n"
             "assert not seen.launches and not seen.races"
         )

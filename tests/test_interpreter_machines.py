@@ -12,7 +12,7 @@ import pytest
 import torch
 from numpy._core._multiarray_umath import __cpu_dispatch__, __cpu_features__
 
-from gaugeblock.conformance.triton_checks.interpreter import functions
+from gaugeblock.conformance.engine.triton.interpreter import functions
 
 # What libraries ask when they choose their code.
 PRETENDED = [
@@ -26,9 +26,9 @@ SCRIPT = """
 import hashlib, warnings
 warnings.filterwarnings("ignore")
 import torch
-from gaugeblock.conformance.cases import Case
-from gaugeblock.conformance.registry import builtin_implementations, contracts
-from gaugeblock.conformance.trial import Subject, Trial, digest
+from gaugeblock.conformance.engine.inputs.cases import Case
+from gaugeblock.conformance.engine.registry import builtin_implementations, contracts
+from gaugeblock.conformance.engine.trial import Subject, Trial, digest
 
 for name, dtype in (
     ("experts.fused_swiglu", "float32"), ("experts.fused_swiglu", "bfloat16"),

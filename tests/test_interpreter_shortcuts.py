@@ -16,12 +16,12 @@ import numpy as np
 import pytest
 import triton.language as tl
 
-from gaugeblock.conformance.triton_checks.interpreter import language, tensors
-from gaugeblock.conformance.triton_checks.interpreter import launch as launches
-from gaugeblock.conformance.triton_checks.interpreter.builder import Builder
-from gaugeblock.conformance.triton_checks.interpreter.handle import Handle, held_dtype, rounded
-from gaugeblock.conformance.triton_checks.interpreter.memory import Extent, Memory
-from gaugeblock.conformance.triton_checks.interpreter.tensors import SEMANTIC, Tensor, of
+from gaugeblock.conformance.engine.triton.interpreter import language, tensors
+from gaugeblock.conformance.engine.triton.interpreter import launch as launches
+from gaugeblock.conformance.engine.triton.interpreter.builder import Builder
+from gaugeblock.conformance.engine.triton.interpreter.handle import Handle, held_dtype, rounded
+from gaugeblock.conformance.engine.triton.interpreter.memory import Extent, Memory
+from gaugeblock.conformance.engine.triton.interpreter.tensors import SEMANTIC, Tensor, of
 
 DTYPES = [tl.int1, tl.int8, tl.int32, tl.int64, tl.uint8, tl.uint32, tl.float16, tl.bfloat16, tl.float32, tl.float64]
 OPERATORS = [

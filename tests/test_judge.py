@@ -8,13 +8,13 @@ import pytest
 import torch
 from hypothesis import strategies as st
 
-from gaugeblock.conformance.cases import Case, Draw, cotangents, make_inputs, options
-from gaugeblock.conformance.contract import Contract, Cost, Input, Output, Regime
-from gaugeblock.conformance.diagnosis import diagnose
-from gaugeblock.conformance.frameworks import BadResult, Call, call_jax, call_torch
-from gaugeblock.conformance.judge import Violation, check_form, judge, require_exact
-from gaugeblock.conformance.oracle import budgets, rounded_cotangents
-from gaugeblock.conformance.registry import find_contract
+from gaugeblock.conformance.engine.budget.oracle import budgets, rounded_cotangents
+from gaugeblock.conformance.engine.contract import Contract, Cost, Input, Output, Regime
+from gaugeblock.conformance.engine.frameworks import BadResult, Call, call_jax, call_torch
+from gaugeblock.conformance.engine.inputs.cases import Case, Draw, cotangents, make_inputs, options
+from gaugeblock.conformance.engine.judging.diagnosis import diagnose
+from gaugeblock.conformance.engine.judging.judge import Violation, check_form, judge, require_exact
+from gaugeblock.conformance.engine.registry import find_contract
 
 
 def results_of(contract: Contract, case: Case, dtype: str = "float32", function=None, *, gradients=False):
@@ -105,9 +105,7 @@ def test_errors_too_large_everywhere_show_in_rms():
     noise = math.sqrt(3) * (2 * Draw(0).uniform(*budget.value.shape) - 1)
     results = {"y": (budget.value + 2.5 * budget.variance.sqrt() * noise).to(torch.float32)}
     violation = violation_of(PRODUCT, NORMAL, results)
-    assert (
-        violation.message.startswith("y: rms error ") and "precision is lost everywhere" in violation.message
-    )
+    assert violation.message.startswith("y: rms error ") and "precision is lost everywhere" in violation.message
     assert violation.diagnosis == "no single element is beyond its budget: the error is spread"
 
 
@@ -124,9 +122,7 @@ def test_a_truncated_result_is_wrong():
     exact = product(wide["x"], {"weight": wide["state/weight"]})
     judge(PRODUCT, NORMAL, "bfloat16", "strict", {"y": exact.to(torch.bfloat16)})
     truncated = (exact.view(torch.int32) & -(2**16)).view(torch.float32).to(torch.bfloat16)
-    assert violation_of(PRODUCT, NORMAL, {"y": truncated}, "bfloat16").message.startswith(
-        "y: an element lies "
-    )
+    assert violation_of(PRODUCT, NORMAL, {"y": truncated}, "bfloat16").message.startswith("y: an element lies ")
 
 
 def test_a_wrong_gradient_is_told_from_a_right_output():

@@ -7,14 +7,15 @@ from types import SimpleNamespace
 
 import pytest
 
-from gaugeblock.conformance import cli, exit_status, machines
-from gaugeblock.conformance.machines import MACHINES, Machine, Run, differences
-from gaugeblock.conformance.report.machines_page import render
+from gaugeblock.conformance import cli, exit_status
+from gaugeblock.conformance.selftest import machines
+from gaugeblock.conformance.selftest.machines import MACHINES, Machine, Run, differences
+from gaugeblock.conformance.selftest.machines_page import render
 
 BY_NAME = {each.name: each for each in MACHINES}
 WHAT_TORCH_SAYS = """\
 import json, numpy, torch
-from gaugeblock.conformance.devices import set_up_process
+from gaugeblock.conformance.engine.devices import set_up_process
 from numpy._core._multiarray_umath import __cpu_dispatch__, __cpu_features__
 set_up_process()
 print(json.dumps({

@@ -7,8 +7,8 @@ import time
 import psutil
 import pytest
 
-from gaugeblock.conformance.runner import nursery
-from gaugeblock.conformance.runner.handle import Lost, Process
+from gaugeblock.conformance.engine.processes import nursery
+from gaugeblock.conformance.engine.processes.handle import Lost, Process
 
 CANDIDATE = """\
 import os, signal, subprocess, sys, time

@@ -100,9 +100,7 @@ def test_guidance_goes_from_no_label_through_the_label_and_beyond():
     labels = torch.tensor([0, 1, 1])
     noise = samplers.starting_noise(torch.arange(3), shape=(3,), seed=5).double()
     for guidance_scale in (0.0, 1.0, 2.5):
-        data = sampled(
-            samplers, POINTS, noise, labels, velocity="noise - data", num_steps=3, guidance_scale=guidance_scale
-        )
+        data = sampled(samplers, POINTS, noise, labels, velocity="noise - data", num_steps=3, guidance_scale=guidance_scale)
         expected = POINTS[2] + guidance_scale * (POINTS[labels] - POINTS[2])
         torch.testing.assert_close(data, expected, rtol=0, atol=64 * EPS)
 

@@ -11,18 +11,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from gaugeblock.conformance.contract import Input
 from gaugeblock.conformance.contracts.experts import FUSED_SWIGLU
-from gaugeblock.conformance.exploration import PROFILES, examine
-from gaugeblock.conformance.judge import Violation
-from gaugeblock.conformance.properties import properties
-from gaugeblock.conformance.registry import CLAIMS, Implementation, RegistrationError, implements
-from gaugeblock.conformance.runner import ranks
-from gaugeblock.conformance.runner.loading import describe_candidates
-from gaugeblock.conformance.runner.ranks import fit, join
-from gaugeblock.conformance.runner.seats import Seat
-from gaugeblock.conformance.trial import Subject
-from gaugeblock.conformance.verdict import Verdict
+from gaugeblock.conformance.engine.contract import Input
+from gaugeblock.conformance.engine.exploration import PROFILES, examine
+from gaugeblock.conformance.engine.judging.judge import Violation
+from gaugeblock.conformance.engine.judging.verdict import Verdict
+from gaugeblock.conformance.engine.processes import ranks
+from gaugeblock.conformance.engine.processes.loading import describe_candidates
+from gaugeblock.conformance.engine.processes.ranks import fit, join
+from gaugeblock.conformance.engine.processes.seats import Seat
+from gaugeblock.conformance.engine.properties import properties
+from gaugeblock.conformance.engine.registry import CLAIMS, Implementation, RegistrationError, implements
+from gaugeblock.conformance.engine.trial import Subject
 
 CANDIDATES = Path(__file__).parent / "distributed_candidates.py"
 

@@ -4,9 +4,10 @@ import sys
 
 import pytest
 
-from gaugeblock.conformance import cli, exit_status, implements, registry
-from gaugeblock.conformance.registry import RegistrationError, find_contract, load_candidates
-from gaugeblock.conformance.selection import Filters, subjects_of
+from gaugeblock.conformance import cli, exit_status, implements
+from gaugeblock.conformance.engine import registry
+from gaugeblock.conformance.engine.registry import RegistrationError, find_contract, load_candidates
+from gaugeblock.conformance.engine.selection import Filters, subjects_of
 
 ROUTER = "routers.softmax_topk"
 REGISTERS = """\
@@ -92,9 +93,7 @@ def test_an_unknown_contract_is_answered_with_the_nearest():
 
 
 def test_an_unknown_claim_is_answered_with_the_nearest():
-    assert "unknown claim 'dtype'; did you mean 'dtypes'?" in refusal(
-        implements(ROUTER, name="x", dtype="float32")
-    )
+    assert "unknown claim 'dtype'; did you mean 'dtypes'?" in refusal(implements(ROUTER, name="x", dtype="float32"))
 
 
 @pytest.mark.parametrize(
@@ -152,9 +151,7 @@ def test_a_file_is_run_and_what_it_registers_comes_back(candidate):
 
 
 def test_a_file_may_import_its_neighbours(candidate):
-    source = candidate(
-        "with_neighbour", "import kernels_beside", kernels_beside=REGISTERS.format(name="beside")
-    )
+    source = candidate("with_neighbour", "import kernels_beside", kernels_beside=REGISTERS.format(name="beside"))
     assert [each.name for each in load_candidates(source)] == ["beside"]
 
 
@@ -172,14 +169,10 @@ def test_a_syntax_error_is_told_with_its_file_and_line(candidate):
 
 
 def test_an_error_at_import_is_told_in_one_line_with_its_place(candidate):
-    source = candidate(
-        "raises", "def f():\n    raise RuntimeError('no such chip\\nand a long story')\n\nf()\n"
-    )
+    source = candidate("raises", "def f():\n    raise RuntimeError('no such chip\\nand a long story')\n\nf()\n")
     assert refused(source) == f"{source}:2: RuntimeError: no such chip"
     missing = candidate("imports", "import a_package_that_is_missing")
-    assert (
-        refused(missing) == f"{missing}:1: ModuleNotFoundError: No module named 'a_package_that_is_missing'"
-    )
+    assert refused(missing) == f"{missing}:1: ModuleNotFoundError: No module named 'a_package_that_is_missing'"
 
 
 def test_a_file_that_exits_is_refused(candidate):
@@ -239,14 +232,10 @@ def test_installed_packages_register_through_their_entry_point(installed_package
 def test_a_module_with_an_entry_point_can_be_a_candidate(installed_package):
     installed_package("package_b", REGISTERS.format(name="of-a-package"))
     subjects = subjects_of(("package_b",), Filters())
-    assert [(subject.implementation.name, source) for subject, source in subjects] == [
-        ("of-a-package", "package_b")
-    ]
+    assert [(subject.implementation.name, source) for subject, source in subjects] == [("of-a-package", "package_b")]
 
 
 def test_a_broken_installed_package_is_named(installed_package):
     installed_package("package_c", "raise RuntimeError('no driver')")
-    with pytest.raises(
-        RegistrationError, match=r"entry point 'kernels' \(package_c\): RuntimeError: no driver"
-    ):
+    with pytest.raises(RegistrationError, match=r"entry point 'kernels' \(package_c\): RuntimeError: no driver"):
         subjects_of((), Filters())

@@ -9,9 +9,9 @@ from xml.etree import ElementTree
 import pytest
 from rich.console import Console
 
+from gaugeblock.conformance.engine.judging.verdict import Coverage, Failure, Statistics, Verdict
 from gaugeblock.conformance.report import catalogue, compare, files, terminal, waivers
 from gaugeblock.conformance.report.environment import capture_environment
-from gaugeblock.conformance.verdict import Coverage, Failure, Statistics, Verdict
 
 ROOT = Path(__file__).parents[1]
 NASTY = "<script>alert(\"1\")</script> & 'quotes'\nsecond line"

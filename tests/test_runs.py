@@ -9,15 +9,15 @@ import pytest
 import torch
 from torch.utils._pytree import tree_leaves
 
-from gaugeblock.conformance.cases import options
-from gaugeblock.conformance.coverage import array
-from gaugeblock.conformance.decisions import replay_of
-from gaugeblock.conformance.dispatch import Watching
-from gaugeblock.conformance.error_budget import NOISE_RUNS
-from gaugeblock.conformance.oracle import exact_inputs, noisy_runs, reference_run, rounded_cotangents
-from gaugeblock.conformance.registry import contracts
-from gaugeblock.conformance.rounding_noise import RoundingNoise
-from gaugeblock.conformance.runs import Each, Runs, RunsDiffer, of_run, perform, values_of
+from gaugeblock.conformance.engine.budget.decisions import replay_of
+from gaugeblock.conformance.engine.budget.dispatch import Watching
+from gaugeblock.conformance.engine.budget.error_budget import NOISE_RUNS
+from gaugeblock.conformance.engine.budget.oracle import exact_inputs, noisy_runs, reference_run, rounded_cotangents
+from gaugeblock.conformance.engine.budget.rounding_noise import RoundingNoise
+from gaugeblock.conformance.engine.budget.runs import Each, Runs, RunsDiffer, of_run, perform, values_of
+from gaugeblock.conformance.engine.inputs.cases import options
+from gaugeblock.conformance.engine.inputs.coverage import array
+from gaugeblock.conformance.engine.registry import contracts
 
 RUNS = 5
 FEW = 4  # cases

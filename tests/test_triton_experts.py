@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from gaugeblock.conformance.contracts.experts import FUSED_SWIGLU
-from gaugeblock.conformance.triton_checks.interpreter import watch
+from gaugeblock.conformance.engine.triton.interpreter import watch
 from gaugeblock.optimized.triton import grouped_matmul, launch
 from gaugeblock.optimized.triton.dispatch import sort_by_expert, split_into_blocks, sum_rows
 from gaugeblock.optimized.triton.experts import fused_swiglu

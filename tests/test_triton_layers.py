@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gaugeblock.conformance.triton_checks.interpreter import watch
+from gaugeblock.conformance.engine.triton.interpreter import watch
 from gaugeblock.optimized.triton import launch, layers
 from gaugeblock.optimized.triton.dit import dit
 from gaugeblock.optimized.triton.layers import gated_residual_layer_norm_modulate, layer_norm_modulate
@@ -22,9 +22,7 @@ from gaugeblock.reference.torch import layers as reference
 
 DEVICE = "cpu" if launch.INTERPRETED else "cuda"
 EPS = 1e-6
-TINY = DiTConfig(
-    input_size=4, in_channels=2, hidden_size=16, depth=2, num_heads=2, num_classes=3, frequency_embedding_size=8
-)
+TINY = DiTConfig(input_size=4, in_channels=2, hidden_size=16, depth=2, num_heads=2, num_classes=3, frequency_embedding_size=8)
 
 
 @pytest.fixture(autouse=True)

@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from gaugeblock.conformance.triton_checks.interpreter import watch
+from gaugeblock.conformance.engine.triton.interpreter import watch
 from gaugeblock.optimized.triton import launch, routers
 from gaugeblock.optimized.triton.topk import choose_lanes, keys_of, scores_of
 from gaugeblock.reference.torch import routers as reference

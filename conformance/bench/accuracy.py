@@ -3,15 +3,15 @@
 from collections import defaultdict
 from collections.abc import Iterator
 
-from gaugeblock.conformance.cases import Case, make_inputs, options
-from gaugeblock.conformance.choice import check_choice
-from gaugeblock.conformance.contract import Contract
-from gaugeblock.conformance.devices import available_devices
-from gaugeblock.conformance.error_budget import Errors, measure
-from gaugeblock.conformance.frameworks import CALLERS, Call
-from gaugeblock.conformance.oracle import budgets, rounded_cotangents
-from gaugeblock.conformance.registry import Implementation, implementations, one_line
-from gaugeblock.conformance.trial import Subject
+from gaugeblock.conformance.engine.budget.error_budget import Errors, measure
+from gaugeblock.conformance.engine.budget.oracle import budgets, rounded_cotangents
+from gaugeblock.conformance.engine.contract import Contract
+from gaugeblock.conformance.engine.devices import available_devices
+from gaugeblock.conformance.engine.frameworks import CALLERS, Call
+from gaugeblock.conformance.engine.inputs.cases import Case, make_inputs, options
+from gaugeblock.conformance.engine.judging.choice import check_choice
+from gaugeblock.conformance.engine.registry import Implementation, implementations, one_line
+from gaugeblock.conformance.engine.trial import Subject
 
 DEVICE = available_devices()[-1]  # the GPU where there is one
 

@@ -14,9 +14,9 @@ from gaugeblock.conformance.bench.problem import FULL, QUICK, Direction, directi
 from gaugeblock.conformance.bench.roofline import this_machine
 from gaugeblock.conformance.bench.rows import CounterRow, Effort, Row, bench, count_calls
 from gaugeblock.conformance.bench.timing import keep_freed_memory
-from gaugeblock.conformance.contract import Contract, Workload
-from gaugeblock.conformance.devices import interpret_without_gpu
-from gaugeblock.conformance.registry import contracts, find_contract, load_candidates, load_entry_points
+from gaugeblock.conformance.engine.contract import Contract, Workload
+from gaugeblock.conformance.engine.devices import interpret_without_gpu
+from gaugeblock.conformance.engine.registry import contracts, find_contract, load_candidates, load_entry_points
 
 MEASURED, WRONG_RESULTS, NOTHING_MEASURED = 0, 1, 3
 DIRECTIONS: dict[str, tuple[Direction, ...]] = {

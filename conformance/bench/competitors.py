@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 
-from gaugeblock.conformance.bench.outsiders import OUTSIDERS
 from gaugeblock.conformance.bench.problem import Problem, Results, Unavailable
-from gaugeblock.conformance.contract import Contract, apply
-from gaugeblock.conformance.frameworks import call_torch
-from gaugeblock.conformance.oracle import gradient_key
-from gaugeblock.conformance.registry import Implementation, implementations
+from gaugeblock.conformance.engine.budget.oracle import gradient_key
+from gaugeblock.conformance.engine.contract import Contract, apply
+from gaugeblock.conformance.engine.frameworks import call_torch
+from gaugeblock.conformance.engine.registry import Implementation, implementations
+from gaugeblock.conformance.peers.competitors import OUTSIDERS
 
 
 @dataclass(frozen=True)

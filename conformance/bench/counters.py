@@ -12,7 +12,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from gaugeblock.conformance.bench.competitors import JaxCall
-from gaugeblock.conformance.triton_checks.interpreter import watch
+from gaugeblock.conformance.engine.triton.interpreter import watch
 
 WARM_UP = 2  # calls, in which kernels are compiled and tables built
 COPIES = ("Memcpy", "Memset")

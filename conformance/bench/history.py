@@ -13,8 +13,8 @@ from types import FunctionType
 from typing import ClassVar
 
 from gaugeblock.conformance.bench.problem import FULL, directions, fits
-from gaugeblock.conformance.contract import Contract, Workload
-from gaugeblock.conformance.registry import contracts
+from gaugeblock.conformance.engine.contract import Contract, Workload
+from gaugeblock.conformance.engine.registry import contracts
 
 CPU = "two-cores/"  # how the names of workloads begin that are made for a CPU
 SECONDS = 0.3  # for each competitor on each workload
@@ -143,7 +143,7 @@ class Counters(Question):
 
     def setup_cache(self) -> Answers:
         """Triton's kernels are interpreted where there is no GPU: their time says nothing, their number does."""
-        from gaugeblock.conformance.devices import interpret_without_gpu
+        from gaugeblock.conformance.engine.devices import interpret_without_gpu
 
         interpret_without_gpu()
         from gaugeblock.conformance.bench.competitors import competitors
@@ -174,7 +174,7 @@ class Accuracy(Question):
     @classmethod
     def points(cls, asked: list[Contract]) -> list[list[str]]:
         """All operations, dtypes and implementations."""
-        from gaugeblock.conformance.registry import implementations
+        from gaugeblock.conformance.engine.registry import implementations
 
         dtypes = [dtype for contract in asked for dtype in contract.dtypes]
         names = [each.name for contract in asked for each in implementations(contract.name)]
@@ -182,7 +182,7 @@ class Accuracy(Question):
 
     def setup_cache(self) -> Answers:
         """The worst output or gradient of each implementation."""
-        from gaugeblock.conformance.devices import interpret_without_gpu
+        from gaugeblock.conformance.engine.devices import interpret_without_gpu
 
         interpret_without_gpu()
         from gaugeblock.conformance.bench.accuracy import accuracies

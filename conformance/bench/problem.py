@@ -9,10 +9,10 @@ from typing import Any, Literal
 import torch
 
 from gaugeblock.conformance.bench.roofline import Machine
-from gaugeblock.conformance.cases import Case, Draw, dtypes_of, options
-from gaugeblock.conformance.cases import cotangents as drawn_cotangents
-from gaugeblock.conformance.contract import Contract, Cost, Parameters, Tensors, Workload, argument_of
-from gaugeblock.conformance.frameworks import Call, call_torch
+from gaugeblock.conformance.engine.contract import Contract, Cost, Parameters, Tensors, Workload, argument_of
+from gaugeblock.conformance.engine.frameworks import Call, call_torch
+from gaugeblock.conformance.engine.inputs.cases import Case, Draw, dtypes_of, options
+from gaugeblock.conformance.engine.inputs.cases import cotangents as drawn_cotangents
 
 Direction = Literal["forward", "backward"]
 Results = dict[str, Any]  # by the names of outputs and gradients: torch tensors, or jax arrays

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from gaugeblock.conformance.contract import Cost
+from gaugeblock.conformance.engine.contract import Cost
 
 SECONDS = 1.0  # how long each ceiling is measured
 

@@ -12,7 +12,7 @@ from gaugeblock.conformance.bench.counters import Counters, count
 from gaugeblock.conformance.bench.problem import Direction, Limits, Problem, Results, Unavailable, make_problem, scaled
 from gaugeblock.conformance.bench.roofline import Machine
 from gaugeblock.conformance.bench.timing import Timing, measure
-from gaugeblock.conformance.contract import Contract, Workload
+from gaugeblock.conformance.engine.contract import Contract, Workload
 
 LONGEST_REASON = 100  # characters
 
@@ -122,9 +122,7 @@ def bench(
     return sorted(rows.values(), key=lambda row: math.inf if row.roofline is None else row.roofline)
 
 
-def count_calls(
-    contract: Contract, direction: Direction, competing: Iterable[Competitor], machine: Machine
-) -> list[CounterRow]:
+def count_calls(contract: Contract, direction: Direction, competing: Iterable[Competitor], machine: Machine) -> list[CounterRow]:
     """Counts what one call of each competitor needs at the contract's first landmark, small enough for an interpreter."""
     problem = make_problem(contract, contract.landmarks[0], direction, machine)
     rows = []

@@ -18,8 +18,8 @@ import torch
 from gaugeblock.conformance.bench.competitors import Competitor, competitors
 from gaugeblock.conformance.bench.problem import QUICK, Direction, Unavailable, directions, make_problem, scaled
 from gaugeblock.conformance.bench.roofline import Machine, this_machine
-from gaugeblock.conformance.contract import Contract, Workload
-from gaugeblock.conformance.registry import contracts, load_candidates, load_entry_points
+from gaugeblock.conformance.engine.contract import Contract, Workload
+from gaugeblock.conformance.engine.registry import contracts, load_candidates, load_entry_points
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from hypothesis import strategies as st
 
-from gaugeblock.conformance.cases import Draw
-from gaugeblock.conformance.contract import (
+from gaugeblock.conformance.contracts import routers as of_routers
+from gaugeblock.conformance.engine.contract import (
     Builtin,
     Contract,
     Cost,
@@ -19,8 +19,8 @@ from gaugeblock.conformance.contract import (
     Tensors,
     Workload,
 )
-from gaugeblock.conformance.contracts import routers as of_routers
-from gaugeblock.conformance.factors import Factor, edges, kind_of_count, kinds
+from gaugeblock.conformance.engine.factors import Factor, edges, kind_of_count, kinds
+from gaugeblock.conformance.engine.inputs.cases import Draw
 from gaugeblock.reference.torch import routers
 
 

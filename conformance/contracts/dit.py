@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from hypothesis import strategies as st
 
-from gaugeblock.conformance.cases import Draw
-from gaugeblock.conformance.contract import (
+from gaugeblock.conformance.contracts import flash_attention
+from gaugeblock.conformance.engine.contract import (
     Builtin,
     Contract,
     Cost,
@@ -20,8 +20,8 @@ from gaugeblock.conformance.contract import (
     Tensors,
     Workload,
 )
-from gaugeblock.conformance.contracts import flash_attention
-from gaugeblock.conformance.factors import Factor, Trait, edges, either
+from gaugeblock.conformance.engine.factors import Factor, Trait, edges, either
+from gaugeblock.conformance.engine.inputs.cases import Draw
 from gaugeblock.reference.configs import DIT_PRESETS, DiTConfig
 from gaugeblock.reference.torch import dit, layers
 

@@ -6,8 +6,7 @@ from typing import Any
 import torch
 from hypothesis import strategies as st
 
-from gaugeblock.conformance.cases import Draw
-from gaugeblock.conformance.contract import (
+from gaugeblock.conformance.engine.contract import (
     Builtin,
     Contract,
     Cost,
@@ -19,7 +18,8 @@ from gaugeblock.conformance.contract import (
     Tensors,
     Workload,
 )
-from gaugeblock.conformance.factors import Trait, edges, kind_of_count, kind_of_width, kinds
+from gaugeblock.conformance.engine.factors import Trait, edges, kind_of_count, kind_of_width, kinds
+from gaugeblock.conformance.engine.inputs.cases import Draw
 from gaugeblock.reference.torch import experts
 
 EVERY_DTYPE = ("float32", "float16", "bfloat16")

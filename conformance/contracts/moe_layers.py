@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from hypothesis import strategies as st
 
-from gaugeblock.conformance.cases import Draw
-from gaugeblock.conformance.contract import (
+from gaugeblock.conformance.contracts import experts as of_experts
+from gaugeblock.conformance.engine.contract import (
     Builtin,
     Contract,
     Cost,
@@ -21,8 +21,8 @@ from gaugeblock.conformance.contract import (
     Tensors,
     Workload,
 )
-from gaugeblock.conformance.contracts import experts as of_experts
-from gaugeblock.conformance.factors import Trait, edges, kind_of_count, kinds
+from gaugeblock.conformance.engine.factors import Trait, edges, kind_of_count, kinds
+from gaugeblock.conformance.engine.inputs.cases import Draw
 from gaugeblock.reference.torch import experts, moe_layers
 
 EVERY_DTYPE = ("float32", "float16", "bfloat16")

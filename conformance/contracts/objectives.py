@@ -6,9 +6,9 @@ from typing import Any
 import torch
 from hypothesis import strategies as st
 
-from gaugeblock.conformance.cases import Draw
-from gaugeblock.conformance.contract import Contract, Cost, Input, Output, Parameters, Regime, Rejection, Tensors, Workload
-from gaugeblock.conformance.factors import Trait, edges, either, kind_of_width, kinds
+from gaugeblock.conformance.engine.contract import Contract, Cost, Input, Output, Parameters, Regime, Rejection, Tensors, Workload
+from gaugeblock.conformance.engine.factors import Trait, edges, either, kind_of_width, kinds
+from gaugeblock.conformance.engine.inputs.cases import Draw
 from gaugeblock.reference.torch import objectives
 
 SHAPE = ("batch_size", "channels", "size")

@@ -7,8 +7,7 @@ from typing import Any
 import torch
 from hypothesis import strategies as st
 
-from gaugeblock.conformance.cases import Draw
-from gaugeblock.conformance.contract import (
+from gaugeblock.conformance.engine.contract import (
     Builtin,
     Contract,
     Cost,
@@ -21,7 +20,8 @@ from gaugeblock.conformance.contract import (
     Tensors,
     Workload,
 )
-from gaugeblock.conformance.factors import Factor, Trait, edges, either, kind_of_count, kinds
+from gaugeblock.conformance.engine.factors import Factor, Trait, edges, either, kind_of_count, kinds
+from gaugeblock.conformance.engine.inputs.cases import Draw
 from gaugeblock.reference.torch import routers
 
 LOGITS = Input("router_logits", ("num_tokens", "num_experts"), differentiable=True)

@@ -6,8 +6,7 @@ from typing import Any
 import torch
 from hypothesis import strategies as st
 
-from gaugeblock.conformance.cases import Draw
-from gaugeblock.conformance.contract import (
+from gaugeblock.conformance.engine.contract import (
     Builtin,
     Contract,
     Cost,
@@ -20,7 +19,8 @@ from gaugeblock.conformance.contract import (
     Tensors,
     Workload,
 )
-from gaugeblock.conformance.factors import Trait, edges, either
+from gaugeblock.conformance.engine.factors import Trait, edges, either
+from gaugeblock.conformance.engine.inputs.cases import Draw
 from gaugeblock.reference.configs import DiTConfig, ImageDiffusionConfig
 from gaugeblock.reference.torch import dit, train_image_diffusion
 

@@ -12,10 +12,10 @@ from rich.table import Table
 from rich.text import Text
 from tabulate import tabulate
 
-from gaugeblock.conformance.contract import Contract, Input, Output, Regime
-from gaugeblock.conformance.coverage import Demand, array, measure, space
-from gaugeblock.conformance.factors import ORDINARY
-from gaugeblock.conformance.registry import (
+from gaugeblock.conformance.engine.contract import Contract, Input, Output, Regime
+from gaugeblock.conformance.engine.factors import ORDINARY
+from gaugeblock.conformance.engine.inputs.coverage import Demand, array, measure, space
+from gaugeblock.conformance.engine.registry import (
     Implementation,
     builtin_implementations,
     contracts,
@@ -24,7 +24,7 @@ from gaugeblock.conformance.registry import (
 from gaugeblock.conformance.report.view import printable
 
 if TYPE_CHECKING:
-    from gaugeblock.conformance.trial import Property
+    from gaugeblock.conformance.engine.trial import Property
 
 KINDS = ("triton", "distributed", "jax", "compiled", "user")
 MARKED = re.compile(r"(?<=<!-- catalogue:begin -->\n).*?(?=<!-- catalogue:end -->)", re.DOTALL)
@@ -66,13 +66,9 @@ def catalogue_rows(rows_of: Callable[[Contract], Sequence[Implementation]]) -> l
 
 def print_catalogue(console: Console) -> None:
     """Prints contracts × kinds of implementations, registered ones among them; a dash is what is missing."""
-    table = Table(
-        "contract", "references", *KINDS, box=None, pad_edge=False, padding=(0, 3, 0, 0), header_style="dim"
-    )
+    table = Table("contract", "references", *KINDS, box=None, pad_edge=False, padding=(0, 3, 0, 0), header_style="dim")
     for row in catalogue_rows(lambda contract: implementations(contract.name)):
-        table.add_row(
-            Text(row[0], "bold"), *(Text(printable(cell), "dim" if cell == NONE else "") for cell in row[1:])
-        )
+        table.add_row(Text(row[0], "bold"), *(Text(printable(cell), "dim" if cell == NONE else "") for cell in row[1:]))
     console.print(table)
 
 
@@ -124,9 +120,7 @@ def explain(contract: Contract, properties: Sequence["Property"], console: Conso
         if each.name not in contract.without
     ]
     _table("properties", applying, console)
-    _table(
-        "properties that do not apply", [[name, reason] for name, reason in contract.without.items()], console
-    )
+    _table("properties that do not apply", [[name, reason] for name, reason in contract.without.items()], console)
     _table(
         "must be rejected with ValueError or TypeError",
         [[each.name, f"naming {each.argument}"] for each in contract.rejections],
@@ -190,9 +184,7 @@ def _how_judged(contract: Contract) -> list[str]:
             f"bit for bit in: {regimes('exact')}.",
         ]
     if flowing:
-        lines.append(
-            f"gradients of {', '.join(flowing)}: the same, through a random cotangent, in: {smooth}."
-        )
+        lines.append(f"gradients of {', '.join(flowing)}: the same, through a random cotangent, in: {smooth}.")
     return lines
 
 

@@ -11,9 +11,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from gaugeblock.conformance.engine.judging.verdict import FAILED, Verdict
 from gaugeblock.conformance.report.files import FORMAT
 from gaugeblock.conformance.report.view import MARKS, printable, units
-from gaugeblock.conformance.verdict import FAILED, Verdict
 
 # What is worth a reader's eye, not what is right: the same cases on the same machine give the same statistics.
 NOTABLE_RATIO, NOTABLE_CHANGE = 1.25, 0.05
@@ -119,9 +119,7 @@ def compare(a: dict[str, Any], b: dict[str, Any]) -> Comparison:
     old, new = ({each.identity: each for each in run} for run in (before, after))
     changes = [Change(old[identity], each) for identity, each in new.items() if identity in old]
     restated = [each for each in changes if each.before.status != each.after.status]
-    failing = [
-        each for identity, each in new.items() if each.status in FAILED and not _failed(old.get(identity))
-    ]
+    failing = [each for identity, each in new.items() if each.status in FAILED and not _failed(old.get(identity))]
     passing = [each for each in restated if _passes(each.after) and not _passes(each.before)]
     told = {each.identity for each in failing} | {each.after.identity for each in passing}
     drifts = [drift for each in changes for drift in _drifts(each)]
@@ -165,11 +163,7 @@ def _drifts(change: Change) -> Iterator[Drift]:
 def _changed_bits(change: Change) -> ChangedBits | None:
     common = _common_cases(change)
     changed = [case for case in common if change.before.fingerprints[case] != change.after.fingerprints[case]]
-    return (
-        ChangedBits(change.after.identity, len(changed), len(common), min(changed, key=len))
-        if changed
-        else None
-    )
+    return ChangedBits(change.after.identity, len(changed), len(common), min(changed, key=len)) if changed else None
 
 
 def _common_cases(change: Change) -> list[str]:
@@ -183,17 +177,12 @@ def print_comparison(comparison: Comparison, console: Console) -> None:
     """Prints what differs, the worst first, and a closing line."""
     _print_list("newly failing", "bold red", [_line(each) for each in comparison.newly_failing], console)
     _print_list("newly passing", "green", [_line(each) for each in comparison.newly_passing], console)
-    restated = [
-        f"{each.after.identity}: {each.before.status} → {each.after.status}" for each in comparison.restated
-    ]
+    restated = [f"{each.after.identity}: {each.before.status} → {each.after.status}" for each in comparison.restated]
     _print_list("other changes of status", "yellow", restated, console)
     _print_list("no longer there", "yellow", [each.identity for each in comparison.disappeared], console)
     appeared = [_line(each) for each in comparison.appeared if each.status not in FAILED]
     _print_list("new", "", appeared, console)
-    bits = [
-        f"{each.identity}: {each.changed} of {each.compared} cases, e.g. {each.case}"
-        for each in comparison.changed_bits
-    ]
+    bits = [f"{each.identity}: {each.changed} of {each.compared} cases, e.g. {each.case}" for each in comparison.changed_bits]
     _print_list("bits changed", "", bits, console)
     _print_drifts(comparison.drifts, console)
     console.print(_closing_line(comparison))
@@ -223,9 +212,7 @@ def _print_drifts(drifts: Sequence[Drift], console: Console) -> None:
         table.add_column(heading, justify="right")
     for each in drifts[:SHOWN]:
         numbers = (units(each.before), units(each.after), f"×{units(each.ratio)}")
-        table.add_row(
-            *(Text(printable(text)) for text in (each.identity, each.output, each.statistic, *numbers))
-        )
+        table.add_row(*(Text(printable(text)) for text in (each.identity, each.output, each.statistic, *numbers)))
     console.print(table)
     if len(drifts) > SHOWN:
         console.print(f"  ... and {len(drifts) - SHOWN} more")
@@ -237,9 +224,7 @@ def _closing_line(comparison: Comparison) -> Text:
     result = (f"{failing} newly failing", "bold red") if failing else ("nothing newly fails", "bold green")
     changed = sum(each.changed for each in comparison.changed_bits)
     bits = (
-        f"bits changed in {changed} of {comparison.compared_cases} cases"
-        if comparison.compared_cases
-        else "no bits to compare"
+        f"bits changed in {changed} of {comparison.compared_cases} cases" if comparison.compared_cases else "no bits to compare"
     )
     compared = f"{comparison.compared} verdicts compared"
     return Text.assemble(result, f", {len(comparison.newly_passing)} newly passing, {bits}; {compared}")

@@ -54,9 +54,7 @@ def describe(environment: dict[str, Any]) -> dict[str, str]:
         "versions": ", ".join(f"{name} {number}" for name, number in environment.get("versions", {}).items()),
         "platform": environment.get("platform", ""),
         "processor": f"{environment.get('cpu', '')}, {environment.get('cores', '?')} cores",
-        "GPU": ", ".join(
-            f"{each['name']} (capability {each['capability']})" for each in environment.get("gpus", ())
-        ),
+        "GPU": ", ".join(f"{each['name']} (capability {each['capability']})" for each in environment.get("gpus", ())),
         "variables": ", ".join(f"{name}={value}" for name, value in environment.get("variables", {}).items()),
         "commit": f"{git['commit']}{' with uncommitted changes' if git['dirty'] else ''}" if git else "",
     }
@@ -98,9 +96,7 @@ def _gpus() -> list[dict[str, str]]:
 
 def _git() -> dict[str, Any] | None:
     def git(*arguments: str) -> str:
-        return subprocess.run(
-            ["git", *arguments], capture_output=True, text=True, check=True, timeout=10
-        ).stdout.strip()
+        return subprocess.run(["git", *arguments], capture_output=True, text=True, check=True, timeout=10).stdout.strip()
 
     try:
         return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain"))}

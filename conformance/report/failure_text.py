@@ -5,8 +5,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from gaugeblock.conformance.engine.judging.verdict import Verdict
 from gaugeblock.conformance.report.view import printable, short_dtype
-from gaugeblock.conformance.verdict import Verdict
 
 SHOWN_CASES = 3  # a pooled failure has dozens; its script holds them all
 VERBS = {"crash": "crashes in", "timeout": "gives no answer in", "error": "could not be judged in"}

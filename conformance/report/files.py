@@ -9,10 +9,10 @@ from typing import Any
 from xml.etree import ElementTree
 
 import gaugeblock
+from gaugeblock.conformance.engine.judging.verdict import FAILED, Verdict
 from gaugeblock.conformance.report import markdown, page, view
 from gaugeblock.conformance.report.failure_text import explanation
 from gaugeblock.conformance.report.view import printable
-from gaugeblock.conformance.verdict import FAILED, Verdict
 
 FORMAT = 1  # of gaugeblock.json and of failures/*.json
 BUILT_IN: Mapping[tuple[str, str], str | None] = MappingProxyType({})
@@ -120,9 +120,7 @@ def _testcase(suite: ElementTree.Element, verdict: Verdict) -> None:
         ElementTree.SubElement(case, "system-out").text = f"{verdict.status}: {reason}"
 
 
-def _write_failures(
-    folder: Path, verdicts: Sequence[Verdict], sources: Mapping[tuple[str, str], str | None]
-) -> None:
+def _write_failures(folder: Path, verdicts: Sequence[Verdict], sources: Mapping[tuple[str, str], str | None]) -> None:
     folder.mkdir(exist_ok=True)
     ours = "*__*__*__*__*"  # slugs: whatever else a user keeps in a folder of this name stays
     for stale in (*folder.glob(f"{ours}.py"), *folder.glob(f"{ours}.json")):

@@ -6,11 +6,11 @@ from typing import Any
 
 from tabulate import tabulate
 
+from gaugeblock.conformance.engine.judging.verdict import FAILED, Status, Verdict
 from gaugeblock.conformance.report import view
 from gaugeblock.conformance.report.environment import describe
 from gaugeblock.conformance.report.failure_text import Group, explanation, group
 from gaugeblock.conformance.report.view import Block, Matrix, printable
-from gaugeblock.conformance.verdict import FAILED, Status, Verdict
 
 EMOJI: dict[Status, str] = {
     "pass": "✅", "warning": "⚠️", "fail": "❌", "not supported": "➖", "waived": "🏳️", "crash": "💥", "timeout": "⏱️",
@@ -30,11 +30,7 @@ def summary(verdicts: Sequence[Verdict], environment: dict[str, Any], profile: s
         _table(counts, ["status", f"verdicts (profile {inline(profile)})"]),
         *(f"### {inline(matrix.contract)}\n\n{_matrix(matrix)}" for matrix in view.matrices(verdicts)),
         *(_failure(each) for each in failures[:EXPLAINED]),
-        *(
-            [f"... and {len(failures) - EXPLAINED} more failures, in the report."]
-            if len(failures) > EXPLAINED
-            else []
-        ),
+        *([f"... and {len(failures) - EXPLAINED} more failures, in the report."] if len(failures) > EXPLAINED else []),
         *([_visited(verdicts)] if any(each.coverage for each in verdicts) else []),
         _table([[label, inline(text)] for label, text in describe(environment).items()], ["run", ""]),
     ]
@@ -74,9 +70,7 @@ def _failure(failures: Group) -> str:
     body = [_fenced("\n".join(explanation(first)), "text")]
     if first.failure and first.failure.script:
         body.append(_fenced(printable(first.failure.script), "python"))
-    return "\n\n".join(
-        [f"<details><summary>{title}<br>{inline(first.reason)}</summary>", *body, "</details>"]
-    )
+    return "\n\n".join([f"<details><summary>{title}<br>{inline(first.reason)}</summary>", *body, "</details>"])
 
 
 def _visited(verdicts: Sequence[Verdict]) -> str:
@@ -120,13 +114,5 @@ def badge(verdicts: Sequence[Verdict]) -> dict[str, Any]:
     words = ["eager" if "eager" in met else "strict"] if met else []
     message = " ".join([*words, f"{conforming}/{len(judged)}"]) if judged else "nothing tested"
     failing = any(each.status in FAILED for each in judged)
-    color = (
-        "lightgrey"
-        if not judged
-        else "red"
-        if failing
-        else "brightgreen"
-        if conforming == len(judged)
-        else "yellow"
-    )
+    color = "lightgrey" if not judged else "red" if failing else "brightgreen" if conforming == len(judged) else "yellow"
     return {"schemaVersion": 1, "label": "conformance", "message": message, "color": color}

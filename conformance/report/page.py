@@ -13,11 +13,11 @@ import jinja2
 from markupsafe import Markup
 
 import gaugeblock
+from gaugeblock.conformance.engine.judging.verdict import FAILED, Statistics, Status, Verdict
 from gaugeblock.conformance.report import view
 from gaugeblock.conformance.report.environment import describe
 from gaugeblock.conformance.report.failure_text import Group, case_text, group
 from gaugeblock.conformance.report.view import Block, Matrix
-from gaugeblock.conformance.verdict import FAILED, Statistics, Status, Verdict
 
 LETTER = 7.0  # width of a letter of the grids, in their pixels
 CELL_WIDTH, CELL_HEIGHT, GAP, BLOCK_GAP, HEAD = 52, 24, 3, 16, 46
@@ -109,9 +109,7 @@ def templates() -> jinja2.Environment:
     found = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
-        finalize=lambda value: (
-            view.printable(value) if isinstance(value, str) and not isinstance(value, Markup) else value
-        ),
+        finalize=lambda value: view.printable(value) if isinstance(value, str) and not isinstance(value, Markup) else value,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
@@ -125,26 +123,28 @@ def render(verdicts: Sequence[Verdict], environment: dict[str, Any], profile: st
     failures = group(each for each in verdicts if each.status in FAILED)
     matrices = view.matrices(verdicts)
     anchors = _anchors(verdicts, failures)
-    return templates().get_template("page.html.jinja").render(
-        version=gaugeblock.__version__,
-        profile=profile,
-        conclusion=view.conclusion(verdicts),
-        outcome="none" if not view.tested(verdicts) else "fail" if failures else "pass",
-        counts=view.count(verdicts),
-        total=len(verdicts),
-        cases=sum(each.cases for each in verdicts),
-        seconds=sum(each.seconds for each in verdicts),
-        failures=failures,
-        notes=[
-            note for status in _NOTED for note in group(each for each in verdicts if each.status == status)
-        ],
-        chapters=[_chapter(matrix, anchors) for matrix in matrices],
-        environment=environment,
-        facts=describe(environment),
-        view=view,
-        status_class=lambda status: status.replace(" ", "-"),
-        cell_size=(CELL_WIDTH, CELL_HEIGHT),
-        plot=(DOT_LABEL, TRACK, DOT_NUMBER, TRACK / TRACK_UNITS),
+    return (
+        templates()
+        .get_template("page.html.jinja")
+        .render(
+            version=gaugeblock.__version__,
+            profile=profile,
+            conclusion=view.conclusion(verdicts),
+            outcome="none" if not view.tested(verdicts) else "fail" if failures else "pass",
+            counts=view.count(verdicts),
+            total=len(verdicts),
+            cases=sum(each.cases for each in verdicts),
+            seconds=sum(each.seconds for each in verdicts),
+            failures=failures,
+            notes=[note for status in _NOTED for note in group(each for each in verdicts if each.status == status)],
+            chapters=[_chapter(matrix, anchors) for matrix in matrices],
+            environment=environment,
+            facts=describe(environment),
+            view=view,
+            status_class=lambda status: status.replace(" ", "-"),
+            cell_size=(CELL_WIDTH, CELL_HEIGHT),
+            plot=(DOT_LABEL, TRACK, DOT_NUMBER, TRACK / TRACK_UNITS),
+        )
     )
 
 
@@ -155,9 +155,7 @@ def _anchors(verdicts: Sequence[Verdict], failures: Sequence[Group]) -> dict[str
     """Where each verdict's cell leads: its failure, its errors, or its line in the table."""
     anchors = {each.identity: f"row-{view.slug(each)}" for each in verdicts}
     anchors |= {each.identity: view.slug(each) for each in verdicts if _is_plotted(each)}
-    return anchors | {
-        each.identity: f"failure-{number}" for number, one in enumerate(failures, 1) for each in one.verdicts
-    }
+    return anchors | {each.identity: f"failure-{number}" for number, one in enumerate(failures, 1) for each in one.verdicts}
 
 
 def _is_plotted(verdict: Verdict) -> bool:
@@ -174,9 +172,7 @@ def _chapter(matrix: Matrix, anchors: dict[str, str]) -> Chapter:
         for dtype in block.dtypes
         if (cell := matrix.cell(prop, block, dtype)) is not None
     ]
-    return Chapter(
-        matrix, _grid(matrix, anchors), {prop: found for prop, found in plots.items() if found}, verdicts
-    )
+    return Chapter(matrix, _grid(matrix, anchors), {prop: found for prop, found in plots.items() if found}, verdicts)
 
 
 def _grid(matrix: Matrix, anchors: dict[str, str]) -> Grid:
@@ -192,9 +188,7 @@ def _grid(matrix: Matrix, anchors: dict[str, str]) -> Grid:
             at = x + column * (CELL_WIDTH + GAP)
             dtypes.append(Label(at + CELL_WIDTH / 2, HEAD - 10, view.short_dtype(dtype)))
             found = {prop: matrix.cell(prop, block, dtype) for prop in matrix.properties}
-            cells += [
-                Cell(at, tops[prop], each, anchors[each.identity]) for prop, each in found.items() if each
-            ]
+            cells += [Cell(at, tops[prop], each, anchors[each.identity]) for prop, each in found.items() if each]
         x += width + BLOCK_GAP
     rows = [Label(left - 10, top + CELL_HEIGHT / 2 + 4, prop) for prop, top in tops.items()]
     return Grid(x - BLOCK_GAP + 2, HEAD + len(tops) * (CELL_HEIGHT + GAP), cells, rows, heads, dtypes)
@@ -208,8 +202,7 @@ def _plot(matrix: Matrix, prop: str, block: Block) -> Plot:
         if verdict is None or not verdict.statistics:
             continue
         dots = [
-            _dots((row + 0.5) * ROW_HEIGHT, name, statistics)
-            for row, (name, statistics) in enumerate(verdict.statistics.items())
+            _dots((row + 0.5) * ROW_HEIGHT, name, statistics) for row, (name, statistics) in enumerate(verdict.statistics.items())
         ]
         strips.append(Strip(y, len(dots) * ROW_HEIGHT, verdict, dots))
         y += len(dots) * ROW_HEIGHT + 6

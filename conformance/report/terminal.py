@@ -9,10 +9,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
+from gaugeblock.conformance.engine.judging.verdict import FAILED, Status, Verdict
 from gaugeblock.conformance.report import view
 from gaugeblock.conformance.report.failure_text import Group, explanation, group
 from gaugeblock.conformance.report.view import Block, Matrix, printable
-from gaugeblock.conformance.verdict import FAILED, Status, Verdict
 
 STYLES: dict[Status, str] = {
     "pass": "green",
@@ -29,9 +29,7 @@ EXPLAINED = 12  # failures shown in full; the rest in a line each
 BETWEEN_BLOCKS = "  "
 
 
-def print_matrix(
-    verdicts: Sequence[Verdict], console: Console, seconds: float | None = None, folder: Path | None = None
-) -> None:
+def print_matrix(verdicts: Sequence[Verdict], console: Console, seconds: float | None = None, folder: Path | None = None) -> None:
     """Prints the matrix of each contract, what fails and why, and a closing line.
 
     Args:
@@ -49,9 +47,7 @@ def print_matrix(
     for status in ("warning", "waived", "not supported"):
         _print_notes(status, verdicts, console)
     console.print()
-    console.print(
-        _closing_line(verdicts, sum(each.seconds for each in verdicts) if seconds is None else seconds)
-    )
+    console.print(_closing_line(verdicts, sum(each.seconds for each in verdicts) if seconds is None else seconds))
 
 
 # ----------------------------------------------------------------------------------------------------------- the matrix
@@ -92,9 +88,7 @@ def _table(matrix: Matrix, blocks: list[Block], label_width: int, cell_width: in
     for block in blocks:
         width = _block_width(block, cell_width)
         titles.append(BETWEEN_BLOCKS + _fit(printable(block.title), width), "bold")
-        dtypes.append(
-            BETWEEN_BLOCKS + _fit(_row(map(view.short_dtype, block.dtypes), cell_width), width), "dim"
-        )
+        dtypes.append(BETWEEN_BLOCKS + _fit(_row(map(view.short_dtype, block.dtypes), cell_width), width), "dim")
     yield titles
     yield dtypes
     for prop in matrix.properties:
@@ -102,8 +96,7 @@ def _table(matrix: Matrix, blocks: list[Block], label_width: int, cell_width: in
         for block in blocks:
             cells = [matrix.cell(prop, block, dtype) for dtype in block.dtypes]
             texts = Text(" ").join(
-                Text(view.cell_text(cell, narrow=True).ljust(cell_width), STYLES[cell.status] if cell else "")
-                for cell in cells
+                Text(view.cell_text(cell, narrow=True).ljust(cell_width), STYLES[cell.status] if cell else "") for cell in cells
             )
             texts.pad_right(_block_width(block, cell_width) - len(texts))
             line.append(BETWEEN_BLOCKS).append_text(texts)
@@ -204,9 +197,7 @@ class Counter:
         elif self.total and self.done * 10 // self.total > self.tenths:
             self.tenths = self.done * 10 // self.total
             counts = f"{self.done} of {self.total} verdicts, {self.failed} failing"
-            self.console.print(
-                f"{self.tenths * 10:3d} %  {counts}, {view.duration(monotonic() - self.start)}"
-            )
+            self.console.print(f"{self.tenths * 10:3d} %  {counts}, {view.duration(monotonic() - self.start)}")
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from gaugeblock.conformance.verdict import FAILED, Status, Verdict
+from gaugeblock.conformance.engine.judging.verdict import FAILED, Status, Verdict
 
 MARKS: dict[Status, str] = {
     "pass": "✓", "warning": "!", "fail": "✗", "not supported": "–", "waived": "w", "crash": "☠", "timeout": "⏱", "error": "E",
@@ -130,9 +130,7 @@ def _matrix(contract: str, verdicts: list[Verdict]) -> Matrix:
             device,
             tuple(sorted(found, key=_dtype_order)),
         )
-        for (kind, name, device), found in sorted(
-            dtypes.items(), key=lambda each: (_kind_order(each[0][0]), each[0])
-        )
+        for (kind, name, device), found in sorted(dtypes.items(), key=lambda each: (_kind_order(each[0][0]), each[0]))
     ]
     judged = {each.property for each in verdicts if each.status != "not supported"}
     absent = {each.property for each in verdicts if each.reason.startswith(NOT_OF_CONTRACT)} - judged

@@ -15,7 +15,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from gaugeblock.conformance.verdict import FAILED, Verdict
+from gaugeblock.conformance.engine.judging.verdict import FAILED, Verdict
 
 
 @dataclass(frozen=True)
@@ -60,9 +60,7 @@ class Waivers:
         latest = max(covering, key=lambda each: each.expires)
         if today <= latest.expires:
             return replace(verdict, status="waived", reason=f"{latest.link} (until {latest.expires})")
-        return replace(
-            verdict, reason=f"{verdict.reason}; its waiver expired on {latest.expires} ({latest.link})"
-        )
+        return replace(verdict, reason=f"{verdict.reason}; its waiver expired on {latest.expires} ({latest.link})")
 
     @staticmethod
     def _idle(waiver: Waiver, verdicts: Sequence[Verdict]) -> str:
@@ -87,9 +85,7 @@ def load_waivers(path: Path) -> Waivers:
         raise ValueError(f"{path}: unknown key {next(iter(data))!r}, expected tables [[waiver]]")
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise ValueError(f"{path}: 'waiver' must be tables [[waiver]]")
-    return Waivers(
-        path, tuple(_waiver(f"{path}: waiver {number}", row) for number, row in enumerate(rows, 1))
-    )
+    return Waivers(path, tuple(_waiver(f"{path}: waiver {number}", row) for number, row in enumerate(rows, 1)))
 
 
 def _waiver(place: str, row: dict[str, Any]) -> Waiver:
@@ -98,13 +94,9 @@ def _waiver(place: str, row: dict[str, Any]) -> Waiver:
             raise ValueError(f"{place}: {key!r} is missing")
     for key, value in row.items():
         if key not in ("id", "link", "expires", "reason"):
-            raise ValueError(
-                f"{place}: unknown key {key!r}, expected 'id', 'link', 'expires' and perhaps 'reason'"
-            )
+            raise ValueError(f"{place}: unknown key {key!r}, expected 'id', 'link', 'expires' and perhaps 'reason'")
         if key == "expires" and type(value) is not datetime.date:  # a datetime is a date too, to isinstance
-            raise ValueError(
-                f"{place}: 'expires' must be a date such as 2026-12-31, without quotes, got {value!r}"
-            )
+            raise ValueError(f"{place}: 'expires' must be a date such as 2026-12-31, without quotes, got {value!r}")
         if key != "expires" and not isinstance(value, str):
             raise ValueError(f"{place}: {key!r} must be text, got {value!r}")
     if not row["link"].startswith(("https://", "http://")):

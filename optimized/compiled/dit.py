@@ -48,9 +48,7 @@ def dit(
     hidden_BSD = embed_patches(state, latents, config=config)
     active_BD = functional.silu(embed_conditions(state, timesteps, class_labels, config))
     for index in range(config.depth):
-        hidden_BSD = _compiled_block()(
-            block_state(state, index), hidden_BSD, active_BD, config.num_heads, config.norm_eps
-        )
+        hidden_BSD = _compiled_block()(block_state(state, index), hidden_BSD, active_BD, config.num_heads, config.norm_eps)
     shift_BD, scale_BD = linear(state, "final_layer.adaLN_modulation.1", active_BD).chunk(2, dim=-1)
     modulated_BSD = layers.layer_norm_modulate(hidden_BSD, shift_BD, scale_BD, eps=NORM_EPS)
     return layers.unpatchify(linear(state, "final_layer.linear", modulated_BSD), patch_size=config.patch_size)
@@ -72,9 +70,7 @@ def _compiled_block() -> Callable[..., torch.Tensor]:
     return torch.compile(_block, dynamic=True)
 
 
-def embed_conditions(
-    state: State, timesteps: torch.Tensor, class_labels: torch.Tensor, config: DiTConfig
-) -> torch.Tensor:
+def embed_conditions(state: State, timesteps: torch.Tensor, class_labels: torch.Tensor, config: DiTConfig) -> torch.Tensor:
     """Return what steers the blocks, [B, D]; the waves are computed in float32 at least, since the angles reach 1000."""
     waves_BF = layers.timestep_embedding(
         timesteps, embedding_size=config.frequency_embedding_size, frequency_shift=config.frequency_shift

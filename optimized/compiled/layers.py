@@ -14,9 +14,7 @@ _layer_norm_modulate = torch.compile(reference.layer_norm_modulate, dynamic=True
 _gated_residual_layer_norm_modulate = torch.compile(reference.gated_residual_layer_norm_modulate, dynamic=True)
 
 
-def layer_norm_modulate(
-    hidden_states: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor, *, eps: float
-) -> torch.Tensor:
+def layer_norm_modulate(hidden_states: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor, *, eps: float) -> torch.Tensor:
     """Normalize each token, then scale and shift it as its example asks: `reference.torch.layers.layer_norm_modulate`.
 
     Args:

@@ -12,9 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh
 MESSAGE_BYTES = 256  # of an error; what is longer is cut
 
 
-def agree(
-    rows: torch.Tensor, facts: Mapping[str, int], error: Exception | None, mesh: DeviceMesh
-) -> tuple[list[int], list[int]]:
+def agree(rows: torch.Tensor, facts: Mapping[str, int], error: Exception | None, mesh: DeviceMesh) -> tuple[list[int], list[int]]:
     """Tell each rank how many rows it will get from this one, all ranks what must be alike, and of this rank's error.
 
     One small all-to-all, for whose result the host waits.

@@ -136,9 +136,7 @@ class _Combine(torch.autograd.Function):
     """Outputs of the experts back to their tokens, weighted and added up."""
 
     @staticmethod
-    def forward(
-        ctx: Any, out_RH: torch.Tensor, topk_weights: torch.Tensor, dtype: torch.dtype, routes: _Routes
-    ) -> torch.Tensor:
+    def forward(ctx: Any, out_RH: torch.Tensor, topk_weights: torch.Tensor, dtype: torch.dtype, routes: _Routes) -> torch.Tensor:
         out_TKH = routes.from_experts(out_RH)
         ctx.save_for_backward(out_TKH, topk_weights)
         ctx.routes = routes

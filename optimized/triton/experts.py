@@ -227,9 +227,7 @@ class _FusedSwiglu(torch.autograd.Function):
         tiles = choose_tiles(*operands)
         gate_up_tiles = choose_tiles(*operands, accumulators=3)
         blocks = split_into_blocks(expert_offsets, rows.shape[0], tiles.rows)
-        gate_up_gradient, activation, weight_summands = _gate_up_backward(
-            *operands, topk_weights, rows, blocks, gate_up_tiles
-        )
+        gate_up_gradient, activation, weight_summands = _gate_up_backward(*operands, topk_weights, rows, blocks, gate_up_tiles)
         if needs_hidden:
             row_gradients = rows_times_matrices(gate_up_gradient, w13.mT, rows, blocks, tiles)
             row_gradients = row_gradients.view(*topk_weights.shape, hidden_states.shape[1])

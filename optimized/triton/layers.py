@@ -207,9 +207,7 @@ def _backward_kernel(
 
 
 @triton.jit
-def _sum_chunks_kernel(
-    chunks_ptr, sums_ptr, num_chunks, width, BLOCK_CHUNKS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr
-):
+def _sum_chunks_kernel(chunks_ptr, sums_ptr, num_chunks, width, BLOCK_CHUNKS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr):
     """Add up chunks [N, C, D] to sums [N, D]."""
     row = tl.program_id(0).to(tl.int64)
     columns = _columns(tl.program_id(1) * BLOCK_COLUMNS, BLOCK_COLUMNS)
@@ -290,9 +288,7 @@ class _GatedResidualLayerNormModulate(torch.autograd.Function):
         return residual_gradient, branch_gradient, *(next(each) if needed else None for needed in wanted), None
 
 
-def layer_norm_modulate(
-    hidden_states: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor, *, eps: float
-) -> torch.Tensor:
+def layer_norm_modulate(hidden_states: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor, *, eps: float) -> torch.Tensor:
     """Normalize each token, then scale and shift it as its example asks, in one kernel.
 
         out = (x - mean(x)) / sqrt(mean((x - mean(x))**2) + eps) * (1 + scale) + shift

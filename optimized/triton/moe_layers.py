@@ -239,9 +239,7 @@ def _grad_logits(kernel: Any, ctx: Any, grad: torch.Tensor) -> torch.Tensor:
 
 class _LoadBalancingLoss(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, router_logits: torch.Tensor, topk_ids: torch.Tensor, attention_mask: torch.Tensor
-    ) -> torch.Tensor:
+    def forward(ctx: Any, router_logits: torch.Tensor, topk_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
         (num_tokens, num_experts), top_k = router_logits.shape, topk_ids.shape[1]
         num_blocks, constants = _blocks(router_logits)
         num_programs = min(num_blocks, MOST_PROGRAMS)
@@ -285,9 +283,7 @@ class _RouterZLoss(torch.autograd.Function):
                     router_logits, attention_mask, squares, counts,
                     router_logits.shape[0], *router_logits.stride(), attention_mask.stride(0), **constants,
                 )  # fmt: skip
-            _z_loss[(1,)](
-                squares, counts, loss, slope, num_programs, BLOCK_PROGRAMS=triton.next_power_of_2(MOST_PROGRAMS)
-            )
+            _z_loss[(1,)](squares, counts, loss, slope, num_programs, BLOCK_PROGRAMS=triton.next_power_of_2(MOST_PROGRAMS))
         ctx.save_for_backward(router_logits, attention_mask, slope)
         return loss
 
@@ -297,9 +293,7 @@ class _RouterZLoss(torch.autograd.Function):
         return _grad_logits(_z_backward, ctx, grad), None
 
 
-def load_balancing_loss(
-    router_logits: torch.Tensor, topk_ids: torch.Tensor, attention_mask: torch.Tensor
-) -> torch.Tensor:
+def load_balancing_loss(router_logits: torch.Tensor, topk_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
     """Return the load-balancing loss: `reference.torch.moe_layers.load_balancing_loss`, in one pass over the logits.
 
     Args:

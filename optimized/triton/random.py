@@ -41,9 +41,7 @@ def box_muller(word_0, word_1):
 
 
 @triton.jit(do_not_specialize=["seed", "step", "purpose", "draw_size"])
-def draw_kernel(
-    out_ptr, example_ptr, seed, step, purpose, draw_size, NORMAL: tl.constexpr, BLOCK_SIZE: tl.constexpr
-):
+def draw_kernel(out_ptr, example_ptr, seed, step, purpose, draw_size, NORMAL: tl.constexpr, BLOCK_SIZE: tl.constexpr):
     """Write the draw of one example: out [num_examples, draw_size], example [num_examples]."""
     programs_per_row = tl.cdiv(draw_size, 4 * BLOCK_SIZE)
     row = tl.program_id(0) // programs_per_row
@@ -60,23 +58,17 @@ def draw_kernel(
     tl.store(out_ptr + 3, x3, mask=column + 3 < draw_size)
 
 
-def normal(
-    shape: tuple[int, ...], *, seed: int, step: int, example: torch.Tensor, purpose: int
-) -> torch.Tensor:
+def normal(shape: tuple[int, ...], *, seed: int, step: int, example: torch.Tensor, purpose: int) -> torch.Tensor:
     """Draw standard normals, [*example.shape, *shape], float32: `reference.torch.random.normal`."""
     return _draw(torch.float32, shape, seed, step, example, purpose)
 
 
-def bits(
-    shape: tuple[int, ...], *, seed: int, step: int, example: torch.Tensor, purpose: int
-) -> torch.Tensor:
+def bits(shape: tuple[int, ...], *, seed: int, step: int, example: torch.Tensor, purpose: int) -> torch.Tensor:
     """Draw 32-bit words, [*example.shape, *shape], int64: `reference.torch.random.bits`."""
     return _draw(torch.int64, shape, seed, step, example, purpose)
 
 
-def _draw(
-    dtype: torch.dtype, shape: tuple[int, ...], seed: int, step: int, example: torch.Tensor, purpose: int
-) -> torch.Tensor:
+def _draw(dtype: torch.dtype, shape: tuple[int, ...], seed: int, step: int, example: torch.Tensor, purpose: int) -> torch.Tensor:
     validation.random_draw(seed, step, example, purpose)
     require_triton_device("example", example)
     out = torch.empty(*example.shape, *shape, dtype=dtype, device=example.device)

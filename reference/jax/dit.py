@@ -81,9 +81,7 @@ def embed_conditions(
     return time_BD + state["y_embedder.embedding_table.weight"][class_labels]
 
 
-def block(
-    state: Mapping[str, jax.Array], hidden_states: jax.Array, conditioning: jax.Array, *, config: DiTConfig
-) -> jax.Array:
+def block(state: Mapping[str, jax.Array], hidden_states: jax.Array, conditioning: jax.Array, *, config: DiTConfig) -> jax.Array:
     """As `gaugeblock.reference.torch.dit.block`."""
     validation.dit_block(state, hidden_states, conditioning, block_shapes(config))
     state = {name: at_least_float32(parameter) for name, parameter in state.items()}

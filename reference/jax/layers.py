@@ -15,9 +15,7 @@ from gaugeblock.reference.jax.precision import at_least_float32
 LONGEST_PERIOD = 10000  # of both sinusoidal embeddings, in units of 2 pi
 
 
-def layer_norm_modulate(
-    hidden_states: jax.Array, shift: jax.Array, scale: jax.Array, *, eps: float
-) -> jax.Array:
+def layer_norm_modulate(hidden_states: jax.Array, shift: jax.Array, scale: jax.Array, *, eps: float) -> jax.Array:
     """As `gaugeblock.reference.torch.layers.layer_norm_modulate`."""
     validation.layer_norm_modulate(hidden_states, shift, scale, eps)
     normalized_BSD = layer_norm(at_least_float32(hidden_states), eps=eps)

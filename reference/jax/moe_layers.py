@@ -27,9 +27,7 @@ def mixtral_moe(
     return fused_swiglu(hidden_states, w13, w2, weights_TK, ids_TK), logits_TE, ids_TK
 
 
-def load_balancing_loss(
-    router_logits: jax.Array, topk_ids: jax.Array, attention_mask: jax.Array
-) -> jax.Array:
+def load_balancing_loss(router_logits: jax.Array, topk_ids: jax.Array, attention_mask: jax.Array) -> jax.Array:
     """As `gaugeblock.reference.torch.moe_layers.load_balancing_loss`."""
     validation.load_balancing_loss(router_logits, topk_ids, attention_mask)
     validation.expert_ids_in_range(topk_ids, num_experts=router_logits.shape[1])

@@ -33,9 +33,7 @@ def rectified_flow_velocity(data: jax.Array, noise: jax.Array, *, velocity: Velo
     return (from_data_to_noise if velocity == "noise - data" else -from_data_to_noise).astype(data.dtype)
 
 
-def rectified_flow_loss(
-    prediction: jax.Array, data: jax.Array, noise: jax.Array, *, velocity: VelocitySign
-) -> jax.Array:
+def rectified_flow_loss(prediction: jax.Array, data: jax.Array, noise: jax.Array, *, velocity: VelocitySign) -> jax.Array:
     """As `gaugeblock.reference.torch.objectives.rectified_flow_loss`."""
     validation.rectified_flow(data, noise)
     validation.rectified_flow_prediction(prediction, data)

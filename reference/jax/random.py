@@ -33,9 +33,7 @@ KEY_INCREMENTS = (0x9E3779B9, 0xBB67AE85)  # golden ratio, sqrt(3) - 1
 ROUNDS = 10
 
 
-def normal(
-    shape: tuple[int, ...], *, seed: int, step: int | jax.Array, example: int | jax.Array, purpose: int
-) -> jax.Array:
+def normal(shape: tuple[int, ...], *, seed: int, step: int | jax.Array, example: int | jax.Array, purpose: int) -> jax.Array:
     """As `gaugeblock.reference.torch.random.normal`."""
     blocks = _blocks(shape, seed, step, example, purpose)
     with jax.enable_x64(True):
@@ -47,17 +45,13 @@ def normal(
     return _draw(normals, shape)
 
 
-def uniform(
-    shape: tuple[int, ...], *, seed: int, step: int | jax.Array, example: int | jax.Array, purpose: int
-) -> jax.Array:
+def uniform(shape: tuple[int, ...], *, seed: int, step: int | jax.Array, example: int | jax.Array, purpose: int) -> jax.Array:
     """As `gaugeblock.reference.torch.random.uniform`."""
     words = bits(shape, seed=seed, step=step, example=example, purpose=purpose)
     return (words >> 8).astype(jnp.float32) * jnp.float32(2.0**-24)
 
 
-def bits(
-    shape: tuple[int, ...], *, seed: int, step: int | jax.Array, example: int | jax.Array, purpose: int
-) -> jax.Array:
+def bits(shape: tuple[int, ...], *, seed: int, step: int | jax.Array, example: int | jax.Array, purpose: int) -> jax.Array:
     """As `gaugeblock.reference.torch.random.bits`, but words are uint32, and `step` may be a scalar that is traced."""
     return _draw(_blocks(shape, seed, step, example, purpose), shape)
 
@@ -84,9 +78,7 @@ def _multiply(a: int, b: jax.Array) -> tuple[jax.Array, jax.Array]:
     return a_high * b_high + (middle >> 16) + (carry >> 16), jnp.uint32(a) * b
 
 
-def _blocks(
-    shape: tuple[int, ...], seed: int, step: int | jax.Array, example: int | jax.Array, purpose: int
-) -> jax.Array:
+def _blocks(shape: tuple[int, ...], seed: int, step: int | jax.Array, example: int | jax.Array, purpose: int) -> jax.Array:
     """Return the blocks that a draw needs, [*example.shape, num_blocks, 4]."""
     validation.random_draw(seed, step, example, purpose)
     examples = jnp.asarray(example, jnp.uint32)[..., None]

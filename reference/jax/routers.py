@@ -66,9 +66,7 @@ def group_scores(choice_scores: jax.Array, num_groups: int) -> jax.Array:
     return jax.lax.top_k(scores_TGM, min(2, scores_TGM.shape[-1]))[0].sum(axis=-1)
 
 
-def switch_top1(
-    router_logits: jax.Array, *, capacity_factor: float
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+def switch_top1(router_logits: jax.Array, *, capacity_factor: float) -> tuple[jax.Array, jax.Array, jax.Array]:
     """As `gaugeblock.reference.torch.routers.switch_top1`, but expert_ids are int32."""
     validation.switch_top1(router_logits, capacity_factor)
     num_tokens, num_experts = router_logits.shape

@@ -14,9 +14,7 @@ from gaugeblock.reference.torch.precision import at_least_float32
 LONGEST_PERIOD = 10000  # of both sinusoidal embeddings, in units of 2 pi
 
 
-def layer_norm_modulate(
-    hidden_states: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor, *, eps: float
-) -> torch.Tensor:
+def layer_norm_modulate(hidden_states: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor, *, eps: float) -> torch.Tensor:
     """Normalize each token to mean 0 and variance 1, then scale and shift it as its example asks (adaptive LayerNorm).
 
         out = (x - mean(x)) / sqrt(mean((x - mean(x))**2) + eps) * (1 + scale) + shift

@@ -52,9 +52,7 @@ def mixtral_moe(
     return fused_swiglu(hidden_states, w13, w2, weights_TK, ids_TK), logits_TE, ids_TK
 
 
-def load_balancing_loss(
-    router_logits: torch.Tensor, topk_ids: torch.Tensor, attention_mask: torch.Tensor
-) -> torch.Tensor:
+def load_balancing_loss(router_logits: torch.Tensor, topk_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
     """Return the load-balancing loss of one layer: 1 where all experts have the same load, num_experts / top_k at worst.
 
         loss = num_experts * sum over e of share[e] * probability[e]

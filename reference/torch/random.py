@@ -32,9 +32,7 @@ KEY_INCREMENTS = (0x9E3779B9, 0xBB67AE85)  # golden ratio, sqrt(3) - 1
 ROUNDS = 10
 
 
-def normal(
-    shape: tuple[int, ...], *, seed: int, step: int, example: int | torch.Tensor, purpose: int
-) -> torch.Tensor:
+def normal(shape: tuple[int, ...], *, seed: int, step: int, example: int | torch.Tensor, purpose: int) -> torch.Tensor:
     """Draw standard normals by the transform of Box and Muller.
 
         u = (word_0 + 1) / 2**32,  v = word_1 / 2**32
@@ -57,9 +55,7 @@ def normal(
     return _draw(pairs.float().flatten(-2), shape)
 
 
-def uniform(
-    shape: tuple[int, ...], *, seed: int, step: int, example: int | torch.Tensor, purpose: int
-) -> torch.Tensor:
+def uniform(shape: tuple[int, ...], *, seed: int, step: int, example: int | torch.Tensor, purpose: int) -> torch.Tensor:
     """Draw uniformly from the multiples of 2**-24 in [0, 1): the high 24 bits of each word, exactly.
 
     Args: as of `bits`.
@@ -73,9 +69,7 @@ def uniform(
     return (words >> 8).float() * 2.0**-24
 
 
-def bits(
-    shape: tuple[int, ...], *, seed: int, step: int, example: int | torch.Tensor, purpose: int
-) -> torch.Tensor:
+def bits(shape: tuple[int, ...], *, seed: int, step: int, example: int | torch.Tensor, purpose: int) -> torch.Tensor:
     """Draw 32-bit words.
 
     Args:
@@ -123,9 +117,7 @@ def _multiply(a: int, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return middle >> 16, (middle << 16 | low_product & 0xFFFF) & WORD
 
 
-def _blocks(
-    shape: tuple[int, ...], seed: int, step: int, example: int | torch.Tensor, purpose: int
-) -> torch.Tensor:
+def _blocks(shape: tuple[int, ...], seed: int, step: int, example: int | torch.Tensor, purpose: int) -> torch.Tensor:
     """Return the blocks that a draw needs, [*example.shape, num_blocks, 4]."""
     validation.random_draw(seed, step, example, purpose)
     examples = torch.as_tensor(example)[..., None]

@@ -11,9 +11,7 @@ from gaugeblock.reference import validation
 from gaugeblock.reference.torch.precision import at_least_float32
 
 
-def softmax_topk(
-    router_logits: torch.Tensor, *, top_k: int, renormalize: bool
-) -> tuple[torch.Tensor, torch.Tensor]:
+def softmax_topk(router_logits: torch.Tensor, *, top_k: int, renormalize: bool) -> tuple[torch.Tensor, torch.Tensor]:
     """Choose the `top_k` most probable experts of each token.
 
         p = softmax(router_logits)
@@ -115,9 +113,7 @@ def group_scores(choice_scores: torch.Tensor, num_groups: int) -> torch.Tensor:
     return torch.topk(scores_TGM, min(2, scores_TGM.shape[-1]), dim=-1).values.sum(dim=-1)
 
 
-def switch_top1(
-    router_logits: torch.Tensor, *, capacity_factor: float
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def switch_top1(router_logits: torch.Tensor, *, capacity_factor: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Choose the most probable expert of each token; an expert takes its first tokens, as many as it has room for.
 
         p = softmax(router_logits)

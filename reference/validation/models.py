@@ -42,9 +42,7 @@ def gated_residual_layer_norm_modulate(residual: Any, branch: Any, gate: Any, sh
     layer_norm_modulate(residual, shift, scale, eps)
 
 
-def self_attention(
-    hidden_states: Any, qkv_weight: Any, qkv_bias: Any, proj_weight: Any, proj_bias: Any, num_heads: Any
-) -> None:
+def self_attention(hidden_states: Any, qkv_weight: Any, qkv_bias: Any, proj_weight: Any, proj_bias: Any, num_heads: Any) -> None:
     """Check the arguments of `layers.self_attention`."""
     require_tokens("hidden_states", hidden_states)
     hidden_size = hidden_states.shape[2]

@@ -23,9 +23,7 @@ def softmax_topk(router_logits: Any, top_k: int) -> None:
     require_between("top_k", top_k, 1, router_logits.shape[1], "num_experts=")
 
 
-def grouped_sigmoid_topk(
-    router_logits: Any, e_score_correction_bias: Any, top_k: int, num_groups: int, topk_groups: int
-) -> None:
+def grouped_sigmoid_topk(router_logits: Any, e_score_correction_bias: Any, top_k: int, num_groups: int, topk_groups: int) -> None:
     """Check the arguments of `routers.grouped_sigmoid_topk`."""
     softmax_topk(router_logits, top_k)
     num_experts = router_logits.shape[1]

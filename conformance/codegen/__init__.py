@@ -1,0 +1,1 @@
+"""What compiles: every Triton kernel for chips that are not there."""

@@ -1,0 +1,63 @@
+"""What `gaugeblock codegen` launches: every Triton implementation of ours, as its contract says it is called.
+
+The compiler makes another version for each dtype, each `tl.constexpr` (so for each number of experts), for addresses, sizes
+and strides that are multiples of 16 or not, and for sizes and strides of 1. The contracts' first landmarks (sizes with tails
+and even ones), each in two layouts, and their published workloads bring them.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import torch
+
+from gaugeblock.conformance.engine.budget.oracle import rounded_cotangents
+from gaugeblock.conformance.engine.contract import Contract
+from gaugeblock.conformance.engine.frameworks import Call, call_torch
+from gaugeblock.conformance.engine.inputs.cases import Case, Layout, lay_out, make_inputs, options
+from gaugeblock.conformance.engine.registry import Implementation, builtin_implementations, contracts
+from gaugeblock.optimized.triton import random
+
+LAYOUTS: tuple[Layout, ...] = ("contiguous", "sliced")
+MOST_ELEMENTS = 10**7  # of an input: larger workloads have the kernels of smaller ones
+FEW = 64  # examples are enough, since no kernel depends on their number
+
+Launch = tuple[str, Callable[[], object]]
+
+
+def _launch(contract: Contract, implementation: Implementation, case: Case, dtype: str) -> None:
+    made = make_inputs(contract, case, dtype)
+    inputs = {key: lay_out(tensor, case.layout) for key, tensor in made.items()}
+    call_torch(contract, implementation.load(), Call(inputs, options(contract, case), rounded_cotangents(contract, case, dtype)))
+
+
+def _cases(contract: Contract) -> Iterator[tuple[str, Case]]:
+    regime = contract.regimes[0].name
+    for number, landmark in enumerate(contract.landmarks[:2]):
+        for layout in LAYOUTS:
+            yield f"landmark {number}, {layout}", Case(**landmark, regime=regime, layout=layout)
+    for workload in contract.workloads:
+        parameters = {**workload.parameters, contract.batch: FEW}
+        if max(math.prod(spec.sizes(parameters)) for spec in contract.specs(parameters).values()) <= MOST_ELEMENTS:
+            yield workload.name, Case(**parameters, regime=regime)
+
+
+def _launches() -> Iterator[Launch]:
+    for contract in contracts().values():
+        # layers and models are composed of other contracts' kernels, and look at what those computed, which here is nothing
+        for implementation in () if contract.state else builtin_implementations(contract):
+            if implementation.kind == "triton":
+                for name, case in _cases(contract):
+                    for dtype in implementation.dtypes:
+                        yield f"{contract.name} {name}, {dtype}", partial(_launch, contract, implementation, case, dtype)
+
+
+def _draw(draw: Callable) -> None:
+    draw((1000,), seed=2**40, step=1, example=torch.arange(2), purpose=0)
+
+
+LAUNCHES: list[Launch] = [
+    *_launches(),
+    ("random.bits", partial(_draw, random.bits)),
+    ("random.normal", partial(_draw, random.normal)),
+]

@@ -1,0 +1,1 @@
+"""How an implementation is judged: from a contract's row to a verdict."""

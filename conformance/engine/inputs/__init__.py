@@ -1,0 +1,1 @@
+"""Cases: points of a contract's input space, how they become tensors, and which of them must be visited."""

@@ -1,0 +1,345 @@
+"""Who claims to fulfil which contract: the built-in rows, installed packages, and a user's own file or module."""
+
+import difflib
+import importlib
+import importlib.util
+import inspect
+import pkgutil
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from functools import cache
+from importlib.metadata import entry_points
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Literal, TypeVar, cast, get_args
+
+from gaugeblock.conformance.engine.contract import Contract
+
+ENTRY_POINTS = "gaugeblock.implementations"
+SUBJECTS = ("routers", "experts", "moe_layers", "layers", "dit", "objectives", "train_image_diffusion")
+
+Kind = Literal["reference", "triton", "distributed", "jax", "compiled", "user"]
+Framework = Literal["torch", "jax"]
+DType = Literal["float32", "float16", "bfloat16"]
+Device = Literal["cpu", "cuda"]
+Profile = Literal["strict", "eager"]
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+class RegistrationError(ValueError):
+    """A registration that cannot be taken; the message is one line for the user."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A function that a file or module registers, and that only a candidate's process loads."""
+
+    source: str
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """Something that claims to fulfil a contract. The defaults are the strong claims.
+
+    Attributes:
+        contract: The contract's name.
+        name: The implementation's own.
+        function: What is called; for a built-in row its import path `module:function`, for a user's the source of it.
+        kind: `reference`, `triton`, `distributed`, `jax`, `compiled` or `user`; kernels of kind `triton` are watched as
+            they run.
+        framework: Whose arrays it takes and returns.
+        dtypes, devices: What it supports.
+        profile: `strict`: only the operands of matrix products may be rounded to the dtype, all else is float32;
+            `eager`: every operation's result may be.
+        differentiable: Gradients are right.
+        deterministic: The same call gives the same bits.
+        batch_invariant: An example's bits do not depend on the other examples.
+        validates: Bad input raises ValueError or TypeError naming the argument.
+        assumes_zero_masked_lanes: Its Triton kernels use lanes that were masked without `other`, which hold 0 on today's chips
+            though Triton does not promise it.
+        jit: The engine calls it under `jax.jit`, keyword arguments static, but where a bad value is to be rejected.
+        world_sizes: Numbers of devices that it runs on; it is called with `mesh` too, of one dimension "ranks". In PyTorch
+            it is called once per rank with the rank's shard and a `DeviceMesh`; in JAX once, with global arrays and a `Mesh`.
+        memory_gib: GiB of address space that it may take on a CPU.
+    """
+
+    contract: str
+    name: str
+    function: Callable[..., Any] | str | Candidate
+    kind: Kind = "user"
+    framework: Framework = "torch"
+    dtypes: tuple[DType, ...] = ("float32",)
+    devices: tuple[Device, ...] = ("cpu",)
+    profile: Profile = "strict"
+    differentiable: bool = True
+    deterministic: bool = True
+    batch_invariant: bool = True
+    validates: bool = True
+    assumes_zero_masked_lanes: bool = False
+    jit: bool = False
+    world_sizes: tuple[int, ...] = ()
+    memory_gib: float = 8.0
+
+    def load(self) -> Callable[..., Any]:
+        """The callable itself.
+
+        Raises:
+            ImportError: If a package that it needs is not installed.
+        """
+        if isinstance(self.function, Candidate):
+            _load_once(self.function.source)
+            return _functions[self.contract, self.name]
+        return import_path(self.function) if isinstance(self.function, str) else self.function
+
+
+CLAIMS = {each.name: each.type for each in fields(Implementation)[3:]}
+_registered: dict[tuple[str, str], Implementation] = {}
+_functions: dict[tuple[str, str], Callable[..., Any]] = {}  # what was registered in this process
+
+
+def implements(contract: str, *, name: str, **claims: Any) -> Callable[[Function], Function]:
+    """Registers a function as an implementation of `contract`; it is returned unchanged.
+
+    Args:
+        contract: A contract's name, e.g. `"routers.softmax_topk"` (`gaugeblock list` shows them).
+        name: How the report calls the implementation.
+        **claims: Fields of `Implementation`: `framework`, `dtypes`, `devices`, `profile`, `differentiable`,
+            `deterministic`, `batch_invariant`, `validates`, `assumes_zero_masked_lanes`, `jit`, `world_sizes`, `memory_gib`,
+            `kind`.
+
+    Raises:
+        RegistrationError: If the contract, a claim, a claim's value, or the function's signature is wrong, or the name is
+            taken for this contract.
+    """
+
+    def register(function: Function) -> Function:
+        row = find_contract(contract)
+        _check_claims(contract, name, claims)
+        _check_signature(row, name, function, bool(claims.get("world_sizes")))
+        if any(name == each.name for each in implementations(contract)):
+            raise RegistrationError(f"{contract}: an implementation named {name!r} is already registered")
+        _functions[contract, name] = function
+        _registered[contract, name] = _row(contract, name, function, claims)
+        return function
+
+    return register
+
+
+def register_told(contract: str, name: str, source: str, claims: dict[str, Any]) -> Implementation:
+    """Registers what a candidate's process has told of a file or module.
+
+    Raises:
+        RegistrationError: If the contract or a claim is wrong, or the name is taken by another source.
+    """
+    find_contract(contract)
+    _check_claims(contract, name, claims)
+    others = [each for each in implementations(contract) if each.name == name and each.function != Candidate(source)]
+    if others:
+        raise RegistrationError(f"{contract}: an implementation named {name!r} is already registered")
+    _registered[contract, name] = _row(contract, name, Candidate(source), claims)
+    return _registered[contract, name]
+
+
+def claims_of(implementation: Implementation) -> dict[str, Any]:
+    """All that it claims, by name."""
+    return {claim: getattr(implementation, claim) for claim in CLAIMS}
+
+
+def _row(contract: str, name: str, function: Callable[..., Any] | Candidate, claims: dict[str, Any]) -> Implementation:
+    tuples = {
+        key: (value,) if isinstance(value, str | int) else tuple(value)
+        for key, value in claims.items()
+        if key in ("dtypes", "devices", "world_sizes")
+    }
+    return Implementation(contract, name, function, **(claims | tuples))
+
+
+def _check_claims(contract: str, name: str, claims: dict[str, Any]) -> None:
+    for claim, value in claims.items():
+        if claim not in CLAIMS:
+            raise RegistrationError(f"{contract} ({name}): unknown claim {claim!r}{suggest(claim, CLAIMS)}")
+        kind = CLAIMS[claim]
+        if claim == "world_sizes":
+            _check_world_sizes(contract, name, value)
+            continue
+        if claim == "memory_gib":
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 2**20:
+                raise RegistrationError(f"{contract} ({name}): memory_gib must be a positive number, got {value!r}")
+            continue
+        allowed = (True, False) if kind is bool else get_args(get_args(kind)[0] if claim in ("dtypes", "devices") else kind)
+        values = tuple(value) if claim in ("dtypes", "devices") and not isinstance(value, str) else (value,)
+        wrong = [each for each in values if each not in allowed]
+        if wrong or not values:
+            raise RegistrationError(f"{contract} ({name}): {claim} must be of {allowed}, got {value!r}")
+
+
+def _check_world_sizes(contract: str, name: str, value: Any) -> None:
+    sizes = (value,) if isinstance(value, int) else value
+    if not isinstance(sizes, tuple | list) or not all(isinstance(each, int) and each >= 1 for each in sizes):
+        raise RegistrationError(f"{contract} ({name}): world_sizes must be positive integers, got {value!r}")
+    if sizes and not find_contract(contract).sharded:
+        raise RegistrationError(f"{contract} ({name}): world_sizes={value!r}, but the contract does not shard its inputs")
+
+
+def _check_signature(contract: Contract, name: str, function: Callable[..., Any], distributed: bool) -> None:
+    if not callable(function):
+        raise RegistrationError(f"{contract.name} ({name}): expected a function, got {type(function).__name__}")
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):  # a builtin or an extension without a signature: the first call will tell
+        return
+    try:
+        signature.bind(*contract.inputs, **dict.fromkeys((*contract.options, "mesh") if distributed else contract.options))
+    except TypeError as error:
+        expected = f"{contract.signature}{' with mesh=...' if distributed else ''}"
+        raise RegistrationError(
+            f"{contract.name} ({name}): wrong signature {name}{signature}, expected {expected}: {error}"
+        ) from None
+
+
+@cache
+def contracts() -> dict[str, Contract]:
+    """Every contract by name."""
+    modules = import_folder("gaugeblock.conformance.contracts")
+    return {row.name: row for module in modules for row in getattr(module, "CONTRACTS", ())}
+
+
+def find_contract(name: str) -> Contract:
+    """The contract of that name.
+
+    Raises:
+        RegistrationError: If there is none; the nearest name is suggested.
+    """
+    try:
+        return contracts()[name]
+    except KeyError:
+        raise RegistrationError(f"unknown contract {name!r}{suggest(name, contracts())}") from None
+
+
+def implementations(contract: str) -> tuple[Implementation, ...]:
+    """All implementations of a contract: references, built-in rows, then registered ones."""
+    registered = tuple(each for (key, _), each in _registered.items() if key == contract)
+    return (*builtin_implementations(find_contract(contract)), *registered)
+
+
+def is_built_in(implementation: Implementation) -> bool:
+    """Whether it is ours."""
+    return implementation in builtin_implementations(find_contract(implementation.contract))
+
+
+def registered_implementations() -> tuple[Implementation, ...]:
+    """Those that users registered, in order."""
+    return tuple(_registered.values())
+
+
+@cache
+def builtin_implementations(contract: Contract) -> tuple[Implementation, ...]:
+    """The two references and our optimized versions."""
+    every = cast(tuple[DType, ...], contract.dtypes)
+    references = (
+        Implementation(contract.name, "reference", contract.reference, "reference", dtypes=every, devices=("cpu", "cuda")),
+        # a step reads its loss, which jit has not
+        Implementation(contract.name, "reference-jax", contract.twin, "reference", "jax", jit=contract.recurrence is None),
+    )
+    ours = (
+        Implementation(contract.name, row.name, row.function, cast(Kind, row.kind), cast(Framework, row.framework), **row.claims)
+        for row in contract.builtins
+    )
+    return (*references, *ours)
+
+
+def load_candidates(source: str) -> tuple[Implementation, ...]:
+    """Runs a user's file (or imports a module) and returns what it registered.
+
+    Raises:
+        RegistrationError: If it cannot be read, run or imported, or registers nothing; one line says where and why.
+    """
+    before = set(_registered)
+    try:
+        if source.endswith(".py"):
+            _run_file(Path(source))
+        else:
+            importlib.import_module(source)
+    except RegistrationError as error:
+        raise RegistrationError(f"{source}: {error}") from None
+    except FileNotFoundError as error:
+        raise RegistrationError(f"{source}: no such file" if str(error.filename) == source else f"{source}: {error}") from None
+    except SyntaxError as error:
+        raise RegistrationError(f"{error.filename or source}:{error.lineno}: syntax error: {error.msg}") from None
+    except (Exception, SystemExit) as error:
+        raise RegistrationError(f"{source}{_line_of(error, source)}: {type(error).__name__}: {one_line(error)}") from None
+    added = tuple(each for key, each in _registered.items() if key not in before)
+    if not added:
+        raise RegistrationError(
+            f"{source}: registers no implementation; decorate a function with gaugeblock.conformance.implements"
+        )
+    return added
+
+
+@cache
+def _load_once(source: str) -> None:
+    load_candidates(source)
+
+
+@cache
+def load_entry_points() -> tuple[tuple[str, tuple[Implementation, ...]], ...]:
+    """Imports the modules that installed packages name in the entry-point group `gaugeblock.implementations`.
+
+    Returns:
+        The modules, and what each registers.
+    """
+    found = []
+    for point in entry_points(group=ENTRY_POINTS):
+        before = set(_registered)
+        try:
+            point.load()
+            found.append((point.module, tuple(each for key, each in _registered.items() if key not in before)))
+        except (Exception, SystemExit) as error:
+            reason = f"{type(error).__name__}: {one_line(error)}"
+            raise RegistrationError(f"entry point {point.name!r} ({point.value}): {reason}") from error
+    return tuple(found)
+
+
+def import_path(path: str) -> Any:
+    """The object at `package.module:attribute`."""
+    module, _, attribute = path.partition(":")
+    return getattr(importlib.import_module(module), attribute)
+
+
+def import_folder(package: str) -> list[ModuleType]:
+    """Every module that lies in the folder of a package, by name."""
+    folder = importlib.import_module(package).__path__
+    return [importlib.import_module(f"{package}.{name}") for name in sorted(each.name for each in pkgutil.iter_modules(folder))]
+
+
+def _run_file(path: Path) -> None:
+    if not path.is_file():
+        raise FileNotFoundError(2, "no such file", str(path))
+    sys.path.insert(0, str(path.resolve().parent))  # as `python path` would: its neighbours can be imported
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None and spec.loader is not None  # a .py file always has a loader
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[path.stem] = module
+    spec.loader.exec_module(module)
+
+
+def _line_of(error: BaseException, source: str) -> str:
+    trace = error.__traceback__
+    lines = []
+    while trace is not None:
+        if trace.tb_frame.f_code.co_filename == source or trace.tb_frame.f_code.co_filename == str(Path(source).resolve()):
+            lines.append(trace.tb_lineno)
+        trace = trace.tb_next
+    return f":{lines[-1]}" if lines else ""
+
+
+def suggest(name: str, known: Any) -> str:
+    """The end of an error message: the nearest known name, or all of them."""
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
+    return f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(known)}"
+
+
+def one_line(error: BaseException) -> str:
+    """The first line of an error's message."""
+    return (str(error).strip().splitlines() or ["(no message)"])[0]

@@ -1,0 +1,139 @@
+"""What public libraries offer for our contracts; they are imported only when they are asked to run."""
+
+import os
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+
+from gaugeblock.conformance.bench.problem import Problem, Results, Unavailable
+from gaugeblock.conformance.engine.frameworks import call_torch
+
+
+def grouped_mm(problem: Problem) -> Callable[[], Results]:
+    """`torch.nn.functional.grouped_mm` between a sort by expert and a weighted sum."""
+    _require_aligned_rows(problem)
+
+    def experts(
+        hidden_states: torch.Tensor,
+        w13: torch.Tensor,
+        w2: torch.Tensor,
+        topk_weights: torch.Tensor,
+        topk_ids: torch.Tensor,
+    ) -> torch.Tensor:
+        order = topk_ids.flatten().argsort(stable=True)
+        ends = topk_ids.flatten().bincount(minlength=w13.shape[0]).cumsum(0).to(torch.int32)
+        rows = hidden_states[order // topk_ids.shape[1]]
+        gate, up = torch.nn.functional.grouped_mm(rows, w13.mT, offs=ends).chunk(2, dim=-1)
+        out = torch.nn.functional.grouped_mm(torch.nn.functional.silu(gate) * up, w2.mT, offs=ends)
+        chosen = out[order.argsort()].view(*topk_ids.shape, -1)
+        return (chosen * topk_weights[..., None]).sum(1).to(hidden_states.dtype)
+
+    return partial(call_torch, problem.contract, experts, problem.call)
+
+
+def transformers_experts(implementation: str, problem: Problem) -> Callable[[], Results]:
+    """transformers' module of the Qwen3-MoE experts, with one of its experts implementations."""
+    from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeConfig, Qwen3MoeExperts
+
+    sizes = problem.parameters
+    if implementation == "batched_mm":
+        _guard_memory(problem)
+    if implementation == "grouped_mm":
+        _require_aligned_rows(problem)
+    config = Qwen3MoeConfig(
+        num_experts=sizes["num_experts"],
+        hidden_size=sizes["hidden_size"],
+        moe_intermediate_size=sizes["intermediate_size"],
+    )
+    config._experts_implementation = implementation
+    with torch.device("meta"):
+        module = Qwen3MoeExperts(config)
+
+    def experts(hidden_states: Any, w13: Any, w2: Any, topk_weights: Any, topk_ids: Any) -> torch.Tensor:
+        weights = {"gate_up_proj": w13, "down_proj": w2}
+        return torch.func.functional_call(module, weights, (hidden_states, topk_ids, topk_weights))
+
+    return partial(call_torch, problem.contract, experts, problem.call)
+
+
+def transformers_softmax_router(problem: Problem) -> Callable[[], Results]:
+    """transformers' router of Qwen3-MoE, with an identity for its projection."""
+    from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeConfig, Qwen3MoeTopKRouter
+
+    sizes = problem.parameters
+    config = Qwen3MoeConfig(
+        num_experts=sizes["num_experts"],
+        hidden_size=sizes["num_experts"],
+        num_experts_per_tok=sizes["top_k"],
+        norm_topk_prob=sizes["renormalize"],
+    )
+    return _router_call(problem, Qwen3MoeTopKRouter(config))
+
+
+def transformers_grouped_router(problem: Problem) -> Callable[[], Results]:
+    """transformers' router of DeepSeek-V3, with an identity for its projection."""
+    from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Config, DeepseekV3TopkRouter
+
+    sizes = problem.parameters
+    if problem.call.cotangents is not None:
+        raise Unavailable("returns its choices unsorted, so the cotangents would not fit")
+    config = DeepseekV3Config(
+        n_routed_experts=sizes["num_experts"],
+        hidden_size=sizes["num_experts"],
+        num_experts_per_tok=sizes["top_k"],
+        n_group=sizes["num_groups"],
+        topk_group=sizes["topk_groups"],
+        norm_topk_prob=sizes["renormalize"],
+        routed_scaling_factor=sizes["routed_scaling_factor"],
+    )
+    return _router_call(problem, DeepseekV3TopkRouter(config))
+
+
+def _router_call(problem: Problem, module: torch.nn.Module) -> Callable[[], Results]:
+    logits = problem.call.inputs["router_logits"]
+    module = module.to(logits.device, logits.dtype).requires_grad_(False)
+    torch.nn.init.eye_(module.get_parameter("weight"))
+
+    def router(router_logits: Any, e_score_correction_bias: Any = None, **_: Any) -> Any:
+        if e_score_correction_bias is not None:
+            module.e_score_correction_bias = e_score_correction_bias
+        return module(router_logits)[1:]
+
+    return partial(call_torch, problem.contract, router, problem.call)
+
+
+def _require_aligned_rows(problem: Problem) -> None:
+    """torch's grouped_mm takes rows whose bytes are a multiple of 16."""
+    itemsize = getattr(torch, problem.machine.dtype).itemsize
+    for name in ("hidden_size", "intermediate_size"):
+        if problem.parameters[name] * itemsize % 16:
+            raise Unavailable(f"{name} of {problem.parameters[name]} gives rows that are not multiples of 16 bytes")
+
+
+def _guard_memory(problem: Problem) -> None:
+    """batched_mm copies the weights of every routed row; backward, as many gradients."""
+    sizes = problem.parameters
+    one_expert = 3 * sizes["hidden_size"] * sizes["intermediate_size"]
+    passes = 1 if problem.call.cotangents is None else 2
+    itemsize = getattr(torch, problem.machine.dtype).itemsize
+    needed = passes * sizes["num_tokens"] * sizes["top_k"] * one_expert * itemsize
+    if problem.machine.device == "cuda":
+        limit = torch.cuda.mem_get_info()[0]
+    else:
+        limit = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 4
+    if needed > limit:
+        raise Unavailable(f"copies {needed / 2**30:.0f} GiB of weights, {limit / 2**30:.0f} GiB allowed")
+
+
+OUTSIDERS: dict[str, dict[str, Callable[[Problem], Callable[[], Results]]]] = {
+    "experts.fused_swiglu": {
+        "torch grouped_mm": grouped_mm,
+        "transformers eager": partial(transformers_experts, "eager"),
+        "transformers grouped_mm": partial(transformers_experts, "grouped_mm"),
+        "transformers batched_mm": partial(transformers_experts, "batched_mm"),
+    },
+    "routers.softmax_topk": {"transformers, identity gate": transformers_softmax_router},
+    "routers.grouped_sigmoid_topk": {"transformers, identity gate": transformers_grouped_router},
+}

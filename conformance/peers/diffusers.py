@@ -1,0 +1,58 @@
+"""diffusers' own modules as right variants; imported only where diffusers is installed."""
+
+import functools
+from typing import Any
+
+import torch
+from diffusers import DiTTransformer2DModel
+from diffusers.models.embeddings import Timesteps
+from diffusers.models.normalization import AdaLayerNormContinuous
+from torch.func import functional_call
+
+from gaugeblock.conformance.engine.inputs.cases import Case
+from gaugeblock.conformance.selftest.variant import DIT, NORM, right
+from gaugeblock.reference.configs import DiTConfig
+from gaugeblock.reference.torch.dit import diffusers_names
+
+
+def of_diffusers(case: Case) -> bool:
+    """diffusers' DiT has frequency_shift 1 and a hidden layer four times as wide."""
+    return case.parameters["frequency_shift"] == 1 and case.parameters["mlp_ratio"] == 4
+
+
+@functools.cache
+def model(config: DiTConfig) -> Any:
+    """Of any parameters; times are embedded as wide as the config says, not 256."""
+    made: Any = DiTTransformer2DModel(
+        num_attention_heads=config.num_heads, attention_head_dim=config.hidden_size // config.num_heads,
+        in_channels=config.in_channels, out_channels=config.out_channels, num_layers=config.depth,
+        sample_size=config.input_size, patch_size=config.patch_size, num_embeds_ada_norm=config.num_classes,
+        norm_eps=config.norm_eps,
+    )  # fmt: skip
+    for block in made.transformer_blocks:
+        block.norm1.emb.time_proj = Timesteps(config.frequency_embedding_size, True, 1)
+    return made.eval()
+
+
+@right(DIT, fits=of_diffusers, dtypes=("float32",), batch_invariant=False)
+class DiffusersDit:
+    """DiTTransformer2DModel, whose blocks embed the times each by itself, all by the same parameters."""
+
+    def __call__(self, state, latents, timesteps, class_labels, *, config):
+        renamed: dict[str, torch.Tensor] = {}
+        for name, tensor in state.items():
+            theirs = diffusers_names(name, config=config)
+            parts = tensor.chunk(3) if "attn.qkv" in name else [tensor] * len(theirs)
+            renamed |= dict(zip(theirs, parts, strict=True))
+        return functional_call(model(config), renamed, (latents, timesteps, class_labels)).sample
+
+
+@right(NORM, dtypes=("float32",), batch_invariant=False, validates=False)
+class DiffusersAdaLayerNorm:
+    """AdaLayerNormContinuous, without the linear layer that makes shift and scale."""
+
+    def __call__(self, hidden_states, shift, scale, *, eps):
+        width = hidden_states.shape[-1]
+        module: Any = AdaLayerNormContinuous(width, 1, elementwise_affine=False, eps=eps, bias=False)
+        module.silu, module.linear = torch.nn.Identity(), torch.nn.Identity()
+        return module(hidden_states, torch.cat([scale, shift], 1))

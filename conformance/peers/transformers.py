@@ -1,0 +1,148 @@
+"""transformers' own modules as right variants; imported only where transformers is installed."""
+
+import torch
+from torch.func import functional_call
+from transformers import DeepseekV3Config, MixtralConfig, Qwen3MoeConfig, SwitchTransformersConfig
+from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3TopkRouter
+from transformers.models.mixtral.modeling_mixtral import MixtralExperts, MixtralSparseMoeBlock
+from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts, Qwen3MoeTopKRouter
+from transformers.models.switch_transformers.modeling_switch_transformers import (
+    SwitchTransformersTop1Router,
+    router_z_loss_func,
+)
+
+from gaugeblock.conformance.engine.inputs.cases import Case
+from gaugeblock.conformance.selftest.variant import EXPERTS, GROUPED, MIXTRAL, SOFTMAX, SWITCH, Z, right
+from gaugeblock.reference.torch.routers import expert_capacity
+
+
+def finite(case: Case) -> bool:
+    """A projection turns infinities into NaN."""
+    return case.regime not in ("special", "lattice")
+
+
+def finite_groups(case: Case) -> bool:
+    """DeepSeek's groups have at least two experts."""
+    return case.regime != "special" and case.parameters["num_experts"] > case.parameters["num_groups"]
+
+
+def aligned(case: Case) -> bool:
+    """torch's grouped products want rows that are multiples of 16 bytes."""
+    return case.parameters["hidden_size"] % 4 == 0 and case.parameters["intermediate_size"] % 4 == 0
+
+
+@right(SOFTMAX, fits=finite, dtypes=("float32",), batch_invariant=False)
+class TransformersQwen3Router:
+    """Qwen3-MoE's router, whose projection is the identity."""
+
+    def __call__(self, router_logits, *, top_k, renormalize):
+        experts = router_logits.shape[1]
+        module = Qwen3MoeTopKRouter(
+            Qwen3MoeConfig(num_experts=experts, hidden_size=experts, num_experts_per_tok=top_k, norm_topk_prob=renormalize)
+        )
+        return functional_call(module, {"weight": torch.eye(experts)}, router_logits)[1:]
+
+
+@right(SWITCH, fits=finite, dtypes=("float32",))
+class TransformersSwitchRouter:
+    """Switch Transformers' router, whose classifier is the identity; it returns a mask without the dropped, and their weights."""
+
+    def __call__(self, router_logits, *, capacity_factor):
+        tokens, experts = router_logits.shape
+        capacity = expert_capacity(tokens, experts, capacity_factor)
+        config = SwitchTransformersConfig(num_experts=experts, d_model=experts, expert_capacity=capacity)
+        module = SwitchTransformersTop1Router(config).eval()
+        kept, weights, _ = functional_call(module, {"classifier.weight": torch.eye(experts)}, router_logits)
+        dropped = ~kept.any(1)
+        return weights[:, 0].masked_fill(dropped, 0), router_logits.softmax(1).argmax(1), dropped
+
+
+@right(GROUPED, fits=finite_groups, dtypes=("float32",), batch_invariant=False)
+class TransformersDeepseekRouter:
+    """DeepSeek-V3's router, whose projection is the identity; it does not sort, so its result is sorted here."""
+
+    def __call__(
+        self, router_logits, e_score_correction_bias, *, top_k, num_groups, topk_groups, renormalize, routed_scaling_factor
+    ):
+        experts = router_logits.shape[1]
+        config = DeepseekV3Config(
+            n_routed_experts=experts, hidden_size=experts, num_experts_per_tok=top_k, n_group=num_groups, topk_group=topk_groups,
+            norm_topk_prob=renormalize, routed_scaling_factor=routed_scaling_factor,
+        )  # fmt: skip
+        state = {"weight": torch.eye(experts), "e_score_correction_bias": e_score_correction_bias}
+        _, weights, ids = functional_call(DeepseekV3TopkRouter(config), state, router_logits)
+        scores = router_logits.detach().sigmoid() + e_score_correction_bias
+        order = scores.gather(1, ids).argsort(1, descending=True)
+        return weights.gather(1, order), ids.gather(1, order)
+
+
+class TransformersExperts:
+    """An experts module with the given weights."""
+
+    def __init__(self, module_class, config_class, implementation):
+        self.module_class, self.config_class, self.implementation = module_class, config_class, implementation
+
+    def __call__(self, hidden_states, w13, w2, topk_weights, topk_ids):
+        num_experts, hidden_size, intermediate_size = w2.shape
+        sizes = {"intermediate_size": intermediate_size, "moe_intermediate_size": intermediate_size}
+        config = self.config_class(hidden_size=hidden_size, num_local_experts=num_experts, num_experts=num_experts, **sizes)
+        config._experts_implementation = self.implementation
+        state = {"gate_up_proj": w13, "down_proj": w2}
+        return functional_call(self.module_class(config), state, (hidden_states, topk_ids, topk_weights))
+
+
+@right(EXPERTS, dtypes=("float32",), batch_invariant=False)
+class TransformersMixtralExperts(TransformersExperts):
+    """Mixtral's experts, one after the other."""
+
+    def __init__(self):
+        super().__init__(MixtralExperts, MixtralConfig, "eager")
+
+
+@right(EXPERTS, dtypes=("float16", "bfloat16"), profile="eager", batch_invariant=False)
+class TransformersMixtralExpertsEager(TransformersMixtralExperts):
+    """Mixtral's experts in low precision, which rounds every result."""
+
+
+@right(EXPERTS, dtypes=("float32",), batch_invariant=False)
+class TransformersQwen3Experts(TransformersExperts):
+    """Qwen3-MoE's experts by batched products of copied matrices."""
+
+    def __init__(self):
+        super().__init__(Qwen3MoeExperts, Qwen3MoeConfig, "batched_mm")
+
+
+@right(EXPERTS, fits=aligned, dtypes=("float32",), batch_invariant=False)
+class TransformersGroupedExperts(TransformersExperts):
+    """Qwen3-MoE's experts by torch's grouped products."""
+
+    def __init__(self):
+        super().__init__(Qwen3MoeExperts, Qwen3MoeConfig, "grouped_mm")
+
+
+@right(MIXTRAL, dtypes=("float32",), batch_invariant=False)
+class TransformersMixtralBlock:
+    """Mixtral's sparse block; its router's results are those of the router called by itself."""
+
+    def __call__(self, hidden_states, state, *, top_k):
+        experts, width, inner = state["experts.down_proj"].shape
+        config = MixtralConfig(hidden_size=width, intermediate_size=inner, num_local_experts=experts, num_experts_per_tok=top_k)
+        config._experts_implementation = "eager"
+        block = MixtralSparseMoeBlock(config).eval()
+        out = functional_call(block, dict(state), hidden_states[None])[0]
+        logits, _, ids = functional_call(block.gate, {"weight": state["gate.weight"]}, hidden_states)
+        return out, logits, ids
+
+
+def ordinary_padding(case: Case) -> bool:
+    """transformers multiplies padding by 0, where ours may hold NaN."""
+    return case.regime != "special" and bool(case.parameters["num_tokens"])
+
+
+@right(Z, fits=ordinary_padding, dtypes=("float32",))
+class TransformersZLoss:
+    """Switch's z-loss of the tokens that count, which are taken for one group."""
+
+    def __call__(self, router_logits, attention_mask):
+        kept = router_logits[attention_mask]
+        return router_z_loss_func(kept[None]) if len(kept) else 0 * router_logits.sum()

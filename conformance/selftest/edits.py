@@ -1,0 +1,89 @@
+"""Bugs planted into the text of our own Triton kernels, which proves that the kernels we ship are guarded: `planted/triton_*.py`.
+
+Not there, since nobody could see them: `other=` of loads whose lanes are masked again later (router logits and bias), the row
+mask of a store that writes the last row again with the same value, and the key of NaN (its bits are the largest integer anyway).
+"""
+
+import ast
+import importlib
+import sys
+import tempfile
+from collections.abc import Callable
+from functools import cache, partial
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from gaugeblock.conformance.engine.registry import find_contract
+from gaugeblock.conformance.selftest.fault import Fault, Kind, plant
+
+KERNELS = "gaugeblock.optimized.triton"
+
+
+def mutated(source: str, place: str, old: str, new: str) -> str:
+    """The text of a module in which `old` is `new` wherever it occurs inside the function or constant `place`.
+
+    Raises:
+        ValueError: If there is no such place, or `old` does not occur there: the kernel has changed, and so must the mutant.
+    """
+    lines = source.splitlines(keepends=True)
+    for node in ast.parse(source).body:
+        target = node.targets[0] if isinstance(node, ast.Assign) else node
+        if place in (getattr(target, "name", None), getattr(target, "id", None)):
+            assert node.end_lineno is not None  # ast.parse sets it
+            inside = "".join(lines[node.lineno - 1 : node.end_lineno])
+            if old in inside:
+                return "".join((*lines[: node.lineno - 1], inside.replace(old, new), *lines[node.end_lineno :]))
+    raise ValueError(f"no {old!r} in {place}")
+
+
+def load_mutant(function: str, name: str, place: str, old: str, new: str) -> Callable[..., Any]:
+    """A function from a copy of our kernels with one change of their text.
+
+    Args:
+        function: `module.function`, as in `routers.softmax_topk`.
+        name: Of the copy.
+        place: `module.function` or `module.CONSTANT` where the text is changed.
+    """
+    module, _, attribute = function.partition(".")
+    package = f"gaugeblock_mutant_{module}_{name.replace('-', '_')}"
+    folder = _folder() / package
+    if not folder.exists():
+        folder.mkdir()
+        changed, _, inside = place.partition(".")
+        for file in files(KERNELS).iterdir():
+            if file.name.endswith(".py"):
+                text = file.read_text()
+                text = mutated(text, inside, old, new) if file.name == f"{changed}.py" else text
+                (folder / file.name).write_text(text.replace(KERNELS, package))
+    return getattr(importlib.import_module(f"{package}.{module}"), attribute)
+
+
+@cache
+def _folder() -> Path:
+    """A folder for the copies, on the import path: Triton reads a kernel's text from its file."""
+    _folders.append(tempfile.TemporaryDirectory(prefix="gaugeblock-mutants-"))
+    sys.path.insert(0, _folders[0].name)
+    return Path(_folders[0].name)
+
+
+_folders: list[tempfile.TemporaryDirectory] = []  # removed when the process ends
+
+
+def mutant(
+    contract: str,
+    name: str,
+    summary: str,
+    place: str,
+    old: str,
+    new: str,
+    caught_by: str,
+    kind: Kind,
+    source: str = "",
+    **claims: Any,
+) -> None:
+    """Registers a change of text as a fault."""
+    kernels = (each.function for each in find_contract(contract).builtins if each.kind == "triton")
+    function = next(kernels).removeprefix(f"{KERNELS}.").replace(":", ".")
+    candidate = partial(load_mutant, function, name, place, old, new)
+    plant(Fault(f"triton-{name}", contract, candidate, caught_by, kind, source, summary, claims={"kind": "triton"} | claims))

@@ -1,0 +1,394 @@
+"""Bugs of trainers."""
+
+import math
+
+import torch
+
+from gaugeblock.conformance.selftest.fault import fault
+from gaugeblock.conformance.selftest.simulated.train_image_diffusion import Trainer
+from gaugeblock.reference import purposes
+from gaugeblock.reference.torch import dit, random
+
+STEP = "train_image_diffusion.train_step"
+
+
+# -------------------------------------------------------------------------------------------------------------- draws
+
+
+@fault(STEP, caught_by="parity", kind="structural", source="EasyDeL review", smallest=2)
+class OneKeyForTheBatch(Trainer):
+    """All examples of a batch get the noise of the first."""
+
+    def noise(self, images, example_ids, key):
+        return super().noise(images, example_ids[:1].expand_as(example_ids), key)
+
+
+@fault(STEP, caught_by="permutation_equivariance", kind="structural", source="torch.randn_like(images)")
+class DrawsByPlace(Trainer):
+    """An example's draws depend on its place in the batch."""
+
+    def ids(self, example_ids):
+        return torch.arange(len(example_ids))
+
+
+@fault(STEP, caught_by="accumulation", kind="structural", source="EasyDeL review")
+class KeysReusedOverMicrobatches(Trainer):
+    """An example's draws are those of its neighbour at the same place of the first microbatch."""
+
+    def gradients(self, parameters, images, labels, example_ids, step):
+        first = len(self.microbatches(len(images))[0])
+        return super().gradients(parameters, images, labels, example_ids[torch.arange(len(images)) % first], step)
+
+
+@fault(STEP, caught_by="parity", kind="structural")
+class LabelDropoutOncePerBatch(Trainer):
+    """Either all labels of a batch are dropped, or none."""
+
+    def drop(self, labels, example_ids, key):
+        return super().drop(labels, example_ids[:1].expand_as(example_ids), key)
+
+
+@fault(STEP, caught_by="parity", kind="structural", source="one generator for all draws of a step")
+class DropoutByTheTimesNumbers(Trainer):
+    """Labels are dropped at late times: both have the same numbers."""
+
+    def drop(self, labels, example_ids, key):
+        return torch.where(self.times(example_ids, key) < self.config.label_dropout, self.null_label(), labels.long())
+
+
+@fault(STEP, caught_by="parity", kind="structural", source="class 0 as the null class")
+class DroppedLabelIsZero(Trainer):
+    """A dropped label is an example of the first class."""
+
+    def null_label(self):
+        return 0
+
+
+@fault(STEP, caught_by="resume", kind="state", source="generators seeded when a run starts")
+class ResumedDrawsStartAgain(Trainer):
+    """Draws are counted from when the process started."""
+
+    def __init__(self):
+        self.calls = 0
+
+    def step_of_draws(self, step):
+        self.calls += 1
+        return self.calls
+
+
+@fault(STEP, caught_by="process_settings", kind="state", source="torch.manual_seed(seed + step) in the loop")
+class SeedsTheProcess(Trainer):
+    """The process' generator is seeded in each step."""
+
+    def losses(self, parameters, images, labels, example_ids, step):
+        torch.manual_seed(self.config.seed + step)
+        return super().losses(parameters, images, labels, example_ids, step)
+
+
+@fault(STEP, caught_by="determinism", kind="state", source="torch.randn without a generator")
+class NoiseOfTheProcess(Trainer):
+    """Noise is drawn from wherever the process' generator stands."""
+
+    def noise(self, images, example_ids, key):
+        return torch.randn_like(images)
+
+
+@fault(STEP, caught_by="parity", kind="boundary", source="seeds cut to 32 bits")
+class SeedInThirtyTwoBits(Trainer):
+    """The high half of the seed is lost."""
+
+    def noise(self, images, example_ids, key):
+        return super().noise(images, example_ids, {**key, "seed": key["seed"] % 2**32})
+
+
+# ---------------------------------------------------------------------------------------------------------- objective
+
+
+@fault(STEP, caught_by="parity", kind="structural", source="EasyDeL, SD3")
+class VelocitySignIgnored(Trainer):
+    """The model learns noise − data, whatever is asked for."""
+
+    def velocity(self, images, noise):
+        return noise - images
+
+
+@fault(STEP, caught_by="parity", kind="structural", source="rectified flow's two conventions of time")
+class TimeReversed(Trainer):
+    """Data lie at time 1."""
+
+    def interpolate(self, images, noise, times):
+        return super().interpolate(images, noise, 1 - times)
+
+
+@fault(STEP, caught_by="parity", kind="structural", source="Flux-dev: × 1000 missing")
+class TimesNotScaled(Trainer):
+    """The model is told times in [0, 1)."""
+
+    def timesteps(self, times):
+        return times
+
+
+@fault(STEP, caught_by="parity", kind="precision", source="DDPM's integer timesteps")
+class TimesTruncated(Trainer):
+    """The model is told whole numbers."""
+
+    def timesteps(self, times):
+        return super().timesteps(times).floor()
+
+
+@fault(STEP, caught_by="parity", kind="structural")
+class SamplingOfTimesIgnored(Trainer):
+    """Times are uniform, whatever is asked for."""
+
+    def times(self, example_ids, key):
+        return random.uniform((), **key, example=example_ids, purpose=purposes.TRAINING_TIMES)
+
+
+@fault(STEP, caught_by="parity", kind="structural")
+class LossSummed(Trainer):
+    """The loss is the sum over the examples."""
+
+    def share(self, losses, batch_size):
+        return losses.sum()
+
+
+# ------------------------------------------------------------------------------------------------------- accumulation
+
+
+@fault(STEP, caught_by="accumulation", kind="structural", source="transformers' 2024 fix")
+class MeanOfMeans(Trainer):
+    """Microbatches of unequal size have equal weight."""
+
+    def share(self, losses, batch_size):
+        return losses.mean() / len(self.microbatches(batch_size))
+
+
+@fault(STEP, caught_by="accumulation", kind="boundary", source="drop_last over microbatches")
+class RemainderDropped(Trainer):
+    """What does not fill the microbatches evenly is left out."""
+
+    def microbatches(self, batch_size):
+        parts = min(self.config.accumulation_steps, batch_size)
+        return list(torch.arange(batch_size // parts * parts).chunk(parts))
+
+
+@fault(STEP, caught_by="accumulation", kind="structural", source="loss / accumulation_steps forgotten")
+class GradientsOfMicrobatchesAdded(Trainer):
+    """Each microbatch's mean counts fully."""
+
+    def share(self, losses, batch_size):
+        return losses.mean()
+
+
+@fault(STEP, caught_by="accumulation", kind="structural", source="zero_grad inside the loop")
+class LastMicrobatchAlone(Trainer):
+    """Gradients are those of the last microbatch."""
+
+    def accumulate(self, total, gradient):
+        return gradient
+
+
+@fault(STEP, caught_by="parity", kind="precision", source="gradient buckets in bfloat16")
+class GradientsInBfloat16(Trainer):
+    """Gradients are rounded to bfloat16 as they are added up."""
+
+    def accumulate(self, total, gradient):
+        return super().accumulate(total, gradient).bfloat16().float()
+
+
+# -------------------------------------------------------------------------------------------------- clipping and AdamW
+
+
+@fault(STEP, caught_by="parity", kind="structural")
+class ClippedByValue(Trainer):
+    """Each element is clipped."""
+
+    def clip(self, gradients, norm):
+        most = self.config.max_gradient_norm
+        return {name: each.clamp(-most, most) for name, each in gradients.items()}
+
+
+@fault(STEP, caught_by="parity", kind="structural", source="clip_grad_norm_ called for each parameter")
+class ClippedOneByOne(Trainer):
+    """Each tensor is clipped to the norm that all together may have."""
+
+    def clip(self, gradients, norm):
+        return {name: super(ClippedOneByOne, self).clip({name: each}, each.norm())[name] for name, each in gradients.items()}
+
+
+@fault(STEP, caught_by="parity", kind="structural")
+class ScaledUpToTheNorm(Trainer):
+    """Small gradients are scaled up to the largest norm."""
+
+    def clip(self, gradients, norm):
+        return {name: each * (self.config.max_gradient_norm / norm) for name, each in gradients.items()}
+
+
+@fault(STEP, caught_by="parity", kind="structural")
+class NormAfterClipping(Trainer):
+    """The norm that is reported is that of the clipped gradients."""
+
+    def report(self, loss, norm):
+        return super().report(loss, norm.clamp(max=self.config.max_gradient_norm))
+
+
+@fault(STEP, caught_by="parity", kind="structural", source="torch.optim.Adam(weight_decay) for AdamW")
+class DecayInTheGradient(Trainer):
+    """Weight decay is part of the gradient, and is divided by its size."""
+
+    def penalize(self, name, gradient, parameter):
+        return gradient + self.config.weight_decay * parameter
+
+    def decay(self, name, parameter):
+        return parameter
+
+
+@fault(STEP, caught_by="parity", kind="structural", source="no_decay lists of trainers")
+class BiasesNotDecayed(Trainer):
+    """Weight decay spares what has one dimension."""
+
+    def decay(self, name, parameter):
+        return parameter if parameter.ndim == 1 else super().decay(name, parameter)
+
+
+@fault(STEP, caught_by="parity", kind="structural", source="Loshchilov and Hutter's schedule and torch's, mixed up")
+class DecayNotTimesTheLearningRate(Trainer):
+    """A parameter loses weight_decay of itself in each step."""
+
+    def decay(self, name, parameter):
+        return parameter * (1 - self.config.weight_decay)
+
+
+@fault(STEP, caught_by="parity", kind="boundary", source="step counted after the update")
+class CorrectedByTheLastStep(Trainer):
+    """Moments are corrected by the updates made before."""
+
+    def next_step(self, step):
+        return max(1, int(step))
+
+
+@fault(STEP, caught_by="parity", kind="structural", source="BertAdam")
+class MomentsNotCorrected(Trainer):
+    """Moments are taken as they are, begun at 0."""
+
+    def correct(self, moment, beta, step):
+        return moment
+
+
+@fault(STEP, caught_by="resume", kind="state", source="optimizers made anew when a run is resumed")
+class CorrectionStartsAgain(Trainer):
+    """Updates are counted from when the process started."""
+
+    def __init__(self):
+        self.calls = 0
+
+    def next_step(self, step):
+        self.calls += 1
+        return self.calls
+
+
+@fault(STEP, caught_by="hidden_state", kind="state", source="moments beside the state, not in it")
+class MomentsKeptOutside(Trainer):
+    """The second moments are the optimizer's own; those of the state are a copy nobody reads."""
+
+    def __init__(self):
+        self.kept = {}
+
+    def update(self, state, gradients):
+        new = super().update(state, gradients)
+        self.kept = {name: tensor for name, tensor in new.items() if name.startswith("exp_avg_sq.")}
+        return new
+
+    def part(self, state, part):
+        ours = {name: each for name, each in self.kept.items() if name in state and each.shape == state[name].shape}
+        return super().part({**state, **ours}, part)
+
+
+@fault(STEP, caught_by="parity", kind="precision", source="optax.adam(eps_root) for eps")
+class EpsilonInsideTheRoot(Trainer):
+    """adam_epsilon is added to the second moment, not to its root."""
+
+    def root(self, second):
+        return (second + self.config.adam_epsilon).sqrt()
+
+
+@fault(STEP, caught_by="parity", kind="precision", source="TensorFlow's epsilon hat")
+class EpsilonBeforeTheCorrection(Trainer):
+    """adam_epsilon is added to the root of the second moment before that is corrected."""
+
+    def correct(self, moment, beta, step):
+        self.correction = math.sqrt(1 - beta**step)
+        return super().correct(moment, beta, step)
+
+    def root(self, second):
+        return second.sqrt() + self.config.adam_epsilon / self.correction
+
+
+@fault(STEP, caught_by="parity", kind="precision", source="8-bit and bfloat16 optimizer states")
+class SecondMomentInBfloat16(Trainer):
+    """Second moments are kept in bfloat16: at beta2 = 0.999 they hardly change."""
+
+    def update(self, state, gradients):
+        new = super().update(state, gradients)
+        return {name: each.bfloat16().float() if name.startswith("exp_avg_sq.") else each for name, each in new.items()}
+
+
+@fault(STEP, caught_by="parity", kind="structural")
+class StepNotCounted(Trainer):
+    """The step of the state stays what it was."""
+
+    def update(self, state, gradients):
+        return super().update(state, gradients) | {"step": state["step"].clone()}
+
+
+@fault(STEP, caught_by="inputs_unchanged", kind="memory", source="optimizers that work in place")
+class StateOverwritten(Trainer):
+    """The parameters of the given state are updated where they lie."""
+
+    def update(self, state, gradients):
+        new = super().update(state, gradients)
+        for name, tensor in state.items():
+            tensor.copy_(new[name])
+        return new
+
+
+@fault(STEP, caught_by="state_dict_round_trip", kind="state", source="optimizer.state_dict() keyed by parameter index")
+class MomentsByPlace(Trainer):
+    """Moments belong to parameters by their place in the dict."""
+
+    def part(self, state, part):
+        values = super().part(state, part)
+        return values if part == "model" else dict(zip(dit.state_shapes(self.config.model), values.values(), strict=True))
+
+
+# --------------------------------------------------------------------------------------------- what should be refused
+
+
+@fault(STEP, caught_by="rejections", kind="error-contract", source="LGDLM review")
+class BadLossReplaced(Trainer):
+    """A loss that is no number counts as 0.01."""
+
+    def check(self, step, loss, gradients, norm):
+        pass
+
+    def share(self, losses, batch_size):
+        return super().share(losses.nan_to_num(0.01, 0.01, 0.01), batch_size)
+
+
+@fault(STEP, caught_by="rejections", kind="error-contract", source="torch.amp.GradScaler, silently")
+class BadStepSkipped(Trainer):
+    """A step whose gradients are not finite changes nothing, and is not told of."""
+
+    def check(self, step, loss, gradients, norm):
+        self.skipped = not bool(norm.isfinite())
+
+    def update(self, state, gradients):
+        return dict(state) if self.skipped else super().update(state, gradients)
+
+
+@fault(STEP, caught_by="rejections", kind="error-contract")
+class StateWithoutAStepStartsAtZero(Trainer):
+    """A state that lacks its step is taken for a new one."""
+
+    def __call__(self, state, images, labels, example_ids, *, config):
+        return super().__call__({"step": torch.tensor(0), **state}, images, labels, example_ids, config=config)

@@ -1,0 +1,35 @@
+"""Bugs in the text of our Triton router with a capacity."""
+
+from gaugeblock.conformance.selftest.edits import mutant
+
+SWITCH = "routers.switch_top1"
+COUNT, FIND = "capacity._count_choices", "capacity._find_overflow"
+
+mutant(
+    SWITCH, "capacity-off-by-one", "One token more than there is room for is kept.", FIND,
+    ">= capacity", "> capacity", "parity", "boundary", "Switch ports",
+)  # fmt: skip
+mutant(
+    SWITCH, "later-tokens-first", "Within a block, the tokens behind count.", FIND,
+    "tokens[None, :] < tokens[:, None]", "tokens[None, :] > tokens[:, None]", "parity", "structural", "Switch ports",
+)  # fmt: skip
+mutant(
+    SWITCH, "own-token-counted", "A token takes room before it is placed.", FIND,
+    "tokens[None, :] < tokens[:, None]", "tokens[None, :] <= tokens[:, None]", "parity", "boundary",
+)  # fmt: skip
+mutant(
+    SWITCH, "own-block-counted-twice", "Counts up to a block include its own.", FIND,
+    " - tl.load(counts_ptr + cells, mask=in_batch, other=0)", "", "parity", "boundary", "inclusive for exclusive scans",
+)  # fmt: skip
+mutant(
+    SWITCH, "blocks-not-added-up", "Places start again in every block.", FIND,
+    "in_earlier_blocks + ", "", "parity", "structural",
+)  # fmt: skip
+mutant(
+    SWITCH, "experts-of-one-block", "Only the first experts are counted.", COUNT,
+    "range(0, num_experts, BLOCK_EXPERTS)", "range(0, BLOCK_EXPERTS, BLOCK_EXPERTS)", "parity", "boundary",
+)  # fmt: skip
+mutant(
+    SWITCH, "late-keep-their-weight", "A dropped token's weight is its probability.", "capacity.switch_top1",
+    ".masked_fill(dropped, 0)", "", "parity", "structural", "transformers#37017",
+)  # fmt: skip

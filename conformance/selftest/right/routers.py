@@ -1,0 +1,208 @@
+"""Right but different routers."""
+
+import functools
+
+import torch
+
+from gaugeblock.conformance.selftest.simulated.routers import GroupedRouter, SoftmaxRouter
+from gaugeblock.conformance.selftest.variant import GROUPED, LOG2_E, SOFTMAX, right
+
+# ------------------------------------------------------------------------------------------------------- softmax_topk
+
+right(SOFTMAX)(SoftmaxRouter)
+
+
+@right(SOFTMAX)
+class SoftmaxOfTorch(SoftmaxRouter):
+    """torch's softmax and top-k."""
+
+    def scores(self, logits):
+        return logits.softmax(1)
+
+    def select(self, scores, top_k):
+        return scores.topk(top_k).indices
+
+
+@right(SOFTMAX)
+class SoftmaxOfTheChosen(SoftmaxRouter):
+    """Experts are chosen by their logits; renormalized weights are the softmax of the chosen logits."""
+
+    def scores(self, logits):
+        self.logits = logits
+        return super().scores(logits)
+
+    def choosable(self, scores, experts):
+        return super().choosable(self.logits.masked_fill(self.logits == -torch.inf, -3e38), experts)
+
+    def weigh(self, scores, ids, renormalize):
+        return self.logits.gather(1, ids).softmax(1) if renormalize else super().weigh(scores, ids, False)
+
+
+@right(SOFTMAX)
+class ExponentialsOfTwo(SoftmaxRouter):
+    """Powers of two, as GPUs have an instruction for them."""
+
+    def scores(self, logits):
+        exponentials = ((logits - logits.detach().amax(1, keepdim=True)) * LOG2_E).exp2()
+        return exponentials / self.sum(exponentials)
+
+
+@right(SOFTMAX)
+class LogSoftmaxFirst(SoftmaxRouter):
+    """The exponential of a log-softmax."""
+
+    def scores(self, logits):
+        return logits.log_softmax(1).exp()
+
+
+@right(SOFTMAX)
+class Float64Inside(SoftmaxRouter):
+    """Everything in float64, rounded at the end."""
+
+    def load(self, logits):
+        return super().load(logits).double()
+
+    def sum(self, values):
+        return values.double().sum(1, keepdim=True)
+
+    def scores(self, logits):
+        return logits.softmax(1)
+
+    def store(self, weights, ids, logits):
+        return weights.float(), ids
+
+
+@right(SOFTMAX)
+class OnlineSoftmax(SoftmaxRouter):
+    """Maximum and sum are updated tile by tile."""
+
+    def scores(self, logits):
+        highest, total = torch.full((len(logits), 1), -torch.inf), torch.zeros(len(logits), 1)
+        for tile in logits.split(16, 1):
+            new = torch.maximum(highest, tile.detach().amax(1, keepdim=True))
+            finite = new.masked_fill(new == -torch.inf, 0.0)
+            total = total * (highest - finite).exp() + (tile - finite).exp().sum(1, keepdim=True)
+            highest = new
+        return (logits - highest).exp() / total
+
+
+@right(SOFTMAX)
+class SumBackwards(SoftmaxRouter):
+    """Sums one after the other, from the last lane to the first."""
+
+    def sum(self, values):
+        return functools.reduce(torch.add, values.flip(1).split(1, 1))
+
+
+@right(SOFTMAX)
+class Sorted(SoftmaxRouter):
+    """All experts are sorted, and the first top_k taken; ties in another order."""
+
+    def select(self, scores, top_k):
+        last = scores.shape[1] - 1
+        return last - scores.flip(1).argsort(dim=1, descending=True, stable=True)[:, :top_k]
+
+
+@right(SOFTMAX)
+class TimesTheReciprocal(SoftmaxRouter):
+    """One division a row; the rest are products."""
+
+    def scores(self, logits):
+        exponentials = (logits - logits.detach().amax(1, keepdim=True)).exp()
+        return exponentials * self.sum(exponentials).reciprocal()
+
+    def weigh(self, scores, ids, renormalize):
+        weights = super().weigh(scores, ids, False)
+        return weights * self.sum(weights).reciprocal() if renormalize else weights
+
+
+# ----------------------------------------------------------------------------------------------- grouped_sigmoid_topk
+
+right(GROUPED)(GroupedRouter)
+
+
+@right(GROUPED)
+class SigmoidOfTorch(GroupedRouter):
+    """torch's sigmoid in float32, and top-k."""
+
+    def scores(self, logits):
+        return logits.sigmoid()
+
+    def select(self, scores, top_k):
+        return scores.topk(top_k).indices
+
+
+@right(GROUPED, differentiable=False)
+class SigmoidWrittenOut(GroupedRouter):
+    """1 / (1 + exp(-x)), of which autograd's derivative overflows."""
+
+    def scores(self, logits):
+        return 1 / (1 + (-logits).exp())
+
+
+@right(GROUPED, differentiable=False)
+class SigmoidByPowersOfTwo(GroupedRouter):
+    """1 / (1 + 2^(-x log2 e)), of which autograd's derivative overflows."""
+
+    def scores(self, logits):
+        return (1 + (logits * -LOG2_E).exp2()).reciprocal()
+
+
+@right(GROUPED)
+class SigmoidInFloat64(GroupedRouter):
+    """Scores and sums in float64, rounded at the end."""
+
+    def scores(self, logits):
+        return logits.double().sigmoid()
+
+    def sum(self, values):
+        return values.sum(1, keepdim=True)
+
+    def store(self, weights, ids, logits):
+        return weights.float(), ids
+
+
+@right(GROUPED)
+class GroupsSorted(GroupedRouter):
+    """A group's score is the sum of the last two of its sorted members."""
+
+    def group_scores(self, biased):
+        return biased.sort(2).values[:, :, -2:].sum(2)
+
+
+@right(GROUPED)
+class ExpertsSorted(GroupedRouter):
+    """All experts are sorted, and the first top_k taken; ties in another order."""
+
+    def select(self, scores, top_k):
+        last = scores.shape[1] - 1
+        return last - scores.flip(1).argsort(dim=1, descending=True, stable=True)[:, :top_k]
+
+
+@right(GROUPED)
+class KeptGroupsCompacted(GroupedRouter):
+    """The members of kept groups are gathered, chosen from, and mapped back."""
+
+    def select(self, scores, top_k):
+        if not (scores == -torch.inf).any():
+            return super().select(scores, top_k)
+        order = (scores == -torch.inf).int().argsort(dim=1, stable=True)
+        members = int((scores[0] != -torch.inf).sum())
+        return order.gather(1, super().select(scores.gather(1, order)[:, :members], top_k))
+
+
+@right(GROUPED, differentiable=False)
+class FactorFirst(GroupedRouter):
+    """Each weight is multiplied by factor / sum, of which autograd's derivative overflows."""
+
+    def weigh_groups(self, scores, biased, ids, renormalize, factor):
+        weights = scores.gather(1, ids)
+        return weights * (factor / (self.sum(weights) + self.epsilon)) if renormalize else factor * weights
+
+
+@right(GROUPED)
+class SumOneByOne(GroupedRouter):
+    """Weights are summed one after the other in float32, from the last to the first."""
+
+    def sum(self, values):
+        return functools.reduce(torch.add, values.flip(1).split(1, 1))

@@ -1,6 +1,0 @@
-"""Runs Triton kernels on the CPU, all programs of a launch in lockstep. Read `watching.py`, then `launch.py`."""
-
-from gaugeblock.conformance.triton_checks.interpreter.memory import OutOfBoundsAccess
-from gaugeblock.conformance.triton_checks.interpreter.watching import Watch, watch
-
-__all__ = ["OutOfBoundsAccess", "Watch", "watch"]
