@@ -34,11 +34,11 @@ def draw(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
-def noise_of(function, dtype: str, profile: str, runs: int = 24, **options) -> torch.Tensor:
+def noise_of(function, dtype: str, rounding: str, runs: int = 24, **options) -> torch.Tensor:
     """The predicted deviation of a function's result, element by element."""
     errors = []
     for seed in range(runs):
-        with RoundingNoise(dtype, profile, seed, **options):
+        with RoundingNoise(dtype, rounding, seed, **options):
             noisy = function()
         errors.append(noisy - function())
     return torch.stack(errors).square().mean(0).sqrt()

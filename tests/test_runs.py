@@ -153,9 +153,9 @@ def test_runs_that_cannot_be_done_at_once_say_so(what: str, function: Callable[[
         A + 1
 
 
-@pytest.mark.parametrize("profile", ("strict", "eager"))
+@pytest.mark.parametrize("rounding", ("strict", "eager"))
 @pytest.mark.parametrize("name", contracts())
-def test_budgets_at_once_and_one_by_one(name: str, profile: str) -> None:
+def test_budgets_at_once_and_one_by_one(name: str, rounding: str) -> None:
     """Every shipped reference can be done at once, and its errors are as large: in the mean over its elements and cases."""
     contract, dtype = contracts()[name], contracts()[name].dtypes[-1]
     logarithms: dict[str, list[float]] = {}
@@ -171,7 +171,7 @@ def test_budgets_at_once_and_one_by_one(name: str, profile: str) -> None:
         replayed = replay_of(run, choice.output, exact[choice.output], choice.none) if choice else run
         deviations = [
             {key: float((noisy[key] - value).square().mean().sqrt()) for key, value in exact.items() if value.is_floating_point()}
-            for noisy in (noisy_runs(replayed, dtype, profile, at_once=at_once) for at_once in (True, False))
+            for noisy in (noisy_runs(replayed, dtype, rounding, at_once=at_once) for at_once in (True, False))
         ]
         for key, deviation in deviations[0].items():
             other = deviations[1][key]

@@ -61,14 +61,14 @@ def rounded_cotangents(contract: Contract, case: Case, dtype: str) -> Tensors:
 
 
 def budgets(
-    contract: Contract, case: Case, dtype: str, profile: str, *, gradients: bool = False, chosen: torch.Tensor | None = None
+    contract: Contract, case: Case, dtype: str, rounding: str, *, gradients: bool = False, chosen: torch.Tensor | None = None
 ) -> dict[str, Budget]:
     """Oracle and error budget of every output (and gradient), at the choice `chosen` where the operation chooses.
 
     Integers have no budget but must be equal.
     """
     choice = None if chosen is None else (chosen.numpy().tobytes(), str(chosen.numpy().dtype), tuple(chosen.shape))
-    key = contract, value_case(case), dtype, profile, choice
+    key = contract, value_case(case), dtype, rounding, choice
     if gradients:
         _with_gradients.add(key)
     return _budgets(*key, gradients=key in _with_gradients)  # those with gradients hold the outputs' too
@@ -79,7 +79,7 @@ def _budgets(
     contract: Contract,
     case: Case,
     dtype: str,
-    profile: str,
+    rounding: str,
     choice: tuple[bytes, str, tuple[int, ...]] | None,
     *,
     gradients: bool,
@@ -97,7 +97,7 @@ def _budgets(
         chosen = torch.from_numpy(np.frombuffer(values, kind).reshape(shape).copy())
         runs = [replay_of(each, contract.selection.output, chosen, contract.selection.none) for each in runs]
     cancelling = contract.regime(case.regime).judged == "worst element"
-    return widest([_spread(each, runs[0](), dtype, profile, cancelling=cancelling) for each in runs])
+    return widest([_spread(each, runs[0](), dtype, rounding, cancelling=cancelling) for each in runs])
 
 
 def selection_scores(contract: Contract, case: Case, dtype: str) -> tuple[Budget, Budget | None]:
@@ -114,21 +114,21 @@ def _selection_scores(contract: Contract, case: Case, dtype: str) -> tuple[Budge
     def run() -> Tensors:
         return {name: function(**inputs, **opts) for name, function in functions.items() if function is not None}
 
-    scored = _spread(run, run(), "float32", "strict", cancelling=False)  # choices are made in float32 under every profile
+    scored = _spread(run, run(), "float32", "strict", cancelling=False)  # choices are made in float32 under every rounding
     return scored["scores"], scored.get("groups")
 
 
-def _spread(run: Callable[[], Tensors], oracle: Tensors, dtype: str, profile: str, *, cancelling: bool) -> dict[str, Budget]:
+def _spread(run: Callable[[], Tensors], oracle: Tensors, dtype: str, rounding: str, *, cancelling: bool) -> dict[str, Budget]:
     small = sum(each.numel() for each in oracle.values()) <= LARGE
     try:
-        noisy = noisy_runs(run, dtype, profile, cancelling=cancelling, at_once=small)
+        noisy = noisy_runs(run, dtype, rounding, cancelling=cancelling, at_once=small)
     except Exception:  # they differ in what torch has no form for; an error of the reference's own comes again
-        noisy = noisy_runs(run, dtype, profile, cancelling=cancelling, at_once=False)
+        noisy = noisy_runs(run, dtype, rounding, cancelling=cancelling, at_once=False)
     return spread(oracle, noisy)
 
 
 def noisy_runs(
-    run: Callable[[], Tensors], dtype: str, profile: str, *, cancelling: bool = False, at_once: bool = True
+    run: Callable[[], Tensors], dtype: str, rounding: str, *, cancelling: bool = False, at_once: bool = True
 ) -> Tensors:
     """What a run gives under rounding noise, `[NOISE_RUNS, *shape]`.
 
@@ -136,12 +136,12 @@ def noisy_runs(
         RunsDiffer: `at_once`, which they cannot be.
     """
     if at_once:
-        with RoundingNoise(dtype, profile, 0, cancelling=cancelling, runs=NOISE_RUNS, first_rounds=True), exact_draws():
+        with RoundingNoise(dtype, rounding, 0, cancelling=cancelling, runs=NOISE_RUNS, first_rounds=True), exact_draws():
             return {key: values_of(each, NOISE_RUNS) for key, each in run().items()}
     noisy: list[Tensors] = []
     deviations: list[torch.Tensor] = []
     for seed in range(NOISE_RUNS):
-        noise = RoundingNoise(dtype, profile, seed, cancelling=cancelling, deviations=deviations, first_rounds=seed == 0)
+        noise = RoundingNoise(dtype, rounding, seed, cancelling=cancelling, deviations=deviations, first_rounds=seed == 0)
         with noise, exact_draws():
             noisy.append(run())
     return {key: torch.stack([each[key] for each in noisy]) for key in noisy[0]}

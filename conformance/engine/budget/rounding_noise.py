@@ -54,7 +54,7 @@ class RoundingNoise(Watching):
 
     Args:
         dtype: The dtype under test.
-        profile: `"strict"`: operands of matrix products are rounded to `dtype`, all else to float32; `"eager"`: every result
+        rounding: `"strict"`: operands of matrix products are rounded to `dtype`, all else to float32; `"eager"`: every result
             is rounded to `dtype`.
         seed: Of the noise.
         cancelling: Sums may be ordered so that their partial sums are as large as the sum of magnitudes.
@@ -70,7 +70,7 @@ class RoundingNoise(Watching):
     def __init__(
         self,
         dtype: str,
-        profile: str,
+        rounding: str,
         seed: int,
         *,
         cancelling: bool = False,
@@ -84,7 +84,7 @@ class RoundingNoise(Watching):
         self.cancelling, self.scale = cancelling, scale
         self.deviations, self.sums = [] if deviations is None else deviations, 0
         self.operand_dtype = getattr(torch, dtype)
-        self.result_dtype = self.operand_dtype if profile == "eager" else torch.float32
+        self.result_dtype = self.operand_dtype if rounding == "eager" else torch.float32
         self.generator = torch.Generator().manual_seed(seed)
         self.terms = WeakIdKeyDictionary()  # of each element of a matrix product, and of what only shows one in another shape
 

@@ -51,7 +51,7 @@ def is_narrowed(dtype: torch.dtype, due: torch.dtype) -> bool:
     return dtype == torch.int32 and due == torch.int64
 
 
-def judge(contract: Contract, case: Case, dtype: str, profile: str, results: Tensors) -> dict[str, Errors]:
+def judge(contract: Contract, case: Case, dtype: str, rounding: str, results: Tensors) -> dict[str, Errors]:
     """Judges every output and gradient of one call.
 
     Returns:
@@ -63,7 +63,7 @@ def judge(contract: Contract, case: Case, dtype: str, profile: str, results: Ten
     results = {key: tensor.cpu() for key, tensor in results.items()}
     chosen = check_choice(contract, case, dtype, results)
     gradients = any(key.startswith(GRADIENT) for key in results)
-    judged = budgets(contract, case, dtype, profile, gradients=gradients, chosen=chosen)
+    judged = budgets(contract, case, dtype, rounding, gradients=gradients, chosen=chosen)
     regime = contract.regime(case.regime)
     errors: dict[str, Errors] = {}
     for key, budget in judged.items():
@@ -71,7 +71,7 @@ def judge(contract: Contract, case: Case, dtype: str, profile: str, results: Ten
             target = results[key].dtype
             if not budget.value.is_floating_point():
                 require_exact(key, results[key], budget.value.to(target), "it is no floating number")
-            elif regime.judged == "exact" and profile == "strict":
+            elif regime.judged == "exact" and rounding == "strict":
                 require_exact(key, results[key], budget.value.to(target))
                 errors[key] = Errors()
             else:
