@@ -16,13 +16,14 @@ from functools import partial
 from rich.console import Console
 
 from gaugeblock.conformance.engine.devices import cache_compilations, compile_quickly, set_up_process
-from gaugeblock.conformance.engine.exploration import PROFILES, examine
-from gaugeblock.conformance.engine.judging.verdict import FAILED, Failure, Status, Verdict
+from gaugeblock.conformance.engine.exploration import PROFILES, examine, verdict_on
+from gaugeblock.conformance.engine.implementation import Implementation
+from gaugeblock.conformance.engine.judging.verdict import FAILED, Failure, Verdict
 from gaugeblock.conformance.engine.processes import nursery
 from gaugeblock.conformance.engine.processes.workers import Died, run_tasks
 from gaugeblock.conformance.engine.properties import find_property, properties
-from gaugeblock.conformance.engine.registry import Implementation, one_line
 from gaugeblock.conformance.engine.selection import Filters, subjects_of
+from gaugeblock.conformance.engine.suggestion import one_line
 from gaugeblock.conformance.engine.trial import Subject
 from gaugeblock.conformance.exit_status import CONFORM, FAILS, NOTHING_TESTED, WRONG_CALL
 from gaugeblock.conformance.report import files, terminal, waivers
@@ -64,7 +65,7 @@ def run_gate(options: argparse.Namespace) -> int:
             first = subject.implementation.dtypes[0]
             if everything_quickly and subject.dtype != first and not find_property(name).every_dtype:
                 reason = f"built in: judged in {first} alone, unless --dtype or --profile asks for more"
-                found[number, name] = _verdict(subject, name, "not supported", reason)
+                found[number, name] = verdict_on(subject, name, "not supported", reason)
             else:
                 groups[f"{RANKS}/{subject.device}" if subject.on_ranks else shared].append((number, name))
     profile = PROFILES[options.profile]
@@ -113,7 +114,7 @@ def prepare(subjects: Sequence[tuple[Subject, str | None]], profile: str, candid
             return examine(subject, properties()[task[1]], PROFILES[profile], source)
         except Exception as error:  # the engine's, the contract's or the reference's: candidates run elsewhere
             reason = f"{type(error).__name__}: {one_line(error)}"
-            verdict = _verdict(subject, task[1], "error", reason, time.monotonic() - start)
+            verdict = verdict_on(subject, task[1], "error", reason, time.monotonic() - start)
             return replace(verdict, failure=Failure(reason, details=(traceback.format_exc(),)))
 
     return judge
@@ -149,7 +150,7 @@ def _known(subjects: Sequence[tuple[Subject, str | None]], losses: Losses, task:
     if not lost or find_property(task[1]).inapplicable(subject):
         return None
     tried = ", ".join(dict.fromkeys(each.property for each in lost))
-    return _verdict(subject, task[1], lost[-1].status, f"not tried again after {tried}: {lost[-1].reason}")
+    return verdict_on(subject, task[1], lost[-1].status, f"not tried again after {tried}: {lost[-1].reason}")
 
 
 def exit_status(verdicts: list[Verdict]) -> int:
@@ -170,12 +171,4 @@ def _no_answer(subject: Subject, name: str, died: Died, seconds: float) -> Verdi
     code = died.exit_code or 0
     how = signal.Signals(-code).name if code < 0 else f"exit status {code}"
     reason = f"the judge had no verdict within {seconds:.0f} s" if died.late else f"the judge's process died ({how})"
-    return _verdict(subject, name, "error", reason, died.seconds)
-
-
-def _verdict(subject: Subject, name: str, status: Status, reason: str, seconds: float = 0.0) -> Verdict:
-    """A verdict on what was not judged to its end."""
-    whose = subject.implementation
-    return Verdict(
-        whose.contract, whose.name, whose.kind, name, subject.dtype, subject.device, status, seconds=seconds, reason=reason
-    )
+    return verdict_on(subject, name, "error", reason, died.seconds)

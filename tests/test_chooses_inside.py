@@ -10,10 +10,11 @@ from gaugeblock.conformance.engine.budget.oracle import exact_inputs, reference_
 from gaugeblock.conformance.engine.contract import Contract, ContractError
 from gaugeblock.conformance.engine.exploration import PROFILES, examine
 from gaugeblock.conformance.engine.frameworks import Call, call_torch
+from gaugeblock.conformance.engine.implementation import Implementation
 from gaugeblock.conformance.engine.inputs.cases import REDRAWS, Case, make_inputs, options
 from gaugeblock.conformance.engine.judging.judge import Violation, judge
 from gaugeblock.conformance.engine.properties import find_property
-from gaugeblock.conformance.engine.registry import Implementation, contracts, find_contract
+from gaugeblock.conformance.engine.registry import contracts, find_contract
 from gaugeblock.conformance.engine.trial import Subject
 from gaugeblock.reference.torch import moe_layers
 

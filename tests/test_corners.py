@@ -7,7 +7,7 @@ os.environ.setdefault("TRITON_INTERPRET", "1")  # read when kernels are decorate
 import pytest
 import torch
 
-from gaugeblock.conformance.engine.contract import apply
+from gaugeblock.conformance.engine.calls import apply
 from gaugeblock.conformance.engine.inputs.cases import make_inputs, options
 from gaugeblock.conformance.engine.inputs.coverage import array, space
 from gaugeblock.conformance.engine.registry import find_contract

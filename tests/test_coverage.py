@@ -9,12 +9,13 @@ import pytest
 from gaugeblock.conformance.engine.contract import Contract
 from gaugeblock.conformance.engine.exploration import PROFILES, examine
 from gaugeblock.conformance.engine.factors import ORDINARY, edges, either, kind_of_count, kind_of_width
+from gaugeblock.conformance.engine.implementation import Implementation
 from gaugeblock.conformance.engine.inputs import coverage
 from gaugeblock.conformance.engine.inputs.cases import LAYOUTS
 from gaugeblock.conformance.engine.inputs.coverage import Demand, Space, array, covering, few_visits, laid_out, measure, visits
 from gaugeblock.conformance.engine.judging.verdict import Coverage, Verdict
 from gaugeblock.conformance.engine.properties import properties
-from gaugeblock.conformance.engine.registry import Implementation, contracts, implementations
+from gaugeblock.conformance.engine.registry import contracts, implementations
 from gaugeblock.conformance.engine.trial import Subject, Trial
 
 CONTRACTS = tuple(contracts().values())

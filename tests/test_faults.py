@@ -11,9 +11,10 @@ import pytest
 
 from gaugeblock.conformance.engine import exploration
 from gaugeblock.conformance.engine.exploration import PROFILES, examine
+from gaugeblock.conformance.engine.implementation import Implementation
 from gaugeblock.conformance.engine.processes import ranks
 from gaugeblock.conformance.engine.properties import properties
-from gaugeblock.conformance.engine.registry import Implementation, contracts
+from gaugeblock.conformance.engine.registry import contracts
 from gaugeblock.conformance.engine.trial import Subject
 from gaugeblock.conformance.selftest.edits import mutated
 from gaugeblock.conformance.selftest.fault import KINDS, Fault, faults, process_kept

@@ -302,7 +302,8 @@ def test_a_name_that_does_not_exist_exits_2(environment, tmp_path, capsys, argum
 
 
 def verdict(status, cases=1):
-    return Verdict(ROUTER, "mine", "user", "parity", "float32", "cpu", status, cases=cases)
+    whose = {"contract": ROUTER, "implementation": "mine", "kind": "user", "dtype": "float32", "device": "cpu"}
+    return Verdict(**whose, property="parity", status=status, cases=cases)
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from gaugeblock.conformance.engine.budget.oracle import budgets, rounded_cotangents
 from gaugeblock.conformance.engine.contract import Contract, Cost, Input, Output, Regime
 from gaugeblock.conformance.engine.frameworks import BadResult, Call, call_jax, call_torch
-from gaugeblock.conformance.engine.inputs.cases import Case, Draw, cotangents, make_inputs, options
+from gaugeblock.conformance.engine.inputs.cases import Case, cotangents, make_inputs, options
+from gaugeblock.conformance.engine.inputs.draw import Draw
 from gaugeblock.conformance.engine.judging.diagnosis import diagnose
 from gaugeblock.conformance.engine.judging.judge import Violation, check_form, judge, require_exact
 from gaugeblock.conformance.engine.registry import find_contract

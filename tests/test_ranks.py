@@ -14,6 +14,7 @@ import torch
 from gaugeblock.conformance.contracts.experts import FUSED_SWIGLU
 from gaugeblock.conformance.engine.contract import Input
 from gaugeblock.conformance.engine.exploration import PROFILES, examine
+from gaugeblock.conformance.engine.implementation import CLAIMS, Implementation
 from gaugeblock.conformance.engine.judging.judge import Violation
 from gaugeblock.conformance.engine.judging.verdict import Verdict
 from gaugeblock.conformance.engine.processes import ranks
@@ -21,7 +22,7 @@ from gaugeblock.conformance.engine.processes.loading import describe_candidates
 from gaugeblock.conformance.engine.processes.ranks import fit, join
 from gaugeblock.conformance.engine.processes.seats import Seat
 from gaugeblock.conformance.engine.properties import properties
-from gaugeblock.conformance.engine.registry import CLAIMS, Implementation, RegistrationError, implements
+from gaugeblock.conformance.engine.registry import RegistrationError, implements
 from gaugeblock.conformance.engine.trial import Subject
 
 CANDIDATES = Path(__file__).parent / "distributed_candidates.py"

@@ -55,7 +55,14 @@ def test_no_trivial_result_passes(contract: str, regime: str) -> None:
 
 def test_a_rejected_variant_is_an_alarm(monkeypatch: pytest.MonkeyPatch) -> None:
     contract = "experts.fused_swiglu"
-    zeros = Variant("zeros", contract, lambda: lambda tokens, *others: 0 * tokens, "", every_case, {"differentiable": False})
+    zeros = Variant(
+        name="zeros",
+        contract=contract,
+        candidate=lambda: lambda tokens, *others: 0 * tokens,
+        summary="",
+        fits=every_case,
+        claims={"differentiable": False},
+    )
     monkeypatch.setattr(rates, "variants", lambda: (zeros,))
     found = rates.judge_variants(contract, "float32", rates.drawn_cases(contract, "dithered", examples=2, seed=0))
     assert found.judged == 2

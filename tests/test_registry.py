@@ -70,7 +70,7 @@ def test_implements_is_a_decorator_and_a_call_and_returns_the_function_itself():
 def test_the_claims_by_default_are_the_strong_ones():
     implements(ROUTER, name="plain")(route)
     (row,) = registry.registered_implementations()
-    assert (row.framework, row.dtypes, row.devices, row.profile) == (
+    assert (row.framework, row.dtypes, row.devices, row.rounding) == (
         "torch",
         ("float32",),
         ("cpu",),
@@ -80,7 +80,7 @@ def test_the_claims_by_default_are_the_strong_ones():
 
 
 def test_claims_are_kept_and_one_dtype_needs_no_tuple():
-    claims = {"framework": "jax", "profile": "eager", "differentiable": False, "deterministic": False}
+    claims = {"framework": "jax", "rounding": "eager", "differentiable": False, "deterministic": False}
     implements(ROUTER, name="modest", dtypes="float16", devices=["cpu", "cuda"], **claims)(route)
     (row,) = registry.registered_implementations()
     assert (row.dtypes, row.devices) == (("float16",), ("cpu", "cuda"))
@@ -103,7 +103,7 @@ def test_an_unknown_claim_is_answered_with_the_nearest():
         {"dtypes": ()},
         {"devices": "tpu"},
         {"framework": "tensorflow"},
-        {"profile": "lax"},
+        {"rounding": "lax"},
         {"deterministic": "yes"},
     ],
     ids=repr,
@@ -147,7 +147,7 @@ def test_a_name_is_taken_once_for_each_contract():
 def test_a_file_is_run_and_what_it_registers_comes_back(candidate):
     (row,) = load_candidates(candidate("my_kernels", REGISTERS.format(name="mine")))
     assert (row.contract, row.name) == (ROUTER, "mine")
-    assert row.load().__module__ == "my_kernels"
+    assert registry.load(row).__module__ == "my_kernels"
 
 
 def test_a_file_may_import_its_neighbours(candidate):

@@ -20,8 +20,9 @@ CASE = {"num_tokens": 3, "top_k": 1, "regime": "dithered", "layout": "contiguous
 
 def verdict(name: str = "parity", status: str = "pass", **changes: object) -> Verdict:
     statistics = {"topk_weights": Statistics(0.31, 0.4, None, 1200)}
-    base = Verdict("routers.softmax_topk", "mychip", "user", name, "float16", "cpu", status, 8, 0.5, "", statistics)
-    return Verdict(**{**vars(base), **changes})
+    whose = {"contract": "routers.softmax_topk", "implementation": "mychip", "kind": "user", "dtype": "float16", "device": "cpu"}
+    found = {"property": name, "status": status, "cases": 8, "seconds": 0.5, "statistics": statistics}
+    return Verdict(**{**whose, **found, **changes})
 
 
 FAILING = verdict(

@@ -13,13 +13,14 @@ import pytest
 import torch
 
 from gaugeblock.conformance.engine.frameworks import BadResult, Call, Raised
+from gaugeblock.conformance.engine.implementation import Candidate, Implementation
 from gaugeblock.conformance.engine.processes import door, handle, keeper, seats, wire
 from gaugeblock.conformance.engine.processes.handle import EngineError, Lost, Process
 from gaugeblock.conformance.engine.processes.loading import describe_candidates
 from gaugeblock.conformance.engine.processes.output import KEPT_OUTPUT, Output
 from gaugeblock.conformance.engine.processes.perform import USUAL
 from gaugeblock.conformance.engine.processes.wire import ANYONE, HEADER, Arena, BadMessage, Closed, Dtypes, Impostor, Late, Link
-from gaugeblock.conformance.engine.registry import Candidate, Implementation, RegistrationError
+from gaugeblock.conformance.engine.registry import RegistrationError
 from gaugeblock.conformance.engine.trial import Subject
 
 ROUTER = "routers.softmax_topk"

@@ -8,9 +8,11 @@ from gaugeblock.conformance.engine.budget.oracle import budgets, rounded_cotange
 from gaugeblock.conformance.engine.contract import Contract
 from gaugeblock.conformance.engine.devices import available_devices
 from gaugeblock.conformance.engine.frameworks import CALLERS, Call
+from gaugeblock.conformance.engine.implementation import Implementation
 from gaugeblock.conformance.engine.inputs.cases import Case, make_inputs, options
 from gaugeblock.conformance.engine.judging.choice import check_choice
-from gaugeblock.conformance.engine.registry import Implementation, implementations, one_line
+from gaugeblock.conformance.engine.registry import implementations, load
+from gaugeblock.conformance.engine.suggestion import one_line
 from gaugeblock.conformance.engine.trial import Subject
 
 DEVICE = available_devices()[-1]  # the GPU where there is one
@@ -46,7 +48,7 @@ def accuracy(contract: Contract, implementation: Implementation, dtype: str, see
         if cotangents is not None:
             cotangents = {key: each.to(DEVICE) for key, each in cotangents.items()}
         call = Call(inputs, options(contract, case), cotangents)
-        called = CALLERS[implementation.framework](contract, implementation.load(), call)
+        called = CALLERS[implementation.framework](contract, load(implementation), call)
         results = {key: each.cpu() for key, each in called.items()}
         chosen = check_choice(contract, case, dtype, results)
         for key, budget in budgets(contract, case, dtype, "strict", gradients=gradients, chosen=chosen).items():

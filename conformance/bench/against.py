@@ -35,17 +35,14 @@ Key = tuple[str, ...]  # contract, workload, direction, implementation; for coun
 
 @dataclass
 class Measured:
-    """What the rounds of one tree found.
-
-    Attributes:
-        times: Median seconds of a call, one of each round.
-        counters: Of the first round.
-        broken: Why an implementation raised, or that its results were wrong.
-    """
+    """What the rounds of one tree found."""
 
     times: dict[Key, list[float]] = field(default_factory=lambda: defaultdict(list))
+    """Median seconds of a call, one of each round."""
     counters: dict[Key, dict[str, int | None]] = field(default_factory=dict)
+    """Of the first round."""
     broken: dict[Key, str] = field(default_factory=dict)
+    """Why an implementation raised, or that its results were wrong."""
 
     def add(self, document: dict) -> None:
         """Adds what `gaugeblock bench --json` wrote."""

@@ -9,38 +9,34 @@ import torch
 
 from gaugeblock.conformance.bench.problem import Problem, Results, Unavailable
 from gaugeblock.conformance.engine.budget.oracle import gradient_key
-from gaugeblock.conformance.engine.contract import Contract, apply
+from gaugeblock.conformance.engine.calls import apply
+from gaugeblock.conformance.engine.contract import Contract
 from gaugeblock.conformance.engine.frameworks import call_torch
-from gaugeblock.conformance.engine.registry import Implementation, implementations
+from gaugeblock.conformance.engine.implementation import Implementation
+from gaugeblock.conformance.engine.registry import implementations, load
 from gaugeblock.conformance.peers.competitors import OUTSIDERS
 
 
 @dataclass(frozen=True)
 class Competitor:
-    """A row of the table.
-
-    Attributes:
-        name: As the table shows it.
-        prepare: Returns the call to be timed or counted; raises `Unavailable` if the competitor cannot take part.
-        interpreted: On a CPU it runs in an interpreter, whose time says nothing.
-    """
+    """A row of the table."""
 
     name: str
+    """As the table shows it."""
     prepare: Callable[[Problem], Callable[[], Results]]
+    """Returns the call to be timed or counted; raises `Unavailable` if the competitor cannot take part."""
     interpreted: bool = False
+    """On a CPU it runs in an interpreter, whose time says nothing."""
 
 
 @dataclass(frozen=True)
 class JaxCall:
-    """A call of a JAX function that returns when its work is done.
-
-    Attributes:
-        is_one_program: It can be compiled as a whole; a training step cannot, since it looks at its loss on the host.
-    """
+    """A call of a JAX function that returns when its work is done."""
 
     function: Callable[[Results], Results]
     arrays: Results
     is_one_program: bool
+    """It can be compiled as a whole; a training step cannot, since it looks at its loss on the host."""
 
     def __call__(self) -> Results:
         """Outputs, and gradients if the problem has them."""
@@ -67,7 +63,7 @@ def _registered(implementation: Implementation, problem: Problem) -> Callable[[]
         raise Unavailable(f"does not claim {dtype} on {device}")
     if problem.call.cotangents is not None and not implementation.differentiable:
         raise Unavailable("claims no gradients")
-    function = implementation.load()
+    function = load(implementation)
     if implementation.framework == "jax":
         return _jax_call(problem, function, whole=implementation.kind == "reference")
     return partial(call_torch, problem.contract, function, problem.call)

@@ -21,19 +21,16 @@ UNCOUNTED = ("parameter", "constant", "tuple", "get-tuple-element", "bitcast")  
 
 @dataclass(frozen=True)
 class Counters:
-    """One call's needs; None where they cannot be told.
-
-    Attributes:
-        bytes_allocated: Of all tensors made on the way, results among them.
-        peak_bytes: The most that was held at a time, beside what was there before.
-        operations: Dispatched by torch, nested ones too; or instructions of the compiled JAX program.
-        kernels: Launched: on a GPU all of them, on a CPU those of Triton.
-    """
+    """One call's needs; None where they cannot be told."""
 
     bytes_allocated: int | None
+    """Of all tensors made on the way, results among them."""
     peak_bytes: int | None
+    """The most that was held at a time, beside what was there before."""
     operations: int | None
+    """Dispatched by torch, nested ones too; or instructions of the compiled JAX program."""
     kernels: int | None
+    """Launched: on a GPU all of them, on a CPU those of Triton."""
 
 
 def count(call: Callable[[], object], device: str) -> Counters:

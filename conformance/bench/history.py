@@ -176,7 +176,7 @@ class Accuracy(Question):
         """All operations, dtypes and implementations."""
         from gaugeblock.conformance.engine.registry import implementations
 
-        dtypes = [dtype for contract in asked for dtype in contract.dtypes]
+        dtypes: list[str] = [dtype for contract in asked for dtype in contract.dtypes]
         names = [each.name for contract in asked for each in implementations(contract.name)]
         return [[_operation(contract) for contract in asked], _unique(dtypes), _unique(names)]
 

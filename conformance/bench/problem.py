@@ -9,10 +9,12 @@ from typing import Any, Literal
 import torch
 
 from gaugeblock.conformance.bench.roofline import Machine
-from gaugeblock.conformance.engine.contract import Contract, Cost, Parameters, Tensors, Workload, argument_of
+from gaugeblock.conformance.engine.calls import argument_of
+from gaugeblock.conformance.engine.contract import Contract, Cost, Parameters, Tensors, Workload
 from gaugeblock.conformance.engine.frameworks import Call, call_torch
-from gaugeblock.conformance.engine.inputs.cases import Case, Draw, dtypes_of, options
+from gaugeblock.conformance.engine.inputs.cases import Case, dtypes_of, options
 from gaugeblock.conformance.engine.inputs.cases import cotangents as drawn_cotangents
+from gaugeblock.conformance.engine.inputs.draw import Draw
 
 Direction = Literal["forward", "backward"]
 Results = dict[str, Any]  # by the names of outputs and gradients: torch tensors, or jax arrays
@@ -37,21 +39,18 @@ QUICK = Limits(flops=1e9, bytes=5e7)
 
 @dataclass(frozen=True)
 class Problem:
-    """A call to be timed.
-
-    Attributes:
-        contract: Of the operation.
-        parameters: Sizes and options.
-        machine: Where, and in which dtype.
-        call: Inputs, options, and the cotangents if the gradients of all inputs are timed too.
-        cost: Of the call; forward and backward together cost three times the forward pass.
-    """
+    """A call to be timed."""
 
     contract: Contract
+    """Of the operation."""
     parameters: Parameters
+    """Sizes and options."""
     machine: Machine
+    """Where, and in which dtype."""
     call: Call
+    """Inputs, options, and the cotangents if the gradients of all inputs are timed too."""
     cost: Cost
+    """Of the call; forward and backward together cost three times the forward pass."""
 
     def expected(self) -> Tensors:
         """The PyTorch reference's results."""

@@ -20,21 +20,18 @@ SECONDS = 1.0  # how long each ceiling is measured
 
 @dataclass(frozen=True)
 class Machine:
-    """Where a bench runs, and what can be reached there in the best case.
-
-    Attributes:
-        name: Host, chip, threads and version of torch.
-        device: `"cpu"` or `"cuda"`.
-        dtype: Of the operands.
-        flops: Operations a second of a large matrix product.
-        bytes: Bytes a second of a large copy, read and written.
-    """
+    """Where a bench runs, and what can be reached there in the best case."""
 
     name: str
+    """Host, chip, threads and version of torch."""
     device: str
+    """`"cpu"` or `"cuda"`."""
     dtype: str
+    """Of the operands."""
     flops: float
+    """Operations a second of a large matrix product."""
     bytes: float
+    """Bytes a second of a large copy, read and written."""
 
     def seconds(self, cost: Cost) -> float:
         """The roofline time: the slower of computing and moving the data, each at its ceiling."""

@@ -30,32 +30,29 @@ class Effort:
 
 @dataclass(frozen=True)
 class Row:
-    """One competitor on one workload; times in seconds, None where it did not take part.
-
-    Attributes:
-        scale: By which factors the workload was made smaller.
-        roofline: Median time over roofline time: 1 is the machine's limit.
-        deviation: From the reference's results (`Problem.deviation`).
-        peak_bytes: The most that one call held at a time, beside its inputs.
-        samples: Number of samples, and of those that other processes did not disturb.
-        reason: Why it did not take part, or what is wrong with it.
-    """
+    """One competitor on one workload; times in seconds, None where it did not take part."""
 
     contract: str
     workload: str
     scale: str
+    """By which factors the workload was made smaller."""
     direction: str
     implementation: str
     status: Status = "measured"
     roofline: float | None = None
+    """Median time over roofline time: 1 is the machine's limit."""
     median: float | None = None
     best: float | None = None
     flops_per_second: float | None = None
     bytes_per_second: float | None = None
     deviation: float | None = None
+    """From the reference's results (`Problem.deviation`)."""
     peak_bytes: int | None = None
+    """The most that one call held at a time, beside its inputs."""
     samples: tuple[int, int] = (0, 0)
+    """Number of samples, and of those that other processes did not disturb."""
     reason: str = ""
+    """Why it did not take part, or what is wrong with it."""
 
 
 @dataclass(frozen=True)

@@ -19,17 +19,14 @@ M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # options of glibc's mallopt
 
 @dataclass(frozen=True)
 class Sample:
-    """Some calls in a row.
-
-    Attributes:
-        elapsed: Seconds of all of them.
-        calls: How many.
-        others: The share of the cores' time that other processes took meanwhile.
-    """
+    """Some calls in a row."""
 
     elapsed: float
+    """Seconds of all of them."""
     calls: int
+    """How many."""
     others: float
+    """The share of the cores' time that other processes took meanwhile."""
 
     @property
     def is_quiet(self) -> bool:
@@ -39,19 +36,16 @@ class Sample:
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds of one call.
-
-    Attributes:
-        median: Of the quiet samples, or of all if none was quiet.
-        best: The shortest sample.
-        samples: How many were taken.
-        quiet: How many other processes hardly disturbed.
-    """
+    """Seconds of one call."""
 
     median: float
+    """Of the quiet samples, or of all if none was quiet."""
     best: float
+    """The shortest sample."""
     samples: int
+    """How many were taken."""
     quiet: int
+    """How many other processes hardly disturbed."""
 
 
 def measure(calls: Mapping[str, Callable[[], object]], device: str, seconds: float) -> dict[str, Timing]:

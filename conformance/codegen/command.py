@@ -37,30 +37,27 @@ PASSED, FAILED, NOTHING_COMPILED = 0, 1, 3
 
 @dataclass(frozen=True)
 class CompiledKernel:
-    """One kernel, compiled for one chip in one configuration and specialization.
-
-    Attributes:
-        label: the first launch that asked for it.
-        target: the chip's name.
-        kernel: the function's name; empty if the launch compiled nothing, as `problems` explains.
-        config: its constants, num_warps and num_stages, in parentheses.
-        registers: per thread.
-        spilled_bytes: of registers, to memory, per thread.
-        shared_bytes, shared_limit: shared memory per program, and what the chip has.
-        matrix_instructions: how many of which for 16-bit operands.
-        problems: what is wrong with it, in words; empty if nothing.
-    """
+    """One kernel, compiled for one chip in one configuration and specialization."""
 
     label: str
+    """the first launch that asked for it."""
     target: str
+    """the chip's name."""
     kernel: str = ""
+    """the function's name; empty if the launch compiled nothing, as `problems` explains."""
     config: str = ""
+    """its constants, num_warps and num_stages, in parentheses."""
     registers: int = 0
+    """per thread."""
     spilled_bytes: int = 0
+    """of registers, to memory, per thread."""
     shared_bytes: int = 0
     shared_limit: int = 0
+    """shared memory per program, and what the chip has."""
     matrix_instructions: dict[str, int] = field(default_factory=dict)
+    """how many of which for 16-bit operands."""
     problems: tuple[str, ...] = ()
+    """what is wrong with it, in words; empty if nothing."""
 
 
 def compile_all(launches: Launches, targets: Iterable[str]) -> list[CompiledKernel]:

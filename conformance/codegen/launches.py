@@ -14,8 +14,9 @@ import torch
 from gaugeblock.conformance.engine.budget.oracle import rounded_cotangents
 from gaugeblock.conformance.engine.contract import Contract
 from gaugeblock.conformance.engine.frameworks import Call, call_torch
+from gaugeblock.conformance.engine.implementation import Implementation
 from gaugeblock.conformance.engine.inputs.cases import Case, Layout, lay_out, make_inputs, options
-from gaugeblock.conformance.engine.registry import Implementation, builtin_implementations, contracts
+from gaugeblock.conformance.engine.registry import builtin_implementations, contracts, load
 from gaugeblock.optimized.triton import random
 
 LAYOUTS: tuple[Layout, ...] = ("contiguous", "sliced")
@@ -28,7 +29,7 @@ Launch = tuple[str, Callable[[], object]]
 def _launch(contract: Contract, implementation: Implementation, case: Case, dtype: str) -> None:
     made = make_inputs(contract, case, dtype)
     inputs = {key: lay_out(tensor, case.layout) for key, tensor in made.items()}
-    call_torch(contract, implementation.load(), Call(inputs, options(contract, case), rounded_cotangents(contract, case, dtype)))
+    call_torch(contract, load(implementation), Call(inputs, options(contract, case), rounded_cotangents(contract, case, dtype)))
 
 
 def _cases(contract: Contract) -> Iterator[tuple[str, Case]]:

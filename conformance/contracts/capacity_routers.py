@@ -8,7 +8,6 @@ from hypothesis import strategies as st
 
 from gaugeblock.conformance.contracts import routers as of_routers
 from gaugeblock.conformance.engine.contract import (
-    Builtin,
     Contract,
     Cost,
     Output,
@@ -18,10 +17,70 @@ from gaugeblock.conformance.engine.contract import (
     Selection,
     Tensors,
     Workload,
+    row,
 )
 from gaugeblock.conformance.engine.factors import Factor, edges, kind_of_count, kinds
-from gaugeblock.conformance.engine.inputs.cases import Draw
+from gaugeblock.conformance.engine.implementation import jax, triton
+from gaugeblock.conformance.engine.inputs.draw import Draw
 from gaugeblock.reference.torch import routers
+
+
+@row
+def switch_top1() -> Contract:
+    """The row of `routers.switch_top1`."""
+    return Contract(
+        name="routers.switch_top1",
+        summary="Each token goes to its most probable expert, unless as many before it as the expert has room for did so too.",
+        formula=(
+            "p = softmax(router_logits); id = argmax(p); dropped[t] = at least ceil(num_tokens * capacity_factor / num_experts) "
+            "tokens s < t have id[s] = id[t]; weight = p[id], or 0 if dropped"
+        ),
+        source="Switch Transformers (arXiv:2101.03961) section 2.2, equation 3, and figure 3",
+        reference=routers.switch_top1,
+        inputs=(of_routers.LOGITS,),
+        outputs=(
+            Output("weights", ("num_tokens",), dtype="float32", differentiable=True),
+            Output("expert_ids", ("num_tokens",), dtype="int64", indexes="num_experts"),
+            Output("dropped", ("num_tokens",), dtype="bool"),
+        ),
+        options=("capacity_factor",),
+        batch="num_tokens",
+        parameters=parameters,
+        landmarks=(
+            sizes(66, 8, 1.25),
+            sizes(33, 5, 1.1),  # 33 * 1.1 / 5 is 7.26, and float32's 1.1 is more
+            sizes(130, 300, 1.0),  # ids above 255, room for one
+            sizes(65, 128, 1.25),  # google/switch-base-128
+            sizes(700, 2, 1.0),  # more tokens than bfloat16 can count, or a byte
+        ),
+        factors=FACTORS,
+        build=sizes,
+        traits=of_routers.SOFTMAX_TRAITS,
+        regimes=(
+            Regime("dithered", of_routers.dithered),
+            Regime("skew", skewed),
+            *of_routers.SOFTMAX_REGIMES[1:],
+            Regime("lattice", lattice, "exact", differentiable=False),
+        ),
+        cost=cost,
+        workloads=(
+            Workload("switch-base-8/train-4096", sizes(4096, 8, 1.25), "arXiv:2101.03961 tables 1 and 9; google/switch-base-8"),
+            Workload("switch-base-128/train-4096", sizes(4096, 128, 1.25), "arXiv:2101.03961 table 9; google/switch-base-128"),
+            Workload("switch-c-2048/train-4096", sizes(4096, 2048, 1.25), "arXiv:2101.03961 table 9; google/switch-c-2048"),
+        ),
+        selection=Selection("expert_ids", _scores, 1),
+        relabel=of_routers.shuffled_experts,
+        rejections=REJECTIONS,
+        without={
+            "batch_invariance": IN_ORDER,
+            "permutation_equivariance": IN_ORDER,
+            "nan_containment": "a token of NaN goes to any expert, and takes its room",
+        },
+        implementations=(
+            triton("capacity:switch_top1"),
+            jax("jax-jit"),
+        ),
+    )
 
 
 def cost(parameters: Parameters, itemsize: int) -> Cost:
@@ -43,9 +102,6 @@ def parameters(draw: st.DrawFn) -> dict[str, Any]:
         num_experts=draw(st.sampled_from([1, 2, 3, 5, 8, 13, 16, 60, 64, 65, 257])),
         capacity_factor=draw(st.sampled_from([2**-6, 0.5, 1.0, 1.1, 1.25, 2.0, 300.0])),
     )
-
-
-# ----------------------------------------------------------------------------------------------------- what is covered
 
 
 def _room(parameters: Parameters) -> str:
@@ -71,9 +127,6 @@ FACTORS = (
 )
 
 
-# ------------------------------------------------------------------------------------------------------ kinds of values
-
-
 def skewed(draw: Draw, parameters: Parameters) -> Tensors:
     """All tokens on one expert, or just as many as it has room for, or one more, one less; the others on the next."""
     tokens, experts = parameters["num_tokens"], parameters["num_experts"]
@@ -93,8 +146,6 @@ def lattice(draw: Draw, parameters: Parameters) -> Tensors:
     return {"router_logits": torch.where(allowed, draw.integers(-8, 9, tokens, 1).to(torch.float64), -math.inf)}
 
 
-# ------------------------------------------------------------------------------------------------------------ bad calls
-
 REJECTIONS = (
     *(each for each in of_routers.SOFTMAX_REJECTIONS if each.argument == "router_logits"),
     Rejection("no experts", "router_logits", lambda call: {"router_logits": call["router_logits"][:, :0]}),
@@ -103,68 +154,9 @@ REJECTIONS = (
     Rejection("a capacity that is no number", "capacity_factor", lambda call: {"capacity_factor": math.nan}),
 )
 
-# ------------------------------------------------------------------------------------------------------------- the rows
 
 IN_ORDER = "which tokens are dropped depends on those before them"
 
 
 def _scores(router_logits: torch.Tensor, **_: Any) -> torch.Tensor:
     return torch.softmax(router_logits, -1)
-
-
-SWITCH_TOP1 = Contract(
-    name="routers.switch_top1",
-    summary="Each token goes to its most probable expert, unless as many tokens before it as the expert has room for did so too.",
-    formula=(
-        "p = softmax(router_logits); id = argmax(p); dropped[t] = at least ceil(num_tokens * capacity_factor / num_experts) "
-        "tokens s < t have id[s] = id[t]; weight = p[id], or 0 if dropped"
-    ),
-    source="Switch Transformers (arXiv:2101.03961) section 2.2, equation 3, and figure 3",
-    reference=routers.switch_top1,
-    twin="gaugeblock.reference.jax.routers:switch_top1",
-    inputs=(of_routers.LOGITS,),
-    outputs=(
-        Output("weights", ("num_tokens",), dtype="float32", differentiable=True),
-        Output("expert_ids", ("num_tokens",), dtype="int64", indexes="num_experts"),
-        Output("dropped", ("num_tokens",), dtype="bool"),
-    ),
-    options=("capacity_factor",),
-    batch="num_tokens",
-    parameters=parameters,
-    landmarks=(
-        sizes(66, 8, 1.25),
-        sizes(33, 5, 1.1),  # 33 * 1.1 / 5 is 7.26, and float32's 1.1 is more
-        sizes(130, 300, 1.0),  # ids above 255, room for one
-        sizes(65, 128, 1.25),  # google/switch-base-128
-        sizes(700, 2, 1.0),  # more tokens than bfloat16 can count, or a byte
-    ),
-    factors=FACTORS,
-    build=sizes,
-    traits=of_routers.SOFTMAX_TRAITS,
-    regimes=(
-        Regime("dithered", of_routers.dithered),
-        Regime("skew", skewed),
-        *of_routers.SOFTMAX_REGIMES[1:],
-        Regime("lattice", lattice, "exact", differentiable=False),
-    ),
-    cost=cost,
-    workloads=(
-        Workload("switch-base-8/train-4096", sizes(4096, 8, 1.25), "arXiv:2101.03961 tables 1 and 9; google/switch-base-8"),
-        Workload("switch-base-128/train-4096", sizes(4096, 128, 1.25), "arXiv:2101.03961 table 9; google/switch-base-128"),
-        Workload("switch-c-2048/train-4096", sizes(4096, 2048, 1.25), "arXiv:2101.03961 table 9; google/switch-c-2048"),
-    ),
-    selection=Selection("expert_ids", _scores, 1),
-    relabel=of_routers.shuffled_experts,
-    rejections=REJECTIONS,
-    without={
-        "batch_invariance": IN_ORDER,
-        "permutation_equivariance": IN_ORDER,
-        "nan_containment": "a token of NaN goes to any expert, and takes its room",
-    },
-    builtins=(
-        Builtin("triton", "gaugeblock.optimized.triton.capacity:switch_top1", "triton", claims=of_routers.TRITON_CLAIMS),
-        Builtin("jax-jit", "gaugeblock.optimized.jax.routers:switch_top1", "jax", "jax"),
-    ),
-)
-
-CONTRACTS = (SWITCH_TOP1,)

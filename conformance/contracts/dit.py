@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 
 from gaugeblock.conformance.contracts import flash_attention
 from gaugeblock.conformance.engine.contract import (
-    Builtin,
     Contract,
     Cost,
     Input,
@@ -19,16 +18,73 @@ from gaugeblock.conformance.engine.contract import (
     Rejection,
     Tensors,
     Workload,
+    row,
 )
 from gaugeblock.conformance.engine.factors import Factor, Trait, edges, either
-from gaugeblock.conformance.engine.inputs.cases import Draw
+from gaugeblock.conformance.engine.implementation import compiled, jax, triton
+from gaugeblock.conformance.engine.inputs.draw import Draw
 from gaugeblock.reference.configs import DIT_PRESETS, DiTConfig
-from gaugeblock.reference.torch import dit, layers
+from gaugeblock.reference.torch import dit as model
+from gaugeblock.reference.torch import layers
+
+
+@row
+def dit() -> Contract:
+    """The row of `dit.dit`."""
+    return Contract(
+        name="dit.dit",
+        summary="A transformer on patches of latents, steered by a time and a class through adaLN-Zero.",
+        formula=(
+            "x = patches, embedded, + position table; c = time embedding + class embedding; x = block(x, c), depth times; "
+            "out = unpatchify(linear(layer_norm_modulate(x, shift, scale))), shift, scale = linear(silu(c))"
+        ),
+        source="Peebles and Xie 2022 (arXiv:2212.09748), section 3.2 and figure 3; facebookresearch/DiT models.py",
+        reference=model.dit,
+        inputs=(
+            Input("state", leaves=state_leaves, differentiable=True),
+            Input("latents", ("batch_size", "in_channels", "input_size", "input_size"), differentiable=True),
+            Input("timesteps", ("batch_size",), dtype="float32"),
+            Input("class_labels", ("batch_size",), dtype="int64"),
+        ),
+        outputs=(Output("out", ("batch_size", "out_channels", "input_size", "input_size"), differentiable=True),),
+        options=("config",),
+        batch="batch_size",
+        parameters=parameters,
+        landmarks=(
+            sizes(3, tiny_model(norm_eps=1e-2)),
+            sizes(2, tiny_model(24, 3, 1, 6, 2, in_channels=4, learn_sigma=False, frequency_shift=1, num_classes=10)),
+            sizes(1, tiny_model(144, 2, 1, in_channels=4, num_classes=10)),  # heads as wide as DiT-XL's
+        ),
+        factors=FACTORS,
+        build=point,
+        traits=TRAITS,
+        regimes=(
+            Regime("dithered", dithered),
+            Regime("constants", near_constants, "worst element"),
+            Regime("adversarial", extreme, "worst element"),
+            Regime("special", special, "worst element", differentiable=False),
+        ),
+        formulas=(flash_attention.dit,),
+        cases=0.25,  # a budget with the gradients of all parameters takes about a second
+        configure=lambda parameters: {"config": configuration(parameters)},
+        cost=cost,
+        workloads=(
+            Workload("dit-xl-2/256px-batch-8", sizes(8, DIT_PRESETS["DiT-XL/2"]), "facebookresearch/DiT models.py, DiT_XL_2"),
+            Workload("dit-b-4/256px-batch-32", sizes(32, DIT_PRESETS["DiT-B/4"]), "facebookresearch/DiT models.py, DiT_B_4"),
+            Workload("two-cores/dit-s-8-batch-2", sizes(2, DIT_PRESETS["DiT-S/8"]), "a size for a CPU, DiT_S_8"),
+        ),
+        rejections=REJECTIONS,
+        implementations=(
+            triton(**LIBRARY_PRODUCTS),
+            compiled("compiled", devices=("cuda",), **LIBRARY_PRODUCTS),  # on a CPU every compilation takes a minute
+            jax("jax-compiled"),
+        ),
+    )
+
 
 LABELS = "state/y_embedder.embedding_table.weight"
-EVERY_DTYPE = ("float32", "float16", "bfloat16")
 # torch rounds what its products give, and on a CPU their bits depend on how many rows there are.
-LIBRARY_PRODUCTS = {"profile": "eager", "batch_invariant": False}
+LIBRARY_PRODUCTS: dict[str, Any] = {"rounding": "eager", "batch_invariant": False}
 
 
 def configuration(parameters: Parameters) -> DiTConfig:
@@ -38,13 +94,13 @@ def configuration(parameters: Parameters) -> DiTConfig:
 
 def state_leaves(parameters: Parameters) -> dict[str, Input]:
     """The model's parameters."""
-    return {name: Input(name, shape) for name, shape in dit.state_shapes(configuration(parameters)).items()}
+    return {name: Input(name, shape) for name, shape in model.state_shapes(configuration(parameters)).items()}
 
 
 def cost(parameters: Parameters, itemsize: int) -> Cost:
     """Matrix products of tokens and of what steers them, and attention; parameters, latents and result move once."""
     config, batch_size = configuration(parameters), parameters["batch_size"]
-    shapes = dit.state_shapes(config)
+    shapes = model.state_shapes(config)
     flops = 4.0 * config.depth * config.num_patches**2 * config.hidden_size
     for name, shape in shapes.items():
         uses = 1 if name.startswith("t_embedder") or "adaLN" in name else config.num_patches
@@ -97,8 +153,6 @@ def parameters(draw: st.DrawFn) -> dict[str, Any]:
     return sizes(draw(st.sampled_from([1, 2, 3])), config)
 
 
-# ----------------------------------------------------------------------------------------------------- what is covered
-
 FACTORS = (
     edges("batch_size", 1, 2, 3),
     Factor("heads", str, ((16, 1), (16, 2), (24, 3), (32, 2)), lambda sizes: (sizes["hidden_size"], sizes["num_heads"])),
@@ -131,12 +185,9 @@ TRAITS = (
 )
 
 
-# ------------------------------------------------------------------------------------------------------ kinds of values
-
-
 def dithered(draw: Draw, parameters: Parameters) -> Tensors:
     """Random latents and weights scaled by fan-in, none of them 0; times up to 999, with neighbours; the dropped label."""
-    shapes, batch_size = dit.state_shapes(configuration(parameters)), parameters["batch_size"]
+    shapes, batch_size = model.state_shapes(configuration(parameters)), parameters["batch_size"]
     state = {}
     for name, shape in shapes.items():
         deviation = torch.Size(shape[1:]).numel() ** -0.5 if len(shape) > 1 and not name.startswith("y_embedder") else 0.5
@@ -193,9 +244,6 @@ def special(draw: Draw, parameters: Parameters) -> Tensors:
     return tensors
 
 
-# ------------------------------------------------------------------------------------------------------------ bad calls
-
-
 def _change(name: str, change: Callable[[torch.Tensor], Any]) -> Callable[[dict[str, Any]], dict[str, Any]]:
     return lambda call: {name: change(call[name])}
 
@@ -226,66 +274,3 @@ REJECTIONS = (
         lambda call: {"class_labels": call["class_labels"] * 0 + call["config"].num_classes + 1},
     ),
 )
-
-DIT = Contract(
-    name="dit.dit",
-    summary="A transformer on patches of latents, steered by a time and a class through adaLN-Zero.",
-    formula=(
-        "x = patches, embedded, + position table; c = time embedding + class embedding; x = block(x, c), depth times; "
-        "out = unpatchify(linear(layer_norm_modulate(x, shift, scale))), shift, scale = linear(silu(c))"
-    ),
-    source="Peebles and Xie 2022 (arXiv:2212.09748), section 3.2 and figure 3; facebookresearch/DiT models.py",
-    reference=dit.dit,
-    twin="gaugeblock.reference.jax.dit:dit",
-    inputs=(
-        Input("state", leaves=state_leaves, differentiable=True),
-        Input("latents", ("batch_size", "in_channels", "input_size", "input_size"), differentiable=True),
-        Input("timesteps", ("batch_size",), dtype="float32"),
-        Input("class_labels", ("batch_size",), dtype="int64"),
-    ),
-    outputs=(Output("out", ("batch_size", "out_channels", "input_size", "input_size"), differentiable=True),),
-    options=("config",),
-    batch="batch_size",
-    parameters=parameters,
-    landmarks=(
-        sizes(3, tiny_model(norm_eps=1e-2)),
-        sizes(2, tiny_model(24, 3, 1, 6, 2, in_channels=4, learn_sigma=False, frequency_shift=1, num_classes=10)),
-        sizes(1, tiny_model(144, 2, 1, in_channels=4, num_classes=10)),  # heads as wide as DiT-XL's
-    ),
-    factors=FACTORS,
-    build=point,
-    traits=TRAITS,
-    regimes=(
-        Regime("dithered", dithered),
-        Regime("constants", near_constants, "worst element"),
-        Regime("adversarial", extreme, "worst element"),
-        Regime("special", special, "worst element", differentiable=False),
-    ),
-    formulas=(flash_attention.dit,),
-    cases=0.25,  # a budget with the gradients of all parameters takes about a second
-    configure=lambda parameters: {"config": configuration(parameters)},
-    cost=cost,
-    workloads=(
-        Workload("dit-xl-2/256px-batch-8", sizes(8, DIT_PRESETS["DiT-XL/2"]), "facebookresearch/DiT models.py, DiT_XL_2"),
-        Workload("dit-b-4/256px-batch-32", sizes(32, DIT_PRESETS["DiT-B/4"]), "facebookresearch/DiT models.py, DiT_B_4"),
-        Workload("two-cores/dit-s-8-batch-2", sizes(2, DIT_PRESETS["DiT-S/8"]), "a size for a CPU, DiT_S_8"),
-    ),
-    rejections=REJECTIONS,
-    builtins=(
-        Builtin(
-            "triton",
-            "gaugeblock.optimized.triton.dit:dit",
-            "triton",
-            claims={"dtypes": EVERY_DTYPE, "devices": ("cpu", "cuda"), **LIBRARY_PRODUCTS},
-        ),
-        Builtin(  # on a CPU every compilation takes a minute
-            "compiled",
-            "gaugeblock.optimized.compiled.dit:dit",
-            "compiled",
-            claims={"dtypes": EVERY_DTYPE, "devices": ("cuda",), **LIBRARY_PRODUCTS},
-        ),
-        Builtin("jax-compiled", "gaugeblock.optimized.jax.dit:dit", "jax", "jax"),
-    ),
-)
-
-CONTRACTS = (DIT,)

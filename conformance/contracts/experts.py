@@ -7,7 +7,6 @@ import torch
 from hypothesis import strategies as st
 
 from gaugeblock.conformance.engine.contract import (
-    Builtin,
     Contract,
     Cost,
     Input,
@@ -17,12 +16,85 @@ from gaugeblock.conformance.engine.contract import (
     Rejection,
     Tensors,
     Workload,
+    row,
 )
 from gaugeblock.conformance.engine.factors import Trait, edges, kind_of_count, kind_of_width, kinds
-from gaugeblock.conformance.engine.inputs.cases import Draw
+from gaugeblock.conformance.engine.implementation import compiled, distributed, jax, triton
+from gaugeblock.conformance.engine.inputs.draw import Draw
+from gaugeblock.conformance.engine.vocabulary import DEVICES
 from gaugeblock.reference.torch import experts
 
-EVERY_DTYPE = ("float32", "float16", "bfloat16")
+
+@row
+def fused_swiglu() -> Contract:
+    """The row of `experts.fused_swiglu`."""
+    return Contract(
+        name="experts.fused_swiglu",
+        summary="Each token passes the SwiGLU experts that its router chose; their weighted outputs are added up.",
+        formula=(
+            "gate, up = halves of w13[e] @ hidden_states[t]; out[t] = sum over j of topk_weights[t, j] * w2[e] @ "
+            "(silu(gate) * up), e = topk_ids[t, j]"
+        ),
+        source="Shazeer et al. 2017 (arXiv:1701.06538) equation 1; Shazeer 2020 (arXiv:2002.05202) eq. 6; weights as in vLLM",
+        reference=experts.fused_swiglu,
+        inputs=(
+            Input("hidden_states", ("num_tokens", "hidden_size"), differentiable=True),
+            Input("w13", ("num_experts", "two_intermediate_sizes", "hidden_size"), differentiable=True),
+            Input("w2", ("num_experts", "hidden_size", "intermediate_size"), differentiable=True),
+            Input("topk_weights", ("num_tokens", "top_k"), dtype="float32", differentiable=True),
+            Input("topk_ids", ("num_tokens", "top_k"), dtype="int64", indexes="num_experts"),
+        ),
+        outputs=(Output("hidden_states_out", ("num_tokens", "hidden_size"), differentiable=True),),
+        options=(),
+        batch="num_tokens",
+        parameters=parameters,
+        landmarks=(
+            sizes(33, 100, 70, 5, 2),  # tails everywhere
+            sizes(5, 40, 24, 32, 4),  # most experts without tokens
+            sizes(100, 20, 24, 3, 2),  # several tiles of rows for an expert, whatever the tile
+            sizes(6, 320, 96, 2, 1),  # long sums: an accumulator that is not float32 shows
+            sizes(260, 16, 32, 2, 2),  # gradients of weights over many tiles of rows
+            sizes(17, 24, 16, 8, 2),  # Mixtral's experts
+            sizes(3, 16, 8, 128, 8),  # Qwen3's
+            sizes(3, 8, 8, 257, 3),  # ids above 255
+        ),
+        factors=FACTORS,
+        build=point,
+        traits=TRAITS,
+        regimes=(
+            Regime("dithered", dithered),
+            Regime("skew", skewed),
+            Regime("repeated ids", repeated),
+            Regime("adversarial", cancelling, "worst element"),
+            # what underflows depends on where weights are applied
+            Regime("denormals", tiny, "worst element", differentiable=False),
+            Regime("special", special, "worst element", differentiable=False),
+            Regime("lattice", lattice, "exact", differentiable=False),
+        ),
+        cost=cost,
+        workloads=(
+            Workload("mixtral-8x7b/prefill-4096", sizes(4096, 4096, 14336, 8, 2), "mistralai/Mixtral-8x7B-v0.1 config.json"),
+            Workload("qwen3-30b-a3b/prefill-4096", sizes(4096, 2048, 768, 128, 8), "Qwen/Qwen3-30B-A3B config.json"),
+            Workload("deepseek-v3/prefill-4096", sizes(4096, 7168, 2048, 256, 8), "deepseek-ai/DeepSeek-V3 config.json"),
+            Workload("olmoe-1b-7b/prefill-4096", sizes(4096, 2048, 1024, 64, 8), "allenai/OLMoE-1B-7B-0924 config.json"),
+            Workload("mixtral-8x7b/decode-64", sizes(64, 4096, 14336, 8, 2), "mistralai/Mixtral-8x7B-v0.1 config.json"),
+            Workload("two-cores/prefill-2048", sizes(2048, 1024, 512, 32, 4), "a size for a CPU"),
+        ),
+        relabel=shuffled,
+        cases=0.5,
+        sharded={"num_tokens": "uneven", "num_experts": "even"},
+        rejections=REJECTIONS,
+        implementations=(
+            triton(),
+            compiled("torch-grouped"),
+            jax("jax-grouped", dtypes=COMPILED_DTYPES),
+            distributed("expert-parallel", dtypes=("float32", "bfloat16"), devices=DEVICES, world_sizes=(1, 2, 4)),
+            # each number of devices takes a compilation: tests/test_jax_sharding.py has 1 and 2
+            distributed("jax-expert-parallel", "expert_parallel:fused_swiglu", framework="jax", world_sizes=(4,)),
+        ),
+    )
+
+
 COMPILED_DTYPES = ("float32", "bfloat16")  # each shape and dtype takes JAX a compilation
 TILES = (16, 32, 64, 128)  # block sizes that grouped kernels use: regimes put group sizes just below, at and above one
 
@@ -59,8 +131,6 @@ def parameters(draw: st.DrawFn) -> dict[str, Any]:
         top_k=draw(st.integers(1, min(experts, 4))),
     )
 
-
-# ----------------------------------------------------------------------------------------------------- what is covered
 
 FACTORS = (
     edges("num_tokens", 1, 2, 15, 16, 17),
@@ -109,9 +179,6 @@ TRAITS = (
     ),
     Trait("negative", "topk_weights", lambda tensors: {"topk_weights": -tensors["topk_weights"].abs()}),
 )
-
-
-# ------------------------------------------------------------------------------------------------------ kinds of values
 
 
 def _weights(draw: Draw, parameters: Parameters) -> Tensors:
@@ -208,9 +275,6 @@ def tiny(draw: Draw, parameters: Parameters) -> Tensors:
     return tensors | {"hidden_states": tensors["hidden_states"] * 2.0**-6, "w2": tensors["w2"] * 2.0**-5}
 
 
-# ------------------------------------------------------------------------------------------------------------ bad calls
-
-
 def _change(name: str, change: Callable[[torch.Tensor], Any]) -> Callable[[dict[str, Any]], dict[str, Any]]:
     return lambda call: {name: change(call[name])}
 
@@ -241,98 +305,3 @@ REJECTIONS = (
 def shuffled(draw: Draw, parameters: Parameters) -> torch.Tensor:
     """Any order of the experts."""
     return draw.permutation(parameters["num_experts"])
-
-
-FUSED_SWIGLU = Contract(
-    name="experts.fused_swiglu",
-    summary="Each token passes the SwiGLU experts that its router chose; their weighted outputs are added up.",
-    formula=(
-        "gate, up = halves of w13[e] @ hidden_states[t]; out[t] = sum over j of topk_weights[t, j] * w2[e] @ (silu(gate) * up), "
-        "e = topk_ids[t, j]"
-    ),
-    source="Shazeer et al. 2017 (arXiv:1701.06538) equation 1; Shazeer 2020 (arXiv:2002.05202) equation 6; weights as in vLLM",
-    reference=experts.fused_swiglu,
-    twin="gaugeblock.reference.jax.experts:fused_swiglu",
-    inputs=(
-        Input("hidden_states", ("num_tokens", "hidden_size"), differentiable=True),
-        Input("w13", ("num_experts", "two_intermediate_sizes", "hidden_size"), differentiable=True),
-        Input("w2", ("num_experts", "hidden_size", "intermediate_size"), differentiable=True),
-        Input("topk_weights", ("num_tokens", "top_k"), dtype="float32", differentiable=True),
-        Input("topk_ids", ("num_tokens", "top_k"), dtype="int64", indexes="num_experts"),
-    ),
-    outputs=(Output("hidden_states_out", ("num_tokens", "hidden_size"), differentiable=True),),
-    options=(),
-    batch="num_tokens",
-    parameters=parameters,
-    landmarks=(
-        sizes(33, 100, 70, 5, 2),  # tails everywhere
-        sizes(5, 40, 24, 32, 4),  # most experts without tokens
-        sizes(100, 20, 24, 3, 2),  # several tiles of rows for an expert, whatever the tile
-        sizes(6, 320, 96, 2, 1),  # long sums: an accumulator that is not float32 shows
-        sizes(260, 16, 32, 2, 2),  # gradients of weights over many tiles of rows
-        sizes(17, 24, 16, 8, 2),  # Mixtral's experts
-        sizes(3, 16, 8, 128, 8),  # Qwen3's
-        sizes(3, 8, 8, 257, 3),  # ids above 255
-    ),
-    factors=FACTORS,
-    build=point,
-    traits=TRAITS,
-    regimes=(
-        Regime("dithered", dithered),
-        Regime("skew", skewed),
-        Regime("repeated ids", repeated),
-        Regime("adversarial", cancelling, "worst element"),
-        Regime("denormals", tiny, "worst element", differentiable=False),  # what underflows depends on where weights are applied
-        Regime("special", special, "worst element", differentiable=False),
-        Regime("lattice", lattice, "exact", differentiable=False),
-    ),
-    cost=cost,
-    workloads=(
-        Workload("mixtral-8x7b/prefill-4096", sizes(4096, 4096, 14336, 8, 2), "mistralai/Mixtral-8x7B-v0.1 config.json"),
-        Workload("qwen3-30b-a3b/prefill-4096", sizes(4096, 2048, 768, 128, 8), "Qwen/Qwen3-30B-A3B config.json"),
-        Workload("deepseek-v3/prefill-4096", sizes(4096, 7168, 2048, 256, 8), "deepseek-ai/DeepSeek-V3 config.json"),
-        Workload("olmoe-1b-7b/prefill-4096", sizes(4096, 2048, 1024, 64, 8), "allenai/OLMoE-1B-7B-0924 config.json"),
-        Workload("mixtral-8x7b/decode-64", sizes(64, 4096, 14336, 8, 2), "mistralai/Mixtral-8x7B-v0.1 config.json"),
-        Workload("two-cores/prefill-2048", sizes(2048, 1024, 512, 32, 4), "a size for a CPU"),
-    ),
-    relabel=shuffled,
-    cases=0.5,
-    sharded={"num_tokens": "uneven", "num_experts": "even"},
-    rejections=REJECTIONS,
-    builtins=(
-        Builtin(
-            "triton",
-            "gaugeblock.optimized.triton.experts:fused_swiglu",
-            "triton",
-            claims={"dtypes": EVERY_DTYPE, "devices": ("cpu", "cuda")},
-        ),
-        Builtin(
-            "torch-grouped",
-            "gaugeblock.optimized.compiled.experts:fused_swiglu",
-            "compiled",
-            claims={"dtypes": EVERY_DTYPE},
-        ),
-        Builtin(
-            "jax-grouped",
-            "gaugeblock.optimized.jax.experts:fused_swiglu",
-            "jax",
-            "jax",
-            {"dtypes": COMPILED_DTYPES},
-        ),
-        Builtin(
-            "expert-parallel",
-            "gaugeblock.optimized.distributed.experts:fused_swiglu",
-            "distributed",
-            claims={"dtypes": ("float32", "bfloat16"), "devices": ("cpu", "cuda"), "world_sizes": (1, 2, 4)},
-        ),
-        Builtin(
-            "jax-expert-parallel",
-            "gaugeblock.optimized.jax.expert_parallel:fused_swiglu",
-            "distributed",
-            "jax",
-            {"world_sizes": (4,)},  # each number of devices takes a compilation: tests/test_jax_sharding.py has 1 and 2
-        ),
-    ),
-)
-
-CONTRACTS = (FUSED_SWIGLU,)

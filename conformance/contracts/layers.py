@@ -7,7 +7,6 @@ import torch
 from hypothesis import strategies as st
 
 from gaugeblock.conformance.engine.contract import (
-    Builtin,
     Contract,
     Cost,
     Input,
@@ -17,12 +16,84 @@ from gaugeblock.conformance.engine.contract import (
     Rejection,
     Tensors,
     Workload,
+    row,
 )
 from gaugeblock.conformance.engine.factors import Trait, edges, either, kind_of_width, kinds
-from gaugeblock.conformance.engine.inputs.cases import Draw
+from gaugeblock.conformance.engine.implementation import compiled, triton
+from gaugeblock.conformance.engine.inputs.draw import Draw
 from gaugeblock.reference.torch import layers
 
-EVERY_DTYPE = ("float32", "float16", "bfloat16")
+
+@row
+def layer_norm_modulate() -> Contract:
+    """The row of `layers.layer_norm_modulate`."""
+    return Contract(
+        name="layers.layer_norm_modulate",
+        summary="Each token is normalized to mean 0 and variance 1, then scaled and shifted as its example asks.",
+        formula="out = (x - mean(x)) / sqrt(mean((x - mean(x))**2) + eps) * (1 + scale) + shift",
+        source="Peebles and Xie 2022 (arXiv:2212.09748), section 3.2, adaLN; facebookresearch/DiT models.py, modulate",
+        reference=layers.layer_norm_modulate,
+        inputs=(
+            Input("hidden_states", TOKENS_SHAPE, differentiable=True),
+            Input("shift", STEERING_SHAPE, differentiable=True),
+            Input("scale", STEERING_SHAPE, differentiable=True),
+        ),
+        outputs=(Output("modulated", TOKENS_SHAPE, differentiable=True),),
+        options=("eps",),
+        batch="batch_size",
+        parameters=parameters,
+        landmarks=LANDMARKS,
+        factors=FACTORS,
+        build=sizes,
+        traits=TRAITS,
+        regimes=_regimes(_norm),
+        cost=norm_cost,
+        workloads=WORKLOADS,
+        cases=0.5,
+        rejections=_rejections("hidden_states"),
+        implementations=OURS,
+    )
+
+
+@row
+def gated_residual_layer_norm_modulate() -> Contract:
+    """The row of `layers.gated_residual_layer_norm_modulate`."""
+    return Contract(
+        name="layers.gated_residual_layer_norm_modulate",
+        summary="A branch's result is added to the residual as far as the gate is open; the sum, not yet rounded, is normalized "
+        "and modulated.",
+        formula="hidden_states = residual + gate * branch; modulated = layer_norm_modulate(hidden_states, shift, scale)",
+        source="Peebles and Xie 2022 (arXiv:2212.09748), figure 3, DiT block with adaLN-Zero",
+        reference=layers.gated_residual_layer_norm_modulate,
+        inputs=(
+            Input("residual", TOKENS_SHAPE, differentiable=True),
+            Input("branch", TOKENS_SHAPE, differentiable=True),
+            Input("gate", STEERING_SHAPE, differentiable=True),
+            Input("shift", STEERING_SHAPE, differentiable=True),
+            Input("scale", STEERING_SHAPE, differentiable=True),
+        ),
+        outputs=(
+            Output("hidden_states", TOKENS_SHAPE, differentiable=True),
+            Output("modulated", TOKENS_SHAPE, differentiable=True),
+        ),
+        options=("eps",),
+        batch="batch_size",
+        parameters=parameters,
+        landmarks=LANDMARKS,
+        factors=FACTORS,
+        build=sizes,
+        traits=GATED_TRAITS,
+        regimes=_regimes(_residual_norm),
+        cost=residual_norm_cost,
+        workloads=WORKLOADS,
+        cases=0.5,
+        rejections=(
+            *_rejections("residual"),
+            Rejection("a branch of fewer tokens", "branch", _change("branch", lambda each: each[:, :0])),
+            Rejection("a gate for each token", "gate", _change("gate", lambda each: each[:, None])),
+        ),
+        implementations=OURS,
+    )
 
 
 def norm_cost(parameters: Parameters, itemsize: int) -> Cost:
@@ -55,8 +126,6 @@ def parameters(draw: st.DrawFn) -> dict[str, Any]:
     )
 
 
-# ----------------------------------------------------------------------------------------------------- what is covered
-
 FACTORS = (
     edges("batch_size", 1, 2, 3),
     edges("num_tokens", 1, 2, 15, 16, 17),
@@ -78,9 +147,6 @@ GATED_TRAITS = (
     Trait("0", "gate", _all(0.0, "gate")),
     Trait("1", "gate", _all(1.0, "gate")),
 )
-
-
-# ------------------------------------------------------------------------------------------------------ kinds of values
 
 
 def _steering(draw: Draw, parameters: Parameters, *names: str) -> Tensors:
@@ -141,9 +207,6 @@ def _regimes(make: Callable[[Tokens], Callable[[Draw, Parameters], Tensors]]) ->
     )
 
 
-# ------------------------------------------------------------------------------------------------------------ bad calls
-
-
 def _change(name: str, change: Callable[[torch.Tensor], Any]) -> Callable[[dict[str, Any]], dict[str, Any]]:
     return lambda call: {name: change(call[name])}
 
@@ -180,87 +243,5 @@ WORKLOADS = (
 TOKENS_SHAPE, STEERING_SHAPE = ("batch_size", "num_tokens", "hidden_size"), ("batch_size", "hidden_size")
 
 
-def _builtins(name: str) -> tuple[Builtin, ...]:
-    return (
-        Builtin(
-            "triton",
-            f"gaugeblock.optimized.triton.layers:{name}",
-            "triton",
-            claims={"dtypes": EVERY_DTYPE, "devices": ("cpu", "cuda")},
-        ),
-        Builtin(  # on a CPU every kind of call takes seconds to compile: tests/test_compiled.py has a few
-            "compiled",
-            f"gaugeblock.optimized.compiled.layers:{name}",
-            "compiled",
-            claims={"dtypes": EVERY_DTYPE, "devices": ("cuda",)},
-        ),
-    )
-
-
-LAYER_NORM_MODULATE = Contract(
-    name="layers.layer_norm_modulate",
-    summary="Each token is normalized to mean 0 and variance 1, then scaled and shifted as its example asks.",
-    formula="out = (x - mean(x)) / sqrt(mean((x - mean(x))**2) + eps) * (1 + scale) + shift",
-    source="Peebles and Xie 2022 (arXiv:2212.09748), section 3.2, adaLN; facebookresearch/DiT models.py, modulate",
-    reference=layers.layer_norm_modulate,
-    twin="gaugeblock.reference.jax.layers:layer_norm_modulate",
-    inputs=(
-        Input("hidden_states", TOKENS_SHAPE, differentiable=True),
-        Input("shift", STEERING_SHAPE, differentiable=True),
-        Input("scale", STEERING_SHAPE, differentiable=True),
-    ),
-    outputs=(Output("modulated", TOKENS_SHAPE, differentiable=True),),
-    options=("eps",),
-    batch="batch_size",
-    parameters=parameters,
-    landmarks=LANDMARKS,
-    factors=FACTORS,
-    build=sizes,
-    traits=TRAITS,
-    regimes=_regimes(_norm),
-    cost=norm_cost,
-    workloads=WORKLOADS,
-    cases=0.5,
-    rejections=_rejections("hidden_states"),
-    builtins=_builtins("layer_norm_modulate"),
-)
-
-GATED_RESIDUAL_LAYER_NORM_MODULATE = Contract(
-    name="layers.gated_residual_layer_norm_modulate",
-    summary="A branch's result is added to the residual as far as the gate is open; the sum, not yet rounded, is normalized "
-    "and modulated.",
-    formula="hidden_states = residual + gate * branch; modulated = layer_norm_modulate(hidden_states, shift, scale)",
-    source="Peebles and Xie 2022 (arXiv:2212.09748), figure 3, DiT block with adaLN-Zero",
-    reference=layers.gated_residual_layer_norm_modulate,
-    twin="gaugeblock.reference.jax.layers:gated_residual_layer_norm_modulate",
-    inputs=(
-        Input("residual", TOKENS_SHAPE, differentiable=True),
-        Input("branch", TOKENS_SHAPE, differentiable=True),
-        Input("gate", STEERING_SHAPE, differentiable=True),
-        Input("shift", STEERING_SHAPE, differentiable=True),
-        Input("scale", STEERING_SHAPE, differentiable=True),
-    ),
-    outputs=(
-        Output("hidden_states", TOKENS_SHAPE, differentiable=True),
-        Output("modulated", TOKENS_SHAPE, differentiable=True),
-    ),
-    options=("eps",),
-    batch="batch_size",
-    parameters=parameters,
-    landmarks=LANDMARKS,
-    factors=FACTORS,
-    build=sizes,
-    traits=GATED_TRAITS,
-    regimes=_regimes(_residual_norm),
-    cost=residual_norm_cost,
-    workloads=WORKLOADS,
-    cases=0.5,
-    rejections=(
-        *_rejections("residual"),
-        Rejection("a branch of fewer tokens", "branch", _change("branch", lambda each: each[:, :0])),
-        Rejection("a gate for each token", "gate", _change("gate", lambda each: each[:, None])),
-    ),
-    builtins=_builtins("gated_residual_layer_norm_modulate"),
-)
-
-CONTRACTS = (LAYER_NORM_MODULATE, GATED_RESIDUAL_LAYER_NORM_MODULATE)
+# on a CPU every kind of call takes seconds to compile: tests/test_compiled.py has a few
+OURS = (triton(), compiled("compiled", devices=("cuda",)))

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -9,7 +10,6 @@ from hypothesis import strategies as st
 
 from gaugeblock.conformance.contracts import experts as of_experts
 from gaugeblock.conformance.engine.contract import (
-    Builtin,
     Contract,
     Cost,
     Input,
@@ -20,14 +20,162 @@ from gaugeblock.conformance.engine.contract import (
     Selection,
     Tensors,
     Workload,
+    row,
 )
 from gaugeblock.conformance.engine.factors import Trait, edges, kind_of_count, kinds
-from gaugeblock.conformance.engine.inputs.cases import Draw
+from gaugeblock.conformance.engine.implementation import jax, triton
+from gaugeblock.conformance.engine.inputs.draw import Draw
 from gaugeblock.reference.torch import experts, moe_layers
 
-EVERY_DTYPE = ("float32", "float16", "bfloat16")
-TRITON_CLAIMS = {"dtypes": EVERY_DTYPE, "devices": ("cpu", "cuda")}
-COMPILED_CLAIMS = {"dtypes": ("float32",)}  # each shape and dtype takes JAX a compilation
+
+@row
+def mixtral_moe() -> Contract:
+    """The row of `moe_layers.mixtral_moe`."""
+    return Contract(
+        name="moe_layers.mixtral_moe",
+        summary="Each token passes the SwiGLU experts that a linear router gives the highest probability.",
+        formula=(
+            "router_logits = hidden_states @ gate.weight.T; topk_weights, topk_ids = softmax_topk(router_logits), renormalized; "
+            "hidden_states_out = fused_swiglu(hidden_states, experts.gate_up_proj, experts.down_proj, topk_weights, topk_ids)"
+        ),
+        source="Mixtral of Experts (arXiv:2401.04088) section 2.1; names of parameters as in transformers' MixtralSparseMoeBlock",
+        reference=moe_layers.mixtral_moe,
+        inputs=(
+            Input("hidden_states", ("num_tokens", "hidden_size"), differentiable=True),
+            Input("state", differentiable=True, leaves=mixtral_state),
+        ),
+        outputs=(
+            Output("hidden_states_out", ("num_tokens", "hidden_size"), differentiable=True),
+            Output("router_logits", ("num_tokens", "num_experts"), dtype="float32", differentiable=True),
+            Output("topk_ids", ("num_tokens", "top_k"), dtype="int64", indexes="num_experts"),
+        ),
+        options=("top_k",),
+        batch="num_tokens",
+        parameters=of_experts.parameters,
+        landmarks=(
+            of_experts.sizes(33, 40, 24, 5, 2),  # tails everywhere
+            of_experts.sizes(70, 16, 32, 3, 2),  # several tiles of rows for an expert
+            of_experts.sizes(5, 40, 24, 32, 4),  # most experts without tokens
+            of_experts.sizes(17, 24, 16, 6, 1),  # one expert per token, whose weight is 1: no gradient reaches the gate by it
+            of_experts.sizes(17, 24, 16, 8, 2),  # Mixtral's experts
+            of_experts.sizes(3, 16, 8, 128, 8),  # Qwen3's
+        ),
+        factors=of_experts.FACTORS,
+        build=of_experts.point,
+        traits=(
+            Trait(
+                "each expert in turn",
+                "choice",
+                _gate_in_turn,
+                fits=lambda sizes: sizes["num_tokens"] >= sizes["num_experts"] and sizes["hidden_size"] > 1,
+            ),
+        ),
+        regimes=(
+            Regime("dithered", _gated(of_experts.dithered)),
+            Regime("skew", skewed),
+            Regime("ties", tied, "worst element", differentiable=False),
+            Regime("special", _gated(of_experts.special), "worst element", differentiable=False),
+            Regime("lattice", lattice, "exact", differentiable=False),
+        ),
+        cases=0.5,
+        cost=mixtral_cost,
+        workloads=(
+            Workload("mixtral-8x7b/prefill-4096", of_experts.sizes(4096, 4096, 14336, 8, 2), MIXTRAL_8X7B),
+            Workload("mixtral-8x22b/prefill-4096", of_experts.sizes(4096, 6144, 16384, 8, 2), MIXTRAL_8X22B),
+            Workload("mixtral-8x7b/decode-64", of_experts.sizes(64, 4096, 14336, 8, 2), MIXTRAL_8X7B),
+            Workload("two-cores/prefill-2048", of_experts.sizes(2048, 1024, 512, 32, 4), "this project's goal on a CPU, issue 2"),
+        ),
+        formulas=(_softmax_of_chosen,),
+        selection=Selection("topk_ids", _scores, "top_k"),
+        relabel=of_experts.shuffled,
+        rejections=MIXTRAL_REJECTIONS,
+        implementations=(
+            triton(),
+            jax("jax-grouped"),
+        ),
+    )
+
+
+@row
+def load_balancing_loss() -> Contract:
+    """The row of `moe_layers.load_balancing_loss`."""
+    return Contract(
+        name="moe_layers.load_balancing_loss",
+        summary="How uneven the load of the experts is: 1 where it is even, num_experts / top_k where all tokens agree.",
+        formula=(
+            "num_experts * sum over e of share[e] * probability[e], over the tokens of the mask; share[e] = part of their top_k "
+            "assignments each that chose e; probability[e] = mean of softmax(router_logits)[e]; 0 where there is no token"
+        ),
+        source="Switch Transformers (arXiv:2101.03961) eq. 4 to 6; transformers' load_balancing_loss_func is top_k times it",
+        reference=moe_layers.load_balancing_loss,
+        inputs=(LOGITS, IDS, MASK),
+        outputs=(Output("loss", (), dtype="float32", differentiable=True),),
+        options=(),
+        batch="num_tokens",
+        parameters=loss_parameters,
+        landmarks=(
+            loss_sizes(33, 8, 2),
+            loss_sizes(100, 5, 3),
+            loss_sizes(17, 300, 8),  # ids above 255
+            loss_sizes(513, 513, 1),  # each of 512 programs goes on to a second tile of a token
+            loss_sizes(17, 128, 8),  # Qwen3
+        ),
+        factors=LOSS_FACTORS,
+        build=loss_point,
+        traits=BALANCE_TRAITS,
+        regimes=BALANCE_REGIMES,
+        cases=0.5,
+        cost=balance_cost,
+        workloads=LOSS_WORKLOADS,
+        relabel=of_experts.shuffled,
+        rejections=BALANCE_REJECTIONS,
+        without=MEAN,
+        implementations=(
+            triton(),
+            jax("jax-jit"),
+        ),
+    )
+
+
+@row
+def router_z_loss() -> Contract:
+    """The row of `moe_layers.router_z_loss`."""
+    return Contract(
+        name="moe_layers.router_z_loss",
+        summary="How large the logits of a router are.",
+        formula="mean over the tokens of the mask of logsumexp(router_logits) ** 2; 0 where there is no token",
+        source="ST-MoE (arXiv:2202.08906) equation 5",
+        reference=moe_layers.router_z_loss,
+        inputs=(LOGITS, MASK),
+        outputs=(Output("loss", (), dtype="float32", differentiable=True),),
+        options=(),
+        batch="num_tokens",
+        parameters=loss_parameters,
+        landmarks=(
+            loss_sizes(33, 8, 2),
+            loss_sizes(100, 5, 3),
+            loss_sizes(17, 300, 8),
+            loss_sizes(513, 513, 1),
+            loss_sizes(17, 128, 8),
+        ),
+        factors=LOSS_FACTORS[:2],  # it has no top_k
+        build=lambda num_tokens, num_experts: loss_sizes(num_tokens, num_experts, 1),
+        traits=MASK_TRAITS,
+        regimes=Z_REGIMES,
+        cases=0.5,
+        cost=z_cost,
+        workloads=LOSS_WORKLOADS,
+        formulas=(_log_of_sum,),
+        relabel=of_experts.shuffled,
+        rejections=Z_REJECTIONS,
+        without=MEAN,
+        implementations=(
+            triton(),
+            jax("jax-jit"),
+        ),
+    )
+
+
 MIXTRAL_8X7B = "mistralai/Mixtral-8x7B-v0.1 config.json"
 MIXTRAL_8X22B = "mistralai/Mixtral-8x22B-v0.1 config.json"
 GATE, W13, W2 = "gate.weight", "experts.gate_up_proj", "experts.down_proj"
@@ -74,8 +222,6 @@ def loss_parameters(draw: st.DrawFn) -> dict[str, Any]:
     tokens = draw(st.sampled_from([1, 2, 3, 7, 16, 17, 33, 64]))
     return loss_sizes(tokens, experts, draw(st.integers(1, min(experts, 5))))
 
-
-# ----------------------------------------------------------------------------------------------------- what is covered
 
 LOSS_FACTORS = (
     edges("num_tokens", 1, 2, 15, 16, 17, 33),
@@ -124,9 +270,6 @@ def _gate_in_turn(tensors: Tensors) -> Tensors:
     return {"hidden_states": tokens, f"state/{GATE}": gate}
 
 
-# ------------------------------------------------------------------------------------------------- values of the layers
-
-
 def _layer(tensors: Tensors, gate: torch.Tensor) -> Tensors:
     """The tokens and the weights of experts' tensors, and a gate in the place of their routing."""
     state = {f"state/{GATE}": gate, f"state/{W13}": tensors["w13"], f"state/{W2}": tensors["w2"]}
@@ -172,9 +315,6 @@ def lattice(draw: Draw, parameters: Parameters) -> Tensors:
     gate[:, 0] = logits[0]  # the lattice's tokens all begin with 1
     gate[:, 1:2] = (logits[1] - logits[0])[:, None]
     return _layer(of_experts.lattice(draw, parameters), gate)
-
-
-# ------------------------------------------------------------------------------------------------- values of the losses
 
 
 def _tokens(draw: Draw, parameters: Parameters, router_logits: torch.Tensor) -> Tensors:
@@ -245,9 +385,7 @@ BALANCE_REGIMES = (
     Regime("special", loss_special, "worst element"),
     Regime("lattice", loss_lattice, "exact", differentiable=False),
 )
-Z_REGIMES = tuple(Regime(each.name, _without_ids(each.make), each.judged, each.differentiable) for each in BALANCE_REGIMES)
-
-# ------------------------------------------------------------------------------------------------------------ bad calls
+Z_REGIMES = tuple(replace(each, make=_without_ids(each.make)) for each in BALANCE_REGIMES)
 
 
 def _set(name: str, change: Callable[[torch.Tensor], Any]) -> Callable[[dict[str, Any]], Mapping[str, Any]]:
@@ -289,8 +427,6 @@ BALANCE_REJECTIONS = (
     Rejection("an id too high", "topk_ids", lambda call: {"topk_ids": call["topk_ids"] * 0 + call["router_logits"].shape[1]}),
 )
 
-# ------------------------------------------------------------------------------------------------------------- the rows
-
 
 def _logits(hidden_states: torch.Tensor, state: Tensors) -> torch.Tensor:
     return hidden_states @ state[GATE].mT
@@ -328,144 +464,3 @@ LOSS_WORKLOADS = (
     Workload("qwen3-30b-a3b/prefill-4096", loss_sizes(4096, 128, 8), "Qwen/Qwen3-30B-A3B config.json"),
     Workload("olmoe-1b-7b/train-65536", loss_sizes(65536, 64, 8), "allenai/OLMoE-1B-7B-0924 config.json; 16 sequences of 4096"),
 )
-
-MIXTRAL_MOE = Contract(
-    name="moe_layers.mixtral_moe",
-    summary="Each token passes the SwiGLU experts that a linear router gives the highest probability.",
-    formula=(
-        "router_logits = hidden_states @ gate.weight.T; topk_weights, topk_ids = softmax_topk(router_logits), renormalized; "
-        "hidden_states_out = fused_swiglu(hidden_states, experts.gate_up_proj, experts.down_proj, topk_weights, topk_ids)"
-    ),
-    source="Mixtral of Experts (arXiv:2401.04088) section 2.1; names of parameters as in transformers' MixtralSparseMoeBlock",
-    reference=moe_layers.mixtral_moe,
-    twin="gaugeblock.reference.jax.moe_layers:mixtral_moe",
-    inputs=(
-        Input("hidden_states", ("num_tokens", "hidden_size"), differentiable=True),
-        Input("state", differentiable=True, leaves=mixtral_state),
-    ),
-    outputs=(
-        Output("hidden_states_out", ("num_tokens", "hidden_size"), differentiable=True),
-        Output("router_logits", ("num_tokens", "num_experts"), dtype="float32", differentiable=True),
-        Output("topk_ids", ("num_tokens", "top_k"), dtype="int64", indexes="num_experts"),
-    ),
-    options=("top_k",),
-    batch="num_tokens",
-    parameters=of_experts.parameters,
-    landmarks=(
-        of_experts.sizes(33, 40, 24, 5, 2),  # tails everywhere
-        of_experts.sizes(70, 16, 32, 3, 2),  # several tiles of rows for an expert
-        of_experts.sizes(5, 40, 24, 32, 4),  # most experts without tokens
-        of_experts.sizes(17, 24, 16, 6, 1),  # one expert per token, whose weight is 1: no gradient reaches the gate by it
-        of_experts.sizes(17, 24, 16, 8, 2),  # Mixtral's experts
-        of_experts.sizes(3, 16, 8, 128, 8),  # Qwen3's
-    ),
-    factors=of_experts.FACTORS,
-    build=of_experts.point,
-    traits=(
-        Trait(
-            "each expert in turn",
-            "choice",
-            _gate_in_turn,
-            fits=lambda sizes: sizes["num_tokens"] >= sizes["num_experts"] and sizes["hidden_size"] > 1,
-        ),
-    ),
-    regimes=(
-        Regime("dithered", _gated(of_experts.dithered)),
-        Regime("skew", skewed),
-        Regime("ties", tied, "worst element", differentiable=False),
-        Regime("special", _gated(of_experts.special), "worst element", differentiable=False),
-        Regime("lattice", lattice, "exact", differentiable=False),
-    ),
-    cases=0.5,
-    cost=mixtral_cost,
-    workloads=(
-        Workload("mixtral-8x7b/prefill-4096", of_experts.sizes(4096, 4096, 14336, 8, 2), MIXTRAL_8X7B),
-        Workload("mixtral-8x22b/prefill-4096", of_experts.sizes(4096, 6144, 16384, 8, 2), MIXTRAL_8X22B),
-        Workload("mixtral-8x7b/decode-64", of_experts.sizes(64, 4096, 14336, 8, 2), MIXTRAL_8X7B),
-        Workload("two-cores/prefill-2048", of_experts.sizes(2048, 1024, 512, 32, 4), "this project's goal on a CPU, issue 2"),
-    ),
-    formulas=(_softmax_of_chosen,),
-    selection=Selection("topk_ids", _scores, "top_k"),
-    relabel=of_experts.shuffled,
-    rejections=MIXTRAL_REJECTIONS,
-    builtins=(
-        Builtin("triton", "gaugeblock.optimized.triton.moe_layers:mixtral_moe", "triton", claims=TRITON_CLAIMS),
-        Builtin("jax-grouped", "gaugeblock.optimized.jax.moe_layers:mixtral_moe", "jax", "jax", COMPILED_CLAIMS),
-    ),
-)
-
-LOAD_BALANCING_LOSS = Contract(
-    name="moe_layers.load_balancing_loss",
-    summary="How uneven the load of the experts is: 1 where it is even, num_experts / top_k where all tokens agree.",
-    formula=(
-        "num_experts * sum over e of share[e] * probability[e], over the tokens of the mask; share[e] = part of their top_k "
-        "assignments each that chose e; probability[e] = mean of softmax(router_logits)[e]; 0 where there is no token"
-    ),
-    source="Switch Transformers (arXiv:2101.03961) equations 4 to 6; transformers' load_balancing_loss_func is top_k times it",
-    reference=moe_layers.load_balancing_loss,
-    twin="gaugeblock.reference.jax.moe_layers:load_balancing_loss",
-    inputs=(LOGITS, IDS, MASK),
-    outputs=(Output("loss", (), dtype="float32", differentiable=True),),
-    options=(),
-    batch="num_tokens",
-    parameters=loss_parameters,
-    landmarks=(
-        loss_sizes(33, 8, 2),
-        loss_sizes(100, 5, 3),
-        loss_sizes(17, 300, 8),  # ids above 255
-        loss_sizes(513, 513, 1),  # each of 512 programs goes on to a second tile of a token
-        loss_sizes(17, 128, 8),  # Qwen3
-    ),
-    factors=LOSS_FACTORS,
-    build=loss_point,
-    traits=BALANCE_TRAITS,
-    regimes=BALANCE_REGIMES,
-    cases=0.5,
-    cost=balance_cost,
-    workloads=LOSS_WORKLOADS,
-    relabel=of_experts.shuffled,
-    rejections=BALANCE_REJECTIONS,
-    without=MEAN,
-    builtins=(
-        Builtin("triton", "gaugeblock.optimized.triton.moe_layers:load_balancing_loss", "triton", claims=TRITON_CLAIMS),
-        Builtin("jax-jit", "gaugeblock.optimized.jax.moe_layers:load_balancing_loss", "jax", "jax", COMPILED_CLAIMS),
-    ),
-)
-
-ROUTER_Z_LOSS = Contract(
-    name="moe_layers.router_z_loss",
-    summary="How large the logits of a router are.",
-    formula="mean over the tokens of the mask of logsumexp(router_logits) ** 2; 0 where there is no token",
-    source="ST-MoE (arXiv:2202.08906) equation 5",
-    reference=moe_layers.router_z_loss,
-    twin="gaugeblock.reference.jax.moe_layers:router_z_loss",
-    inputs=(LOGITS, MASK),
-    outputs=(Output("loss", (), dtype="float32", differentiable=True),),
-    options=(),
-    batch="num_tokens",
-    parameters=loss_parameters,
-    landmarks=(
-        loss_sizes(33, 8, 2),
-        loss_sizes(100, 5, 3),
-        loss_sizes(17, 300, 8),
-        loss_sizes(513, 513, 1),
-        loss_sizes(17, 128, 8),
-    ),
-    factors=LOSS_FACTORS[:2],  # it has no top_k
-    build=lambda num_tokens, num_experts: loss_sizes(num_tokens, num_experts, 1),
-    traits=MASK_TRAITS,
-    regimes=Z_REGIMES,
-    cases=0.5,
-    cost=z_cost,
-    workloads=LOSS_WORKLOADS,
-    formulas=(_log_of_sum,),
-    relabel=of_experts.shuffled,
-    rejections=Z_REJECTIONS,
-    without=MEAN,
-    builtins=(
-        Builtin("triton", "gaugeblock.optimized.triton.moe_layers:router_z_loss", "triton", claims=TRITON_CLAIMS),
-        Builtin("jax-jit", "gaugeblock.optimized.jax.moe_layers:router_z_loss", "jax", "jax", COMPILED_CLAIMS),
-    ),
-)
-
-CONTRACTS = (MIXTRAL_MOE, LOAD_BALANCING_LOSS, ROUTER_Z_LOSS)

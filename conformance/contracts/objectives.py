@@ -6,10 +6,108 @@ from typing import Any
 import torch
 from hypothesis import strategies as st
 
-from gaugeblock.conformance.engine.contract import Contract, Cost, Input, Output, Parameters, Regime, Rejection, Tensors, Workload
+from gaugeblock.conformance.engine.contract import (
+    Contract,
+    Cost,
+    Input,
+    Output,
+    Parameters,
+    Regime,
+    Rejection,
+    Tensors,
+    Workload,
+    row,
+)
 from gaugeblock.conformance.engine.factors import Trait, edges, either, kind_of_width, kinds
-from gaugeblock.conformance.engine.inputs.cases import Draw
+from gaugeblock.conformance.engine.inputs.draw import Draw
 from gaugeblock.reference.torch import objectives
+
+
+@row
+def rectified_flow_interpolate() -> Contract:
+    """The row of `objectives.rectified_flow_interpolate`."""
+    return Contract(
+        name="objectives.rectified_flow_interpolate",
+        summary="Goes the straight way from data to noise as far as the times say.",
+        formula="x[b] = (1 - times[b]) data[b] + times[b] noise[b]",
+        source=RECTIFIED_FLOW,
+        reference=objectives.rectified_flow_interpolate,
+        inputs=(DATA, NOISE, TIMES),
+        outputs=(Output("noised", SHAPE, differentiable=True),),
+        options=(),
+        batch="batch_size",
+        parameters=parameters,
+        landmarks=LANDMARKS,
+        factors=FACTORS,
+        build=sizes,
+        traits=TIME_TRAITS,
+        regimes=_regimes("data", "noise", "times", exact=True),
+        cost=cost(3),
+        workloads=WORKLOADS,
+        cases=0.5,
+        rejections=(
+            *PAIR_REJECTIONS,
+            Rejection("integer times", "times", _change("times", torch.Tensor.int)),
+            Rejection("times of fewer examples", "times", _change("times", lambda each: each[:-1])),
+        ),
+    )
+
+
+@row
+def rectified_flow_velocity() -> Contract:
+    """The row of `objectives.rectified_flow_velocity`."""
+    return Contract(
+        name="objectives.rectified_flow_velocity",
+        summary="The velocity on the straight way between data and noise, whose sign has a name.",
+        formula="noise - data, or data - noise",
+        source=RECTIFIED_FLOW,
+        reference=objectives.rectified_flow_velocity,
+        inputs=(DATA, NOISE),
+        outputs=(Output("velocity", SHAPE, differentiable=True),),
+        options=("velocity",),
+        batch="batch_size",
+        parameters=parameters,
+        landmarks=LANDMARKS,
+        factors=(*FACTORS, SIGN),
+        build=sizes,
+        traits=DATA_TRAITS,
+        regimes=_regimes("data", "noise", exact=True),
+        cost=cost(3),
+        workloads=WORKLOADS,
+        cases=0.5,
+        rejections=(*PAIR_REJECTIONS, SIGN_REJECTION),
+    )
+
+
+@row
+def rectified_flow_loss() -> Contract:
+    """The row of `objectives.rectified_flow_loss`."""
+    return Contract(
+        name="objectives.rectified_flow_loss",
+        summary="How far a predicted velocity is off, for each example.",
+        formula="loss[b] = mean of (prediction[b] - velocity[b])**2",
+        source=RECTIFIED_FLOW,
+        reference=objectives.rectified_flow_loss,
+        inputs=(PREDICTION, DATA, NOISE),
+        outputs=(Output("loss", ("batch_size",), dtype="float32", differentiable=True),),
+        options=("velocity",),
+        batch="batch_size",
+        parameters=parameters,
+        landmarks=LANDMARKS,
+        factors=(*FACTORS, SIGN),
+        build=sizes,
+        traits=DATA_TRAITS,
+        regimes=_regimes("prediction", "data", "noise", exact=False),
+        cost=cost(3),
+        workloads=WORKLOADS,
+        cases=0.5,
+        rejections=(
+            *PAIR_REJECTIONS,
+            Rejection("a prediction of another size", "prediction", _change("prediction", lambda each: each[:, :, 1:])),
+            SIGN_REJECTION,
+        ),
+    )
+
 
 SHAPE = ("batch_size", "channels", "size")
 DATA = Input("data", SHAPE, differentiable=True)
@@ -54,9 +152,6 @@ def cost(tensors: int) -> Callable[[Parameters, int], Cost]:
         return Cost(3.0 * elements, float(tensors * itemsize * elements))
 
     return of
-
-
-# ------------------------------------------------------------------------------------------------------ kinds of values
 
 
 def _numbers(draw: Draw, parameters: Parameters) -> torch.Tensor:
@@ -105,9 +200,6 @@ def _regimes(*names: str, exact: bool) -> tuple[Regime, ...]:
     )
 
 
-# ------------------------------------------------------------------------------------------------------------ bad calls
-
-
 def _change(name: str, change: Callable[[Any], Any]) -> Callable[[dict[str, Any]], dict[str, Any]]:
     return lambda call: {name: change(call[name])}
 
@@ -121,7 +213,6 @@ PAIR_REJECTIONS = (
 )
 SIGN_REJECTION = Rejection("a sign without a name", "velocity", lambda call: {"velocity": "negative"})
 
-# ------------------------------------------------------------------------------------------------------------ contracts
 
 LANDMARKS = (sizes(3, 4, 65), sizes(2, 3, 15, "data - noise"))
 WORKLOADS = (
@@ -129,82 +220,3 @@ WORKLOADS = (
     Workload("sd3/latents-1024", sizes(16, 16, 128 * 128), "stabilityai/stable-diffusion-3-medium transformer/config.json"),
 )
 RECTIFIED_FLOW = "Liu et al. 2022 (arXiv:2209.03003) section 2.1; Esser et al. 2024 (arXiv:2403.03206) section 2"
-
-INTERPOLATE = Contract(
-    name="objectives.rectified_flow_interpolate",
-    summary="Goes the straight way from data to noise as far as the times say.",
-    formula="x[b] = (1 - times[b]) data[b] + times[b] noise[b]",
-    source=RECTIFIED_FLOW,
-    reference=objectives.rectified_flow_interpolate,
-    twin="gaugeblock.reference.jax.objectives:rectified_flow_interpolate",
-    inputs=(DATA, NOISE, TIMES),
-    outputs=(Output("noised", SHAPE, differentiable=True),),
-    options=(),
-    batch="batch_size",
-    parameters=parameters,
-    landmarks=LANDMARKS,
-    factors=FACTORS,
-    build=sizes,
-    traits=TIME_TRAITS,
-    regimes=_regimes("data", "noise", "times", exact=True),
-    cost=cost(3),
-    workloads=WORKLOADS,
-    cases=0.5,
-    rejections=(
-        *PAIR_REJECTIONS,
-        Rejection("integer times", "times", _change("times", torch.Tensor.int)),
-        Rejection("times of fewer examples", "times", _change("times", lambda each: each[:-1])),
-    ),
-)
-
-VELOCITY = Contract(
-    name="objectives.rectified_flow_velocity",
-    summary="The velocity on the straight way between data and noise, whose sign has a name.",
-    formula="noise - data, or data - noise",
-    source=RECTIFIED_FLOW,
-    reference=objectives.rectified_flow_velocity,
-    twin="gaugeblock.reference.jax.objectives:rectified_flow_velocity",
-    inputs=(DATA, NOISE),
-    outputs=(Output("velocity", SHAPE, differentiable=True),),
-    options=("velocity",),
-    batch="batch_size",
-    parameters=parameters,
-    landmarks=LANDMARKS,
-    factors=(*FACTORS, SIGN),
-    build=sizes,
-    traits=DATA_TRAITS,
-    regimes=_regimes("data", "noise", exact=True),
-    cost=cost(3),
-    workloads=WORKLOADS,
-    cases=0.5,
-    rejections=(*PAIR_REJECTIONS, SIGN_REJECTION),
-)
-
-LOSS = Contract(
-    name="objectives.rectified_flow_loss",
-    summary="How far a predicted velocity is off, for each example.",
-    formula="loss[b] = mean of (prediction[b] - velocity[b])**2",
-    source=RECTIFIED_FLOW,
-    reference=objectives.rectified_flow_loss,
-    twin="gaugeblock.reference.jax.objectives:rectified_flow_loss",
-    inputs=(PREDICTION, DATA, NOISE),
-    outputs=(Output("loss", ("batch_size",), dtype="float32", differentiable=True),),
-    options=("velocity",),
-    batch="batch_size",
-    parameters=parameters,
-    landmarks=LANDMARKS,
-    factors=(*FACTORS, SIGN),
-    build=sizes,
-    traits=DATA_TRAITS,
-    regimes=_regimes("prediction", "data", "noise", exact=False),
-    cost=cost(3),
-    workloads=WORKLOADS,
-    cases=0.5,
-    rejections=(
-        *PAIR_REJECTIONS,
-        Rejection("a prediction of another size", "prediction", _change("prediction", lambda each: each[:, :, 1:])),
-        SIGN_REJECTION,
-    ),
-)
-
-CONTRACTS = (INTERPOLATE, VELOCITY, LOSS)

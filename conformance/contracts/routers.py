@@ -2,13 +2,13 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
 from hypothesis import strategies as st
 
 from gaugeblock.conformance.engine.contract import (
-    Builtin,
     Contract,
     Cost,
     Input,
@@ -19,10 +19,107 @@ from gaugeblock.conformance.engine.contract import (
     Selection,
     Tensors,
     Workload,
+    row,
 )
 from gaugeblock.conformance.engine.factors import Factor, Trait, edges, either, kind_of_count, kinds
-from gaugeblock.conformance.engine.inputs.cases import Draw
+from gaugeblock.conformance.engine.implementation import jax, triton
+from gaugeblock.conformance.engine.inputs.draw import Draw
 from gaugeblock.reference.torch import routers
+
+
+@row
+def softmax_topk() -> Contract:
+    """The row of `routers.softmax_topk`."""
+    return Contract(
+        name="routers.softmax_topk",
+        summary="Each token goes to the top_k experts of highest softmax probability.",
+        formula="p = softmax(router_logits); ids = topk(p); weights = p[ids], divided by their sum if renormalize",
+        source="Mixtral (arXiv:2401.04088) section 2.1, renormalized; OLMoE (arXiv:2409.02060) section 2, not renormalized",
+        reference=routers.softmax_topk,
+        inputs=(LOGITS,),
+        outputs=OUTPUTS,
+        options=("top_k", "renormalize"),
+        batch="num_tokens",
+        parameters=softmax_parameters,
+        landmarks=(
+            softmax_sizes(64, 60, 4, True),  # Qwen1.5-MoE's 60 experts: not a power of two
+            softmax_sizes(33, 8, 2, False),
+            softmax_sizes(17, 300, 8, True),  # ids above 255
+            softmax_sizes(5, 3, 3, False),  # every expert chosen
+            softmax_sizes(33, 8, 2, True),  # Mixtral
+            softmax_sizes(17, 128, 8, True),  # Qwen3
+        ),
+        factors=SOFTMAX_FACTORS,
+        build=softmax_point,
+        traits=SOFTMAX_TRAITS,
+        regimes=(*SOFTMAX_REGIMES, Regime("lattice", lattice, "exact", differentiable=False)),
+        cost=cost,
+        workloads=(
+            Workload("mixtral-8x7b/prefill-4096", softmax_sizes(4096, 8, 2, True), "mistralai/Mixtral-8x7B-v0.1 config.json"),
+            Workload("qwen3-30b-a3b/prefill-4096", softmax_sizes(4096, 128, 8, True), "Qwen/Qwen3-30B-A3B config.json"),
+            Workload("olmoe-1b-7b/prefill-4096", softmax_sizes(4096, 64, 8, False), "allenai/OLMoE-1B-7B-0924 config.json"),
+            Workload("qwen3-30b-a3b/decode-64", softmax_sizes(64, 128, 8, True), "Qwen/Qwen3-30B-A3B config.json"),
+        ),
+        formulas=(_softmax_of_chosen,),
+        selection=Selection("topk_ids", _softmax_scores, "top_k"),
+        relabel=shuffled_experts,
+        rejections=SOFTMAX_REJECTIONS,
+        implementations=(
+            triton(),
+            jax("jax-jit"),
+        ),
+    )
+
+
+@row
+def grouped_sigmoid_topk() -> Contract:
+    """The row of `routers.grouped_sigmoid_topk`."""
+    return Contract(
+        name="routers.grouped_sigmoid_topk",
+        summary="Each token goes to top_k experts of its best groups, chosen by sigmoid plus bias, weighted by sigmoid alone.",
+        formula=(
+            "s = sigmoid(router_logits); c = s + bias; a group's score is the sum of its two highest c; of the topk_groups best "
+            "groups ids = topk(c); weights = s[ids] (/ (sum + 1e-20) if renormalize) * routed_scaling_factor"
+        ),
+        source="DeepSeek-V3 Technical Report (arXiv:2412.19437) section 2.1.2; the 1e-20 is of the public model's MoEGate",
+        reference=routers.grouped_sigmoid_topk,
+        inputs=(LOGITS, BIAS),
+        outputs=OUTPUTS,
+        options=("top_k", "num_groups", "topk_groups", "renormalize", "routed_scaling_factor"),
+        batch="num_tokens",
+        parameters=grouped_parameters,
+        landmarks=(
+            grouped_sizes(33, 64, 8, 8, 4, True, 2.5),  # DeepSeek-V3's groups, fewer experts
+            grouped_sizes(17, 15, 4, 5, 3, False, 2.5),
+            grouped_sizes(5, 6, 2, 6, 3, True, 1.0),  # groups of one expert
+            grouped_sizes(3, 288, 8, 1, 1, True, 2.5),  # one group; ids above 255
+            grouped_sizes(9, 256, 8, 8, 4, True, 2.5),  # DeepSeek-V3
+        ),
+        factors=GROUPED_FACTORS,
+        build=grouped_point,
+        traits=GROUPED_TRAITS,
+        regimes=(
+            *(_with_bias(regime, _few if regime.name == "ties" else _smooth) for regime in SIGMOID_REGIMES),
+            _with_bias(Regime("lattice", saturated, "worst element", differentiable=False), _few),
+        ),
+        cost=cost,
+        workloads=(
+            Workload(
+                "deepseek-v3/prefill-4096",
+                grouped_sizes(4096, 256, 8, 8, 4, True, 2.5),
+                "deepseek-ai/DeepSeek-V3 config.json",
+            ),
+            Workload("deepseek-v3/decode-64", grouped_sizes(64, 256, 8, 8, 4, True, 2.5), "deepseek-ai/DeepSeek-V3 config.json"),
+        ),
+        selection=Selection("topk_ids", _biased_scores, "top_k", group_scores=_biased_group_scores, group_count="topk_groups"),
+        relabel=shuffled_groups,
+        rejections=GROUPED_REJECTIONS,
+        implementations=(
+            triton(),
+            jax("jax-jit"),
+        ),
+    )
+
 
 LOGITS = Input("router_logits", ("num_tokens", "num_experts"), differentiable=True)
 BIAS = Input("e_score_correction_bias", ("num_experts",), dtype="float32")
@@ -30,8 +127,6 @@ OUTPUTS = (
     Output("topk_weights", ("num_tokens", "top_k"), dtype="float32", differentiable=True),
     Output("topk_ids", ("num_tokens", "top_k"), dtype="int64", indexes="num_experts"),
 )
-EVERY_DTYPE = ("float32", "float16", "bfloat16")
-TRITON_CLAIMS = {"dtypes": EVERY_DTYPE, "devices": ("cpu", "cuda")}
 
 
 def cost(parameters: Parameters, itemsize: int) -> Cost:
@@ -41,9 +136,6 @@ def cost(parameters: Parameters, itemsize: int) -> Cost:
         parameters["num_tokens"] * parameters["top_k"],
     )
     return Cost(20.0 * logits, float(itemsize * logits + 12 * chosen))
-
-
-# ---------------------------------------------------------------------------------------------------- sizes and options
 
 
 @st.composite
@@ -88,9 +180,6 @@ def grouped_sizes(
         "topk_groups": topk_groups,
         "routed_scaling_factor": factor,
     }
-
-
-# ----------------------------------------------------------------------------------------------------- what is covered
 
 
 def _turns(logits: torch.Tensor) -> torch.Tensor:
@@ -166,9 +255,6 @@ def grouped_point(experts_of_a_group: int, num_groups: int, topk_groups: int, to
     return {"num_experts": experts, "top_k": top_k, "num_groups": num_groups, "topk_groups": topk_groups, **others}
 
 
-# ------------------------------------------------------------------------------------------------------ kinds of values
-
-
 def _shape(parameters: Parameters) -> tuple[int, int]:
     return parameters["num_tokens"], parameters["num_experts"]
 
@@ -180,7 +266,7 @@ def _with_bias(regime: Regime, noise: Callable[[Draw, int], torch.Tensor]) -> Re
         tensors = regime.make(draw, parameters)
         return tensors | {"e_score_correction_bias": noise(draw, parameters["num_experts"]) - 0.5}
 
-    return Regime(regime.name, make, regime.judged, regime.differentiable)
+    return replace(regime, make=make)
 
 
 def _smooth(draw: Draw, experts: int) -> torch.Tensor:
@@ -263,9 +349,6 @@ def shuffled_groups(draw: Draw, parameters: Parameters) -> torch.Tensor:
     return (draw.permutation(groups)[:, None] * members + order).flatten()
 
 
-# ------------------------------------------------------------------------------------------------------------ bad calls
-
-
 def _set(**changes: Any) -> Any:
     """Replaces arguments; a callable value is given the good call's arguments."""
     return lambda call: {name: change(call) if callable(change) else change for name, change in changes.items()}
@@ -306,8 +389,6 @@ GROUPED_REJECTIONS = (
     ),
 )
 
-# ------------------------------------------------------------------------------------------------------------ the rows
-
 
 def _softmax_scores(router_logits: torch.Tensor, **_: Any) -> torch.Tensor:
     return torch.softmax(router_logits, -1)
@@ -330,94 +411,3 @@ def _biased_group_scores(
     router_logits: torch.Tensor, e_score_correction_bias: torch.Tensor, *, num_groups: int, **_: Any
 ) -> torch.Tensor:
     return routers.group_scores(_biased_scores(router_logits, e_score_correction_bias), num_groups)
-
-
-SOFTMAX_TOPK = Contract(
-    name="routers.softmax_topk",
-    summary="Each token goes to the top_k experts of highest softmax probability.",
-    formula="p = softmax(router_logits); ids = topk(p); weights = p[ids], divided by their sum if renormalize",
-    source="Mixtral (arXiv:2401.04088) section 2.1, renormalized; OLMoE (arXiv:2409.02060) section 2, not renormalized",
-    reference=routers.softmax_topk,
-    twin="gaugeblock.reference.jax.routers:softmax_topk",
-    inputs=(LOGITS,),
-    outputs=OUTPUTS,
-    options=("top_k", "renormalize"),
-    batch="num_tokens",
-    parameters=softmax_parameters,
-    landmarks=(
-        softmax_sizes(64, 60, 4, True),  # Qwen1.5-MoE's 60 experts: not a power of two
-        softmax_sizes(33, 8, 2, False),
-        softmax_sizes(17, 300, 8, True),  # ids above 255
-        softmax_sizes(5, 3, 3, False),  # every expert chosen
-        softmax_sizes(33, 8, 2, True),  # Mixtral
-        softmax_sizes(17, 128, 8, True),  # Qwen3
-    ),
-    factors=SOFTMAX_FACTORS,
-    build=softmax_point,
-    traits=SOFTMAX_TRAITS,
-    regimes=(*SOFTMAX_REGIMES, Regime("lattice", lattice, "exact", differentiable=False)),
-    cost=cost,
-    workloads=(
-        Workload("mixtral-8x7b/prefill-4096", softmax_sizes(4096, 8, 2, True), "mistralai/Mixtral-8x7B-v0.1 config.json"),
-        Workload("qwen3-30b-a3b/prefill-4096", softmax_sizes(4096, 128, 8, True), "Qwen/Qwen3-30B-A3B config.json"),
-        Workload("olmoe-1b-7b/prefill-4096", softmax_sizes(4096, 64, 8, False), "allenai/OLMoE-1B-7B-0924 config.json"),
-        Workload("qwen3-30b-a3b/decode-64", softmax_sizes(64, 128, 8, True), "Qwen/Qwen3-30B-A3B config.json"),
-    ),
-    formulas=(_softmax_of_chosen,),
-    selection=Selection("topk_ids", _softmax_scores, "top_k"),
-    relabel=shuffled_experts,
-    rejections=SOFTMAX_REJECTIONS,
-    builtins=(
-        Builtin("triton", "gaugeblock.optimized.triton.routers:softmax_topk", "triton", claims=TRITON_CLAIMS),
-        Builtin("jax-jit", "gaugeblock.optimized.jax.routers:softmax_topk", "jax", "jax"),
-    ),
-)
-
-GROUPED_SIGMOID_TOPK = Contract(
-    name="routers.grouped_sigmoid_topk",
-    summary="Each token goes to top_k experts of its best groups, chosen by sigmoid plus bias, weighted by sigmoid alone.",
-    formula=(
-        "s = sigmoid(router_logits); c = s + bias; a group's score is the sum of its two highest c; of the topk_groups best "
-        "groups ids = topk(c); weights = s[ids] (/ (sum + 1e-20) if renormalize) * routed_scaling_factor"
-    ),
-    source="DeepSeek-V3 Technical Report (arXiv:2412.19437) section 2.1.2; the 1e-20 is of the public model's MoEGate",
-    reference=routers.grouped_sigmoid_topk,
-    twin="gaugeblock.reference.jax.routers:grouped_sigmoid_topk",
-    inputs=(LOGITS, BIAS),
-    outputs=OUTPUTS,
-    options=("top_k", "num_groups", "topk_groups", "renormalize", "routed_scaling_factor"),
-    batch="num_tokens",
-    parameters=grouped_parameters,
-    landmarks=(
-        grouped_sizes(33, 64, 8, 8, 4, True, 2.5),  # DeepSeek-V3's groups, fewer experts
-        grouped_sizes(17, 15, 4, 5, 3, False, 2.5),
-        grouped_sizes(5, 6, 2, 6, 3, True, 1.0),  # groups of one expert
-        grouped_sizes(3, 288, 8, 1, 1, True, 2.5),  # one group; ids above 255
-        grouped_sizes(9, 256, 8, 8, 4, True, 2.5),  # DeepSeek-V3
-    ),
-    factors=GROUPED_FACTORS,
-    build=grouped_point,
-    traits=GROUPED_TRAITS,
-    regimes=(
-        *(_with_bias(regime, _few if regime.name == "ties" else _smooth) for regime in SIGMOID_REGIMES),
-        _with_bias(Regime("lattice", saturated, "worst element", differentiable=False), _few),
-    ),
-    cost=cost,
-    workloads=(
-        Workload(
-            "deepseek-v3/prefill-4096",
-            grouped_sizes(4096, 256, 8, 8, 4, True, 2.5),
-            "deepseek-ai/DeepSeek-V3 config.json",
-        ),
-        Workload("deepseek-v3/decode-64", grouped_sizes(64, 256, 8, 8, 4, True, 2.5), "deepseek-ai/DeepSeek-V3 config.json"),
-    ),
-    selection=Selection("topk_ids", _biased_scores, "top_k", _biased_group_scores, "topk_groups"),
-    relabel=shuffled_groups,
-    rejections=GROUPED_REJECTIONS,
-    builtins=(
-        Builtin("triton", "gaugeblock.optimized.triton.routers:grouped_sigmoid_topk", "triton", claims=TRITON_CLAIMS),
-        Builtin("jax-jit", "gaugeblock.optimized.jax.routers:grouped_sigmoid_topk", "jax", "jax"),
-    ),
-)
-
-CONTRACTS = (SOFTMAX_TOPK, GROUPED_SIGMOID_TOPK)

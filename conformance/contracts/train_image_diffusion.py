@@ -7,7 +7,6 @@ import torch
 from hypothesis import strategies as st
 
 from gaugeblock.conformance.engine.contract import (
-    Builtin,
     Contract,
     Cost,
     Input,
@@ -18,11 +17,97 @@ from gaugeblock.conformance.engine.contract import (
     Rejection,
     Tensors,
     Workload,
+    row,
 )
 from gaugeblock.conformance.engine.factors import Trait, edges, either
-from gaugeblock.conformance.engine.inputs.cases import Draw
+from gaugeblock.conformance.engine.implementation import distributed
+from gaugeblock.conformance.engine.inputs.draw import Draw
+from gaugeblock.conformance.engine.vocabulary import DEVICES
 from gaugeblock.reference.configs import DiTConfig, ImageDiffusionConfig
 from gaugeblock.reference.torch import dit, train_image_diffusion
+
+
+@row
+def train_step() -> Contract:
+    """The row of `train_image_diffusion.train_step`."""
+    return Contract(
+        name="train_image_diffusion.train_step",
+        summary="One update of a class-conditional diffusion transformer on rectified flow: draws, loss, clipping, AdamW.",
+        formula=(
+            "loss = mean over b of mean of (dit(state, (1 - t) images[b] + t noise, 1000 t, label) - velocity)**2, where noise, "
+            "t and whether the label is dropped are drawn by (seed, step, example_ids[b]); gradients are clipped by "
+            "min(1, max_gradient_norm / (gradient_norm + 1e-6)); AdamW"
+        ),
+        source=(
+            "Esser et al. 2024 (arXiv:2403.03206) section 2; Ho and Salimans 2022 (arXiv:2207.12598) algorithm 1; Loshchilov and "
+            "Hutter 2017 (arXiv:1711.05101) algorithm 2, as in torch.optim.AdamW"
+        ),
+        reference=train_image_diffusion.train_step,
+        inputs=(
+            Input("state", leaves=state_leaves),
+            Input("images", ("num_steps", "batch_size", "in_channels", "input_size", "input_size")),
+            Input("labels", ("num_steps", "batch_size"), dtype="int64"),
+            Input("example_ids", ("num_steps", "batch_size"), dtype="int64"),
+        ),
+        outputs=(Output("new_state", leaves=state_leaves), Output("metrics", leaves=metrics_leaves)),
+        options=("config",),
+        batch="batch_size",
+        parameters=parameters,
+        landmarks=(
+            sizes(1, 5, velocity="data - noise", timestep_sampling="logit-normal", label_dropout=0.5),  # no option's default
+            sizes(1, 3, label_dropout=1.0, max_gradient_norm=2**-10),  # so small that the 1e-6 of the clipping shows
+            sizes(2, 1, accumulation_steps=2, weight_decay=0.0, label_dropout=0.0, run_seed=2**40 + 5),
+            sizes(1, 4, **USUAL),  # what people train with; none of it is exact in float32
+        ),
+        factors=FACTORS,
+        build=sizes,
+        traits=TRAITS,
+        regimes=(
+            Regime("under way", under_way, differentiable=False),
+            Regime("fresh", fresh, differentiable=False),
+            Regime("constant-probing", converged, differentiable=False),
+        ),
+        cost=cost,
+        workloads=(
+            Workload(
+                "dit-s-2/train-256",
+                sizes(1, 256, input_size=32, in_channels=4, hidden_size=384, depth=12, num_heads=6, num_classes=1000,
+                      frequency_embedding_size=256),
+                "Peebles and Xie 2022 (arXiv:2212.09748), table 1 and section 4",
+            ),
+            Workload(
+                "dit-xl-2/train-256",
+                sizes(1, 256, input_size=32, in_channels=4, hidden_size=1152, depth=28, num_heads=16, num_classes=1000,
+                      frequency_embedding_size=256),
+                "Peebles and Xie 2022 (arXiv:2212.09748), table 1 and section 4",
+            ),
+            Workload(
+                "two-cores/train-digits-64",
+                sizes(1, 64, input_size=8, in_channels=1, hidden_size=64, depth=4, num_heads=4, num_classes=10,
+                      frequency_embedding_size=64),
+                "scikit-learn's digits, a size for a CPU",
+            ),
+        ),
+        configure=lambda parameters: {"config": config(parameters)},
+        dtypes=("float32",),
+        cases=0.25,
+        recurrence=Recurrence(steps="num_steps", carried={"state": "new_state"}),
+        microbatches="accumulation_steps",
+        sharded={"batch_size": "uneven"},
+        rejections=REJECTIONS,
+        implementations=(
+            distributed("fsdp2", devices=DEVICES, world_sizes=(1, 2, 4)),
+            # each number of devices takes a compilation: tests/test_jax_sharding.py has 1 and 2
+            distributed("jax-sharded", framework="jax", world_sizes=(4,)),
+        ),
+        without={
+            "batch_invariance": "the loss is that of a whole batch",
+            "nan_containment": "a batch with a NaN is rejected as a whole",
+            "empty_and_one": "a batch without examples is rejected",
+            "grad_modes": "a training step takes gradients, which inference_mode rules out",
+        },
+    )  # fmt: skip
+
 
 OF_MODEL = "input_size patch_size in_channels hidden_size depth num_heads num_classes frequency_embedding_size".split()
 OF_RUN = """learning_rate beta1 beta2 adam_epsilon weight_decay max_gradient_norm label_dropout velocity timestep_sampling
@@ -133,9 +218,6 @@ def cost(parameters: Parameters, itemsize: int) -> Cost:
     return Cost(6.0 * images * products, float(itemsize * (6 * parameters["num_steps"] * elements + images * pixels)))
 
 
-# ------------------------------------------------------------------------------------------------------ kinds of values
-
-
 def _model(draw: Draw, parameters: Parameters) -> Tensors:
     """Parameters of a model that has been trained: modulations and last layer are not 0 any more."""
     shapes = dit.state_shapes(config(parameters).model)
@@ -191,9 +273,6 @@ def converged(draw: Draw, parameters: Parameters) -> Tensors:
     return tensors
 
 
-# ------------------------------------------------------------------------------------------------------------ bad calls
-
-
 def _change(key: str, change: Callable[[torch.Tensor], torch.Tensor | None]) -> Callable[[dict[str, Any]], dict[str, Any]]:
     return lambda call: {key: change(call[key])}
 
@@ -238,96 +317,3 @@ REJECTIONS = (
         "state/exp_avg.final_layer.linear.bias": call[BIAS].long()
     }),
 )  # fmt: skip
-
-# ------------------------------------------------------------------------------------------------------------ contracts
-
-TRAIN_STEP = Contract(
-    name="train_image_diffusion.train_step",
-    summary="One update of a class-conditional diffusion transformer on rectified flow: draws, loss, clipping, AdamW.",
-    formula=(
-        "loss = mean over b of mean of (dit(state, (1 - t) images[b] + t noise, 1000 t, label) - velocity)**2, where noise, t "
-        "and whether the label is dropped are drawn by (seed, step, example_ids[b]); gradients are clipped by "
-        "min(1, max_gradient_norm / (gradient_norm + 1e-6)); AdamW"
-    ),
-    source=(
-        "Esser et al. 2024 (arXiv:2403.03206) section 2; Ho and Salimans 2022 (arXiv:2207.12598) algorithm 1; Loshchilov and "
-        "Hutter 2017 (arXiv:1711.05101) algorithm 2, as in torch.optim.AdamW"
-    ),
-    reference=train_image_diffusion.train_step,
-    twin="gaugeblock.reference.jax.train_image_diffusion:train_step",
-    inputs=(
-        Input("state", leaves=state_leaves),
-        Input("images", ("num_steps", "batch_size", "in_channels", "input_size", "input_size")),
-        Input("labels", ("num_steps", "batch_size"), dtype="int64"),
-        Input("example_ids", ("num_steps", "batch_size"), dtype="int64"),
-    ),
-    outputs=(Output("new_state", leaves=state_leaves), Output("metrics", leaves=metrics_leaves)),
-    options=("config",),
-    batch="batch_size",
-    parameters=parameters,
-    landmarks=(
-        sizes(1, 5, velocity="data - noise", timestep_sampling="logit-normal", label_dropout=0.5),  # no option's default
-        sizes(1, 3, label_dropout=1.0, max_gradient_norm=2**-10),  # so small that the 1e-6 of the clipping shows
-        sizes(2, 1, accumulation_steps=2, weight_decay=0.0, label_dropout=0.0, run_seed=2**40 + 5),
-        sizes(1, 4, **USUAL),  # what people train with; none of it is exact in float32
-    ),
-    factors=FACTORS,
-    build=sizes,
-    traits=TRAITS,
-    regimes=(
-        Regime("under way", under_way, differentiable=False),
-        Regime("fresh", fresh, differentiable=False),
-        Regime("constant-probing", converged, differentiable=False),
-    ),
-    cost=cost,
-    workloads=(
-        Workload(
-            "dit-s-2/train-256",
-            sizes(1, 256, input_size=32, in_channels=4, hidden_size=384, depth=12, num_heads=6, num_classes=1000,
-                  frequency_embedding_size=256),
-            "Peebles and Xie 2022 (arXiv:2212.09748), table 1 and section 4",
-        ),
-        Workload(
-            "dit-xl-2/train-256",
-            sizes(1, 256, input_size=32, in_channels=4, hidden_size=1152, depth=28, num_heads=16, num_classes=1000,
-                  frequency_embedding_size=256),
-            "Peebles and Xie 2022 (arXiv:2212.09748), table 1 and section 4",
-        ),
-        Workload(
-            "two-cores/train-digits-64",
-            sizes(1, 64, input_size=8, in_channels=1, hidden_size=64, depth=4, num_heads=4, num_classes=10,
-                  frequency_embedding_size=64),
-            "scikit-learn's digits, a size for a CPU",
-        ),
-    ),
-    configure=lambda parameters: {"config": config(parameters)},
-    dtypes=("float32",),
-    cases=0.25,
-    recurrence=Recurrence(steps="num_steps", carried={"state": "new_state"}),
-    microbatches="accumulation_steps",
-    sharded={"batch_size": "uneven"},
-    rejections=REJECTIONS,
-    builtins=(
-        Builtin(
-            "fsdp2",
-            "gaugeblock.optimized.distributed.train_image_diffusion:train_step",
-            "distributed",
-            claims={"devices": ("cpu", "cuda"), "world_sizes": (1, 2, 4)},
-        ),
-        Builtin(
-            "jax-sharded",
-            "gaugeblock.optimized.jax.train_image_diffusion:train_step",
-            "distributed",
-            "jax",
-            {"world_sizes": (4,)},  # each number of devices takes a compilation: tests/test_jax_sharding.py has 1 and 2
-        ),
-    ),
-    without={
-        "batch_invariance": "the loss is that of a whole batch",
-        "nan_containment": "a batch with a NaN is rejected as a whole",
-        "empty_and_one": "a batch without examples is rejected",
-        "grad_modes": "a training step takes gradients, which inference_mode rules out",
-    },
-)  # fmt: skip
-
-CONTRACTS = (TRAIN_STEP,)

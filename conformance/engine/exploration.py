@@ -10,15 +10,15 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
 
+from gaugeblock.conformance.engine.failure_script import script_for
 from gaugeblock.conformance.engine.inputs.cases import Case, Layout, cases
 from gaugeblock.conformance.engine.inputs.coverage import Demand, few_visits, laid_out, layouts_of, measure, visits
 from gaugeblock.conformance.engine.judging.judge import Violation, describe_statistics, name_worst
-from gaugeblock.conformance.engine.judging.verdict import Failure, Verdict
+from gaugeblock.conformance.engine.judging.verdict import Failure, Status, Verdict
 from gaugeblock.conformance.engine.processes.handle import Lost
 from gaugeblock.conformance.engine.processes.ranks import fit
 from gaugeblock.conformance.engine.processes.seats import Seat
 from gaugeblock.conformance.engine.registry import is_built_in
-from gaugeblock.conformance.engine.reproduction import script_for
 from gaugeblock.conformance.engine.trial import Ledger, OutOfTime, Property, Subject, Trial, violation_of
 
 WARNING = 0.9  # of a limit: a right implementation has an rms of about 1 deviation, which is 0.83 of its limit
@@ -28,27 +28,24 @@ SHRINK_EXAMPLES = 400  # cases drawn in search of a smaller failure, if time all
 
 @dataclass(frozen=True)
 class Profile:
-    """How long the gate may take.
-
-    Attributes:
-        examples: Drawn cases of the main regime, after those that cover, per unit of a property's weight; half as many of each
-            other regime.
-        compiled_examples: The same for JAX, which compiles for every new shape and so draws other values for the same shapes.
-        more: Of how many factors more than the property asks for every combination of classes is visited.
-        sparing: Whether of what is built in only so many landmarks, and as many cases that cover, are visited as are drawn else.
-        shrink_seconds: How long a failure may be shrunk.
-        verdict_seconds: How long one property of one subject may take before its process is killed.
-        derandomize: The same cases every time; else new ones.
-    """
+    """How long the gate may take."""
 
     name: str
     examples: int
+    """Drawn cases of the main regime, after those that cover, per unit of a property's weight; half as many of each other regime.
+    """
     compiled_examples: int
+    """The same for JAX, which compiles for every new shape and so draws other values for the same shapes."""
     shrink_seconds: float
+    """How long a failure may be shrunk."""
     verdict_seconds: float
+    """How long one property of one subject may take before its process is killed."""
     more: int = 0
+    """Of how many factors more than the property asks for every combination of classes is visited."""
     sparing: bool = False
+    """Whether of what is built in only so many landmarks, and as many cases that cover, are visited as are drawn else."""
     derandomize: bool = True
+    """The same cases every time; else new ones."""
 
 
 PROFILES = {
@@ -63,12 +60,25 @@ PROFILES = {
 }
 
 
+def verdict_on(subject: Subject, name: str, status: Status, reason: str = "", seconds: float = 0.0) -> Verdict:
+    """The verdict of the property of that name on what was not judged, or not yet."""
+    whose = subject.implementation
+    return Verdict(
+        contract=whose.contract,
+        implementation=whose.name,
+        kind=whose.kind,
+        property=name,
+        dtype=subject.dtype,
+        device=subject.device,
+        status=status,
+        seconds=seconds,
+        reason=reason,
+    )
+
+
 def examine(subject: Subject, prop: Property, profile: Profile, source: str | None = None) -> Verdict:
     """Puts a subject through a property and says what came of it; never raises for what a candidate does."""
-    verdict = Verdict(
-        subject.implementation.contract, subject.implementation.name, subject.implementation.kind, prop.name, subject.dtype,
-        subject.device, "not supported",
-    )  # fmt: skip
+    verdict = verdict_on(subject, prop.name, "not supported")
     reason = prop.inapplicable(subject)
     if reason:
         return replace(verdict, reason=reason)
@@ -85,7 +95,7 @@ def examine(subject: Subject, prop: Property, profile: Profile, source: str | No
         seconds=time.monotonic() - start,
         statistics=statistics,
         fingerprints=ledger.fingerprints,
-        profile=ledger.profile if ledger.errors else "",
+        rounding=ledger.rounding if ledger.errors else "",
     )
     if violation is not None:
         status = violation.status if isinstance(violation, Lost) else "fail"
@@ -109,14 +119,14 @@ def examine(subject: Subject, prop: Property, profile: Profile, source: str | No
 
 
 def _weaker_claim(subject: Subject, prop: Property, failing: list[Case]) -> tuple[str, ...]:
-    """Says so if what fails the strict profile meets the eager one."""
-    weaker = replace(subject, implementation=replace(subject.implementation, profile="eager"))
+    """Says so if what fails strict rounding meets the eager one."""
+    weaker = replace(subject, implementation=replace(subject.implementation, rounding="eager"))
     ledger = Ledger()
-    if subject.implementation.profile != "strict" or subject.dtype == "float32":
+    if subject.implementation.rounding != "strict" or subject.dtype == "float32":
         return ()
     met = all(check(weaker, prop, case, ledger) is None for case in failing) and not pooled_violation(ledger)
     if met and ledger.errors:
-        return ('profile="eager" is met, "strict" is not: results are rounded to the dtype between operations',)
+        return ('rounding="eager" is met, "strict" is not: results are rounded to the dtype between operations',)
     return ()
 
 

@@ -18,21 +18,18 @@ ORDINARY = "ordinary"  # the class of a case that has none of a factor's traits
 
 @dataclass(frozen=True)
 class Factor:
-    """A size or an option, and its classes.
-
-    Attributes:
-        name: As the report prints it.
-        classify: The class that a value lies in.
-        values: Of which cases are built, of each class one or more; none for what only follows from other factors.
-        of: Reads the value from a case's parameters; by default the one of that name.
-        option: Whether it is no size: a compiler that sees the same shapes again still has to compile anew.
-    """
+    """A size or an option, and its classes."""
 
     name: str
+    """As the report prints it."""
     classify: Callable[[Any], str]
+    """The class that a value lies in."""
     values: tuple[Any, ...] = ()
+    """Of which cases are built, of each class one or more; none for what only follows from other factors."""
     of: Callable[[Mapping[str, Any]], Any] | None = None
+    """Reads the value from a case's parameters; by default the one of that name."""
     option: bool = False
+    """Whether it is no size: a compiler that sees the same shapes again still has to compile anew."""
 
     def class_of(self, parameters: Mapping[str, Any]) -> str:
         """The class that a case's parameters lie in."""
@@ -41,22 +38,19 @@ class Factor:
 
 @dataclass(frozen=True)
 class Trait:
-    """What inputs of the main regime may have on top: a value or a dtype that kernels treat in a way of its own.
-
-    Attributes:
-        name: Of the class, among those of `factor`: "one of them is 0".
-        factor: What it is about; of one factor's traits a case has at most one.
-        change: From the inputs in float64 and int64, those that are to be replaced; inputs that have the trait are not changed.
-            Rows stay different: errors of equal ones are equal, and no sample.
-        dtypes: Of arguments, other than the contract's.
-        fits: The parameters at which it can be had.
-    """
+    """What inputs of the main regime may have on top: a value or a dtype that kernels treat in a way of its own."""
 
     name: str
+    """Of the class, among those of `factor`: "one of them is 0"."""
     factor: str
+    """What it is about; of one factor's traits a case has at most one."""
     change: Callable[[dict[str, "torch.Tensor"]], Mapping[str, "torch.Tensor"]] | None = None
+    """From the inputs in float64 and int64, those that are to be replaced; inputs that have the trait are not changed. Rows stay
+    different: errors of equal ones are equal, and no sample."""
     dtypes: Mapping[str, str] = field(default_factory=dict)
+    """Of arguments, other than the contract's."""
     fits: Callable[[Mapping[str, Any]], bool] = lambda parameters: True
+    """The parameters at which it can be had."""
 
 
 def edges(name: str, *starts: int, of: Callable[[Mapping[str, Any]], int] | None = None, option: bool = False) -> Factor:

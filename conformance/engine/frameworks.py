@@ -14,7 +14,8 @@ import torch
 from gaugeblock.conformance.engine.budget.dispatch import Watching
 from gaugeblock.conformance.engine.budget.oracle import gradient_key
 from gaugeblock.conformance.engine.budget.rounding_noise import MATRIX_PRODUCTS, SUMS, ULPS
-from gaugeblock.conformance.engine.contract import Contract, ResultCount, Tensors, apply
+from gaugeblock.conformance.engine.calls import ResultCount, apply
+from gaugeblock.conformance.engine.contract import Contract, Tensors
 
 UNSAID = "(no message"  # begins what stands for a text that could not be had
 KEPT_TEXT = 64 << 10  # characters of what an error says
@@ -73,21 +74,18 @@ def candidates_own() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Call:
-    """One call of an operation.
-
-    Attributes:
-        inputs: Flat inputs, laid out in memory as they are to be passed.
-        options: Keyword arguments.
-        cotangents: For each differentiable output, or None if only the outputs are wanted.
-        wanted: Keys of the inputs whose gradients are wanted; None for all that have one.
-        jit: Whether to compile a JAX function, with the options static.
-    """
+    """One call of an operation."""
 
     inputs: Tensors
+    """Flat inputs, laid out in memory as they are to be passed."""
     options: dict[str, Any]
+    """Keyword arguments."""
     cotangents: Tensors | None = None
+    """For each differentiable output, or None if only the outputs are wanted."""
     wanted: tuple[str, ...] | None = None
+    """Keys of the inputs whose gradients are wanted; None for all that have one."""
     jit: bool = False
+    """Whether to compile a JAX function, with the options static."""
 
 
 def call_torch(contract: Contract, function: Callable[..., Any], call: Call) -> Tensors:

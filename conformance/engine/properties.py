@@ -3,51 +3,26 @@
 import inspect
 from collections.abc import Callable
 from functools import cache
+from typing import Any
 
-from gaugeblock.conformance.engine.registry import RegistrationError, import_folder, suggest
+from gaugeblock.conformance.engine.registry import RegistrationError, import_folder
+from gaugeblock.conformance.engine.suggestion import suggest
 from gaugeblock.conformance.engine.trial import Property, Trial
 
 FIRST = ("parity", "gradients")  # in the report; the others follow by name
 
 
-def conformance_property(
-    *,
-    regimes: str = "main",
-    needs: tuple[str, ...] = (),
-    weight: float = 1.0,
-    frameworks: tuple[str, ...] = ("torch", "jax"),
-    kinds: tuple[str, ...] = (),
-    devices: tuple[str, ...] = ("cpu", "cuda"),
-    requires: tuple[str, ...] = (),
-    every_world_size: bool = False,
-    every_dtype: bool = False,
-    covers: int = 1,
-    layouts: bool = False,
-) -> Callable[[Callable[[Trial], None]], Callable[..., None]]:
+def conformance_property(**fields: Any) -> Callable[[Callable[[Trial], None]], Callable[..., None]]:
     """Turns `test_<name>(trial)` into a pytest test that is generic over contracts and implementations.
 
-    Args are the fields of `Property`. The test asks the plugin for a verdict on its subject; the property itself stays
-    reachable as the attribute `property`, so that the engine, the faults and `gaugeblock reproduce` run it without pytest.
+    Args are fields of `Property` other than those that the function tells. The test asks the plugin for a verdict on its
+    subject; the property itself stays reachable as the attribute `property`, so that the engine, the selftest and
+    `gaugeblock reproduce` run it without pytest.
     """
 
     def decorate(check: Callable[[Trial], None]) -> Callable[..., None]:
-        name, statement = check.__name__.removeprefix("test_"), inspect.getdoc(check) or ""
-        prop = Property(
-            name,
-            check,
-            statement,
-            regimes,
-            needs,
-            weight,
-            frameworks,
-            kinds,
-            devices,
-            requires,
-            every_world_size,
-            every_dtype,
-            covers,
-            layouts,
-        )
+        statement = inspect.getdoc(check) or ""
+        prop = Property(name=check.__name__.removeprefix("test_"), check=check, statement=statement, **fields)
 
         def test(gauge_verdict: Callable[[Property], None]) -> None:
             gauge_verdict(prop)

@@ -1,29 +1,24 @@
 """Who claims to fulfil which contract: the built-in rows, installed packages, and a user's own file or module."""
 
-import difflib
 import importlib
 import importlib.util
 import inspect
 import pkgutil
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, fields
 from functools import cache
 from importlib.metadata import entry_points
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Literal, TypeVar, cast, get_args
+from typing import Any, TypeVar, get_args
 
-from gaugeblock.conformance.engine.contract import Contract
+from gaugeblock.conformance.engine.contract import Contract, Row
+from gaugeblock.conformance.engine.implementation import CLAIMS, Candidate, Implementation, import_path
+from gaugeblock.conformance.engine.suggestion import one_line, suggest
+from gaugeblock.conformance.engine.vocabulary import DEVICES
 
 ENTRY_POINTS = "gaugeblock.implementations"
-SUBJECTS = ("routers", "experts", "moe_layers", "layers", "dit", "objectives", "train_image_diffusion")
 
-Kind = Literal["reference", "triton", "distributed", "jax", "compiled", "user"]
-Framework = Literal["torch", "jax"]
-DType = Literal["float32", "float16", "bfloat16"]
-Device = Literal["cpu", "cuda"]
-Profile = Literal["strict", "eager"]
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
@@ -31,69 +26,6 @@ class RegistrationError(ValueError):
     """A registration that cannot be taken; the message is one line for the user."""
 
 
-@dataclass(frozen=True)
-class Candidate:
-    """A function that a file or module registers, and that only a candidate's process loads."""
-
-    source: str
-
-
-@dataclass(frozen=True)
-class Implementation:
-    """Something that claims to fulfil a contract. The defaults are the strong claims.
-
-    Attributes:
-        contract: The contract's name.
-        name: The implementation's own.
-        function: What is called; for a built-in row its import path `module:function`, for a user's the source of it.
-        kind: `reference`, `triton`, `distributed`, `jax`, `compiled` or `user`; kernels of kind `triton` are watched as
-            they run.
-        framework: Whose arrays it takes and returns.
-        dtypes, devices: What it supports.
-        profile: `strict`: only the operands of matrix products may be rounded to the dtype, all else is float32;
-            `eager`: every operation's result may be.
-        differentiable: Gradients are right.
-        deterministic: The same call gives the same bits.
-        batch_invariant: An example's bits do not depend on the other examples.
-        validates: Bad input raises ValueError or TypeError naming the argument.
-        assumes_zero_masked_lanes: Its Triton kernels use lanes that were masked without `other`, which hold 0 on today's chips
-            though Triton does not promise it.
-        jit: The engine calls it under `jax.jit`, keyword arguments static, but where a bad value is to be rejected.
-        world_sizes: Numbers of devices that it runs on; it is called with `mesh` too, of one dimension "ranks". In PyTorch
-            it is called once per rank with the rank's shard and a `DeviceMesh`; in JAX once, with global arrays and a `Mesh`.
-        memory_gib: GiB of address space that it may take on a CPU.
-    """
-
-    contract: str
-    name: str
-    function: Callable[..., Any] | str | Candidate
-    kind: Kind = "user"
-    framework: Framework = "torch"
-    dtypes: tuple[DType, ...] = ("float32",)
-    devices: tuple[Device, ...] = ("cpu",)
-    profile: Profile = "strict"
-    differentiable: bool = True
-    deterministic: bool = True
-    batch_invariant: bool = True
-    validates: bool = True
-    assumes_zero_masked_lanes: bool = False
-    jit: bool = False
-    world_sizes: tuple[int, ...] = ()
-    memory_gib: float = 8.0
-
-    def load(self) -> Callable[..., Any]:
-        """The callable itself.
-
-        Raises:
-            ImportError: If a package that it needs is not installed.
-        """
-        if isinstance(self.function, Candidate):
-            _load_once(self.function.source)
-            return _functions[self.contract, self.name]
-        return import_path(self.function) if isinstance(self.function, str) else self.function
-
-
-CLAIMS = {each.name: each.type for each in fields(Implementation)[3:]}
 _registered: dict[tuple[str, str], Implementation] = {}
 _functions: dict[tuple[str, str], Callable[..., Any]] = {}  # what was registered in this process
 
@@ -104,7 +36,7 @@ def implements(contract: str, *, name: str, **claims: Any) -> Callable[[Function
     Args:
         contract: A contract's name, e.g. `"routers.softmax_topk"` (`gaugeblock list` shows them).
         name: How the report calls the implementation.
-        **claims: Fields of `Implementation`: `framework`, `dtypes`, `devices`, `profile`, `differentiable`,
+        **claims: Fields of `Implementation`: `framework`, `dtypes`, `devices`, `rounding`, `differentiable`,
             `deterministic`, `batch_invariant`, `validates`, `assumes_zero_masked_lanes`, `jit`, `world_sizes`, `memory_gib`,
             `kind`.
 
@@ -124,6 +56,19 @@ def implements(contract: str, *, name: str, **claims: Any) -> Callable[[Function
         return function
 
     return register
+
+
+def load(implementation: Implementation) -> Callable[..., Any]:
+    """What is called.
+
+    Raises:
+        ImportError: If a package that it needs is not installed.
+    """
+    function = implementation.function
+    if isinstance(function, Candidate):
+        _load_once(function.source)
+        return _functions[implementation.contract, implementation.name]
+    return import_path(function) if isinstance(function, str) else function
 
 
 def register_told(contract: str, name: str, source: str, claims: dict[str, Any]) -> Implementation:
@@ -200,9 +145,10 @@ def _check_signature(contract: Contract, name: str, function: Callable[..., Any]
 
 @cache
 def contracts() -> dict[str, Contract]:
-    """Every contract by name."""
-    modules = import_folder("gaugeblock.conformance.contracts")
-    return {row.name: row for module in modules for row in getattr(module, "CONTRACTS", ())}
+    """Every contract by name, a family's together."""
+    members = [member for module in import_folder("gaugeblock.conformance.contracts") for member in vars(module).values()]
+    rows = [member() for member in members if isinstance(member, Row)]
+    return {row.name: row for row in sorted(rows, key=lambda row: row.family)}
 
 
 def find_contract(name: str) -> Contract:
@@ -236,17 +182,11 @@ def registered_implementations() -> tuple[Implementation, ...]:
 @cache
 def builtin_implementations(contract: Contract) -> tuple[Implementation, ...]:
     """The two references and our optimized versions."""
-    every = cast(tuple[DType, ...], contract.dtypes)
-    references = (
-        Implementation(contract.name, "reference", contract.reference, "reference", dtypes=every, devices=("cpu", "cuda")),
-        # a step reads its loss, which jit has not
-        Implementation(contract.name, "reference-jax", contract.twin, "reference", "jax", jit=contract.recurrence is None),
-    )
-    ours = (
-        Implementation(contract.name, row.name, row.function, cast(Kind, row.kind), cast(Framework, row.framework), **row.claims)
-        for row in contract.builtins
-    )
-    return (*references, *ours)
+    every = contract.dtypes
+    reference = Implementation(contract.name, "reference", contract.reference, kind="reference", dtypes=every, devices=DEVICES)
+    jit = contract.recurrence is None  # a step reads its loss, which jit has not
+    twin = Implementation(contract.name, "reference-jax", contract.twin, kind="reference", framework="jax", jit=jit)
+    return (reference, twin, *contract.implementations)
 
 
 def load_candidates(source: str) -> tuple[Implementation, ...]:
@@ -301,12 +241,6 @@ def load_entry_points() -> tuple[tuple[str, tuple[Implementation, ...]], ...]:
     return tuple(found)
 
 
-def import_path(path: str) -> Any:
-    """The object at `package.module:attribute`."""
-    module, _, attribute = path.partition(":")
-    return getattr(importlib.import_module(module), attribute)
-
-
 def import_folder(package: str) -> list[ModuleType]:
     """Every module that lies in the folder of a package, by name."""
     folder = importlib.import_module(package).__path__
@@ -332,14 +266,3 @@ def _line_of(error: BaseException, source: str) -> str:
             lines.append(trace.tb_lineno)
         trace = trace.tb_next
     return f":{lines[-1]}" if lines else ""
-
-
-def suggest(name: str, known: Any) -> str:
-    """The end of an error message: the nearest known name, or all of them."""
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
-    return f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(known)}"
-
-
-def one_line(error: BaseException) -> str:
-    """The first line of an error's message."""
-    return (str(error).strip().splitlines() or ["(no message)"])[0]

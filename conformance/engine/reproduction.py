@@ -1,51 +1,17 @@
-"""Failures that can be run again: as a script, or from the JSON file that a report holds."""
+"""Runs failing cases again: those of a script, or of the JSON file that a report holds."""
 
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from gaugeblock.conformance.engine.devices import available_devices, set_up_process
+from gaugeblock.conformance.engine.exploration import check, pooled_violation
 from gaugeblock.conformance.engine.inputs.cases import Case
-
-if TYPE_CHECKING:
-    from gaugeblock.conformance.engine.trial import Subject
-
-SCRIPT = '''"""{title}
-
-{message}
-"""
-from gaugeblock.conformance.engine.inputs.cases import Case
-from gaugeblock.conformance.engine.reproduction import reproduce
-
-reproduce(
-    source={source!r},  # the file or module that registers the implementation; None: built in
-    contract={contract!r},
-    implementation={implementation!r},
-    property={property!r},
-    dtype={dtype!r},
-    device={device!r},
-    cases=[
-{cases}
-    ],
-)
-'''
-
-
-def script_for(subject: "Subject", prop: str, cases: Sequence[Case], message: str, source: str | None) -> str:
-    """A stand-alone script that puts the implementation through the failing cases again."""
-    implementation = subject.implementation
-    return SCRIPT.format(
-        title=f"{implementation.contract}: {implementation.name} fails {prop} in {subject.dtype} on {subject.device}.",
-        message=message.replace("\\", "\\\\").replace('"""', "'''"),
-        source=source,
-        contract=implementation.contract,
-        implementation=implementation.name,
-        property=prop,
-        dtype=subject.dtype,
-        device=subject.device,
-        cases="\n".join(f"        {case!r}," for case in cases),
-    )
+from gaugeblock.conformance.engine.processes.loading import describe_candidates
+from gaugeblock.conformance.engine.properties import find_property
+from gaugeblock.conformance.engine.registry import RegistrationError, implementations
+from gaugeblock.conformance.engine.trial import Ledger, Subject
 
 
 def reproduce(
@@ -65,11 +31,6 @@ def reproduce(
         RegistrationError: If the contract, the implementation or the property does not exist.
     """
     set_up_process()
-    from gaugeblock.conformance.engine.exploration import check, pooled_violation
-    from gaugeblock.conformance.engine.processes.loading import describe_candidates
-    from gaugeblock.conformance.engine.properties import find_property
-    from gaugeblock.conformance.engine.registry import RegistrationError, implementations
-    from gaugeblock.conformance.engine.trial import Ledger, Subject
 
     if source is not None:
         describe_candidates((source,))

@@ -4,14 +4,9 @@ from dataclasses import dataclass
 from fnmatch import fnmatch
 
 from gaugeblock.conformance.engine.devices import available_devices
+from gaugeblock.conformance.engine.implementation import Candidate, Implementation
 from gaugeblock.conformance.engine.processes.loading import describe_candidates
-from gaugeblock.conformance.engine.registry import (
-    Candidate,
-    Implementation,
-    RegistrationError,
-    contracts,
-    implementations,
-)
+from gaugeblock.conformance.engine.registry import RegistrationError, contracts, implementations
 from gaugeblock.conformance.engine.trial import Subject
 
 

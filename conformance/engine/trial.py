@@ -16,13 +16,15 @@ from gaugeblock.conformance.engine.budget.oracle import rounded_cotangents
 from gaugeblock.conformance.engine.contract import Contract, Tensors
 from gaugeblock.conformance.engine.devices import available_world_size, triton_is_interpreted
 from gaugeblock.conformance.engine.frameworks import BadResult, Call, Raised
+from gaugeblock.conformance.engine.implementation import Implementation
 from gaugeblock.conformance.engine.inputs.cases import Case, Layout, lay_out, make_inputs, options, take
 from gaugeblock.conformance.engine.judging.diagnosis import diagnose
 from gaugeblock.conformance.engine.judging.judge import Violation, check_form, judge
 from gaugeblock.conformance.engine.processes.handle import Lost
 from gaugeblock.conformance.engine.processes.perform import Conditions, Findings
 from gaugeblock.conformance.engine.processes.seats import Seat
-from gaugeblock.conformance.engine.registry import Implementation, find_contract
+from gaugeblock.conformance.engine.registry import find_contract
+from gaugeblock.conformance.engine.vocabulary import DEVICES, FRAMEWORKS, ROUNDINGS, Device, Framework, Rounding
 
 
 class OutOfTime(Lost):
@@ -60,7 +62,7 @@ class Subject:
         return ""
 
 
-_not_strict: set[tuple[str, str, str]] = set()  # contract, name and dtype of what was seen to need the eager profile
+_not_strict: set[tuple[str, str, str]] = set()  # contract, name and dtype of what was seen to need eager rounding
 
 
 @dataclass
@@ -70,7 +72,7 @@ class Ledger:
     cases: list[Case] = field(default_factory=list)
     errors: dict[str, Errors] = field(default_factory=dict)
     fingerprints: dict[str, str] = field(default_factory=dict)
-    profile: str = "strict"  # the tightest that every case met
+    rounding: Rounding = "strict"  # the tightest that every case met
     deadline: float = math.inf  # as `time.monotonic` counts
 
     def add(self, errors: dict[str, Errors]) -> None:
@@ -81,7 +83,7 @@ class Ledger:
         """Adds what another ledger counted, but for its cases."""
         self.add(other.errors)
         self.fingerprints |= other.fingerprints
-        self.profile = max(self.profile, other.profile, key=("strict", "eager").index)
+        self.rounding = max(self.rounding, other.rounding, key=ROUNDINGS.index)
 
 
 class Trial:
@@ -172,14 +174,14 @@ class Trial:
         """Form, choice and values of the results, against the oracle of the case."""
         case = case or self.case
         check_form(self.contract, case, self.subject.dtype, "cpu", results, self.implementation.framework)
-        errors, profile = self._judged(results, case)
+        errors, rounding = self._judged(results, case)
         self.ledger.add(errors)
-        self.ledger.profile = max(self.ledger.profile, profile, key=("strict", "eager").index)
+        self.ledger.rounding = max(self.ledger.rounding, rounding, key=ROUNDINGS.index)
 
-    def _judged(self, results: Tensors, case: Case) -> tuple[dict[str, Errors], str]:
-        """Errors under the claimed profile, and the tightest profile that is met."""
+    def _judged(self, results: Tensors, case: Case) -> tuple[dict[str, Errors], Rounding]:
+        """Errors under the claimed rounding, and the tightest that is met."""
         dtype, subject = self.subject.dtype, (self.implementation.contract, self.implementation.name, self.subject.dtype)
-        claimed = "strict" if dtype == "float32" else self.implementation.profile  # in float32 they are the same
+        claimed: Rounding = "strict" if dtype == "float32" else self.implementation.rounding  # in float32 they are the same
         errors = judge(self.contract, case, dtype, claimed, results)
         if claimed != "strict" and subject not in _not_strict:
             try:
@@ -219,39 +221,36 @@ def digest(tensors: Tensors) -> str:
     return total.hexdigest()[:12]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Property:
-    """One thing that must hold for every case.
-
-    Attributes:
-        name: Of the property, and of its file `test_<name>.py`.
-        check: Raises `Violation` where it does not hold for a trial.
-        statement: The docstring of `check`.
-        regimes: `"main"`: the contract's first regime; `"differentiable"`, `"all"`: those.
-        needs: Claims of the implementation without which it is not tested; `no claim` for one with which it is not.
-        weight: Cases per regime, in units of the profile's examples.
-        frameworks, kinds, devices: Those it makes sense for; no kinds means all.
-        requires: Attributes of the contract without which there is nothing to test.
-        every_dtype: It is about numbers: what holds in one dtype says little of another.
-        covers: Of how many factors' classes every combination is visited: 1 each class, 2 each pair of classes.
-        layouts: Its cases are dealt every layout of all arguments, and of each alone.
-        every_world_size: It is about all the world sizes that an implementation claims, not one of them.
-    """
+    """One thing that must hold for every case."""
 
     name: str
+    """Of the property, and of its file `test_<name>.py`."""
     check: Callable[[Trial], None]
+    """Raises `Violation` where it does not hold for a trial."""
     statement: str
+    """The docstring of `check`."""
     regimes: str = "main"
+    """`"main"`: the contract's first regime; `"differentiable"`, `"all"`: those."""
     needs: tuple[str, ...] = ()
+    """Claims of the implementation without which it is not tested; `no claim` for one with which it is not."""
     weight: float = 1.0
-    frameworks: tuple[str, ...] = ("torch", "jax")
+    """Cases per regime, in units of the profile's examples."""
+    frameworks: tuple[Framework, ...] = FRAMEWORKS
     kinds: tuple[str, ...] = ()
-    devices: tuple[str, ...] = ("cpu", "cuda")
+    devices: tuple[Device, ...] = DEVICES
+    """Those it makes sense for; no kinds means all."""
     requires: tuple[str, ...] = ()
+    """Attributes of the contract without which there is nothing to test."""
     every_world_size: bool = False
+    """It is about all the world sizes that an implementation claims, not one of them."""
     every_dtype: bool = False
+    """It is about numbers: what holds in one dtype says little of another."""
     covers: int = 1
+    """Of how many factors' classes every combination is visited: 1 each class, 2 each pair of classes."""
     layouts: bool = False
+    """Its cases are dealt every layout of all arguments, and of each alone."""
 
     @property
     def file(self) -> str:

@@ -10,7 +10,7 @@ from diffusers.models.normalization import AdaLayerNormContinuous
 from torch.func import functional_call
 
 from gaugeblock.conformance.engine.inputs.cases import Case
-from gaugeblock.conformance.selftest.variant import DIT, NORM, right
+from gaugeblock.conformance.selftest.variant import right
 from gaugeblock.reference.configs import DiTConfig
 from gaugeblock.reference.torch.dit import diffusers_names
 
@@ -34,7 +34,7 @@ def model(config: DiTConfig) -> Any:
     return made.eval()
 
 
-@right(DIT, fits=of_diffusers, dtypes=("float32",), batch_invariant=False)
+@right("dit.dit", fits=of_diffusers, dtypes=("float32",), batch_invariant=False)
 class DiffusersDit:
     """DiTTransformer2DModel, whose blocks embed the times each by itself, all by the same parameters."""
 
@@ -47,7 +47,7 @@ class DiffusersDit:
         return functional_call(model(config), renamed, (latents, timesteps, class_labels)).sample
 
 
-@right(NORM, dtypes=("float32",), batch_invariant=False, validates=False)
+@right("layers.layer_norm_modulate", dtypes=("float32",), batch_invariant=False, validates=False)
 class DiffusersAdaLayerNorm:
     """AdaLayerNormContinuous, without the linear layer that makes shift and scale."""
 

@@ -12,7 +12,7 @@ from transformers.models.switch_transformers.modeling_switch_transformers import
 )
 
 from gaugeblock.conformance.engine.inputs.cases import Case
-from gaugeblock.conformance.selftest.variant import EXPERTS, GROUPED, MIXTRAL, SOFTMAX, SWITCH, Z, right
+from gaugeblock.conformance.selftest.variant import right
 from gaugeblock.reference.torch.routers import expert_capacity
 
 
@@ -31,7 +31,7 @@ def aligned(case: Case) -> bool:
     return case.parameters["hidden_size"] % 4 == 0 and case.parameters["intermediate_size"] % 4 == 0
 
 
-@right(SOFTMAX, fits=finite, dtypes=("float32",), batch_invariant=False)
+@right("routers.softmax_topk", fits=finite, dtypes=("float32",), batch_invariant=False)
 class TransformersQwen3Router:
     """Qwen3-MoE's router, whose projection is the identity."""
 
@@ -43,7 +43,7 @@ class TransformersQwen3Router:
         return functional_call(module, {"weight": torch.eye(experts)}, router_logits)[1:]
 
 
-@right(SWITCH, fits=finite, dtypes=("float32",))
+@right("routers.switch_top1", fits=finite, dtypes=("float32",))
 class TransformersSwitchRouter:
     """Switch Transformers' router, whose classifier is the identity; it returns a mask without the dropped, and their weights."""
 
@@ -57,7 +57,7 @@ class TransformersSwitchRouter:
         return weights[:, 0].masked_fill(dropped, 0), router_logits.softmax(1).argmax(1), dropped
 
 
-@right(GROUPED, fits=finite_groups, dtypes=("float32",), batch_invariant=False)
+@right("routers.grouped_sigmoid_topk", fits=finite_groups, dtypes=("float32",), batch_invariant=False)
 class TransformersDeepseekRouter:
     """DeepSeek-V3's router, whose projection is the identity; it does not sort, so its result is sorted here."""
 
@@ -91,7 +91,7 @@ class TransformersExperts:
         return functional_call(self.module_class(config), state, (hidden_states, topk_ids, topk_weights))
 
 
-@right(EXPERTS, dtypes=("float32",), batch_invariant=False)
+@right("experts.fused_swiglu", dtypes=("float32",), batch_invariant=False)
 class TransformersMixtralExperts(TransformersExperts):
     """Mixtral's experts, one after the other."""
 
@@ -99,12 +99,12 @@ class TransformersMixtralExperts(TransformersExperts):
         super().__init__(MixtralExperts, MixtralConfig, "eager")
 
 
-@right(EXPERTS, dtypes=("float16", "bfloat16"), profile="eager", batch_invariant=False)
+@right("experts.fused_swiglu", dtypes=("float16", "bfloat16"), rounding="eager", batch_invariant=False)
 class TransformersMixtralExpertsEager(TransformersMixtralExperts):
     """Mixtral's experts in low precision, which rounds every result."""
 
 
-@right(EXPERTS, dtypes=("float32",), batch_invariant=False)
+@right("experts.fused_swiglu", dtypes=("float32",), batch_invariant=False)
 class TransformersQwen3Experts(TransformersExperts):
     """Qwen3-MoE's experts by batched products of copied matrices."""
 
@@ -112,7 +112,7 @@ class TransformersQwen3Experts(TransformersExperts):
         super().__init__(Qwen3MoeExperts, Qwen3MoeConfig, "batched_mm")
 
 
-@right(EXPERTS, fits=aligned, dtypes=("float32",), batch_invariant=False)
+@right("experts.fused_swiglu", fits=aligned, dtypes=("float32",), batch_invariant=False)
 class TransformersGroupedExperts(TransformersExperts):
     """Qwen3-MoE's experts by torch's grouped products."""
 
@@ -120,7 +120,7 @@ class TransformersGroupedExperts(TransformersExperts):
         super().__init__(Qwen3MoeExperts, Qwen3MoeConfig, "grouped_mm")
 
 
-@right(MIXTRAL, dtypes=("float32",), batch_invariant=False)
+@right("moe_layers.mixtral_moe", dtypes=("float32",), batch_invariant=False)
 class TransformersMixtralBlock:
     """Mixtral's sparse block; its router's results are those of the router called by itself."""
 
@@ -139,7 +139,7 @@ def ordinary_padding(case: Case) -> bool:
     return case.regime != "special" and bool(case.parameters["num_tokens"])
 
 
-@right(Z, fits=ordinary_padding, dtypes=("float32",))
+@right("moe_layers.router_z_loss", fits=ordinary_padding, dtypes=("float32",))
 class TransformersZLoss:
     """Switch's z-loss of the tokens that count, which are taken for one group."""
 

@@ -3,7 +3,7 @@
 import torch
 
 from gaugeblock.conformance.engine.contract import Tensors
-from gaugeblock.conformance.engine.inputs.cases import Draw
+from gaugeblock.conformance.engine.inputs.draw import Draw
 from gaugeblock.conformance.engine.properties import conformance_property
 from gaugeblock.conformance.engine.trial import Trial
 

@@ -1,6 +1,7 @@
 """Property: offsets of more than 32 bits."""
 
-from gaugeblock.conformance.engine.contract import Tensors, argument_of
+from gaugeblock.conformance.engine.calls import argument_of
+from gaugeblock.conformance.engine.contract import Tensors
 from gaugeblock.conformance.engine.inputs.cases import lay_out
 from gaugeblock.conformance.engine.judging.judge import Violation
 from gaugeblock.conformance.engine.processes.handle import Lost

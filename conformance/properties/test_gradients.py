@@ -1,6 +1,6 @@
 """Property: gradients."""
 
-from gaugeblock.conformance.engine.contract import argument_of
+from gaugeblock.conformance.engine.calls import argument_of
 from gaugeblock.conformance.engine.properties import conformance_property
 from gaugeblock.conformance.engine.trial import Trial
 

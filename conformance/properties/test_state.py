@@ -3,7 +3,8 @@
 import safetensors.torch
 import torch
 
-from gaugeblock.conformance.engine.contract import Tensors, argument_of
+from gaugeblock.conformance.engine.calls import argument_of
+from gaugeblock.conformance.engine.contract import Tensors
 from gaugeblock.conformance.engine.properties import conformance_property
 from gaugeblock.conformance.engine.trial import Trial
 

@@ -14,13 +14,9 @@ from tabulate import tabulate
 
 from gaugeblock.conformance.engine.contract import Contract, Input, Output, Regime
 from gaugeblock.conformance.engine.factors import ORDINARY
+from gaugeblock.conformance.engine.implementation import Implementation
 from gaugeblock.conformance.engine.inputs.coverage import Demand, array, measure, space
-from gaugeblock.conformance.engine.registry import (
-    Implementation,
-    builtin_implementations,
-    contracts,
-    implementations,
-)
+from gaugeblock.conformance.engine.registry import builtin_implementations, contracts, implementations
 from gaugeblock.conformance.report.view import printable
 
 if TYPE_CHECKING:
@@ -95,9 +91,6 @@ def readme_is_current(path: Path) -> bool:
     return text == update_readme(text)
 
 
-# ---------------------------------------------------------------------------------------------------------- one contract
-
-
 def explain(contract: Contract, properties: Sequence["Property"], console: Console) -> None:
     """Prints what a contract demands, in the order in which someone who writes an implementation asks."""
     console.print(Text(contract.signature, "bold"))
@@ -129,7 +122,7 @@ def explain(contract: Contract, properties: Sequence["Property"], console: Conso
     workloads = [[each.name, _parameters(each.parameters), each.source] for each in contract.workloads]
     _table("workloads", workloads, console)
     claimed = [
-        [each.name, each.kind, each.framework, ", ".join(each.dtypes), ", ".join(each.devices), each.profile]
+        [each.name, each.kind, each.framework, ", ".join(each.dtypes), ", ".join(each.devices), each.rounding]
         for each in implementations(contract.name)
     ]
     _table("implementations", claimed, console)

@@ -56,27 +56,24 @@ class ChangedBits:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What differs between two runs.
-
-    Attributes:
-        newly_failing: Fails now; passed, was not supported or was not there before (`appeared` holds those too).
-        newly_passing: Failed, was waived or not supported before, and passes now.
-        restated: Other changes of status, e.g. a pass that is no longer tested.
-        appeared, disappeared: Verdicts of only one run.
-        drifts: Notable changes of statistics, the largest first.
-        changed_bits: Verdicts with a case whose outputs are not the same bit for bit.
-        compared, compared_cases: How many verdicts, and cases with a digest of their bits, both runs hold.
-    """
+    """What differs between two runs."""
 
     newly_failing: list[Verdict]
+    """Fails now; passed, was not supported or was not there before (`appeared` holds those too)."""
     newly_passing: list[Verdict]
+    """Failed, was waived or not supported before, and passes now."""
     restated: list[Change]
+    """Other changes of status, e.g. a pass that is no longer tested."""
     appeared: list[Verdict]
     disappeared: list[Verdict]
+    """Verdicts of only one run."""
     drifts: list[Drift]
+    """Notable changes of statistics, the largest first."""
     changed_bits: list[ChangedBits]
+    """Verdicts with a case whose outputs are not the same bit for bit."""
     compared: int
     compared_cases: int
+    """How many verdicts, and cases with a digest of their bits, both runs hold."""
 
     @property
     def exit_status(self) -> int:
@@ -168,9 +165,6 @@ def _changed_bits(change: Change) -> ChangedBits | None:
 
 def _common_cases(change: Change) -> list[str]:
     return [case for case in change.after.fingerprints if case in change.before.fingerprints]
-
-
-# ------------------------------------------------------------------------------------------------------------ for people
 
 
 def print_comparison(comparison: Comparison, console: Console) -> None:

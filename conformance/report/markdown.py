@@ -107,9 +107,9 @@ def annotations(verdicts: Sequence[Verdict]) -> list[str]:
 
 
 def badge(verdicts: Sequence[Verdict]) -> dict[str, Any]:
-    """A shields.io endpoint: `conformance | strict 412/412`, where the word is the loosest numerics profile met."""
+    """A shields.io endpoint: `conformance | strict 412/412`, where the word is the loosest rounding met."""
     judged = view.tested(verdicts)
-    met = {each.profile for each in judged if each.profile}
+    met = {each.rounding for each in judged if each.rounding}
     conforming = sum(each.status in ("pass", "warning") for each in judged)
     words = ["eager" if "eager" in met else "strict"] if met else []
     message = " ".join([*words, f"{conforming}/{len(judged)}"]) if judged else "nothing tested"

@@ -50,9 +50,6 @@ def print_matrix(verdicts: Sequence[Verdict], console: Console, seconds: float |
     console.print(_closing_line(verdicts, sum(each.seconds for each in verdicts) if seconds is None else seconds))
 
 
-# ----------------------------------------------------------------------------------------------------------- the matrix
-
-
 def _print_contract(matrix: Matrix, console: Console) -> None:
     label_width = max(map(len, matrix.properties))
     cell_width = max(4, *(len(view.cell_text(each, narrow=True)) for each in matrix.cells.values()))
@@ -172,9 +169,6 @@ def _closing_line(verdicts: Sequence[Verdict], seconds: float) -> Text:
         line.append(f"{number} {status}", STYLES[status]).append(", ")
     cases = sum(each.cases for each in verdicts)
     return line.append(f"{cases:,} {'case' if cases == 1 else 'cases'} judged in {view.duration(seconds)}")
-
-
-# --------------------------------------------------------------------------------------------------------- the progress
 
 
 class Counter:

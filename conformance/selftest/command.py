@@ -25,23 +25,20 @@ os.environ.setdefault("TRITON_INTERPRET", "1")  # faults are planted for the CPU
 
 @dataclass(frozen=True)
 class Extent:
-    """How much is measured.
-
-    Attributes:
-        shrink_seconds: For each planted bug.
-        examples: Cases for each regime and dtype, judged for every right variant.
-        trivial_examples: The same for trivial candidates.
-        scripts: Reproductions run again; None for all.
-        corners: Right kernels that are wrong in one class of cases, or in one pair of classes.
-        whole_gates: Whether lost candidates are put through every property too, against the clock.
-    """
+    """How much is measured."""
 
     shrink_seconds: float
+    """For each planted bug."""
     examples: int
+    """Cases for each regime and dtype, judged for every right variant."""
     trivial_examples: int
+    """The same for trivial candidates."""
     scripts: int | None
+    """Reproductions run again; None for all."""
     corners: int = 200
+    """Right kernels that are wrong in one class of cases, or in one pair of classes."""
     whole_gates: bool = False
+    """Whether lost candidates are put through every property too, against the clock."""
 
 
 EXTENTS = {
@@ -88,9 +85,6 @@ def measure_variants(options: argparse.Namespace, console: Console) -> int:
     if options.json:
         options.json.write_text(json.dumps({"judged": alarms.judged, "alarms": alarms.alarms}, indent=1) + "\n")
     return FAILS if alarms.alarms else CONFORM
-
-
-# ------------------------------------------------------------------------------------------------------------- measuring
 
 
 def tasks_of(extent: Extent) -> dict[str, list[Task]]:
@@ -193,9 +187,6 @@ def hostile_rate(wrong: Sequence[Sequence[str]], whole_gates: bool) -> dict[str,
     rows = {each.name: each for each in HOSTILE}
     dear = [whole_gate(rows[name], most) for name, most in BUDGETED] if whole_gates else []
     return {"candidates": len(found), "as_expected": found.count(""), "not": [each for each in [*found, *dear] if each]}
-
-
-# --------------------------------------------------------------------------------------------------------------- summary
 
 
 def summarize(kills: Sequence[Any], alarms: Any, vacuity: Any) -> dict[str, Any]:

@@ -12,14 +12,16 @@ from typing import Any
 
 import torch
 
-from gaugeblock.conformance.engine.contract import Contract, Input, flatten, nest
+from gaugeblock.conformance.engine.calls import flatten, nest
+from gaugeblock.conformance.engine.contract import Contract, Input
 from gaugeblock.conformance.engine.exploration import PROFILES, examine
 from gaugeblock.conformance.engine.factors import ORDINARY, Trait
+from gaugeblock.conformance.engine.implementation import Implementation
 from gaugeblock.conformance.engine.inputs.cases import make_inputs, options
 from gaugeblock.conformance.engine.inputs.coverage import array, space
 from gaugeblock.conformance.engine.judging.verdict import FAILED
 from gaugeblock.conformance.engine.properties import properties
-from gaugeblock.conformance.engine.registry import Implementation, find_contract
+from gaugeblock.conformance.engine.registry import find_contract
 from gaugeblock.conformance.engine.trial import Subject
 from gaugeblock.conformance.selftest.fault import process_kept
 

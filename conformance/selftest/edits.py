@@ -83,7 +83,18 @@ def mutant(
     **claims: Any,
 ) -> None:
     """Registers a change of text as a fault."""
-    kernels = (each.function for each in find_contract(contract).builtins if each.kind == "triton")
-    function = next(kernels).removeprefix(f"{KERNELS}.").replace(":", ".")
+    kernels = (each.function for each in find_contract(contract).implementations if each.kind == "triton")
+    function = str(next(kernels)).removeprefix(f"{KERNELS}.").replace(":", ".")
     candidate = partial(load_mutant, function, name, place, old, new)
-    plant(Fault(f"triton-{name}", contract, candidate, caught_by, kind, source, summary, claims={"kind": "triton"} | claims))
+    plant(
+        Fault(
+            name=f"triton-{name}",
+            contract=contract,
+            candidate=candidate,
+            caught_by=caught_by,
+            kind=kind,
+            source=source,
+            summary=summary,
+            claims={"kind": "triton"} | claims,
+        )
+    )

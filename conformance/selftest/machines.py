@@ -25,18 +25,15 @@ from gaugeblock.conformance.selftest.machines_page import render
 
 @dataclass(frozen=True)
 class Machine:
-    """A pretended CPU.
-
-    Attributes:
-        summary: What it stands for.
-        environment: The switches that make the libraries take the CPU for it.
-        numpy_baseline: numpy uses no more than what its build demands; which features those are is asked of numpy.
-    """
+    """A pretended CPU."""
 
     name: str
     summary: str
+    """What it stands for."""
     environment: Mapping[str, str] = field(default_factory=dict)
+    """The switches that make the libraries take the CPU for it."""
     numpy_baseline: bool = False
+    """numpy uses no more than what its build demands; which features those are is asked of numpy."""
 
     def variables(self) -> dict[str, str]:
         """The environment of a process there."""
@@ -75,19 +72,16 @@ MACHINES = (
 
 @dataclass(frozen=True)
 class Run:
-    """What came of the gate on one machine: each verdict's status by its identity, and its exit status.
-
-    Attributes:
-        alarms: Right variants that were rejected there; None if none was judged.
-        judged: How many times one was judged.
-    """
+    """What came of the gate on one machine: each verdict's status by its identity, and its exit status."""
 
     machine: Machine
     statuses: Mapping[str, Status]
     exit_status: int
     seconds: float
     alarms: tuple[str, ...] | None = None
+    """Right variants that were rejected there; None if none was judged."""
     judged: int = 0
+    """How many times one was judged."""
 
     @property
     def conforms(self) -> bool:

@@ -10,7 +10,6 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import torch
 from hypothesis import HealthCheck, Phase, given, settings
@@ -26,39 +25,13 @@ from gaugeblock.conformance.engine.processes.handle import Lost
 from gaugeblock.conformance.engine.properties import properties
 from gaugeblock.conformance.engine.registry import find_contract, implementations
 from gaugeblock.conformance.engine.trial import Ledger, Property, Subject, Trial
-from gaugeblock.conformance.selftest.fault import Fault, process_kept
-from gaugeblock.conformance.selftest.simulated.capacity_routers import SwitchRouter
-from gaugeblock.conformance.selftest.simulated.dit import Dit
-from gaugeblock.conformance.selftest.simulated.experts import Experts
-from gaugeblock.conformance.selftest.simulated.layers import GatedNormModulate, NormModulate
-from gaugeblock.conformance.selftest.simulated.moe_layers import BalanceLoss, MixtralMoe, ZLoss
-from gaugeblock.conformance.selftest.simulated.objectives import FlowLoss, Interpolate, Velocity
-from gaugeblock.conformance.selftest.simulated.routers import GroupedRouter, SoftmaxRouter
-from gaugeblock.conformance.selftest.simulated.train_image_diffusion import Trainer
+from gaugeblock.conformance.selftest.fault import Fault, contract_of, process_kept, right_kernels
 from gaugeblock.conformance.selftest.variant import variants
 
-RIGHT: dict[str, Callable[[], Callable[..., Any]]] = {
-    "routers.softmax_topk": SoftmaxRouter,
-    "routers.grouped_sigmoid_topk": GroupedRouter,
-    "routers.switch_top1": SwitchRouter,
-    "experts.fused_swiglu": Experts,
-    "moe_layers.mixtral_moe": MixtralMoe,
-    "moe_layers.load_balancing_loss": BalanceLoss,
-    "moe_layers.router_z_loss": ZLoss,
-    "layers.layer_norm_modulate": NormModulate,
-    "layers.gated_residual_layer_norm_modulate": GatedNormModulate,
-    "dit.dit": Dit,
-    "objectives.rectified_flow_interpolate": Interpolate,
-    "objectives.rectified_flow_velocity": Velocity,
-    "objectives.rectified_flow_loss": FlowLoss,
-    "train_image_diffusion.train_step": Trainer,
-}  # the kernel that each contract's bugs are planted into
+RIGHT = {contract_of(each): each for each in right_kernels() if "world_sizes" not in vars(each).get("claims", {})}
 CAUGHT = FAILED - {"error"}  # an error of the engine catches nothing
 SOURCE = "gaugeblock.conformance.selftest.candidates"
 Close = Callable[[torch.Tensor, torch.Tensor], bool]
-
-
-# ----------------------------------------------------------------------------------------------------------- plain tests
 
 
 def _assert_close(actual: torch.Tensor, expected: torch.Tensor) -> bool:
@@ -94,33 +67,27 @@ def _gradients_due(prop: Property, subject: Subject, case: Case) -> bool:
     return differentiable and "differentiable" in prop.needs
 
 
-# ------------------------------------------------------------------------------------------------------------- kill rate
-
-
 @dataclass(frozen=True)
 class Kill:
-    """What came of a planted bug.
-
-    Attributes:
-        killed: Whether the property that it names failed.
-        cases: Examples until then.
-        size, smallest: Product of the shrunk case's sizes, and of the smallest failing one where that is known.
-        script: Of the reproduction.
-        plain: Which plain tests reject the same bug, but not the right kernel, on one of the landmarks that the gate visits, or
-            on the case it stopped at.
-    """
+    """What came of a planted bug."""
 
     contract: str
     name: str
     kind: str
     property: str
     killed: bool
+    """Whether the property that it names failed."""
     cases: int
+    """Examples until then."""
     reason: str
     size: int | None
     smallest: int | None
+    """Product of the shrunk case's sizes, and of the smallest failing one where that is known."""
     script: str
+    """Of the reproduction."""
     plain: tuple[str, ...]
+    """Which plain tests reject the same bug, but not the right kernel, on one of the landmarks that the gate visits, or on the
+    case it stopped at."""
 
 
 def kill(fault: Fault, profile: Profile) -> Kill:
@@ -163,22 +130,16 @@ def size_product(case: Case) -> int:
     return math.prod(max(1, number) for number in numbers)
 
 
-# ---------------------------------------------------------------------------------------------------------- false alarms
-
-
 @dataclass
 class Alarms:
-    """Judgements of right variants.
-
-    Attributes:
-        judged: How many times a variant was judged on a case.
-        alarms: What was rejected, and why.
-        plain: How many of the same results each plain test rejects.
-    """
+    """Judgements of right variants."""
 
     judged: int = 0
+    """How many times a variant was judged on a case."""
     alarms: list[str] = field(default_factory=list)
+    """What was rejected, and why."""
     plain: dict[str, int] = field(default_factory=dict)
+    """How many of the same results each plain test rejects."""
 
     def __add__(self, other: "Alarms") -> "Alarms":
         plain = {name: self.plain.get(name, 0) + other.plain.get(name, 0) for name in self.plain | other.plain}
@@ -225,22 +186,16 @@ def judge_variants(contract: str, dtype: str, drawn: Sequence[Case]) -> Alarms:
     return found
 
 
-# --------------------------------------------------------------------------------------------------------------- vacuity
-
-
 @dataclass
 class Vacuity:
-    """Judgements of trivial candidates.
-
-    Attributes:
-        judged: How many.
-        passed: Those that no judgement rejected.
-        coincidences: Those that are the right result: a weight that is 1 for every token, zeros that underflow.
-    """
+    """Judgements of trivial candidates."""
 
     judged: int = 0
+    """How many."""
     passed: list[str] = field(default_factory=list)
+    """Those that no judgement rejected."""
     coincidences: int = 0
+    """Those that are the right result: a weight that is 1 for every token, zeros that underflow."""
 
     def __add__(self, other: "Vacuity") -> "Vacuity":
         return Vacuity(self.judged + other.judged, self.passed + other.passed, self.coincidences + other.coincidences)
@@ -306,9 +261,6 @@ def _equal(result: torch.Tensor, right: torch.Tensor) -> bool:
     if not right.is_floating_point():
         return True  # ids that the judge accepts are right
     return torch.allclose(result.double(), right.double(), rtol=2 * torch.finfo(right.dtype).eps, atol=2.0**-50, equal_nan=True)
-
-
-# -------------------------------------------------------------------------------------------------------- repro fidelity
 
 
 def fails_again(script: str, folder: str) -> bool:

@@ -2,46 +2,38 @@
 
 import functools
 import importlib.util
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from gaugeblock.conformance.engine.implementation import Implementation
 from gaugeblock.conformance.engine.inputs.cases import Case
-from gaugeblock.conformance.engine.registry import DType, Implementation, import_folder
+from gaugeblock.conformance.engine.registry import import_folder
 from gaugeblock.conformance.engine.trial import Subject
+from gaugeblock.conformance.engine.vocabulary import DTYPES, DType
+from gaugeblock.conformance.selftest.fault import contract_of, name_of, right_kernels
 
-SOFTMAX, GROUPED, EXPERTS = "routers.softmax_topk", "routers.grouped_sigmoid_topk", "experts.fused_swiglu"
-SWITCH = "routers.switch_top1"
-MIXTRAL, BALANCE, Z = "moe_layers.mixtral_moe", "moe_layers.load_balancing_loss", "moe_layers.router_z_loss"
-NORM, GATED_NORM = "layers.layer_norm_modulate", "layers.gated_residual_layer_norm_modulate"
-INTERPOLATE, VELOCITY, FLOW_LOSS = (f"objectives.rectified_flow_{name}" for name in ("interpolate", "velocity", "loss"))
-DIT, STEP = "dit.dit", "train_image_diffusion.train_step"
-EVERY_DTYPE: tuple[DType, ...] = ("float32", "float16", "bfloat16")
 LOG2_E = 1.4426950408889634
 PUBLIC = ("transformers", "diffusers")  # modules of these libraries, where they are installed
 _variants: list["Variant"] = []
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Variant:
-    """A right implementation.
-
-    Attributes:
-        name: Of the implementation.
-        contract: What it fulfils.
-        candidate: Makes it.
-        summary: How it differs, in one sentence.
-        fits: Whether it is made for a case: some have no groups of one expert, or want aligned sizes.
-        claims: Fields of `Implementation` other than the defaults.
-    """
+    """A right implementation."""
 
     name: str
+    """Of the implementation."""
     contract: str
+    """What it fulfils."""
     candidate: Callable[[], Callable[..., Any]]
+    """Makes it."""
     summary: str
+    """How it differs, in one sentence."""
     fits: Callable[[Case], bool]
+    """Whether it is made for a case: some have no groups of one expert, or want aligned sizes."""
     claims: Mapping[str, Any]
+    """Fields of `Implementation` other than the defaults."""
 
     def subjects(self) -> list[Subject]:
         """The variant at each of its dtypes."""
@@ -55,13 +47,22 @@ def every_case(case: Case) -> bool:
 
 
 def right(
-    contract: str, *, fits: Callable[[Case], bool] = every_case, dtypes: tuple[DType, ...] = EVERY_DTYPE, **claims: Any
+    contract: str = "", *, fits: Callable[[Case], bool] = every_case, dtypes: tuple[DType, ...] = DTYPES, **claims: Any
 ) -> Callable[[type], type]:
-    """Registers a class whose instances are right implementations of `contract`; the fields are those of `Variant`."""
+    """Registers a class whose instances are right implementations of `contract`, by default the one that the class names as its
+    attribute; the fields are those of `Variant`."""
 
     def register(candidate: type) -> type:
-        name = re.sub(r"(?<!^)(?=[A-Z])", "-", candidate.__name__).lower()
-        _variants.append(Variant(name, contract, candidate, str(candidate.__doc__), fits, {"dtypes": dtypes} | claims))
+        _variants.append(
+            Variant(
+                name=name_of(candidate),
+                contract=contract or contract_of(candidate),
+                candidate=candidate,
+                summary=str(candidate.__doc__),
+                fits=fits,
+                claims={"dtypes": dtypes} | claims,
+            )
+        )
         return candidate
 
     return register
@@ -69,7 +70,9 @@ def right(
 
 @functools.cache
 def variants() -> tuple[Variant, ...]:
-    """Every right variant; those made of transformers' modules where that is installed."""
+    """Every right variant: simulated kernels, others derived from them, modules of public libraries where they are installed."""
+    for kernel in right_kernels():
+        right(**vars(kernel).get("claims", {}))(kernel)
     import_folder("gaugeblock.conformance.selftest.right")
     for name in PUBLIC:
         if importlib.util.find_spec(name):

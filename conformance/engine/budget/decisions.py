@@ -16,7 +16,8 @@ from torch.utils._pytree import tree_leaves
 from gaugeblock.conformance.engine.budget.dispatch import Watching
 from gaugeblock.conformance.engine.budget.error_budget import NOISE_RUNS
 from gaugeblock.conformance.engine.budget.rounding_noise import RoundingNoise, exact_draws
-from gaugeblock.conformance.engine.contract import Contract, ContractError, Tensors, apply
+from gaugeblock.conformance.engine.calls import apply
+from gaugeblock.conformance.engine.contract import Contract, ContractError, Tensors
 
 # A case is redrawn if rounding this many times as coarse decides anything in it. A choice so near a tie that honest rounding
 # turns it once in 6 calls passes 12 runs of its own size once in 9 times, of four times its size once in 500.
@@ -28,17 +29,14 @@ Place = tuple[int, int]  # which operation of a run that makes discrete values, 
 
 @dataclass(frozen=True)
 class Event:
-    """An operation that made integers or truth values.
-
-    Attributes:
-        results: By place, a copy of each, and the memory it lies in.
-        sources: The memories of its own integers and truth values.
-        numbers: The memories of the floating numbers that it decides by; none if it does not decide.
-    """
+    """An operation that made integers or truth values."""
 
     results: Mapping[Place, tuple[torch.Tensor, int]]
+    """By place, a copy of each, and the memory it lies in."""
     sources: frozenset[int]
+    """The memories of its own integers and truth values."""
     numbers: frozenset[int]
+    """The memories of the floating numbers that it decides by; none if it does not decide."""
 
     @property
     def decides(self) -> bool:

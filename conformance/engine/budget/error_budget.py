@@ -26,19 +26,16 @@ RMS_LIMIT, BIAS_LIMIT, SIGMAS = 1.2, 0.1, 5.0
 
 @dataclass(frozen=True)
 class Budget:
-    """What is allowed to one output or gradient.
-
-    Attributes:
-        value: The oracle.
-        variance: Of an honest implementation's error before its result is rounded, per element.
-        squares_variance, signed_variance: Of the sums of q² and sign(value)·q over the elements, with q the error in
-            deviations: they tell how many independent errors there are.
-    """
+    """What is allowed to one output or gradient."""
 
     value: torch.Tensor
+    """The oracle."""
     variance: torch.Tensor
+    """Of an honest implementation's error before its result is rounded, per element."""
     squares_variance: float
     signed_variance: float
+    """Of the sums of q² and sign(value)·q over the elements, with q the error in deviations: they tell how many independent
+    errors there are."""
 
 
 def spread(oracle: Tensors, runs: Tensors) -> dict[str, Budget]:
@@ -114,21 +111,18 @@ def element_errors(candidate: torch.Tensor, budget: Budget, dtype: torch.dtype) 
 
 @dataclass(frozen=True)
 class Errors:
-    """Errors of one output over one or several cases, as sums that can be pooled.
-
-    Attributes:
-        worst: Largest error in units of the element's budget.
-        squares, signed: Sums of q² and sign(y)·q, with q the error in deviations.
-        squares_variance, signed_variance: Of these sums, for an honest implementation.
-        elements: How many.
-    """
+    """Errors of one output over one or several cases, as sums that can be pooled."""
 
     worst: float = 0.0
+    """Largest error in units of the element's budget."""
     squares: float = 0.0
     signed: float = 0.0
+    """Sums of q² and sign(y)·q, with q the error in deviations."""
     squares_variance: float = 0.0
     signed_variance: float = 0.0
+    """Of these sums, for an honest implementation."""
     elements: int = 0
+    """How many."""
 
     def __add__(self, other: "Errors") -> "Errors":
         return Errors(

@@ -14,7 +14,8 @@ from gaugeblock.conformance.engine.budget.decisions import replay_of
 from gaugeblock.conformance.engine.budget.error_budget import NOISE_RUNS, Budget, spread, widest
 from gaugeblock.conformance.engine.budget.rounding_noise import RoundingNoise, exact_draws
 from gaugeblock.conformance.engine.budget.runs import values_of
-from gaugeblock.conformance.engine.contract import Contract, Tensors, apply, nest
+from gaugeblock.conformance.engine.calls import apply, nest
+from gaugeblock.conformance.engine.contract import Contract, Tensors
 from gaugeblock.conformance.engine.inputs.cases import Case, cotangents, dtypes_of, make_inputs, options, value_case
 
 GRADIENT = "gradient of "  # begins the key of a gradient among results

@@ -14,7 +14,9 @@ from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
 
 from gaugeblock.conformance.engine.budget.decisions import rounding_decides
-from gaugeblock.conformance.engine.contract import Contract, ContractError, Parameters, Tensors, argument_of
+from gaugeblock.conformance.engine.calls import argument_of
+from gaugeblock.conformance.engine.contract import Contract, ContractError, Parameters, Tensors
+from gaugeblock.conformance.engine.inputs.draw import Draw
 from gaugeblock.conformance.engine.inputs.far import far_view
 
 Layout = Literal["contiguous", "transposed", "sliced", "padded rows", "storage offset", "broadcast", "far"]
@@ -26,20 +28,17 @@ GUARD = 64  # elements on either side of a guarded tensor
 
 @dataclass(frozen=True, init=False, repr=False)
 class Case:
-    """One point of a contract's input space: `Case(num_tokens=3, ..., regime="dithered", layout="contiguous", seed=0)`.
-
-    Attributes:
-        items: Sizes and options.
-        layout: Of all inputs, or of those of the argument `laid_out` alone.
-        traits: What the values are like on top of the regime.
-    """
+    """One point of a contract's input space: `Case(num_tokens=3, ..., regime="dithered", layout="contiguous", seed=0)`."""
 
     items: tuple[tuple[str, Any], ...]
+    """Sizes and options."""
     regime: str
     layout: Layout
+    """Of all inputs, or of those of the argument `laid_out` alone."""
     seed: int
     laid_out: str
     traits: tuple[str, ...]
+    """What the values are like on top of the regime."""
 
     def __init__(
         self,
@@ -79,33 +78,6 @@ class Case:
 
     def __repr__(self) -> str:
         return f"Case({', '.join(f'{name}={value!r}' for name, value in self.to_json().items())})"
-
-
-class Draw:
-    """Seeded draws in float64 and int64, the vocabulary in which regimes are written."""
-
-    def __init__(self, seed: int) -> None:
-        self.generator = torch.Generator().manual_seed(seed)
-
-    def normal(self, *shape: int) -> torch.Tensor:
-        """Standard normal values."""
-        return torch.randn(shape, generator=self.generator, dtype=torch.float64)
-
-    def uniform(self, *shape: int) -> torch.Tensor:
-        """Values of [0, 1)."""
-        return torch.rand(shape, generator=self.generator, dtype=torch.float64)
-
-    def integers(self, low: int, high: int, *shape: int) -> torch.Tensor:
-        """Integers of [low, high)."""
-        return torch.randint(low, high, shape, generator=self.generator)
-
-    def permutation(self, length: int) -> torch.Tensor:
-        """The numbers 0 ... length - 1, shuffled."""
-        return torch.randperm(length, generator=self.generator)
-
-    def distinct_rows(self, rows: int, columns: int, bound: int) -> torch.Tensor:
-        """`[rows, columns]` integers below `bound`, distinct within each row."""
-        return self.uniform(rows, bound).argsort(dim=1)[:, :columns]
 
 
 def cases(

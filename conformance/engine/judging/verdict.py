@@ -11,19 +11,16 @@ FAILED: frozenset[Status] = frozenset({"fail", "crash", "timeout", "error"})
 
 @dataclass(frozen=True)
 class Statistics:
-    """An output's errors in units of its error budget; 1 is the limit of each.
-
-    Attributes:
-        max: The worst element.
-        rms: Root mean square; None where there are too few elements to say.
-        bias: Mean of the signed error; None likewise.
-        elements: How many elements rms and bias are taken over.
-    """
+    """An output's errors in units of its error budget; 1 is the limit of each."""
 
     max: float
+    """The worst element."""
     rms: float | None
+    """Root mean square; None where there are too few elements to say."""
     bias: float | None
+    """Mean of the signed error; None likewise."""
     elements: int
+    """How many elements rms and bias are taken over."""
 
     @property
     def worst(self) -> float:
@@ -33,39 +30,33 @@ class Statistics:
 
 @dataclass(frozen=True)
 class Failure:
-    """One broken promise, small enough to read.
-
-    Attributes:
-        message: What failed and by how much, in one line.
-        diagnosis: The pattern of the bad elements, or an empty string.
-        details: Further lines: the worst element, how each statistic stands.
-        cases: The shrunk case, as keyword arguments of `Case`; several where only the pool of them fails.
-        script: A stand-alone Python script that fails again.
-        output: What the candidate printed, or its beginning.
-    """
+    """One broken promise, small enough to read."""
 
     message: str
+    """What failed and by how much, in one line."""
     diagnosis: str = ""
+    """The pattern of the bad elements, or an empty string."""
     details: tuple[str, ...] = ()
+    """Further lines: the worst element, how each statistic stands."""
     cases: tuple[dict[str, Any], ...] = ()
+    """The shrunk case, as keyword arguments of `Case`; several where only the pool of them fails."""
     script: str = ""
+    """A stand-alone Python script that fails again."""
     output: str = ""
+    """What the candidate printed, or its beginning."""
 
 
 @dataclass(frozen=True)
 class Coverage:
-    """What the cases of a property have visited of what there is.
-
-    Attributes:
-        visited, due: How many, and how many there are.
-        of: What is counted: "classes", "pairs", "triples", "classes, and pairs of options".
-        sparing: Fewer are visited on purpose: the implementation is built in, and the profile quick.
-    """
+    """What the cases of a property have visited of what there is."""
 
     visited: int
     due: int
+    """How many, and how many there are."""
     of: str
+    """What is counted: "classes", "pairs", "triples", "classes, and pairs of options"."""
     sparing: bool = False
+    """Fewer are visited on purpose: the implementation is built in, and the profile quick."""
 
     @property
     def lacking(self) -> bool:
@@ -76,17 +67,9 @@ class Coverage:
         return f"{self.visited} of {self.due} {self.of}"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Verdict:
-    """Contract × implementation × property × dtype × device, and what came of it; an "error" is the engine's own.
-
-    Attributes:
-        reason: One line: why not supported, the failure's message, the waiver's link, ...
-        statistics: For each output and gradient, over all cases.
-        profile: The tightest numerics profile that was met ("strict", "eager"), or an empty string.
-        fingerprints: For each case, a digest of the output bits, so that two runs can be compared.
-        coverage: What was visited; None where nothing was, where it fails, and of a contract that names no factors.
-    """
+    """Contract × implementation × property × dtype × device, and what came of it; an "error" is the engine's own."""
 
     contract: str
     implementation: str
@@ -98,11 +81,16 @@ class Verdict:
     cases: int = 0
     seconds: float = 0.0
     reason: str = ""
+    """One line: why not supported, the failure's message, the waiver's link, ..."""
     statistics: dict[str, Statistics] = field(default_factory=dict)
-    profile: str = ""
+    """For each output and gradient, over all cases."""
+    rounding: str = ""
+    """The tightest rounding that was met ("strict", "eager"), or an empty string."""
     fingerprints: dict[str, str] = field(default_factory=dict)
+    """For each case, a digest of the output bits, so that two runs can be compared."""
     failure: Failure | None = None
     coverage: Coverage | None = None
+    """What was visited; None where nothing was, where it fails, and of a contract that names no factors."""
 
     @builtins.property  # `property` is a field here
     def identity(self) -> str:

@@ -18,13 +18,13 @@ import torch
 
 from gaugeblock.conformance.engine.contract import Tensors
 from gaugeblock.conformance.engine.frameworks import BadResult, Call, Raised
+from gaugeblock.conformance.engine.implementation import Implementation
 from gaugeblock.conformance.engine.judging.judge import Violation
 from gaugeblock.conformance.engine.processes import nursery, wire
 from gaugeblock.conformance.engine.processes.messages import Again, Describe, Group, Request, Settings
 from gaugeblock.conformance.engine.processes.output import KEPT_OUTPUT, Output
 from gaugeblock.conformance.engine.processes.perform import Conditions, Findings
 from gaugeblock.conformance.engine.processes.wire import ANYONE, ARENA_BYTES, RING_BYTES, Arena, Dtypes, Impostor, Late, Link
-from gaugeblock.conformance.engine.registry import Implementation
 
 CALL_SECONDS = 60.0  # until an answer must be there
 IMPATIENT_SECONDS = 20.0  # the same for an implementation that was waited for in vain
@@ -345,7 +345,7 @@ def _checked(findings: Findings) -> Findings:
 
 def candidates_part(trace: str) -> tuple[str, ...]:
     """A stack without the engine's frames, which end it."""
-    own = trace.strip().partition("conformance/engine/contract.py")[0].rpartition("\n")[0] or trace.strip()
+    own = trace.strip().partition("conformance/engine/calls.py")[0].rpartition("\n")[0] or trace.strip()
     return (own,) if own else ()
 
 

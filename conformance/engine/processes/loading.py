@@ -7,8 +7,9 @@ from typing import Any
 import psutil
 
 from gaugeblock.conformance.engine.devices import available_devices
+from gaugeblock.conformance.engine.implementation import Implementation
 from gaugeblock.conformance.engine.processes.handle import EngineError, Lost, Process
-from gaugeblock.conformance.engine.registry import ENTRY_POINTS, Implementation, RegistrationError, register_told
+from gaugeblock.conformance.engine.registry import ENTRY_POINTS, RegistrationError, register_told
 
 MOST_CHARACTERS = 500  # of what is said of a file
 

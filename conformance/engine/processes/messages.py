@@ -18,41 +18,35 @@ class Group:
 
 @dataclass(frozen=True)
 class Settings:
-    """What a process must know before its first call.
-
-    Attributes:
-        device: "cpu" or "cuda".
-        memory: Bytes of address space that it may take beyond what it begins with; None without limit.
-        group: Where it is one of several ranks.
-    """
+    """What a process must know before its first call."""
 
     device: str
+    """"cpu" or "cuda"."""
     memory: int | None
+    """Bytes of address space that it may take beyond what it begins with; None without limit."""
     group: Group | None = None
+    """Where it is one of several ranks."""
 
 
 @dataclass(frozen=True)
 class Request:
-    """A call, its tensors being placed in the arena.
-
-    Attributes:
-        number: Under which its results are kept.
-        implementation: A row of the registry whose function can be loaded here.
-        inputs, cotangents: Where they are; cotangents or None.
-        call: All else of the call.
-        conditions: Of `perform`.
-        most_bytes: What results may take; they are described, and not sent, if they take more.
-        written: The part of the arena whose bytes the judge wants to see after the call; None if it does not.
-    """
+    """A call, its tensors being placed in the arena."""
 
     number: int
+    """Under which its results are kept."""
     implementation: Any
+    """A row of the registry whose function can be loaded here."""
     inputs: Mapping[str, Any]
     cotangents: Mapping[str, Any] | None
+    """Where they are; cotangents or None."""
     call: Any
+    """All else of the call."""
     conditions: Any
+    """Of `perform`."""
     most_bytes: int
+    """What results may take; they are described, and not sent, if they take more."""
     written: tuple[int, int] | None = None
+    """The part of the arena whose bytes the judge wants to see after the call; None if it does not."""
 
 
 @dataclass(frozen=True)

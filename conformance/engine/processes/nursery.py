@@ -37,14 +37,11 @@ NUMBER = struct.Struct("<q")
 
 @dataclass
 class Child:
-    """A process that was forked for whoever holds this.
-
-    Attributes:
-        connection: Can be read when the process has ended; closed, it ends the process and all that came from it.
-    """
+    """A process that was forked for whoever holds this."""
 
     pid: int
     connection: socket.socket
+    """Can be read when the process has ended; closed, it ends the process and all that came from it."""
     status: int | None = None
 
     def poll(self, seconds: float = 0.0) -> int | None:
@@ -122,9 +119,6 @@ def start() -> str:
         _started.append((process, folder))
         _known.append(address)
         return address
-
-
-# ------------------------------------------------------------------------------------------------ the nursery itself
 
 
 class Nursery:

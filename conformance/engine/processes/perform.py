@@ -9,31 +9,29 @@ import torch
 
 from gaugeblock.conformance.engine.contract import Tensors
 from gaugeblock.conformance.engine.frameworks import CALLERS, Call, LibraryInFloat64, candidates_own
-from gaugeblock.conformance.engine.registry import Implementation, find_contract
+from gaugeblock.conformance.engine.implementation import Implementation
+from gaugeblock.conformance.engine.registry import find_contract, load
 from gaugeblock.conformance.engine.triton.interpreter import watch
 
 
 @dataclass(frozen=True, kw_only=True)
 class Conditions:
-    """Under what conditions a candidate is called.
-
-    Attributes:
-        grad_mode: The mode of autograd around the call.
-        library_in_float64: Torch's own functions do not depend on the batch (`LibraryInFloat64`).
-        fresh_memory_is_nan: Torch fills the memory that it hands out.
-        poisoned_lanes: What a Triton kernel loads where a mask is off, and no other value is given, is NaN.
-        program_order: A seed by which the programs of a Triton launch are shuffled; None for the usual order.
-        unusual_settings: A seed of the settings of the process before the call, and whether they are changed is found out.
-        world_size: On how many devices a distributed implementation runs; 0 for one that is not.
-    """
+    """Under what conditions a candidate is called."""
 
     grad_mode: Literal["grad", "no_grad", "inference"] = "grad"
+    """The mode of autograd around the call."""
     library_in_float64: bool = False
+    """Torch's own functions do not depend on the batch (`LibraryInFloat64`)."""
     fresh_memory_is_nan: bool = False
+    """Torch fills the memory that it hands out."""
     poisoned_lanes: bool = False
+    """What a Triton kernel loads where a mask is off, and no other value is given, is NaN."""
     program_order: int | None = None
+    """A seed by which the programs of a Triton launch are shuffled; None for the usual order."""
     unusual_settings: int | None = None
+    """A seed of the settings of the process before the call, and whether they are changed is found out."""
     world_size: int = 0
+    """On how many devices a distributed implementation runs; 0 for one that is not."""
 
 
 USUAL = Conditions()
@@ -41,19 +39,16 @@ USUAL = Conditions()
 
 @dataclass
 class Findings:
-    """What was seen during a call besides its results.
-
-    Attributes:
-        launches: Triton launches by kernel.
-        races: Addresses that two programs of a launch wrote, each in a sentence.
-        unbatched: Kernels, and what of them only Triton's own interpreter could run.
-        settings_changed: Settings of the process that the call left changed.
-    """
+    """What was seen during a call besides its results."""
 
     launches: dict[str, int] = field(default_factory=dict)
+    """Triton launches by kernel."""
     races: list[str] = field(default_factory=list)
+    """Addresses that two programs of a launch wrote, each in a sentence."""
     unbatched: list[str] = field(default_factory=list)
+    """Kernels, and what of them only Triton's own interpreter could run."""
     settings_changed: list[str] = field(default_factory=list)
+    """Settings of the process that the call left changed."""
 
 
 def perform(
@@ -85,7 +80,7 @@ def perform(
             watch(call.inputs.values(), poison=conditions.poisoned_lanes, order=conditions.program_order)
         )
         with candidates_own():
-            function = implementation.load()
+            function = load(implementation)
         results = CALLERS[implementation.framework](find_contract(implementation.contract), function, call)
     findings.launches = dict(watched.launches)
     findings.races, findings.unbatched = list(watched.races), list(watched.unbatched)

@@ -19,6 +19,7 @@ from gaugeblock.conformance.engine.budget.oracle import GRADIENT
 from gaugeblock.conformance.engine.contract import Contract, Parameters, Tensors
 from gaugeblock.conformance.engine.devices import RANKS
 from gaugeblock.conformance.engine.frameworks import BadResult, Call, Raised
+from gaugeblock.conformance.engine.implementation import Implementation
 from gaugeblock.conformance.engine.judging.judge import Violation
 from gaugeblock.conformance.engine.processes.door import Door
 from gaugeblock.conformance.engine.processes.handle import (
@@ -31,7 +32,6 @@ from gaugeblock.conformance.engine.processes.handle import (
 )
 from gaugeblock.conformance.engine.processes.messages import Group
 from gaugeblock.conformance.engine.processes.perform import Conditions, Findings
-from gaugeblock.conformance.engine.registry import Implementation
 
 PATIENCE_SECONDS = 20.0  # without any rank coming back, until all are taken to be stuck
 IMPATIENCE_SECONDS = 6.0  # the same for an implementation that was stuck before
@@ -251,9 +251,6 @@ def _meeting() -> LocalMeeting | TorchrunMeeting:
         else:
             _meetings.append(LocalMeeting())
     return _meetings[0]
-
-
-# ----------------------------------------------------------------------------------------------------- shards
 
 
 def _shard(contract: Contract, parameters: Parameters, call: Call, rank: int, size: int) -> Call:

@@ -6,14 +6,15 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from gaugeblock.conformance.engine.contract import Contract, Tensors, argument_of
+from gaugeblock.conformance.engine.calls import argument_of
+from gaugeblock.conformance.engine.contract import Contract, Tensors
 from gaugeblock.conformance.engine.frameworks import Call
+from gaugeblock.conformance.engine.implementation import Candidate, Implementation
 from gaugeblock.conformance.engine.processes.handle import WITH_THE_NURSERY, Answer, Lost, Process
 from gaugeblock.conformance.engine.processes.perform import Conditions, perform
 from gaugeblock.conformance.engine.processes.process import KEPT
 from gaugeblock.conformance.engine.processes.ranks import Ranks
 from gaugeblock.conformance.engine.processes.wire import Arena
-from gaugeblock.conformance.engine.registry import Candidate, Implementation
 
 if TYPE_CHECKING:
     from gaugeblock.conformance.engine.trial import Subject

@@ -15,21 +15,18 @@ class MatrixInstruction:
 
 @dataclass(frozen=True)
 class Chip:
-    """A compilation target.
-
-    Attributes:
-        name: as people write it, such as sm_90.
-        backend, architecture, warp_size: as `triton.backends.compiler.GPUTarget` takes them.
-        shared_bytes: shared memory that one program can have.
-        matrix_instructions: those for fp16 and bf16 operands, from the one for most rows to the one for any.
-    """
+    """A compilation target."""
 
     name: str
+    """as people write it, such as sm_90."""
     backend: str
     architecture: int | str
     warp_size: int
+    """as `triton.backends.compiler.GPUTarget` takes them."""
     shared_bytes: int
+    """shared memory that one program can have."""
     matrix_instructions: tuple[MatrixInstruction, ...]
+    """those for fp16 and bf16 operands, from the one for most rows to the one for any."""
 
     def matrix_instruction(self, rows: int) -> str:
         """The name of the instruction that a `tl.dot` of fp16 or bf16 with so many rows should become."""

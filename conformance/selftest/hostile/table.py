@@ -12,12 +12,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from gaugeblock.conformance.engine.exploration import PROFILES, examine
+from gaugeblock.conformance.engine.implementation import Implementation
 from gaugeblock.conformance.engine.judging.verdict import Status, Verdict
 from gaugeblock.conformance.engine.processes import handle
 from gaugeblock.conformance.engine.processes.loading import describe_candidates
 from gaugeblock.conformance.engine.processes.output import KEPT_OUTPUT
 from gaugeblock.conformance.engine.properties import properties
-from gaugeblock.conformance.engine.registry import Implementation, RegistrationError
+from gaugeblock.conformance.engine.registry import RegistrationError
 from gaugeblock.conformance.engine.trial import Subject
 from gaugeblock.conformance.exit_status import FAILS
 

@@ -7,10 +7,8 @@ import torch
 from gaugeblock.conformance.selftest.fault import fault
 from gaugeblock.conformance.selftest.simulated.capacity_routers import SwitchRouter
 
-SWITCH = "routers.switch_top1"
 
-
-@fault(SWITCH, caught_by="parity", kind="boundary", source="Switch ports")
+@fault(caught_by="parity", kind="boundary", source="Switch ports")
 class CapacityRoundedDown(SwitchRouter):
     """Where the quotient is no integer, an expert has room for one token less."""
 
@@ -18,7 +16,7 @@ class CapacityRoundedDown(SwitchRouter):
         return int(tokens * capacity_factor / experts)
 
 
-@fault(SWITCH, caught_by="parity", kind="boundary", source="Switch ports", smallest=2)
+@fault(caught_by="parity", kind="boundary", source="Switch ports", smallest=2)
 class CapacityOffByOne(SwitchRouter):
     """One token more than there is room for is kept."""
 
@@ -26,7 +24,7 @@ class CapacityOffByOne(SwitchRouter):
         return places > capacity
 
 
-@fault(SWITCH, caught_by="parity", kind="boundary", source="Megatron-LM#5542")
+@fault(caught_by="parity", kind="boundary", source="Megatron-LM#5542")
 class CapacityOfPaddedTokens(SwitchRouter):
     """The number of tokens is that of the padded batch, so experts have more room."""
 
@@ -34,7 +32,7 @@ class CapacityOfPaddedTokens(SwitchRouter):
         return super().capacity(-(-tokens // 16) * 16, experts, capacity_factor)
 
 
-@fault(SWITCH, caught_by="parity", kind="structural", source="Megatron-LM#5542")
+@fault(caught_by="parity", kind="structural", source="Megatron-LM#5542")
 class PaddingTakesRoom(SwitchRouter):
     """Rows of zeros that fill the first tile choose expert 0, before the tokens do."""
 
@@ -43,7 +41,7 @@ class PaddingTakesRoom(SwitchRouter):
         return super().places(torch.cat([ids.new_zeros(padding), ids]), experts, scores)[padding:]
 
 
-@fault(SWITCH, caught_by="parity", kind="structural", source="Switch ports", smallest=2)
+@fault(caught_by="parity", kind="structural", source="Switch ports", smallest=2)
 class FirstTokensDropped(SwitchRouter):
     """An expert keeps its last tokens."""
 
@@ -51,7 +49,7 @@ class FirstTokensDropped(SwitchRouter):
         return super().places(ids.flip(0), experts, scores).flip(0)
 
 
-@fault(SWITCH, caught_by="parity", kind="structural", source="V-MoE's batch prioritized routing")
+@fault(caught_by="parity", kind="structural", source="V-MoE's batch prioritized routing")
 class LeastProbableDropped(SwitchRouter):
     """An expert keeps the tokens to which it is most probable."""
 
@@ -60,7 +58,7 @@ class LeastProbableDropped(SwitchRouter):
         return super().places(ids[order], experts, scores)[order.argsort()]
 
 
-@fault(SWITCH, caught_by="parity", kind="structural", source="transformers#37017", smallest=2)
+@fault(caught_by="parity", kind="structural", source="transformers#37017", smallest=2)
 class DroppedKeepsItsWeight(SwitchRouter):
     """A dropped token's weight is its probability, so that it passes scaled instead of not at all."""
 
@@ -68,7 +66,7 @@ class DroppedKeepsItsWeight(SwitchRouter):
         return weights
 
 
-@fault(SWITCH, caught_by="parity", kind="structural", smallest=1)
+@fault(caught_by="parity", kind="structural", smallest=1)
 class KeptForDropped(SwitchRouter):
     """The mask is of those that are kept."""
 
@@ -76,7 +74,7 @@ class KeptForDropped(SwitchRouter):
         return ids, ~dropped
 
 
-@fault(SWITCH, caught_by="parity", kind="structural", source="maxtext#4826")
+@fault(caught_by="parity", kind="structural", source="maxtext#4826")
 class DroppedGoesToExpertZero(SwitchRouter):
     """The id of a dropped token is 0, as a one-hot row of zeros says by argmax."""
 
@@ -84,7 +82,7 @@ class DroppedGoesToExpertZero(SwitchRouter):
         return torch.where(dropped, 0, ids), dropped
 
 
-@fault(SWITCH, caught_by="parity", kind="boundary", source="scans of one block")
+@fault(caught_by="parity", kind="boundary", source="scans of one block")
 class PlacesStartAgain(SwitchRouter):
     """Counts are not carried from one block of tokens to the next."""
 
@@ -92,7 +90,7 @@ class PlacesStartAgain(SwitchRouter):
         return counts
 
 
-@fault(SWITCH, caught_by="parity", kind="boundary", source="scans of several blocks")
+@fault(caught_by="parity", kind="boundary", source="scans of several blocks")
 class LastBlockCarriedAlone(SwitchRouter):
     """Counts are those of the block before, not of all before."""
 
@@ -100,7 +98,7 @@ class LastBlockCarriedAlone(SwitchRouter):
         return chosen.sum(0)
 
 
-@fault(SWITCH, caught_by="parity", kind="precision", source="Megatron-LM#7081")
+@fault(caught_by="parity", kind="precision", source="Megatron-LM#7081")
 class CountsInBfloat16(SwitchRouter):
     """Above 256 tokens of one expert, one more does not count."""
 
@@ -108,7 +106,7 @@ class CountsInBfloat16(SwitchRouter):
         return torch.zeros(experts, dtype=torch.bfloat16)
 
 
-@fault(SWITCH, caught_by="parity", kind="boundary", source="kekzl/imp#2056")
+@fault(caught_by="parity", kind="boundary", source="kekzl/imp#2056")
 class CountsInBytes(SwitchRouter):
     """Counts of tokens wrap at 256."""
 
@@ -116,7 +114,7 @@ class CountsInBytes(SwitchRouter):
         return super().carried(counts, chosen) % 256
 
 
-@fault(SWITCH, caught_by="parity", kind="structural", source="megablocks#87")
+@fault(caught_by="parity", kind="structural", source="megablocks#87")
 class NormalizedOverTokens(SwitchRouter):
     """The softmax is taken over the tokens."""
 
@@ -124,7 +122,7 @@ class NormalizedOverTokens(SwitchRouter):
         return logits.double().softmax(0).float()
 
 
-@fault(SWITCH, caught_by="gradients", kind="gradient", source="transformers#48687", smallest=2)
+@fault(caught_by="gradients", kind="gradient", source="transformers#48687", smallest=2)
 class GradientOfTheDropped(SwitchRouter):
     """A dropped token's weight is 0, and its gradient is not."""
 
@@ -132,7 +130,7 @@ class GradientOfTheDropped(SwitchRouter):
         return weights - torch.where(dropped, weights, 0.0).detach()
 
 
-@fault(SWITCH, caught_by="gradients", kind="gradient")
+@fault(caught_by="gradients", kind="gradient")
 class ProbabilityIsItsOwnLogit(SwitchRouter):
     """The gradient reaches the chosen logit and none of its rivals."""
 
@@ -141,7 +139,7 @@ class ProbabilityIsItsOwnLogit(SwitchRouter):
         return scores + scores * (logits - logits.detach()).nan_to_num()
 
 
-@fault(SWITCH, caught_by="same_pointer_new_data", kind="state", source="KernelBench exploits")
+@fault(caught_by="same_pointer_new_data", kind="state", source="KernelBench exploits")
 class PlacesKeptByShape(SwitchRouter):
     """Places are computed once for each number of tokens and experts."""
 
@@ -152,7 +150,7 @@ class PlacesKeptByShape(SwitchRouter):
         return self.kept.setdefault((len(ids), experts), super().places(ids, experts, scores))
 
 
-@fault(SWITCH, caught_by="rejections", kind="error-contract")
+@fault(caught_by="rejections", kind="error-contract")
 class AnyCapacityWillDo(SwitchRouter):
     """A capacity that is no positive number drops all tokens instead of being rejected."""
 

@@ -14,8 +14,6 @@ from gaugeblock.conformance.selftest.edits import mutated
 from gaugeblock.conformance.selftest.fault import Fault, fault, plant
 from gaugeblock.conformance.selftest.simulated.experts import Experts
 
-EXPERTS = "experts.fused_swiglu"
-
 
 class OffAt(Experts, ABC):
     """1 % off where it is said."""
@@ -29,7 +27,7 @@ class OffAt(Experts, ABC):
         return out * 1.01 if self.wrong_at(len(w13), topk_ids.shape[1]) else out
 
 
-@fault(EXPERTS, caught_by="parity", kind="boundary", source="sglang#36309: a fast path of its own for one (E, k)")
+@fault(caught_by="parity", kind="boundary", source="sglang#36309: a fast path of its own for one (E, k)")
 class WrongForEightExpertsOfWhichTwo(OffAt):
     """The path for Mixtral's own numbers is off by 1 %."""
 
@@ -37,7 +35,7 @@ class WrongForEightExpertsOfWhichTwo(OffAt):
         return (num_experts, top_k) == (8, 2)
 
 
-@fault(EXPERTS, caught_by="parity", kind="boundary")
+@fault(caught_by="parity", kind="boundary")
 class WrongForThreeChoices(OffAt):
     """An unrolled loop over three choices is off by 1 %."""
 
@@ -45,7 +43,7 @@ class WrongForThreeChoices(OffAt):
         return top_k == 3
 
 
-@fault(EXPERTS, caught_by="parity", kind="boundary")
+@fault(caught_by="parity", kind="boundary")
 class WrongForEightExpertsOfWhichFour(OffAt):
     """One entry of a tuned table is off by 1 %."""
 
@@ -53,7 +51,7 @@ class WrongForEightExpertsOfWhichFour(OffAt):
         return (num_experts, top_k) == (8, 4)
 
 
-@fault(EXPERTS, caught_by="parity", kind="boundary", source="Megatron: the last expert of a rank")
+@fault(caught_by="parity", kind="boundary", source="Megatron: the last expert of a rank")
 class LastOfEightExpertsWrong(Experts):
     """Of eight experts the last has the weights of the one before."""
 
@@ -63,7 +61,7 @@ class LastOfEightExpertsWrong(Experts):
         return super().__call__(hidden_states, w13, w2, topk_weights, topk_ids)
 
 
-@fault(EXPERTS, caught_by="fully_written", kind="memory", source="vllm-ascend#17009")
+@fault(caught_by="fully_written", kind="memory", source="vllm-ascend#17009")
 class RowsWithoutWeightUnwritten(Experts):
     """Tokens whose weights are all 0 are skipped, and their results left as memory was."""
 
@@ -72,7 +70,7 @@ class RowsWithoutWeightUnwritten(Experts):
         return torch.where(skipped, torch.empty(outs.shape[0], outs.shape[2]), super().combine(outs, topk_weights))
 
 
-@fault(EXPERTS, caught_by="fully_written", kind="memory")
+@fault(caught_by="fully_written", kind="memory")
 class RowsOfTheUnwantedUnwritten(Experts):
     """Experts are not asked where the weight is 0, but what they did not answer is added up."""
 
@@ -81,7 +79,7 @@ class RowsOfTheUnwantedUnwritten(Experts):
         return super().combine(torch.where(unwanted, torch.empty_like(outs), outs), topk_weights)
 
 
-@fault(EXPERTS, caught_by="rejections", kind="error-contract", source="Diffulex#37")
+@fault(caught_by="rejections", kind="error-contract", source="Diffulex#37")
 class MoreIdsThanTokens(Experts):
     """Ids and weights of tokens that are not there are cut off in silence."""
 
@@ -90,7 +88,7 @@ class MoreIdsThanTokens(Experts):
         return super().__call__(hidden_states, w13, w2, topk_weights[:tokens], topk_ids[:tokens])
 
 
-@fault(EXPERTS, caught_by="determinism", kind="state", source="float atomics in the combine")
+@fault(caught_by="determinism", kind="state", source="float atomics in the combine")
 class ChoicesInAnyOrder(Experts):
     """The choices of a token are added up in another order at each call; two of them commute."""
 
@@ -102,7 +100,7 @@ class ChoicesInAnyOrder(Experts):
         return super().combine(outs.roll(self.turn, 1), topk_weights.roll(self.turn, 1))
 
 
-@fault(EXPERTS, caught_by="parity", kind="error-contract", source="engines hand ids in either dtype")
+@fault(caught_by="parity", kind="error-contract", source="engines hand ids in either dtype")
 class NarrowIdsRefused(Experts):
     """Ids of int32, which routers of the same library return, are refused."""
 
@@ -110,9 +108,6 @@ class NarrowIdsRefused(Experts):
         super().validate(*inputs)
         if inputs[4].dtype != torch.int64:
             raise TypeError(f"topk_ids must be int64, got {inputs[4].dtype}")
-
-
-# ------------------------------------------------------------------------------------------------------- twins in JAX
 
 
 def changed_twin(path: str, place: str, old: str, new: str) -> Callable[..., Any]:
@@ -128,7 +123,14 @@ def twin(contract: str, name: str, summary: str, place: str, old: str, new: str)
     module, _, function = contract.partition(".")
     candidate = partial(changed_twin, f"gaugeblock.reference.jax.{module}:{function}", place, old, new)
     claims = {"framework": "jax", "jit": True}
-    plant(Fault(f"jax-{name}", contract, candidate, "parity", "structural", "", summary, claims=claims))
+    row: dict[str, Any] = {
+        "name": f"jax-{name}",
+        "contract": contract,
+        "candidate": candidate,
+        "summary": summary,
+        "claims": claims,
+    }
+    plant(Fault(**row, caught_by="parity", kind="structural"))
 
 
 twin(

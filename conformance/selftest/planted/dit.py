@@ -7,14 +7,10 @@ import torch
 from gaugeblock.conformance.selftest.fault import fault
 from gaugeblock.conformance.selftest.simulated.dit import Dit
 
-DIT = "dit.dit"
 BFLOAT = ("bfloat16",)
 
 
-# ------------------------------------------------------------------------------------------------- times and classes
-
-
-@fault(DIT, caught_by="parity", kind="structural", source="diffusers ports: flip_sin_to_cos")
+@fault(caught_by="parity", kind="structural", source="diffusers ports: flip_sin_to_cos")
 class SinesFirst(Dit):
     """Sines of times come before the cosines."""
 
@@ -22,7 +18,7 @@ class SinesFirst(Dit):
         return super().times(timesteps, config).roll(config.frequency_embedding_size // 2, -1)
 
 
-@fault(DIT, caught_by="parity", kind="structural", source="diffusers ports: downscale_freq_shift")
+@fault(caught_by="parity", kind="structural", source="diffusers ports: downscale_freq_shift")
 class FrequencyShiftIgnored(Dit):
     """Frequencies are those of the paper's code, whatever is asked for."""
 
@@ -30,7 +26,7 @@ class FrequencyShiftIgnored(Dit):
         return super().waves(values, width, 0)
 
 
-@fault(DIT, caught_by="parity", kind="precision", source="diffusers and Flux ports", dtypes=BFLOAT)
+@fault(caught_by="parity", kind="precision", source="diffusers and Flux ports", dtypes=BFLOAT)
 class TimesInBfloat16(Dit):
     """Times 998 and 999 are one."""
 
@@ -38,7 +34,7 @@ class TimesInBfloat16(Dit):
         return super().times(timesteps.bfloat16().float(), config)
 
 
-@fault(DIT, caught_by="parity", kind="precision", source="frequencies in the model's dtype", dtypes=BFLOAT)
+@fault(caught_by="parity", kind="precision", source="frequencies in the model's dtype", dtypes=BFLOAT)
 class FrequenciesInBfloat16(Dit):
     """The frequencies are rounded to bfloat16, and the angles are up to 1000 times as wrong."""
 
@@ -49,7 +45,7 @@ class FrequenciesInBfloat16(Dit):
         return torch.cat([angles.cos(), angles.sin()], 1)
 
 
-@fault(DIT, caught_by="parity", kind="structural", source="samplers that tell a model t in [0, 1]")
+@fault(caught_by="parity", kind="structural", source="samplers that tell a model t in [0, 1]")
 class TimesDividedByAThousand(Dit):
     """The factor 1000 is applied by the sampler and taken back here."""
 
@@ -57,7 +53,7 @@ class TimesDividedByAThousand(Dit):
         return super().times(timesteps / 1000, config)
 
 
-@fault(DIT, caught_by="parity", kind="boundary", source="ports without the row of the dropped label")
+@fault(caught_by="parity", kind="boundary", source="ports without the row of the dropped label")
 class DroppedLabelIsTheFirstRow(Dit):
     """The label that was dropped is taken modulo the number of classes."""
 
@@ -65,7 +61,7 @@ class DroppedLabelIsTheFirstRow(Dit):
         return super().classes(state, labels % config.num_classes, config)
 
 
-@fault(DIT, caught_by="parity", kind="structural")
+@fault(caught_by="parity", kind="structural")
 class SiluForgotten(Dit):
     """The modulations see the conditioning itself."""
 
@@ -74,7 +70,7 @@ class SiluForgotten(Dit):
         return self.linear(state, "t_embedder.mlp.2", inner) + self.classes(state, labels, config)
 
 
-@fault(DIT, caught_by="same_pointer_new_data", kind="state", source="TeaCache and its kin")
+@fault(caught_by="same_pointer_new_data", kind="state", source="TeaCache and its kin")
 class ConditioningKept(Dit):
     """The conditioning of a batch of one size is computed once."""
 
@@ -86,10 +82,7 @@ class ConditioningKept(Dit):
         return self.cache.setdefault(fresh.shape, fresh.detach()) + (fresh - fresh.detach())
 
 
-# ------------------------------------------------------------------------------------------------------------ patches
-
-
-@fault(DIT, caught_by="parity", kind="structural", source="Flux ports: axes swapped")
+@fault(caught_by="parity", kind="structural", source="Flux ports: axes swapped")
 class RowsBeforeColumns(Dit):
     """The position table has the row first."""
 
@@ -97,7 +90,7 @@ class RowsBeforeColumns(Dit):
         return super().join_axes(row, column)
 
 
-@fault(DIT, caught_by="parity", kind="structural")
+@fault(caught_by="parity", kind="structural")
 class CosinesOfPlacesFirst(Dit):
     """The position table is made as the times' embedding is."""
 
@@ -106,7 +99,7 @@ class CosinesOfPlacesFirst(Dit):
         return super().join_axes(column.roll(half, 1), row.roll(half, 1))
 
 
-@fault(DIT, caught_by="parity", kind="structural", source="einops ports: `(p1 p2 c)` for a convolution's kernel")
+@fault(caught_by="parity", kind="structural", source="einops ports: `(p1 p2 c)` for a convolution's kernel")
 class ChannelLastInPatches(Dit):
     """Values of a patch are taken row, column, channel; the kernel has the channel first."""
 
@@ -114,7 +107,7 @@ class ChannelLastInPatches(Dit):
         return super().patchify(latents, patch).unflatten(-1, (latents.shape[1], -1)).transpose(2, 3).flatten(2)
 
 
-@fault(DIT, caught_by="parity", kind="structural", source="unpatchify as the inverse of patchify")
+@fault(caught_by="parity", kind="structural", source="unpatchify as the inverse of patchify")
 class ChannelFirstInTheResult(Dit):
     """The last layer's values are taken channel, row, column."""
 
@@ -123,7 +116,7 @@ class ChannelFirstInTheResult(Dit):
         return super().unpatchify(moved, config)
 
 
-@fault(DIT, caught_by="parity", kind="structural")
+@fault(caught_by="parity", kind="structural")
 class ImageTransposed(Dit):
     """Patches are put together column by column."""
 
@@ -132,7 +125,7 @@ class ImageTransposed(Dit):
         return super().unpatchify(patches.unflatten(1, (grid, grid)).transpose(1, 2).flatten(1, 2), config)
 
 
-@fault(DIT, caught_by="parity", kind="structural", source="learn_sigma in samplers that chunk the channels")
+@fault(caught_by="parity", kind="structural", source="learn_sigma in samplers that chunk the channels")
 class SigmaFirst(Dit):
     """The channels of the variance come before those of the noise."""
 
@@ -141,10 +134,7 @@ class SigmaFirst(Dit):
         return out.roll(config.in_channels, 1) if config.learn_sigma else out
 
 
-# ------------------------------------------------------------------------------------------------------------- blocks
-
-
-@fault(DIT, caught_by="parity", kind="structural", source="AdaLayerNormContinuous: scale, shift")
+@fault(caught_by="parity", kind="structural", source="AdaLayerNormContinuous: scale, shift")
 class ScaleBeforeShift(Dit):
     """The final layer's first half is taken for the scale."""
 
@@ -152,7 +142,7 @@ class ScaleBeforeShift(Dit):
         return parts[::-1]
 
 
-@fault(DIT, caught_by="parity", kind="structural", source="chunk order of AdaLayerNormZero")
+@fault(caught_by="parity", kind="structural", source="chunk order of AdaLayerNormZero")
 class GatesBetweenTheShifts(Dit):
     """The six parts are taken as shifts, scales, gates."""
 
@@ -160,7 +150,7 @@ class GatesBetweenTheShifts(Dit):
         return tuple(parts[each] for each in (0, 2, 4, 1, 3, 5))
 
 
-@fault(DIT, caught_by="parity", kind="structural", source="adaLN ports")
+@fault(caught_by="parity", kind="structural", source="adaLN ports")
 class OneForgotten(Dit):
     """Normalized tokens are multiplied by the scale alone."""
 
@@ -168,7 +158,7 @@ class OneForgotten(Dit):
         return normalized * scale + shift
 
 
-@fault(DIT, caught_by="parity", kind="precision", source="diffusers: norm_eps is that of norm2 alone")
+@fault(caught_by="parity", kind="precision", source="diffusers: norm_eps is that of norm2 alone")
 class OneEpsForAllNorms(Dit):
     """The first LayerNorm has the second one's eps."""
 
@@ -180,7 +170,7 @@ class OneEpsForAllNorms(Dit):
         return super().norm(tokens, self.eps)
 
 
-@fault(DIT, caught_by="parity", kind="precision", source="GroupNorm and LayerNorm eps 1e-5 / 1e-6 mixed up")
+@fault(caught_by="parity", kind="precision", source="GroupNorm and LayerNorm eps 1e-5 / 1e-6 mixed up")
 class NormEpsIgnored(Dit):
     """Every LayerNorm has 1e-6."""
 
@@ -188,7 +178,7 @@ class NormEpsIgnored(Dit):
         return super().norm(tokens, 1e-6)
 
 
-@fault(DIT, caught_by="parity", kind="precision", source="DiT and CLIP ports")
+@fault(caught_by="parity", kind="precision", source="DiT and CLIP ports")
 class ExactGelu(Dit):
     """The GELU is the exact one, a thousandth away."""
 
@@ -196,7 +186,7 @@ class ExactGelu(Dit):
         return torch.nn.functional.gelu(inner)
 
 
-@fault(DIT, caught_by="parity", kind="structural", source="Megatron's fused qkv")
+@fault(caught_by="parity", kind="structural", source="Megatron's fused qkv")
 class QkvOfEachHeadTogether(Dit):
     """Rows of the fused product are read as heads of queries, keys and values."""
 
@@ -204,7 +194,7 @@ class QkvOfEachHeadTogether(Dit):
         return qkv.unflatten(-1, (num_heads, 3, -1)).permute(3, 0, 2, 1, 4).unbind()
 
 
-@fault(DIT, caught_by="parity", kind="structural")
+@fault(caught_by="parity", kind="structural")
 class ScaledByTheWholeWidth(Dit):
     """Scores are divided by the root of the hidden size."""
 
@@ -212,7 +202,7 @@ class ScaledByTheWholeWidth(Dit):
         return math.sqrt(num_heads) * super().root(query, num_heads)
 
 
-@fault(DIT, caught_by="nan_containment", kind="structural", source="tokens flattened over the batch without a mask")
+@fault(caught_by="nan_containment", kind="structural", source="tokens flattened over the batch without a mask")
 class AttendsAcrossTheBatch(Dit):
     """The tokens of all examples are one sequence."""
 
@@ -220,7 +210,7 @@ class AttendsAcrossTheBatch(Dit):
         return super().attention(state, tokens.flatten(0, 1)[None], num_heads).view(tokens.shape)
 
 
-@fault(DIT, caught_by="parity", kind="precision", source="fp8 attention that nobody asked for", dtypes=BFLOAT)
+@fault(caught_by="parity", kind="precision", source="fp8 attention that nobody asked for", dtypes=BFLOAT)
 class ValuesInEightBits(Dit):
     """Attention reads its values through float8_e4m3."""
 
@@ -229,7 +219,7 @@ class ValuesInEightBits(Dit):
         return query, key, value.to(torch.float8_e4m3fn).float()
 
 
-@fault(DIT, caught_by="inputs_unchanged", kind="memory", source="in-place scaling of latents")
+@fault(caught_by="inputs_unchanged", kind="memory", source="in-place scaling of latents")
 class LatentsClampedInPlace(Dit):
     """Latents are clamped where they lie."""
 
@@ -238,7 +228,7 @@ class LatentsClampedInPlace(Dit):
         return super().load(latents)
 
 
-@fault(DIT, caught_by="gradients", kind="gradient", source="frozen embeddings")
+@fault(caught_by="gradients", kind="gradient", source="frozen embeddings")
 class ClassTableFrozen(Dit):
     """The class table gets no gradient."""
 
@@ -246,7 +236,7 @@ class ClassTableFrozen(Dit):
         return super().classes(state, labels, config).detach()
 
 
-@fault(DIT, caught_by="gradients", kind="gradient", source="embedding(padding_idx)")
+@fault(caught_by="gradients", kind="gradient", source="embedding(padding_idx)")
 class DroppedLabelFrozen(Dit):
     """The row of the dropped label, as padding, gets no gradient."""
 
@@ -255,7 +245,7 @@ class DroppedLabelFrozen(Dit):
         return torch.where((labels == config.num_classes)[:, None], rows.detach(), rows)
 
 
-@fault(DIT, caught_by="state_dict_round_trip", kind="state", source="parameters zipped with the keys of a checkpoint")
+@fault(caught_by="state_dict_round_trip", kind="state", source="parameters zipped with the keys of a checkpoint")
 class BlocksByPlace(Dit):
     """Entries of a block are taken in the order in which the dict holds them."""
 

@@ -5,13 +5,8 @@ import torch
 from gaugeblock.conformance.selftest.fault import fault
 from gaugeblock.conformance.selftest.simulated.experts import Experts
 
-EXPERTS = "experts.fused_swiglu"
 
-
-# --------------------------------------------------------------------------------------------------- the wrong formula
-
-
-@fault(EXPERTS, caught_by="parity", kind="structural", source="gpt-oss ports")
+@fault(caught_by="parity", kind="structural", source="gpt-oss ports")
 class GateAndUpSwapped(Experts):
     """The first half of w13 is taken for up."""
 
@@ -19,7 +14,7 @@ class GateAndUpSwapped(Experts):
         return super().activate(up, gate)
 
 
-@fault(EXPERTS, caught_by="parity", kind="structural", source="gpt-oss ports")
+@fault(caught_by="parity", kind="structural", source="gpt-oss ports")
 class HalvesReadAsInterleaved(Experts):
     """Gate and up are taken from even and odd rows of w13."""
 
@@ -27,7 +22,7 @@ class HalvesReadAsInterleaved(Experts):
         return gate_up[:, 0::2], gate_up[:, 1::2]
 
 
-@fault(EXPERTS, caught_by="parity", kind="structural", source="gpt-oss: limit 7")
+@fault(caught_by="parity", kind="structural", source="gpt-oss: limit 7")
 class Clamped(Experts):
     """Gate and up are clamped at 7, as gpt-oss does."""
 
@@ -35,7 +30,7 @@ class Clamped(Experts):
         return super().activate(gate.clamp(max=7), up.clamp(-7, 7))
 
 
-@fault(EXPERTS, caught_by="parity", kind="structural")
+@fault(caught_by="parity", kind="structural")
 class GeluForSilu(Experts):
     """The gate passes a GELU."""
 
@@ -43,7 +38,7 @@ class GeluForSilu(Experts):
         return torch.nn.functional.gelu(gate) * up
 
 
-@fault(EXPERTS, caught_by="parity", kind="structural", source="gpt-oss ports")
+@fault(caught_by="parity", kind="structural", source="gpt-oss ports")
 class SigmoidSteeper(Experts):
     """gate · sigmoid(1.702 · gate), as gpt-oss has it."""
 
@@ -51,7 +46,7 @@ class SigmoidSteeper(Experts):
         return gate * torch.sigmoid(1.702 * gate) * up
 
 
-@fault(EXPERTS, caught_by="parity", kind="structural", source="Llama-4 ports")
+@fault(caught_by="parity", kind="structural", source="Llama-4 ports")
 class WeightBeforeTheActivation(Experts):
     """The router weight scales an expert's input, as Llama 4 has it; SwiGLU is not linear."""
 
@@ -63,7 +58,7 @@ class WeightBeforeTheActivation(Experts):
         return super().combine(outs, torch.ones_like(topk_weights))
 
 
-@fault(EXPERTS, caught_by="parity", kind="structural", source="Llama-4 ports")
+@fault(caught_by="parity", kind="structural", source="Llama-4 ports")
 class WeightAppliedTwice(Experts):
     """The router weight is in the second product's epilogue and in the combine."""
 
@@ -71,7 +66,7 @@ class WeightAppliedTwice(Experts):
         return super().combine(outs, topk_weights.square())
 
 
-@fault(EXPERTS, caught_by="parity", kind="structural", source="llama.cpp#26294", smallest=8)
+@fault(caught_by="parity", kind="structural", source="llama.cpp#26294", smallest=8)
 class RepeatedIdDropped(Experts):
     """Weights are scattered over the experts, where of an id given twice in a row the last one stays."""
 
@@ -84,7 +79,7 @@ class RepeatedIdDropped(Experts):
         return super().dispatch(topk_ids, num_experts)
 
 
-@fault(EXPERTS, caught_by="parity", kind="boundary", source="llama.cpp#26310", smallest=8)
+@fault(caught_by="parity", kind="boundary", source="llama.cpp#26310", smallest=8)
 class ListOfTokensForRows(Experts):
     """An expert's list has room for each token once; what repeated ids add is not computed."""
 
@@ -101,7 +96,7 @@ class ListOfTokensForRows(Experts):
         return torch.zeros(rows, columns)
 
 
-@fault(EXPERTS, caught_by="parity", kind="structural", source="Llama-4 ports", smallest=2)
+@fault(caught_by="parity", kind="structural", source="Llama-4 ports", smallest=2)
 class WeightIgnoredForOneChoice(Experts):
     """With top_k = 1 the combine is skipped, and the weight with it."""
 
@@ -109,7 +104,7 @@ class WeightIgnoredForOneChoice(Experts):
         return outs[:, 0] if outs.shape[1] == 1 else super().combine(outs, topk_weights)
 
 
-@fault(EXPERTS, caught_by="parity", kind="structural")
+@fault(caught_by="parity", kind="structural")
 class InversePermutationForgotten(Experts):
     """Rows are put back by the permutation itself, which is its own inverse only by chance."""
 
@@ -118,7 +113,7 @@ class InversePermutationForgotten(Experts):
         return rows.argsort(), offsets
 
 
-@fault(EXPERTS, caught_by="parity", kind="structural", source="ROCm/aiter: top_k of the wrong tensor")
+@fault(caught_by="parity", kind="structural", source="ROCm/aiter: top_k of the wrong tensor")
 class TokenOfTheNextChoice(Experts):
     """A routed row's token is its index modulo the number of tokens: choices are laid out [k, T], read [T, k]."""
 
@@ -126,10 +121,7 @@ class TokenOfTheNextChoice(Experts):
         return super().gather(hidden_states, tokens.roll(1))
 
 
-# ---------------------------------------------------------------------------------------- rows, columns and tiles lost
-
-
-@fault(EXPERTS, caught_by="parity", kind="boundary", smallest=2)
+@fault(caught_by="parity", kind="boundary", smallest=2)
 class LastPartialTileDropped(Experts):
     """An expert's rows behind its last full tile are not computed."""
 
@@ -140,7 +132,7 @@ class LastPartialTileDropped(Experts):
         return torch.zeros(rows, columns)
 
 
-@fault(EXPERTS, caught_by="parity", kind="boundary", smallest=32)
+@fault(caught_by="parity", kind="boundary", smallest=32)
 class LastRowOfAFullTileDropped(Experts):
     """The mask of a full tile ends one row early."""
 
@@ -149,7 +141,7 @@ class LastRowOfAFullTileDropped(Experts):
         return super().scatter(outs, routed, torch.cat([out[:-1], 0 * out[-1:]]) if lost else out)
 
 
-@fault(EXPERTS, caught_by="parity", kind="boundary", smallest=34)
+@fault(caught_by="parity", kind="boundary", smallest=34)
 class SecondTileOfAnExpertDropped(Experts):
     """An expert has one tile: what exceeds it is not computed."""
 
@@ -161,7 +153,7 @@ class SecondTileOfAnExpertDropped(Experts):
         return torch.zeros(rows, columns)
 
 
-@fault(EXPERTS, caught_by="parity", kind="boundary", source="scatter and gather kernels", smallest=4)
+@fault(caught_by="parity", kind="boundary", source="scatter and gather kernels", smallest=4)
 class EmptyExpertShiftsOffsets(Experts):
     """Offsets are those of the experts that have tokens; an empty one shifts all later."""
 
@@ -171,7 +163,7 @@ class EmptyExpertShiftsOffsets(Experts):
         return rows, torch.nn.functional.pad(used, (0, len(offsets) - len(used)), value=int(offsets[-1]))
 
 
-@fault(EXPERTS, caught_by="parity", kind="boundary", source="vllm#2453")
+@fault(caught_by="parity", kind="boundary", source="vllm#2453")
 class DepthTailDropped(Experts):
     """Products behind the last full tile of the sum are left out."""
 
@@ -179,7 +171,7 @@ class DepthTailDropped(Experts):
         return [pair for pair in super().tiles(left, right) if pair[0].shape[1] == self.depth]
 
 
-@fault(EXPERTS, caught_by="parity", kind="boundary", smallest=2)
+@fault(caught_by="parity", kind="boundary", smallest=2)
 class LastDepthTileDropped(Experts):
     """The loop over the sum ends one tile early."""
 
@@ -187,7 +179,7 @@ class LastDepthTileDropped(Experts):
         return super().tiles(left, right)[:-1]
 
 
-@fault(EXPERTS, caught_by="parity", kind="boundary", smallest=130)
+@fault(caught_by="parity", kind="boundary", smallest=130)
 class DepthTileAddedTwice(Experts):
     """The pipelined loop adds its first tile in the prologue too."""
 
@@ -196,7 +188,7 @@ class DepthTileAddedTwice(Experts):
         return tiles + tiles[:1] if len(tiles) > 2 else tiles
 
 
-@fault(EXPERTS, caught_by="parity", kind="boundary", smallest=2)
+@fault(caught_by="parity", kind="boundary", smallest=2)
 class ColumnTailDropped(Experts):
     """Columns behind the last full tile are not computed."""
 
@@ -206,7 +198,7 @@ class ColumnTailDropped(Experts):
         return out.where(torch.arange(out.shape[1]) < max(full, 1), 0.0)
 
 
-@fault(EXPERTS, caught_by="parity", kind="boundary", source="static capacity in dispatch buffers", smallest=34)
+@fault(caught_by="parity", kind="boundary", source="static capacity in dispatch buffers", smallest=34)
 class CapacityExceeded(Experts):
     """The dispatch buffer has room for 16 rows of each expert; later tokens are lost."""
 
@@ -219,7 +211,7 @@ class CapacityExceeded(Experts):
         return torch.zeros(rows, columns)
 
 
-@fault(EXPERTS, caught_by="parity", kind="boundary", source="int8 expert ids")
+@fault(caught_by="parity", kind="boundary", source="int8 expert ids")
 class BlockTakesItsFirstRowsExpert(Experts):
     """Tiles cross the experts' borders and take the matrix of their first row's expert."""
 
@@ -229,7 +221,7 @@ class BlockTakesItsFirstRowsExpert(Experts):
             yield int((ends <= start).sum()), start, min(start + self.rows, int(offsets[-1]))
 
 
-@fault(EXPERTS, caught_by="empty_and_one", kind="boundary")
+@fault(caught_by="empty_and_one", kind="boundary")
 class OneTokenSqueezed(Experts):
     """A batch of one token loses its batch dimension."""
 
@@ -237,7 +229,7 @@ class OneTokenSqueezed(Experts):
         return super().store(total, hidden_states).squeeze(0)
 
 
-@fault(EXPERTS, caught_by="empty_and_one", kind="boundary", source="CUDA refuses a grid of 0")
+@fault(caught_by="empty_and_one", kind="boundary", source="CUDA refuses a grid of 0")
 class EmptyBatchRaises(Experts):
     """A launch without programs raises."""
 
@@ -247,7 +239,7 @@ class EmptyBatchRaises(Experts):
         return super().combine(outs, topk_weights)
 
 
-@fault(EXPERTS, caught_by="expert_relabelling", kind="structural", source="expert maps of expert-parallel ranks")
+@fault(caught_by="expert_relabelling", kind="structural", source="expert maps of expert-parallel ranks")
 class FirstExpertIsASentinel(Experts):
     """Id 0 marks padding, so the first expert computes nothing."""
 
@@ -258,7 +250,7 @@ class FirstExpertIsASentinel(Experts):
         return torch.zeros(rows, columns)
 
 
-@fault(EXPERTS, caught_by="batch_invariance", kind="state", source="vllm#36488, vllm#57016")
+@fault(caught_by="batch_invariance", kind="state", source="vllm#36488, vllm#57016")
 class TileChosenByTokens(Experts):
     """Small batches sum in shorter tiles: a token's bits depend on how many others there are."""
 
@@ -267,7 +259,7 @@ class TileChosenByTokens(Experts):
         return super().dispatch(topk_ids, num_experts)
 
 
-@fault(EXPERTS, caught_by="batch_invariance", kind="state", source="stream-K schedules")
+@fault(caught_by="batch_invariance", kind="state", source="stream-K schedules")
 class OrderChosenByPlace(Experts):
     """The lower half of a tile adds up its products backwards: a token's bits depend on its place among the others."""
 
@@ -278,7 +270,7 @@ class OrderChosenByPlace(Experts):
         return torch.cat([upper, lower])
 
 
-@fault(EXPERTS, caught_by="determinism", kind="state", source="Diffulex#37's test_determinism")
+@fault(caught_by="determinism", kind="state", source="Diffulex#37's test_determinism")
 class AtomicsOfSplitSums(Experts):
     """Parts of a sum are added up by float atomics, in whatever order they arrive."""
 

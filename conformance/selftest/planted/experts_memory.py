@@ -3,14 +3,11 @@
 import torch
 
 from gaugeblock.conformance.selftest.fault import fault
-from gaugeblock.conformance.selftest.planted.experts import EXPERTS
 from gaugeblock.conformance.selftest.simulated.experts import Experts
 from gaugeblock.reference import validation
 
-# -------------------------------------------------------------------------------------------------------------- memory
 
-
-@fault(EXPERTS, caught_by="out_of_bounds", kind="boundary", source="vllm#2453")
+@fault(caught_by="out_of_bounds", kind="boundary", source="vllm#2453")
 class DepthTailReadPastTheEnd(Experts):
     """The last tile of a sum reads on behind the end of w2: the next row, and after the last row whatever lies there."""
 
@@ -23,7 +20,7 @@ class DepthTailReadPastTheEnd(Experts):
         return super().store(total + 0 * self.behind.float(), hidden_states)  # meets zeros of the other operand
 
 
-@fault(EXPERTS, caught_by="fully_written", kind="memory", source="vllm-ascend#17009")
+@fault(caught_by="fully_written", kind="memory", source="vllm-ascend#17009")
 class OutputsUnwritten(Experts):
     """Rows of experts with one token are skipped, in memory that is expected to hold zeros."""
 
@@ -31,7 +28,7 @@ class OutputsUnwritten(Experts):
         return outs if len(routed) == 1 else super().scatter(outs, routed, out)
 
 
-@fault(EXPERTS, caught_by="fully_written", kind="memory", source="flashinfer#3650")
+@fault(caught_by="fully_written", kind="memory", source="flashinfer#3650")
 class PaddingUnwritten(Experts):
     """The rows that fill a tile are not written; their weight of 0 does not help where the memory holds NaN."""
 
@@ -44,7 +41,7 @@ class PaddingUnwritten(Experts):
         return super().scatter(outs, routed, out + leak)
 
 
-@fault(EXPERTS, caught_by="nan_containment", kind="memory", source="ROCm/aiter#4032")
+@fault(caught_by="nan_containment", kind="memory", source="ROCm/aiter#4032")
 class PaddingRepeatsTheFirstToken(Experts):
     """The rows that fill a tile hold token 0 at weight 0, and are added to its neighbours: 0 · NaN is NaN."""
 
@@ -53,7 +50,7 @@ class PaddingRepeatsTheFirstToken(Experts):
         return super().combine(outs, topk_weights) + spill.sum(0)
 
 
-@fault(EXPERTS, caught_by="layout", kind="memory", source="Liger-Kernel#1377: strided MoE weights")
+@fault(caught_by="layout", kind="memory", source="Liger-Kernel#1377: strided MoE weights")
 class StridesOfWeightsIgnored(Experts):
     """w13 is addressed as if it were contiguous."""
 
@@ -63,7 +60,7 @@ class StridesOfWeightsIgnored(Experts):
         return super().__call__(hidden_states, flat, w2, topk_weights, topk_ids)
 
 
-@fault(EXPERTS, caught_by="layout", kind="memory", source="moe-emergence review")
+@fault(caught_by="layout", kind="memory", source="moe-emergence review")
 class ViewOfSlicedIds(Experts):
     """`.view(-1)` of ids that the caller may have sliced."""
 
@@ -71,7 +68,7 @@ class ViewOfSlicedIds(Experts):
         return super().dispatch(topk_ids.view(-1).view(topk_ids.shape), num_experts)
 
 
-@fault(EXPERTS, caught_by="inputs_unchanged", kind="memory", source="in-place fused residual")
+@fault(caught_by="inputs_unchanged", kind="memory", source="in-place fused residual")
 class TokensOverwritten(Experts):
     """The output is written over the tokens."""
 
@@ -81,7 +78,7 @@ class TokensOverwritten(Experts):
         return out
 
 
-@fault(EXPERTS, caught_by="inputs_unchanged", kind="memory")
+@fault(caught_by="inputs_unchanged", kind="memory")
 class IdsSortedInPlace(Experts):
     """The ids are sorted where they lie."""
 
@@ -91,10 +88,7 @@ class IdsSortedInPlace(Experts):
         return dispatched
 
 
-# --------------------------------------------------------------------------------------------------------------- state
-
-
-@fault(EXPERTS, caught_by="same_pointer_new_data", kind="state", source="KernelBench exploits")
+@fault(caught_by="same_pointer_new_data", kind="state", source="KernelBench exploits")
 class CachedByPointer(Experts):
     """The result is kept for the addresses of its inputs."""
 
@@ -108,7 +102,7 @@ class CachedByPointer(Experts):
         return self.cache[key]
 
 
-@fault(EXPERTS, caught_by="same_pointer_new_data", kind="state", source="weights packed once, at load")
+@fault(caught_by="same_pointer_new_data", kind="state", source="weights packed once, at load")
 class PackedWeightsKept(Experts):
     """w2 is packed at the first call with its address, and not packed again when it is updated in place."""
 
@@ -121,7 +115,7 @@ class PackedWeightsKept(Experts):
         return super().__call__(hidden_states, w13, w2, topk_weights, topk_ids)
 
 
-@fault(EXPERTS, caught_by="hidden_state", kind="state")
+@fault(caught_by="hidden_state", kind="state")
 class WorkspaceNotCleared(Experts):
     """The workspace of the first call is used again and added to what it holds."""
 
@@ -137,7 +131,7 @@ class WorkspaceNotCleared(Experts):
         return total
 
 
-@fault(EXPERTS, caught_by="hidden_state", kind="state")
+@fault(caught_by="hidden_state", kind="state")
 class OutputBufferReused(Experts):
     """Every call of the same width returns the same memory, so a result changes when the next call is made."""
 
@@ -152,7 +146,7 @@ class OutputBufferReused(Experts):
         return buffer[: len(out)].copy_(out)
 
 
-@fault(EXPERTS, caught_by="process_settings", kind="state")
+@fault(caught_by="process_settings", kind="state")
 class ThreadsLeftChanged(Experts):
     """Each call leaves the process with another number of threads."""
 
@@ -161,7 +155,7 @@ class ThreadsLeftChanged(Experts):
         return super().store(total, hidden_states)
 
 
-@fault(EXPERTS, caught_by="rejections", kind="state")
+@fault(caught_by="rejections", kind="state")
 class BrokenAfterAnError(Experts):
     """A call that raises leaves a flag behind, and the next one returns zeros."""
 
@@ -177,10 +171,7 @@ class BrokenAfterAnError(Experts):
         return super().store(0 * total if self.stuck else total, hidden_states)
 
 
-# ------------------------------------------------------------------------------------------- calls that should be refused
-
-
-@fault(EXPERTS, caught_by="rejections", kind="error-contract", source="Diffulex#37")
+@fault(caught_by="rejections", kind="error-contract", source="Diffulex#37")
 class RowsOfIdsUnchecked(Experts):
     """topk_ids may have fewer rows than there are tokens."""
 
@@ -189,7 +180,7 @@ class RowsOfIdsUnchecked(Experts):
         super().validate(hidden_states[:tokens], w13, w2, topk_weights[:tokens], topk_ids)
 
 
-@fault(EXPERTS, caught_by="rejections", kind="error-contract")
+@fault(caught_by="rejections", kind="error-contract")
 class IdsOutOfRangeUnchecked(Experts):
     """An id that names no expert is taken for the last one."""
 
@@ -200,7 +191,7 @@ class IdsOutOfRangeUnchecked(Experts):
         return super().dispatch(topk_ids.clamp(0, num_experts - 1), num_experts)
 
 
-@fault(EXPERTS, caught_by="rejections", kind="error-contract")
+@fault(caught_by="rejections", kind="error-contract")
 class IdsOutOfRangeRaiseIndexError(Experts):
     """An id that names no expert raises what the indexing happens to raise."""
 
@@ -211,7 +202,7 @@ class IdsOutOfRangeRaiseIndexError(Experts):
         super().validate(*inputs)
 
 
-@fault(EXPERTS, caught_by="rejections", kind="error-contract")
+@fault(caught_by="rejections", kind="error-contract")
 class ErrorNamesNoArgument(Experts):
     """A bad call raises ValueError: shapes do not match."""
 
@@ -222,7 +213,7 @@ class ErrorNamesNoArgument(Experts):
             raise ValueError("shapes do not match") from None
 
 
-@fault(EXPERTS, caught_by="rejections", kind="error-contract")
+@fault(caught_by="rejections", kind="error-contract")
 class WritesBeforeItRaises(Experts):
     """The tokens are scaled before the ids are looked at."""
 

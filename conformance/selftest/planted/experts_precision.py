@@ -5,14 +5,13 @@ from typing import Any
 import torch
 
 from gaugeblock.conformance.selftest.fault import fault
-from gaugeblock.conformance.selftest.planted.experts import EXPERTS
 from gaugeblock.conformance.selftest.planted.routers_interface import ContiguousCotangent
 from gaugeblock.conformance.selftest.simulated.experts import Experts
 
 HALF, BFLOAT = ("float16",), ("bfloat16",)
 
 
-@fault(EXPERTS, caught_by="parity", kind="precision", source="pytorch/helion#2141", dtypes=BFLOAT)
+@fault(caught_by="parity", kind="precision", source="pytorch/helion#2141", dtypes=BFLOAT)
 class Bfloat16Accumulator(Experts):
     """The sum is rounded to bfloat16 after each tile."""
 
@@ -20,7 +19,7 @@ class Bfloat16Accumulator(Experts):
         return super().add(total, product).bfloat16().float()
 
 
-@fault(EXPERTS, caught_by="parity", kind="precision", source="pytorch/helion#2141", dtypes=HALF)
+@fault(caught_by="parity", kind="precision", source="pytorch/helion#2141", dtypes=HALF)
 class Float16Accumulator(Experts):
     """The sum is rounded to float16 after each tile."""
 
@@ -28,7 +27,7 @@ class Float16Accumulator(Experts):
         return super().add(total, product).half().float()
 
 
-@fault(EXPERTS, caught_by="parity", kind="precision", source="pytorch/helion#2141", dtypes=BFLOAT)
+@fault(caught_by="parity", kind="precision", source="pytorch/helion#2141", dtypes=BFLOAT)
 class Bfloat16AccumulatorOfTheSecondProduct(Experts):
     """The first product adds in float32, the second in bfloat16."""
 
@@ -45,7 +44,7 @@ class Bfloat16AccumulatorOfTheSecondProduct(Experts):
         return total.bfloat16().float() if self.short else total
 
 
-@fault(EXPERTS, caught_by="parity", kind="precision", source="triton#11217", dtypes=BFLOAT)
+@fault(caught_by="parity", kind="precision", source="triton#11217", dtypes=BFLOAT)
 class OutputTruncated(Experts):
     """The result is cut to bfloat16, not rounded."""
 
@@ -53,7 +52,7 @@ class OutputTruncated(Experts):
         return (total.view(torch.int32) & -0x10000).view(torch.float32).bfloat16()
 
 
-@fault(EXPERTS, caught_by="parity", kind="precision", source="triton#5895")
+@fault(caught_by="parity", kind="precision", source="triton#5895")
 class Tf32(Experts):
     """Operands of float32 products are rounded to tf32, which has 10 bits."""
 
@@ -66,7 +65,7 @@ def tf32(x: torch.Tensor) -> torch.Tensor:
     return ((x.view(torch.int32) + 0x1000) & -0x2000).view(torch.float32)
 
 
-@fault(EXPERTS, caught_by="parity", kind="precision", source="float32 through bf16 matrix units")
+@fault(caught_by="parity", kind="precision", source="float32 through bf16 matrix units")
 class OneBfloat16PassForFloat32(Experts):
     """Float32 products are made of the high halves of their operands alone."""
 
@@ -74,7 +73,7 @@ class OneBfloat16PassForFloat32(Experts):
         return super().dot(left.bfloat16().float(), right.bfloat16().float())
 
 
-@fault(EXPERTS, caught_by="parity", kind="precision", source="tanh.approx and polynomial sigmoids", dtypes=HALF)
+@fault(caught_by="parity", kind="precision", source="tanh.approx and polynomial sigmoids", dtypes=HALF)
 class ActivationTwoThousandthsOff(Experts):
     """The activation is 0.2 % too large."""
 
@@ -82,7 +81,7 @@ class ActivationTwoThousandthsOff(Experts):
         return 1.002 * super().activate(gate, up)
 
 
-@fault(EXPERTS, caught_by="parity", kind="precision", source="fp8 weights' scales", dtypes=BFLOAT)
+@fault(caught_by="parity", kind="precision", source="fp8 weights' scales", dtypes=BFLOAT)
 class ResultTwoThousandthsOff(Experts):
     """The result is 0.2 % too small."""
 
@@ -90,7 +89,7 @@ class ResultTwoThousandthsOff(Experts):
         return super().store(0.998 * total, hidden_states)
 
 
-@fault(EXPERTS, caught_by="parity", kind="precision", source="fp8 activations that nobody asked for", dtypes=BFLOAT)
+@fault(caught_by="parity", kind="precision", source="fp8 activations that nobody asked for", dtypes=BFLOAT)
 class ActivationInEightBits(Experts):
     """What the second product gets passes through float8_e4m3."""
 
@@ -98,7 +97,7 @@ class ActivationInEightBits(Experts):
         return super().activate(gate, up).to(torch.float8_e4m3fn).float()
 
 
-@fault(EXPERTS, caught_by="parity", kind="precision", source="eager ports", dtypes=BFLOAT)
+@fault(caught_by="parity", kind="precision", source="eager ports", dtypes=BFLOAT)
 class GateAndUpRounded(Experts):
     """Gate and up are rounded to bfloat16 before the activation: `eager` precision where `strict` is claimed."""
 
@@ -106,7 +105,7 @@ class GateAndUpRounded(Experts):
         return super().split(gate_up.bfloat16().float())
 
 
-@fault(EXPERTS, caught_by="parity", kind="precision", source="vLLM's moe_sum in the model's dtype", dtypes=BFLOAT)
+@fault(caught_by="parity", kind="precision", source="vLLM's moe_sum in the model's dtype", dtypes=BFLOAT)
 class CombineInLowPrecision(Experts):
     """Each choice's weighted output is rounded to bfloat16 and added in bfloat16."""
 
@@ -117,7 +116,7 @@ class CombineInLowPrecision(Experts):
         return total.float()
 
 
-@fault(EXPERTS, caught_by="parity", kind="precision", source="weights cast to the wrong dtype", dtypes=HALF)
+@fault(caught_by="parity", kind="precision", source="weights cast to the wrong dtype", dtypes=HALF)
 class RouterWeightsInBfloat16(Experts):
     """The router weights of a float16 model pass through bfloat16."""
 
@@ -125,7 +124,7 @@ class RouterWeightsInBfloat16(Experts):
         return super().combine(outs, topk_weights.bfloat16().float())
 
 
-@fault(EXPERTS, caught_by="parity", kind="precision", source="flush-to-zero in the epilogue", dtypes=HALF)
+@fault(caught_by="parity", kind="precision", source="flush-to-zero in the epilogue", dtypes=HALF)
 class SubnormalsFlushed(Experts):
     """Results below float16's smallest normal number become 0."""
 
@@ -133,7 +132,7 @@ class SubnormalsFlushed(Experts):
         return super().store(torch.where(total.abs() < 2.0**-14, 0 * total, total), hidden_states)
 
 
-@fault(EXPERTS, caught_by="parity", kind="structural", dtypes=HALF)
+@fault(caught_by="parity", kind="structural", dtypes=HALF)
 class ResultInFloat32(Experts):
     """The result keeps the accumulator's dtype."""
 
@@ -141,10 +140,7 @@ class ResultInFloat32(Experts):
         return total
 
 
-# ----------------------------------------------------------------------------------------------------------- gradients
-
-
-@fault(EXPERTS, caught_by="gradients", kind="gradient")
+@fault(caught_by="gradients", kind="gradient")
 class RouterWeightsWithoutGradient(Experts):
     """The router weights get no gradient, so the router never learns."""
 
@@ -152,7 +148,7 @@ class RouterWeightsWithoutGradient(Experts):
         return super().combine(outs, topk_weights.detach())
 
 
-@fault(EXPERTS, caught_by="gradients", kind="gradient", smallest=2)
+@fault(caught_by="gradients", kind="gradient", smallest=2)
 class SiluWithoutTheProductRule(Experts):
     """silu' is taken for the sigmoid: gate · sigmoid' is missing."""
 
@@ -160,7 +156,7 @@ class SiluWithoutTheProductRule(Experts):
         return gate * gate.sigmoid().detach() * up
 
 
-@fault(EXPERTS, caught_by="gradients", kind="gradient")
+@fault(caught_by="gradients", kind="gradient")
 class SiluGradientOnePercentOff(Experts):
     """silu' is 1 % too large."""
 
@@ -169,7 +165,7 @@ class SiluGradientOnePercentOff(Experts):
         return (silu + 0.01 * (silu - silu.detach())) * up
 
 
-@fault(EXPERTS, caught_by="gradients", kind="gradient")
+@fault(caught_by="gradients", kind="gradient")
 class WeightGradientMissesTheLastToken(Experts):
     """The loop over an expert's rows ends one row early in the gradient of w13."""
 
@@ -179,7 +175,7 @@ class WeightGradientMissesTheLastToken(Experts):
         return torch.cat([first, super().expert(hidden[rows:], w13.detach(), w2, weights, dtype)])
 
 
-@fault(EXPERTS, caught_by="gradients", kind="gradient", smallest=8)
+@fault(caught_by="gradients", kind="gradient", smallest=8)
 class TokenGradientOfTheFirstChoice(Experts):
     """The gradient of a token is that through its first expert; the others are not added."""
 
@@ -196,7 +192,7 @@ class TokenGradientOfTheFirstChoice(Experts):
         return super().gather(rows, torch.arange(len(rows)))
 
 
-@fault(EXPERTS, caught_by="gradients", kind="gradient")
+@fault(caught_by="gradients", kind="gradient")
 class GradientsOfExpertsMixedUp(Experts):
     """The gradient of w2 is written to the next expert's place."""
 
@@ -206,7 +202,7 @@ class GradientsOfExpertsMixedUp(Experts):
         )
 
 
-@fault(EXPERTS, caught_by="gradients", kind="gradient", source="pytorch/helion#2141", dtypes=BFLOAT)
+@fault(caught_by="gradients", kind="gradient", source="pytorch/helion#2141", dtypes=BFLOAT)
 class WeightGradientAddedInBfloat16(Experts):
     """The gradient of w13 is added up in bfloat16, one block of rows after the other."""
 
@@ -231,7 +227,7 @@ class RoundedGradient(torch.autograd.Function):
         return grad.bfloat16().float()
 
 
-@fault(EXPERTS, caught_by="gradient_subsets", kind="gradient", source="needs_input_grad misread")
+@fault(caught_by="gradient_subsets", kind="gradient", source="needs_input_grad misread")
 class NoWeightGradientWithoutTokenGradient(Experts):
     """The backward pass returns early if the tokens need no gradient, as in training the first layer or frozen embeddings."""
 
@@ -241,7 +237,7 @@ class NoWeightGradientWithoutTokenGradient(Experts):
         return super().__call__(hidden_states, w13, w2, topk_weights, topk_ids)
 
 
-@fault(EXPERTS, caught_by="gradient_layout", kind="gradient")
+@fault(caught_by="gradient_layout", kind="gradient")
 class StridesOfTheCotangentIgnored(Experts):
     """The backward pass reads the gradient of the output as if its rows lay one behind the other."""
 
@@ -249,7 +245,7 @@ class StridesOfTheCotangentIgnored(Experts):
         return ContiguousCotangent.apply(super().store(total, hidden_states))
 
 
-@fault(EXPERTS, caught_by="gradient_layout", kind="gradient", source="Liger-Kernel#1377: strided MoE weights")
+@fault(caught_by="gradient_layout", kind="gradient", source="Liger-Kernel#1377: strided MoE weights")
 class GradientOfStridedWeightsScrambled(Experts):
     """The gradient of w2 is written row by row into memory that has the strides of w2."""
 

@@ -23,7 +23,7 @@ def read_by_32_bits(tensor: torch.Tensor) -> torch.Tensor:
     return torch.stack(rows) if rows else tensor
 
 
-@fault(SOFTMAX, caught_by="far_strides", kind="memory", source="vLLM fused_moe fixes", differentiable=False)
+@fault(caught_by="far_strides", kind="memory", source="vLLM fused_moe fixes", differentiable=False)
 class RowOffsetsIn32Bits(SoftmaxRouter):
     """The row times its stride is an int32."""
 
@@ -31,7 +31,7 @@ class RowOffsetsIn32Bits(SoftmaxRouter):
         return super().load(read_by_32_bits(logits))
 
 
-@fault(EXPERTS, caught_by="far_strides", kind="memory", source="vLLM fused_moe fixes", differentiable=False)
+@fault(caught_by="far_strides", kind="memory", source="vLLM fused_moe fixes", differentiable=False)
 class ExpertOffsetsIn32Bits(Experts):
     """The expert times the stride of w13 is an int32."""
 

@@ -5,13 +5,8 @@ import torch
 from gaugeblock.conformance.selftest.fault import fault
 from gaugeblock.conformance.selftest.simulated.layers import GatedNormModulate, NormModulate
 
-NORM, GATED = "layers.layer_norm_modulate", "layers.gated_residual_layer_norm_modulate"
 
-
-# -------------------------------------------------------------------------------------------------- mean and variance
-
-
-@fault(NORM, caught_by="parity", kind="precision", source="apex and xformers fast LayerNorms")
+@fault(caught_by="parity", kind="precision", source="apex and xformers fast LayerNorms")
 class OnePassVariance(NormModulate):
     """E[x²] − E[x]² loses (mean / deviation)² of the digits."""
 
@@ -21,7 +16,7 @@ class OnePassVariance(NormModulate):
         return (tokens - mean) * self.rstd(variance, eps)
 
 
-@fault(NORM, caught_by="parity", kind="structural", source="torch.var's default")
+@fault(caught_by="parity", kind="structural", source="torch.var's default")
 class UnbiasedVariance(NormModulate):
     """The sum of squares is divided by one less than the width."""
 
@@ -29,7 +24,7 @@ class UnbiasedVariance(NormModulate):
         return self.sum(centred * centred) / max(1, centred.shape[-1] - 1)
 
 
-@fault(NORM, caught_by="parity", kind="precision", source="diffusers: 1e-5 in norm2, 1e-6 in norm1 of a DiT block")
+@fault(caught_by="parity", kind="precision", source="diffusers: 1e-5 in norm2, 1e-6 in norm1 of a DiT block")
 class EpsOfAnotherNorm(NormModulate):
     """eps is 1e-5, whatever is asked for."""
 
@@ -37,7 +32,7 @@ class EpsOfAnotherNorm(NormModulate):
         return super().rstd(variance, 1e-5)
 
 
-@fault(NORM, caught_by="parity", kind="precision", source="hand-written LayerNorms of early transformers")
+@fault(caught_by="parity", kind="precision", source="hand-written LayerNorms of early transformers")
 class EpsOutsideTheRoot(NormModulate):
     """eps is added to the deviation."""
 
@@ -45,7 +40,7 @@ class EpsOutsideTheRoot(NormModulate):
         return 1 / (variance.sqrt() + eps)
 
 
-@fault(NORM, caught_by="parity", kind="boundary", source="triton tutorials before `tl.where(cols < N, x - mean, 0.)`")
+@fault(caught_by="parity", kind="boundary", source="triton tutorials before `tl.where(cols < N, x - mean, 0.)`")
 class PaddingInTheVariance(NormModulate):
     """The lanes that fill the last block hold 0 − mean, and are squared and added."""
 
@@ -55,7 +50,7 @@ class PaddingInTheVariance(NormModulate):
         return (tokens - mean) * self.rstd(self.sum(padded * padded) / width, eps)
 
 
-@fault(NORM, caught_by="parity", kind="boundary")
+@fault(caught_by="parity", kind="boundary")
 class MeanOverThePaddedWidth(NormModulate):
     """Sums are divided by the number of lanes."""
 
@@ -63,7 +58,7 @@ class MeanOverThePaddedWidth(NormModulate):
         return self.sum(values) / (1 << (values.shape[-1] - 1).bit_length())
 
 
-@fault(NORM, caught_by="parity", kind="boundary", smallest=65)
+@fault(caught_by="parity", kind="boundary", smallest=65)
 class SecondBlockOfARowForgotten(NormModulate):
     """The mean is that of the first block of columns."""
 
@@ -72,7 +67,7 @@ class SecondBlockOfARowForgotten(NormModulate):
         return super().mean(first)
 
 
-@fault(NORM, caught_by="nan_containment", kind="memory")
+@fault(caught_by="nan_containment", kind="memory")
 class RowsPooledOverTheBatch(NormModulate):
     """A block of rows takes its maximum over all examples, to scale squares: 0 · NaN reaches the neighbours."""
 
@@ -80,10 +75,7 @@ class RowsPooledOverTheBatch(NormModulate):
         return super().center(tokens, mean) + 0 * mean.amax(0, keepdim=True)
 
 
-# --------------------------------------------------------------------------------------------------------- modulation
-
-
-@fault(NORM, caught_by="parity", kind="structural", source="AdaLayerNormContinuous")
+@fault(caught_by="parity", kind="structural", source="AdaLayerNormContinuous")
 class ShiftAndScaleSwapped(NormModulate):
     """The first of two chunks is taken for the scale."""
 
@@ -91,7 +83,7 @@ class ShiftAndScaleSwapped(NormModulate):
         return super().modulate(normalized, scale, shift)
 
 
-@fault(NORM, caught_by="parity", kind="structural", source="AdaLayerNormContinuous")
+@fault(caught_by="parity", kind="structural", source="AdaLayerNormContinuous")
 class OneForgotten(NormModulate):
     """The normalized token is multiplied by the scale alone."""
 
@@ -99,7 +91,7 @@ class OneForgotten(NormModulate):
         return super().modulate(normalized, shift, scale - 1)
 
 
-@fault(NORM, caught_by="parity", kind="structural", smallest=4)
+@fault(caught_by="parity", kind="structural", smallest=4)
 class SteeredByTheFirstExample(NormModulate):
     """All examples get the shift and scale of the first."""
 
@@ -107,7 +99,7 @@ class SteeredByTheFirstExample(NormModulate):
         return super().modulate(normalized, shift[:1], scale[:1])
 
 
-@fault(NORM, caught_by="parity", kind="precision", source="eager ports: `(1 + scale)` in the model's dtype", dtypes=("bfloat16",))
+@fault(caught_by="parity", kind="precision", source="eager ports: `(1 + scale)` in the model's dtype", dtypes=("bfloat16",))
 class OnePlusScaleRounded(NormModulate):
     """1 + scale is rounded to bfloat16."""
 
@@ -115,7 +107,7 @@ class OnePlusScaleRounded(NormModulate):
         return super().modulate(normalized, shift, (1 + scale).bfloat16().float() - 1)
 
 
-@fault(NORM, caught_by="layout", kind="memory", source="`chunk(6, dim=1)` gives strided views")
+@fault(caught_by="layout", kind="memory", source="`chunk(6, dim=1)` gives strided views")
 class StridesOfChunksIgnored(NormModulate):
     """The scale is addressed as if it were contiguous."""
 
@@ -124,10 +116,7 @@ class StridesOfChunksIgnored(NormModulate):
         return super().__call__(hidden_states, shift, flat, eps=eps)
 
 
-# ------------------------------------------------------------------------------------------------ residual and gradients
-
-
-@fault(GATED, caught_by="parity", kind="structural")
+@fault(caught_by="parity", kind="structural")
 class ResidualDropped(GatedNormModulate):
     """Only the gated branch goes on."""
 
@@ -135,7 +124,7 @@ class ResidualDropped(GatedNormModulate):
         return super().add(0 * residual, branch, gate)
 
 
-@fault(GATED, caught_by="parity", kind="structural", source="adaLN for adaLN-Zero")
+@fault(caught_by="parity", kind="structural", source="adaLN for adaLN-Zero")
 class GateIgnored(GatedNormModulate):
     """The branch is added as it is."""
 
@@ -143,7 +132,7 @@ class GateIgnored(GatedNormModulate):
         return super().add(residual, branch, 0 * gate + 1)
 
 
-@fault(GATED, caught_by="parity", kind="structural", source="pre-norm and post-norm mixed up")
+@fault(caught_by="parity", kind="structural", source="pre-norm and post-norm mixed up")
 class NormOfTheResidual(GatedNormModulate):
     """The norm reads the residual, not the sum."""
 
@@ -151,7 +140,7 @@ class NormOfTheResidual(GatedNormModulate):
         return residual.float() + 0 * hidden_states
 
 
-@fault(GATED, caught_by="parity", kind="precision", source="residual + norm in two kernels", dtypes=("bfloat16",))
+@fault(caught_by="parity", kind="precision", source="residual + norm in two kernels", dtypes=("bfloat16",))
 class NormOfTheRoundedSum(GatedNormModulate):
     """The norm reads the sum after it was rounded to bfloat16."""
 
@@ -159,7 +148,7 @@ class NormOfTheRoundedSum(GatedNormModulate):
         return hidden_states.bfloat16().float()
 
 
-@fault(GATED, caught_by="inputs_unchanged", kind="memory", source="in-place fused residual")
+@fault(caught_by="inputs_unchanged", kind="memory", source="in-place fused residual")
 class ResidualOverwritten(GatedNormModulate):
     """The sum is written over the residual."""
 
@@ -169,7 +158,7 @@ class ResidualOverwritten(GatedNormModulate):
         return out
 
 
-@fault(GATED, caught_by="gradients", kind="gradient")
+@fault(caught_by="gradients", kind="gradient")
 class GateGradientMissesTheLastToken(GatedNormModulate):
     """The sum over an example's tokens ends one too early."""
 
@@ -178,7 +167,7 @@ class GateGradientMissesTheLastToken(GatedNormModulate):
         return residual + torch.cat([of_tokens[:, :-1], of_tokens[:, -1:].detach()], 1) * branch
 
 
-@fault(GATED, caught_by="gradients", kind="gradient")
+@fault(caught_by="gradients", kind="gradient")
 class ShiftGradientOfOneBlock(GatedNormModulate):
     """The gradient of shift is that of an example's first 16 tokens."""
 
@@ -189,7 +178,7 @@ class ShiftGradientOfOneBlock(GatedNormModulate):
         return torch.cat([super(ShiftGradientOfOneBlock, self).modulate(block, each, scale) for block, each in parts], 1)
 
 
-@fault(GATED, caught_by="gradients", kind="gradient", source="fused backward kernels that forget the second path")
+@fault(caught_by="gradients", kind="gradient", source="fused backward kernels that forget the second path")
 class GradientOfTheNormAlone(GatedNormModulate):
     """The gradient of the residual stream is that through the norm; what comes from its other use is lost."""
 
@@ -199,7 +188,7 @@ class GradientOfTheNormAlone(GatedNormModulate):
         return super().store(result.detach() + 0 * result if is_stream else result, tokens)
 
 
-@fault(GATED, caught_by="gradients", kind="gradient", source="statistics saved without their graph")
+@fault(caught_by="gradients", kind="gradient", source="statistics saved without their graph")
 class StatisticsConstant(GatedNormModulate):
     """Backward takes mean and deviation for constants."""
 

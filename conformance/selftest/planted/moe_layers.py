@@ -6,13 +6,8 @@ from gaugeblock.conformance.selftest.fault import fault
 from gaugeblock.conformance.selftest.simulated.moe_layers import BalanceLoss, MixtralMoe, ZLoss
 from gaugeblock.conformance.selftest.simulated.routers import SoftmaxRouter
 
-MIXTRAL, BALANCE, Z = "moe_layers.mixtral_moe", "moe_layers.load_balancing_loss", "moe_layers.router_z_loss"
 
-
-# --------------------------------------------------------------------------------------------------------- the layer
-
-
-@fault(MIXTRAL, caught_by="parity", kind="structural", source="norm_topk_prob of Qwen3-MoE and OLMoE, which are unlike")
+@fault(caught_by="parity", kind="structural", source="norm_topk_prob of Qwen3-MoE and OLMoE, which are unlike")
 class WeightsNotRenormalized(MixtralMoe):
     """The weights of the chosen are their probabilities among all."""
 
@@ -20,7 +15,7 @@ class WeightsNotRenormalized(MixtralMoe):
         return SoftmaxRouter()(router_logits, top_k=top_k, renormalize=False)
 
 
-@fault(MIXTRAL, caught_by="parity", kind="structural", smallest=2)
+@fault(caught_by="parity", kind="structural", smallest=2)
 class WeightsOfTheSigmoid(MixtralMoe):
     """Weights are sigmoids of the chosen logits, as DeepSeek-V3 and Llama 4 have them."""
 
@@ -29,7 +24,7 @@ class WeightsOfTheSigmoid(MixtralMoe):
         return router_logits.gather(1, ids).sigmoid() + 0 * weights, ids
 
 
-@fault(MIXTRAL, caught_by="parity", kind="structural")
+@fault(caught_by="parity", kind="structural")
 class ProbabilitiesReturned(MixtralMoe):
     """What is returned as logits has passed the softmax: the losses take it again."""
 
@@ -37,7 +32,7 @@ class ProbabilitiesReturned(MixtralMoe):
         return router_logits.softmax(1)
 
 
-@fault(MIXTRAL, caught_by="parity", kind="structural", source="torch.topk(sorted=False)")
+@fault(caught_by="parity", kind="structural", source="torch.topk(sorted=False)")
 class IdsInAscendingOrder(MixtralMoe):
     """The best expert comes last."""
 
@@ -46,7 +41,7 @@ class IdsInAscendingOrder(MixtralMoe):
         return weights.flip(1), ids.flip(1)
 
 
-@fault(MIXTRAL, caught_by="parity", kind="precision", source="the gate as a Linear of a bfloat16 model", dtypes=("bfloat16",))
+@fault(caught_by="parity", kind="precision", source="the gate as a Linear of a bfloat16 model", dtypes=("bfloat16",))
 class LogitsRounded(MixtralMoe):
     """The logits are rounded to bfloat16, and so are chosen from and weighted."""
 
@@ -54,7 +49,7 @@ class LogitsRounded(MixtralMoe):
         return super().logits(hidden_states, gate).bfloat16().float()
 
 
-@fault(MIXTRAL, caught_by="determinism", kind="state", source="router_jitter_noise of Mixtral, Switch")
+@fault(caught_by="determinism", kind="state", source="router_jitter_noise of Mixtral, Switch")
 class JitterInInference(MixtralMoe):
     """The router sees tokens times a random factor near 1, with or without training."""
 
@@ -65,7 +60,7 @@ class JitterInInference(MixtralMoe):
         return super().logits(hidden_states * (0.99 + 0.02 * torch.rand(1, generator=self.generator)), gate)
 
 
-@fault(MIXTRAL, caught_by="hidden_state", kind="state", source="weights packed once, at load")
+@fault(caught_by="hidden_state", kind="state", source="weights packed once, at load")
 class ParametersKeptByName(MixtralMoe):
     """Entries are packed at the first call with their shape, and never again."""
 
@@ -79,7 +74,7 @@ class ParametersKeptByName(MixtralMoe):
         )
 
 
-@fault(MIXTRAL, caught_by="state_dict_round_trip", kind="state", source="checkpoints read as lists of tensors")
+@fault(caught_by="state_dict_round_trip", kind="state", source="checkpoints read as lists of tensors")
 class EntriesByPlace(MixtralMoe):
     """Entries are taken in the order in which the dict holds them."""
 
@@ -87,7 +82,7 @@ class EntriesByPlace(MixtralMoe):
         return tuple(state.values())
 
 
-@fault(MIXTRAL, caught_by="gradients", kind="gradient", source="routers under torch.no_grad")
+@fault(caught_by="gradients", kind="gradient", source="routers under torch.no_grad")
 class RouterWithoutGradient(MixtralMoe):
     """The experts' weights are constants: only the losses train the gate."""
 
@@ -95,7 +90,7 @@ class RouterWithoutGradient(MixtralMoe):
         return super().route(router_logits.detach(), top_k)
 
 
-@fault(MIXTRAL, caught_by="gradients", kind="gradient")
+@fault(caught_by="gradients", kind="gradient")
 class LogitsDetachTheTokens(MixtralMoe):
     """No gradient of the logits reaches the tokens."""
 
@@ -103,7 +98,7 @@ class LogitsDetachTheTokens(MixtralMoe):
         return super().logits(hidden_states.detach(), gate)
 
 
-@fault(MIXTRAL, caught_by="rejections", kind="error-contract", source="load_state_dict(strict=False)")
+@fault(caught_by="rejections", kind="error-contract", source="load_state_dict(strict=False)")
 class UnexpectedEntriesIgnored(MixtralMoe):
     """A state may hold more than the layer has."""
 
@@ -112,7 +107,7 @@ class UnexpectedEntriesIgnored(MixtralMoe):
         super().validate(hidden_states, {name: state[name] for name in known if name in state}, top_k)
 
 
-@fault(MIXTRAL, caught_by="rejections", kind="error-contract", source="load_state_dict(strict=False)")
+@fault(caught_by="rejections", kind="error-contract", source="load_state_dict(strict=False)")
 class MissingGateIsZero(MixtralMoe):
     """A layer without a gate sends all tokens to the first experts."""
 
@@ -122,7 +117,7 @@ class MissingGateIsZero(MixtralMoe):
         return super().__call__(hidden_states, state, top_k=top_k)
 
 
-@fault(MIXTRAL, caught_by="rejections", kind="error-contract", source="`-W` for `W.T`: square matrices hide it")
+@fault(caught_by="rejections", kind="error-contract", source="`-W` for `W.T`: square matrices hide it")
 class GateTransposedWhereItFits(MixtralMoe):
     """A gate of another width is cut to fit, silently."""
 
@@ -134,10 +129,7 @@ class GateTransposedWhereItFits(MixtralMoe):
         return super().__call__(hidden_states, state, top_k=top_k)
 
 
-# ---------------------------------------------------------------------------------------------- load-balancing loss
-
-
-@fault(BALANCE, caught_by="parity", kind="structural", source="transformers: load_balancing_loss_func before attention_mask")
+@fault(caught_by="parity", kind="structural", source="transformers: load_balancing_loss_func before attention_mask")
 class PaddingCounted(BalanceLoss):
     """Padding has a load and a probability like any token."""
 
@@ -145,7 +137,7 @@ class PaddingCounted(BalanceLoss):
         return super().__call__(router_logits, topk_ids, torch.ones_like(attention_mask))
 
 
-@fault(BALANCE, caught_by="parity", kind="structural", source="transformers' own fixes")
+@fault(caught_by="parity", kind="structural", source="transformers' own fixes")
 class PaddingInTheAssignments(BalanceLoss):
     """Padding is left out of the probabilities, not of the assignments."""
 
@@ -153,7 +145,7 @@ class PaddingInTheAssignments(BalanceLoss):
         return super().counts(ids, torch.ones_like(mask), num_experts)
 
 
-@fault(BALANCE, caught_by="parity", kind="structural")
+@fault(caught_by="parity", kind="structural")
 class MeanOverPaddingToo(BalanceLoss):
     """Sums over the tokens that count are divided by all."""
 
@@ -161,7 +153,7 @@ class MeanOverPaddingToo(BalanceLoss):
         return torch.tensor(max(1, len(mask)))
 
 
-@fault(BALANCE, caught_by="parity", kind="structural", source="transformers: load_balancing_loss_func")
+@fault(caught_by="parity", kind="structural", source="transformers: load_balancing_loss_func")
 class AssignmentsPerToken(BalanceLoss):
     """Assignments are divided by tokens: top_k times the loss."""
 
@@ -169,7 +161,7 @@ class AssignmentsPerToken(BalanceLoss):
         return super().shares(counts, mask, 1)
 
 
-@fault(BALANCE, caught_by="parity", kind="structural", source="Switch Transformers, where top_k is 1")
+@fault(caught_by="parity", kind="structural", source="Switch Transformers, where top_k is 1")
 class FirstChoiceAlone(BalanceLoss):
     """Only each token's first choice is a load."""
 
@@ -177,7 +169,7 @@ class FirstChoiceAlone(BalanceLoss):
         return ids.shape[1] * super().counts(ids[:, :1], mask, num_experts)
 
 
-@fault(BALANCE, caught_by="parity", kind="structural")
+@fault(caught_by="parity", kind="structural")
 class MinimumIsNotOne(BalanceLoss):
     """The number of experts is no factor: the loss of an even load depends on it."""
 
@@ -185,7 +177,7 @@ class MinimumIsNotOne(BalanceLoss):
         return super().loss(shares, probabilities) / len(shares)
 
 
-@fault(BALANCE, caught_by="parity", kind="boundary", source="kekzl/imp#2056")
+@fault(caught_by="parity", kind="boundary", source="kekzl/imp#2056")
 class IdsInEightBits(BalanceLoss):
     """Ids above 255 wrap."""
 
@@ -193,7 +185,7 @@ class IdsInEightBits(BalanceLoss):
         return super().counts(ids.to(torch.uint8), mask, num_experts)
 
 
-@fault(BALANCE, caught_by="gradients", kind="gradient", source="`0 * NaN` is NaN")
+@fault(caught_by="gradients", kind="gradient", source="`0 * NaN` is NaN")
 class PaddingMaskedAfterTheSoftmax(BalanceLoss):
     """Padding of NaN has no probability, but its gradient is NaN."""
 
@@ -201,7 +193,7 @@ class PaddingMaskedAfterTheSoftmax(BalanceLoss):
         return logits
 
 
-@fault(BALANCE, caught_by="gradients", kind="gradient", source="probabilities taken from no_grad")
+@fault(caught_by="gradients", kind="gradient", source="probabilities taken from no_grad")
 class ConstantProbabilities(BalanceLoss):
     """The loss is a number for the log: nothing is trained by it."""
 
@@ -209,7 +201,7 @@ class ConstantProbabilities(BalanceLoss):
         return super().probabilities(logits, mask).detach()
 
 
-@fault(BALANCE, caught_by="empty_and_one", kind="boundary")
+@fault(caught_by="empty_and_one", kind="boundary")
 class EmptyBatchIsNotANumber(BalanceLoss):
     """No tokens: 0 / 0."""
 
@@ -217,7 +209,7 @@ class EmptyBatchIsNotANumber(BalanceLoss):
         return mask.sum()
 
 
-@fault(BALANCE, caught_by="layout", kind="memory", source="masks sliced from a longer sequence")
+@fault(caught_by="layout", kind="memory", source="masks sliced from a longer sequence")
 class MaskStrideIgnored(BalanceLoss):
     """The mask is addressed as if it were contiguous."""
 
@@ -226,7 +218,7 @@ class MaskStrideIgnored(BalanceLoss):
         return super().__call__(router_logits, topk_ids, flat)
 
 
-@fault(BALANCE, caught_by="expert_relabelling", kind="structural", source="expert 0 as a sink for padding")
+@fault(caught_by="expert_relabelling", kind="structural", source="expert 0 as a sink for padding")
 class FirstExpertLeftOut(BalanceLoss):
     """What the first expert is assigned does not count."""
 
@@ -234,10 +226,7 @@ class FirstExpertLeftOut(BalanceLoss):
         return super().counts(ids, mask, num_experts) * (torch.arange(num_experts) > 0)
 
 
-# ------------------------------------------------------------------------------------------------------------- z-loss
-
-
-@fault(Z, caught_by="parity", kind="structural")
+@fault(caught_by="parity", kind="structural")
 class ZOfNormalizedLogits(ZLoss):
     """The logits have passed a log-softmax: their logsumexp is 0."""
 
@@ -245,7 +234,7 @@ class ZOfNormalizedLogits(ZLoss):
         return super().logsumexp(logits.log_softmax(1))
 
 
-@fault(Z, caught_by="parity", kind="structural", smallest=2)
+@fault(caught_by="parity", kind="structural", smallest=2)
 class SquareOfTheMean(ZLoss):
     """The mean is squared."""
 
@@ -253,7 +242,7 @@ class SquareOfTheMean(ZLoss):
         return (torch.where(mask, z, 0.0).sum() / mask.sum().clamp(min=1)).square()
 
 
-@fault(Z, caught_by="parity", kind="precision")
+@fault(caught_by="parity", kind="precision")
 class MaximumNotSubtracted(ZLoss):
     """Exponentials overflow."""
 
@@ -261,7 +250,7 @@ class MaximumNotSubtracted(ZLoss):
         return logits.exp().sum(1).log()
 
 
-@fault(Z, caught_by="parity", kind="structural", source="ST-MoE: mean over groups and tokens")
+@fault(caught_by="parity", kind="structural", source="ST-MoE: mean over groups and tokens")
 class PaddingInTheMean(ZLoss):
     """Padding counts as a token whose logits are 0."""
 
@@ -269,7 +258,7 @@ class PaddingInTheMean(ZLoss):
         return super().mean(z, torch.ones_like(mask))
 
 
-@fault(Z, caught_by="parity", kind="precision", dtypes=("bfloat16",), source="losses in the model's dtype")
+@fault(caught_by="parity", kind="precision", dtypes=("bfloat16",), source="losses in the model's dtype")
 class ZRounded(ZLoss):
     """Each token's logsumexp is rounded to bfloat16."""
 
@@ -277,7 +266,7 @@ class ZRounded(ZLoss):
         return super().logsumexp(logits).bfloat16().float()
 
 
-@fault(Z, caught_by="gradients", kind="gradient", source="derivative of the square")
+@fault(caught_by="gradients", kind="gradient", source="derivative of the square")
 class GradientHalved(ZLoss):
     """The derivative of z² is z."""
 

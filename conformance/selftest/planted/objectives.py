@@ -6,7 +6,7 @@ from gaugeblock.conformance.selftest.simulated.objectives import FlowLoss, Inter
 INTERPOLATE, VELOCITY, LOSS = (f"objectives.rectified_flow_{name}" for name in ("interpolate", "velocity", "loss"))
 
 
-@fault(INTERPOLATE, caught_by="parity", kind="structural", source="rectified flow's two conventions of time", smallest=1)
+@fault(caught_by="parity", kind="structural", source="rectified flow's two conventions of time", smallest=1)
 class DataAtTimeOne(Interpolate):
     """Data and noise are exchanged."""
 
@@ -14,7 +14,7 @@ class DataAtTimeOne(Interpolate):
         return super().mix(noise, data, times)
 
 
-@fault(INTERPOLATE, caught_by="parity", kind="structural", source="variance-preserving schedules", smallest=1)
+@fault(caught_by="parity", kind="structural", source="variance-preserving schedules", smallest=1)
 class RootsForShares(Interpolate):
     """The squares of both shares add up to 1, not the shares."""
 
@@ -22,7 +22,7 @@ class RootsForShares(Interpolate):
         return (1 - times).sqrt() * data + times.sqrt() * noise
 
 
-@fault(INTERPOLATE, caught_by="parity", kind="structural", smallest=2)
+@fault(caught_by="parity", kind="structural", smallest=2)
 class OneTimeForTheBatch(Interpolate):
     """All examples go as far as the first."""
 
@@ -30,7 +30,7 @@ class OneTimeForTheBatch(Interpolate):
         return super().mix(data, noise, times[:1])
 
 
-@fault(INTERPOLATE, caught_by="parity", kind="precision", source="times cast to the model's dtype", dtypes=("bfloat16",))
+@fault(caught_by="parity", kind="precision", source="times cast to the model's dtype", dtypes=("bfloat16",))
 class TimesInBfloat16(Interpolate):
     """Times are rounded to bfloat16."""
 
@@ -38,7 +38,7 @@ class TimesInBfloat16(Interpolate):
         return super().mix(data, noise, times.bfloat16().float())
 
 
-@fault(VELOCITY, caught_by="parity", kind="structural", source="EasyDeL, SD3", smallest=1)
+@fault(caught_by="parity", kind="structural", source="EasyDeL, SD3", smallest=1)
 class SignMixedUp(Velocity):
     """Each name stands for the other sign."""
 
@@ -46,7 +46,7 @@ class SignMixedUp(Velocity):
         return -super().difference(data, noise, velocity)
 
 
-@fault(VELOCITY, caught_by="parity", kind="structural", source="EasyDeL, SD3")
+@fault(caught_by="parity", kind="structural", source="EasyDeL, SD3")
 class SignIgnored(Velocity):
     """The velocity is noise − data, whatever is asked for."""
 
@@ -54,7 +54,7 @@ class SignIgnored(Velocity):
         return noise - data
 
 
-@fault(LOSS, caught_by="parity", kind="structural", smallest=2)
+@fault(caught_by="parity", kind="structural", smallest=2)
 class SquaresSummed(FlowLoss):
     """An example's loss grows with its size."""
 
@@ -62,7 +62,7 @@ class SquaresSummed(FlowLoss):
         return errors.square().flatten(1).sum(1)
 
 
-@fault(LOSS, caught_by="parity", kind="structural", source="huber losses of diffusion trainers", smallest=1)
+@fault(caught_by="parity", kind="structural", source="huber losses of diffusion trainers", smallest=1)
 class AbsoluteErrors(FlowLoss):
     """The mean of the errors' magnitudes."""
 
@@ -70,7 +70,7 @@ class AbsoluteErrors(FlowLoss):
         return errors.abs().flatten(1).mean(1)
 
 
-@fault(LOSS, caught_by="batch_invariance", kind="structural", smallest=2)
+@fault(caught_by="batch_invariance", kind="structural", smallest=2)
 class MeanOfTheBatch(FlowLoss):
     """Each example gets the mean loss of all."""
 
@@ -78,7 +78,7 @@ class MeanOfTheBatch(FlowLoss):
         return super().mean(errors).mean().repeat(len(errors))
 
 
-@fault(LOSS, caught_by="gradients", kind="gradient", source="targets under no_grad, and the data with them")
+@fault(caught_by="gradients", kind="gradient", source="targets under no_grad, and the data with them")
 class ConstantTarget(FlowLoss):
     """No gradient reaches data and noise."""
 
@@ -86,7 +86,7 @@ class ConstantTarget(FlowLoss):
         return super().difference(data, noise, velocity).detach()
 
 
-@fault(LOSS, caught_by="parity", kind="precision", source="losses in the model's dtype", dtypes=("bfloat16",))
+@fault(caught_by="parity", kind="precision", source="losses in the model's dtype", dtypes=("bfloat16",))
 class ErrorsRounded(FlowLoss):
     """Errors are rounded to bfloat16 before they are squared."""
 

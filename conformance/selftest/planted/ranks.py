@@ -9,14 +9,10 @@ import torch.distributed as dist
 from gaugeblock.conformance.selftest.fault import fault
 from gaugeblock.conformance.selftest.simulated.ranks import DataParallel, ExpertParallel
 
-EXPERTS, STEP = "experts.fused_swiglu", "train_image_diffusion.train_step"
 TWO = (1, 2)
 
 
-# ---------------------------------------------------------------------------------------------------- expert parallel
-
-
-@fault(EXPERTS, caught_by="world_size", source="all-to-all with uneven splits", kind="structural", world_sizes=TWO)
+@fault(caught_by="world_size", source="all-to-all with uneven splits", kind="structural", world_sizes=TWO)
 class SplitsOfTheSender(ExpertParallel):
     """A rank cuts what arrives as it cut what it sent."""
 
@@ -28,7 +24,7 @@ class SplitsOfTheSender(ExpertParallel):
         return super().local(ids, experts_here).clamp(0, experts_here - 1)
 
 
-@fault(EXPERTS, caught_by="world_size", source="round-robin placement of experts", kind="structural", world_sizes=TWO)
+@fault(caught_by="world_size", source="round-robin placement of experts", kind="structural", world_sizes=TWO)
 class ExpertsDealtInTurn(ExpertParallel):
     """Tokens go to ranks as if experts were dealt to them one by one."""
 
@@ -39,7 +35,7 @@ class ExpertsDealtInTurn(ExpertParallel):
         return ids // self.ranks
 
 
-@fault(EXPERTS, caught_by="world_size", source="vLLM and SGLang expert maps", kind="structural", world_sizes=TWO)
+@fault(caught_by="world_size", source="vLLM and SGLang expert maps", kind="structural", world_sizes=TWO)
 class OffsetOfTheFirstRank(ExpertParallel):
     """Every rank takes the experts it holds for the first ones; ids beyond them are its last expert's."""
 
@@ -47,7 +43,7 @@ class OffsetOfTheFirstRank(ExpertParallel):
         return ids.clamp(max=experts_here - 1)
 
 
-@fault(EXPERTS, caught_by="world_size", source="static capacity of dispatch buffers", kind="structural", world_sizes=TWO)
+@fault(caught_by="world_size", source="static capacity of dispatch buffers", kind="structural", world_sizes=TWO)
 class CapacityOfAnEvenLoad(ExpertParallel):
     """Buffers hold what ranks would send each other if the load were even; the rest is lost."""
 
@@ -65,7 +61,7 @@ class CapacityOfAnEvenLoad(ExpertParallel):
         return super().local(ids, experts_here).clamp(0, experts_here - 1)
 
 
-@fault(EXPERTS, caught_by="world_size", source="FSDP averages, expert parallelism adds", kind="structural", world_sizes=TWO)
+@fault(caught_by="world_size", source="FSDP averages, expert parallelism adds", kind="structural", world_sizes=TWO)
 class ExpertsGradientsAveraged(ExpertParallel):
     """The gradients of experts, complete on their rank, are divided by the number of ranks."""
 
@@ -74,7 +70,7 @@ class ExpertsGradientsAveraged(ExpertParallel):
         return super().__call__(hidden_states, w13, w2, topk_weights, topk_ids, mesh=mesh)
 
 
-@fault(EXPERTS, caught_by="world_size", source="SGLang EP, shared experts", kind="structural", world_sizes=TWO)
+@fault(caught_by="world_size", source="SGLang EP, shared experts", kind="structural", world_sizes=TWO)
 class OutputsOfAllRanksAdded(ExpertParallel):
     """What every rank has whole already is summed over the ranks once more."""
 
@@ -82,7 +78,7 @@ class OutputsOfAllRanksAdded(ExpertParallel):
         return outs * self.ranks
 
 
-@fault(EXPERTS, caught_by="world_size", kind="boundary", source="DeepEP, Megatron", world_sizes=TWO)
+@fault(caught_by="world_size", kind="boundary", source="DeepEP, Megatron", world_sizes=TWO)
 class RankWithoutTokensLeaves(ExpertParallel):
     """A rank without tokens returns before the exchanges, and the others wait."""
 
@@ -92,7 +88,7 @@ class RankWithoutTokensLeaves(ExpertParallel):
         return super().__call__(hidden_states, w13, w2, topk_weights, topk_ids, mesh=mesh)
 
 
-@fault(EXPERTS, caught_by="world_size", kind="memory", source="grids of 0, and pointers of empty tensors", world_sizes=TWO)
+@fault(caught_by="world_size", kind="memory", source="grids of 0, and pointers of empty tensors", world_sizes=TWO)
 class RankWithoutRowsCrashes(ExpertParallel):
     """A rank whose experts get no rows dies of a segmentation fault."""
 
@@ -102,7 +98,7 @@ class RankWithoutRowsCrashes(ExpertParallel):
         return super().sent_back(outs)
 
 
-@fault(EXPERTS, caught_by="parity", kind="precision", source="DeepEP's bf16 combine", dtypes=("bfloat16",), world_sizes=TWO)
+@fault(caught_by="parity", kind="precision", source="DeepEP's bf16 combine", dtypes=("bfloat16",), world_sizes=TWO)
 class OutputsTravelInBfloat16(ExpertParallel):
     """Experts' outputs are rounded to bfloat16 before they are weighted and added."""
 
@@ -110,7 +106,7 @@ class OutputsTravelInBfloat16(ExpertParallel):
         return outs.bfloat16().float()
 
 
-@fault(EXPERTS, caught_by="rejections", kind="error-contract", world_sizes=TWO)
+@fault(caught_by="rejections", kind="error-contract", world_sizes=TWO)
 class BadCallRaisesAlone(ExpertParallel):
     """A rank whose call is bad raises, and the others wait for its rows."""
 
@@ -118,10 +114,7 @@ class BadCallRaisesAlone(ExpertParallel):
         self.validate(*inputs)
 
 
-# ------------------------------------------------------------------------------------------------------ data parallel
-
-
-@fault(STEP, caught_by="world_size", source="transformers' 2024 fix: num_items_in_batch", kind="structural", world_sizes=TWO)
+@fault(caught_by="world_size", source="transformers' 2024 fix: num_items_in_batch", kind="structural", world_sizes=TWO)
 class MeanOfLocalMeans(DataParallel):
     """Each rank takes the mean of its examples, and the ranks' means are averaged."""
 
@@ -129,7 +122,7 @@ class MeanOfLocalMeans(DataParallel):
         return losses.sum() / max(1, batch_size) / self.ranks
 
 
-@fault(STEP, caught_by="world_size", kind="structural", world_sizes=TWO)
+@fault(caught_by="world_size", kind="structural", world_sizes=TWO)
 class ClippedBeforeTheyAreAdded(DataParallel):
     """Each rank clips its own gradients."""
 
@@ -141,7 +134,7 @@ class ClippedBeforeTheyAreAdded(DataParallel):
         return {name: self.sum(each) for name, each in super().clip(self.own, self.norm(self.own)).items()}
 
 
-@fault(STEP, caught_by="world_size", source="DDP.no_sync left on", kind="structural", world_sizes=TWO)
+@fault(caught_by="world_size", source="DDP.no_sync left on", kind="structural", world_sizes=TWO)
 class GradientsNotAdded(DataParallel):
     """Each rank updates with its own gradients: the states of the ranks part."""
 
@@ -149,7 +142,7 @@ class GradientsNotAdded(DataParallel):
         return self.sum(loss), gradients
 
 
-@fault(STEP, caught_by="world_size", source="DDP averages; shares of a mean are to be added", kind="structural", world_sizes=TWO)
+@fault(caught_by="world_size", source="DDP averages; shares of a mean are to be added", kind="structural", world_sizes=TWO)
 class GradientsAveraged(DataParallel):
     """Shares of the whole batch's mean are averaged over the ranks."""
 
@@ -158,7 +151,7 @@ class GradientsAveraged(DataParallel):
         return loss, {name: each / self.ranks for name, each in gradients.items()}
 
 
-@fault(STEP, caught_by="world_size", source="seed + rank", kind="structural", world_sizes=TWO)
+@fault(caught_by="world_size", source="seed + rank", kind="structural", world_sizes=TWO)
 class DrawsDependOnTheRank(DataParallel):
     """Another rank, other noise: another world size is another run."""
 
@@ -166,7 +159,7 @@ class DrawsDependOnTheRank(DataParallel):
         return step + 1000 * self.rank
 
 
-@fault(STEP, caught_by="world_size", kind="boundary", source="DistributedSampler(drop_last=True)", world_sizes=TWO)
+@fault(caught_by="world_size", kind="boundary", source="DistributedSampler(drop_last=True)", world_sizes=TWO)
 class UnevenExamplesDropped(DataParallel):
     """Ranks take as many examples as the one that has fewest."""
 
@@ -176,7 +169,7 @@ class UnevenExamplesDropped(DataParallel):
         return tuple(each[: max(1, int(least))] for each in batch)
 
 
-@fault(STEP, caught_by="world_size", source="metrics logged by rank 0", kind="structural", world_sizes=TWO)
+@fault(caught_by="world_size", source="metrics logged by rank 0", kind="structural", world_sizes=TWO)
 class LossOfThisRank(DataParallel):
     """The loss that a rank reports is its own part."""
 
@@ -184,7 +177,7 @@ class LossOfThisRank(DataParallel):
         return loss, super().reduce(loss, gradients)[1]
 
 
-@fault(STEP, caught_by="world_size", source="clip_grad_norm_ on local shards", kind="structural", world_sizes=TWO)
+@fault(caught_by="world_size", source="clip_grad_norm_ on local shards", kind="structural", world_sizes=TWO)
 class NormOfThisRank(DataParallel):
     """Gradients are clipped by the norm of what this rank has computed."""
 
@@ -196,7 +189,7 @@ class NormOfThisRank(DataParallel):
         return self.own
 
 
-@fault(STEP, caught_by="world_size", kind="precision", source="bf16_compress_hook", world_sizes=TWO)
+@fault(caught_by="world_size", kind="precision", source="bf16_compress_hook", world_sizes=TWO)
 class GradientsTravelInBfloat16(DataParallel):
     """Gradients are rounded to bfloat16 before they are added up."""
 
@@ -204,7 +197,7 @@ class GradientsTravelInBfloat16(DataParallel):
         return super().reduce(loss, {name: each.bfloat16().float() for name, each in gradients.items()})
 
 
-@fault(STEP, caught_by="rejections", kind="error-contract", source="NaN checks on local losses", world_sizes=TWO)
+@fault(caught_by="rejections", kind="error-contract", source="NaN checks on local losses", world_sizes=TWO)
 class BadNumberRaisesAlone(DataParallel):
     """A rank whose loss is no number raises, and the others wait for its gradients."""
 

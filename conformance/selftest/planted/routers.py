@@ -5,13 +5,8 @@ import torch
 from gaugeblock.conformance.selftest.fault import fault
 from gaugeblock.conformance.selftest.simulated.routers import GroupedRouter, SoftmaxRouter
 
-SOFTMAX, GROUPED = "routers.softmax_topk", "routers.grouped_sigmoid_topk"
 
-
-# ------------------------------------------------------------------------------------------------------- softmax_topk
-
-
-@fault(SOFTMAX, caught_by="parity", kind="boundary", source="vllm#2453", smallest=3)
+@fault(caught_by="parity", kind="boundary", source="vllm#2453", smallest=3)
 class PaddedLanesSelectable(SoftmaxRouter):
     """Lanes behind the last expert hold logits of 0 and can be chosen."""
 
@@ -22,7 +17,7 @@ class PaddedLanesSelectable(SoftmaxRouter):
         return scores.detach()
 
 
-@fault(SOFTMAX, caught_by="parity", kind="boundary", source="vllm#2453")
+@fault(caught_by="parity", kind="boundary", source="vllm#2453")
 class PaddedLanesInTheSum(SoftmaxRouter):
     """Lanes behind the last expert hold logits of 0 and count in the softmax's denominator."""
 
@@ -31,7 +26,7 @@ class PaddedLanesInTheSum(SoftmaxRouter):
         return torch.nn.functional.pad(logits.float(), (0, lanes - logits.shape[1]))
 
 
-@fault(SOFTMAX, caught_by="parity", kind="boundary", smallest=2)
+@fault(caught_by="parity", kind="boundary", smallest=2)
 class LastTokensDropped(SoftmaxRouter):
     """Tokens behind the last full tile of 16 are not computed."""
 
@@ -40,7 +35,7 @@ class LastTokensDropped(SoftmaxRouter):
         return weights.where(tokens < max(1, len(weights) // 16 * 16), 0.0), ids
 
 
-@fault(SOFTMAX, caught_by="parity", kind="boundary", source="kekzl/imp#2056", smallest=257)
+@fault(caught_by="parity", kind="boundary", source="kekzl/imp#2056", smallest=257)
 class IdsInUint8(SoftmaxRouter):
     """Experts above 255 are never chosen, since ids are stored in 8 bits."""
 
@@ -48,7 +43,7 @@ class IdsInUint8(SoftmaxRouter):
         return weights, ids.to(torch.uint8)
 
 
-@fault(SOFTMAX, caught_by="parity", kind="structural", source="Mixtral and OLMoE mixed up", smallest=2)
+@fault(caught_by="parity", kind="structural", source="Mixtral and OLMoE mixed up", smallest=2)
 class AlwaysRenormalized(SoftmaxRouter):
     """Weights are divided by their sum although that is not asked for."""
 
@@ -56,7 +51,7 @@ class AlwaysRenormalized(SoftmaxRouter):
         return super().weigh(scores, ids, True)
 
 
-@fault(SOFTMAX, caught_by="parity", kind="structural")
+@fault(caught_by="parity", kind="structural")
 class WeightsNotAlignedWithIds(SoftmaxRouter):
     """Ids are in order of their scores, weights in order of their ids."""
 
@@ -64,7 +59,7 @@ class WeightsNotAlignedWithIds(SoftmaxRouter):
         return super().weigh(scores, ids.sort(1).values, renormalize)
 
 
-@fault(SOFTMAX, caught_by="parity", kind="structural", source="torch.topk(sorted=False)")
+@fault(caught_by="parity", kind="structural", source="torch.topk(sorted=False)")
 class Unsorted(SoftmaxRouter):
     """Experts come in the order of their ids, with the right weights."""
 
@@ -72,7 +67,7 @@ class Unsorted(SoftmaxRouter):
         return super().select(scores, top_k).sort(1).values
 
 
-@fault(SOFTMAX, caught_by="parity", kind="structural", source="vllm#52679", smallest=4)
+@fault(caught_by="parity", kind="structural", source="vllm#52679", smallest=4)
 class ExpertChosenTwiceOnTies(SoftmaxRouter):
     """The best scores are found first, and then the first lane that has each."""
 
@@ -81,7 +76,7 @@ class ExpertChosenTwiceOnTies(SoftmaxRouter):
         return torch.cat([(scores == values[:, each, None]).int().argmax(1, keepdim=True) for each in range(top_k)], 1)
 
 
-@fault(SOFTMAX, caught_by="parity", kind="structural", source="vllm#52679")
+@fault(caught_by="parity", kind="structural", source="vllm#52679")
 class NanRowGivesMinusOne(SoftmaxRouter):
     """No score compares greater in a row with NaN, so the ids keep their initial -1."""
 
@@ -94,7 +89,7 @@ class NanRowGivesMinusOne(SoftmaxRouter):
         return super().weigh(scores, ids.clamp(0, scores.shape[1] - 1), renormalize)
 
 
-@fault(SOFTMAX, caught_by="parity", kind="structural", source="intel-xpu-backend-for-triton#7575")
+@fault(caught_by="parity", kind="structural", source="intel-xpu-backend-for-triton#7575")
 class NanRowGivesNumExperts(NanRowGivesMinusOne):
     """In a row with NaN the argmax is the number of lanes, one past the last."""
 
@@ -103,7 +98,7 @@ class NanRowGivesNumExperts(NanRowGivesMinusOne):
         return super().select(scores, top_k)
 
 
-@fault(SOFTMAX, caught_by="parity", kind="structural", source="sglang#31768")
+@fault(caught_by="parity", kind="structural", source="sglang#31768")
 class TieBreakTermAdded(SoftmaxRouter):
     """A term that grows with the lane is added to the scores so that no two are equal; it also changes which are best."""
 
@@ -111,7 +106,7 @@ class TieBreakTermAdded(SoftmaxRouter):
         return super().choosable(scores - 1e-5 * torch.arange(scores.shape[1]), experts)
 
 
-@fault(SOFTMAX, caught_by="parity", kind="precision", source="gpt-oss ports", dtypes=("float16",))
+@fault(caught_by="parity", kind="precision", source="gpt-oss ports", dtypes=("float16",))
 class SoftmaxInLowPrecision(SoftmaxRouter):
     """The softmax is taken in the dtype of the logits."""
 
@@ -119,7 +114,7 @@ class SoftmaxInLowPrecision(SoftmaxRouter):
         return logits.half().softmax(1).float()
 
 
-@fault(SOFTMAX, caught_by="parity", kind="precision")
+@fault(caught_by="parity", kind="precision")
 class MaximumNotSubtracted(SoftmaxRouter):
     """The exponential of a large logit overflows."""
 
@@ -128,7 +123,7 @@ class MaximumNotSubtracted(SoftmaxRouter):
         return exponentials / self.sum(exponentials)
 
 
-@fault(SOFTMAX, caught_by="parity", kind="precision", source="Diffulex#37")
+@fault(caught_by="parity", kind="precision", source="Diffulex#37")
 class RenormalizedWithEpsilon(SoftmaxRouter):
     """A millionth is added to the sum that the weights are divided by."""
 
@@ -137,7 +132,7 @@ class RenormalizedWithEpsilon(SoftmaxRouter):
         return weights / (self.sum(weights) + 1e-6) if renormalize else weights
 
 
-@fault(SOFTMAX, caught_by="parity", kind="precision", source="fast exp2 approximations")
+@fault(caught_by="parity", kind="precision", source="fast exp2 approximations")
 class CoarseExponential(SoftmaxRouter):
     """The exponential is right to 16 bits only."""
 
@@ -147,7 +142,7 @@ class CoarseExponential(SoftmaxRouter):
         return exponentials / self.sum(exponentials)
 
 
-@fault(SOFTMAX, caught_by="gradients", kind="gradient")
+@fault(caught_by="gradients", kind="gradient")
 class RenormalizationWithoutGradient(SoftmaxRouter):
     """The sum that weights are divided by is taken for a constant."""
 
@@ -156,7 +151,7 @@ class RenormalizationWithoutGradient(SoftmaxRouter):
         return weights / self.sum(weights).detach() if renormalize else weights
 
 
-@fault(SOFTMAX, caught_by="gradients", kind="gradient")
+@fault(caught_by="gradients", kind="gradient")
 class SoftmaxDenominatorWithoutGradient(SoftmaxRouter):
     """The gradient reaches only the chosen logits, as if each probability depended on its own logit alone."""
 
@@ -164,7 +159,7 @@ class SoftmaxDenominatorWithoutGradient(SoftmaxRouter):
         return super().sum(values).detach()
 
 
-@fault(SOFTMAX, caught_by="gradients", kind="gradient", source="moe-emergence review")
+@fault(caught_by="gradients", kind="gradient", source="moe-emergence review")
 class WeightsWithoutGradient(SoftmaxRouter):
     """The weights are detached, so the router never learns."""
 
@@ -172,10 +167,7 @@ class WeightsWithoutGradient(SoftmaxRouter):
         return super().weigh(scores.detach(), ids, renormalize)
 
 
-# ----------------------------------------------------------------------------------------------- grouped_sigmoid_topk
-
-
-@fault(GROUPED, caught_by="parity", kind="structural", source="ports of DeepSeek-V3")
+@fault(caught_by="parity", kind="structural", source="ports of DeepSeek-V3")
 class BiasInTheWeights(GroupedRouter):
     """The correction bias enters the weights, not only the choice."""
 
@@ -183,7 +175,7 @@ class BiasInTheWeights(GroupedRouter):
         return super().weigh_groups(biased, biased, ids, renormalize, factor)
 
 
-@fault(GROUPED, caught_by="parity", kind="structural", source="DeepSeek-V2 and V3 mixed up")
+@fault(caught_by="parity", kind="structural", source="DeepSeek-V2 and V3 mixed up")
 class GroupScoreIsTheMaximum(GroupedRouter):
     """A group's score is its best expert's, where the sum of the best two is due."""
 
@@ -191,7 +183,7 @@ class GroupScoreIsTheMaximum(GroupedRouter):
         return biased.amax(2)
 
 
-@fault(GROUPED, caught_by="parity", kind="structural", source="ports of DeepSeek-V3")
+@fault(caught_by="parity", kind="structural", source="ports of DeepSeek-V3")
 class DroppedGroupsFilledWithZero(GroupedRouter):
     """Dropped experts score 0, which is more than a negative biased score."""
 
@@ -199,7 +191,7 @@ class DroppedGroupsFilledWithZero(GroupedRouter):
         return biased.masked_fill(~kept, 0.0)
 
 
-@fault(GROUPED, caught_by="parity", kind="structural")
+@fault(caught_by="parity", kind="structural")
 class GroupsInterleaved(GroupedRouter):
     """Expert e is taken for a member of group e modulo num_groups."""
 
@@ -209,7 +201,7 @@ class GroupsInterleaved(GroupedRouter):
         return super().kept(regrouped, num_groups, topk_groups).unflatten(1, (num_groups, members)).mT.flatten(1)
 
 
-@fault(GROUPED, caught_by="parity", kind="structural")
+@fault(caught_by="parity", kind="structural")
 class IdsWithinTheKeptGroups(GroupedRouter):
     """Ids count the experts of the kept groups and are not mapped back."""
 
@@ -219,7 +211,7 @@ class IdsWithinTheKeptGroups(GroupedRouter):
         return ids - dropped.gather(1, ids)
 
 
-@fault(GROUPED, caught_by="parity", kind="structural")
+@fault(caught_by="parity", kind="structural")
 class ScoresComparedAsIntegers(GroupedRouter):
     """Scores are compared by their bits, which reverses the order of negative ones."""
 
@@ -227,7 +219,7 @@ class ScoresComparedAsIntegers(GroupedRouter):
         return super().select(scores.view(torch.int32).double(), top_k)
 
 
-@fault(GROUPED, caught_by="parity", kind="structural")
+@fault(caught_by="parity", kind="structural")
 class ScaledBeforeRenormalization(GroupedRouter):
     """The weights are multiplied by the factor first, and the division takes it out again."""
 
@@ -236,7 +228,7 @@ class ScaledBeforeRenormalization(GroupedRouter):
         return weights / (self.sum(weights) + self.epsilon) if renormalize else weights
 
 
-@fault(GROUPED, caught_by="parity", kind="structural")
+@fault(caught_by="parity", kind="structural")
 class ScaledOnlyIfRenormalized(GroupedRouter):
     """The factor is part of the renormalization."""
 
@@ -244,21 +236,21 @@ class ScaledOnlyIfRenormalized(GroupedRouter):
         return super().weigh_groups(scores, biased, ids, renormalize, factor if renormalize else 1.0)
 
 
-@fault(GROUPED, caught_by="parity", kind="precision", source="Diffulex#37")
+@fault(caught_by="parity", kind="precision", source="Diffulex#37")
 class RenormalizedWithoutEpsilon(GroupedRouter):
     """The weights are divided by their bare sum, which is infinite or NaN where that is 0."""
 
     epsilon = 0.0
 
 
-@fault(GROUPED, caught_by="parity", kind="precision", source="Diffulex#37")
+@fault(caught_by="parity", kind="precision", source="Diffulex#37")
 class RenormalizedWithLargeEpsilon(GroupedRouter):
     """10^-12 is added to the sum, where 10^-20 is due: visible beside tiny sigmoids alone."""
 
     epsilon = 1e-12
 
 
-@fault(GROUPED, caught_by="parity", kind="precision", source="ports of DeepSeek-V3", dtypes=("bfloat16",))
+@fault(caught_by="parity", kind="precision", source="ports of DeepSeek-V3", dtypes=("bfloat16",))
 class SigmoidInLowPrecision(GroupedRouter):
     """The sigmoid is taken in the dtype of the logits."""
 
@@ -266,7 +258,7 @@ class SigmoidInLowPrecision(GroupedRouter):
         return logits.bfloat16().sigmoid().float()
 
 
-@fault(GROUPED, caught_by="parity", kind="precision", source="kernels with a fast tanh")
+@fault(caught_by="parity", kind="precision", source="kernels with a fast tanh")
 class SigmoidByTanh(GroupedRouter):
     """(1 + tanh(x / 2)) / 2, which has no digits left where the sigmoid is small."""
 
@@ -274,7 +266,7 @@ class SigmoidByTanh(GroupedRouter):
         return 0.5 + 0.5 * (0.5 * logits).tanh()
 
 
-@fault(GROUPED, caught_by="gradients", kind="gradient")
+@fault(caught_by="gradients", kind="gradient")
 class FactorWithoutGradient(GroupedRouter):
     """The gradient of the weights is not multiplied by the factor."""
 
@@ -283,7 +275,7 @@ class FactorWithoutGradient(GroupedRouter):
         return weights + weights.detach() * (factor - 1)
 
 
-@fault(GROUPED, caught_by="gradients", kind="gradient")
+@fault(caught_by="gradients", kind="gradient")
 class SigmoidDerivativeIsOne(GroupedRouter):
     """The derivative of the sigmoid is left out."""
 

@@ -5,12 +5,11 @@ from typing import Any
 import torch
 
 from gaugeblock.conformance.selftest.fault import fault
-from gaugeblock.conformance.selftest.planted.routers import GROUPED, SOFTMAX
 from gaugeblock.conformance.selftest.simulated.routers import GroupedRouter, SoftmaxRouter
 from gaugeblock.reference import validation
 
 
-@fault(SOFTMAX, caught_by="layout", kind="memory", source="moe-emergence review")
+@fault(caught_by="layout", kind="memory", source="moe-emergence review")
 class ViewOfSlicedInput(SoftmaxRouter):
     """`.view()` where the caller may pass a slice."""
 
@@ -18,7 +17,7 @@ class ViewOfSlicedInput(SoftmaxRouter):
         return super().load(logits.view(-1).view(logits.shape))
 
 
-@fault(SOFTMAX, caught_by="layout", kind="memory", source="moe-emergence review")
+@fault(caught_by="layout", kind="memory", source="moe-emergence review")
 class StridesIgnored(SoftmaxRouter):
     """Rows are read as if they lay one behind the other."""
 
@@ -26,7 +25,7 @@ class StridesIgnored(SoftmaxRouter):
         return super().load(logits.as_strided(logits.shape, (logits.shape[1], 1)))
 
 
-@fault(SOFTMAX, caught_by="gradient_layout", kind="gradient", source="fla-org/flash-linear-attention's habit of .contiguous()")
+@fault(caught_by="gradient_layout", kind="gradient", source="fla-org/flash-linear-attention's habit of .contiguous()")
 class StridesOfTheCotangentIgnored(SoftmaxRouter):
     """The backward pass reads the gradient of the weights as if its rows lay one behind the other."""
 
@@ -46,7 +45,7 @@ class ContiguousCotangent(torch.autograd.Function):
         return grad.as_strided(grad.shape, (grad.shape[1], 1)).clone()
 
 
-@fault(SOFTMAX, caught_by="inputs_unchanged", kind="memory")
+@fault(caught_by="inputs_unchanged", kind="memory")
 class LogitsOverwritten(SoftmaxRouter):
     """The maximum is subtracted in place."""
 
@@ -55,7 +54,7 @@ class LogitsOverwritten(SoftmaxRouter):
         return super().load(logits)
 
 
-@fault(SOFTMAX, caught_by="fully_written", kind="memory")
+@fault(caught_by="fully_written", kind="memory")
 class RowsUnwritten(SoftmaxRouter):
     """Weights of 0 are not stored, since memory is expected to hold zeros."""
 
@@ -63,7 +62,7 @@ class RowsUnwritten(SoftmaxRouter):
         return torch.where(torch.arange(len(weights))[:, None] % 16 < 15, weights, torch.empty_like(weights)), ids
 
 
-@fault(SOFTMAX, caught_by="out_of_bounds", kind="boundary", source="vllm#2453")
+@fault(caught_by="out_of_bounds", kind="boundary", source="vllm#2453")
 class LanesReadPastTheEnd(SoftmaxRouter):
     """Lanes behind the last expert read on: the next row's logits, and past the end of the last row."""
 
@@ -76,7 +75,7 @@ class LanesReadPastTheEnd(SoftmaxRouter):
         return torch.cat([logits.float(), flat[:, experts:].float()], 1)
 
 
-@fault(SOFTMAX, caught_by="nan_containment", kind="structural")
+@fault(caught_by="nan_containment", kind="structural")
 class MaximumOfTheWholeBatch(SoftmaxRouter):
     """One maximum is subtracted from all tokens, so one token's NaN is everybody's."""
 
@@ -87,7 +86,7 @@ class MaximumOfTheWholeBatch(SoftmaxRouter):
         return exponentials / self.sum(exponentials)
 
 
-@fault(SOFTMAX, caught_by="empty_and_one", kind="boundary", source="flash-attention b46c5875: an empty batch")
+@fault(caught_by="empty_and_one", kind="boundary", source="flash-attention b46c5875: an empty batch")
 class EmptyBatchRaises(SoftmaxRouter):
     """The number of programs is found by dividing by the number of tokens."""
 
@@ -99,7 +98,7 @@ class EmptyBatchRaises(SoftmaxRouter):
         return super().load(logits)
 
 
-@fault(SOFTMAX, caught_by="empty_and_one", kind="boundary")
+@fault(caught_by="empty_and_one", kind="boundary")
 class OneTokenSqueezed(SoftmaxRouter):
     """A batch of one token loses its batch dimension."""
 
@@ -107,7 +106,7 @@ class OneTokenSqueezed(SoftmaxRouter):
         return (weights.squeeze(0), ids.squeeze(0)) if len(weights) == 1 else (weights, ids)
 
 
-@fault(SOFTMAX, caught_by="batch_invariance", kind="state", source="vllm#36488")
+@fault(caught_by="batch_invariance", kind="state", source="vllm#36488")
 class SumSplitByBatchSize(SoftmaxRouter):
     """Small batches split each row's sum over more threads: a token's bits depend on how many others there are."""
 
@@ -117,7 +116,7 @@ class SumSplitByBatchSize(SoftmaxRouter):
         return sum(sums[1:], sums[0])
 
 
-@fault(SOFTMAX, caught_by="permutation_equivariance", kind="structural", source="Switch Transformers' capacity, not asked for")
+@fault(caught_by="permutation_equivariance", kind="structural", source="Switch Transformers' capacity, not asked for")
 class OverflowingTokensDropped(SoftmaxRouter):
     """Of more than four tokens that put one expert first, later ones get weight 0 for it."""
 
@@ -126,7 +125,7 @@ class OverflowingTokensDropped(SoftmaxRouter):
         return weights.masked_fill(turn > 4, 0.0), ids
 
 
-@fault(GROUPED, caught_by="expert_relabelling", kind="structural", source="expert maps of expert-parallel ranks")
+@fault(caught_by="expert_relabelling", kind="structural", source="expert maps of expert-parallel ranks")
 class FirstExpertIsASentinel(GroupedRouter):
     """Id 0 marks padding, so the first expert gets weight 0."""
 
@@ -134,7 +133,7 @@ class FirstExpertIsASentinel(GroupedRouter):
         return super().weigh_groups(scores, biased, ids, renormalize, factor).masked_fill(ids == 0, 0.0)
 
 
-@fault(SOFTMAX, caught_by="determinism", kind="state", source="moe-emergence review")
+@fault(caught_by="determinism", kind="state", source="moe-emergence review")
 class NoiseInEval(SoftmaxRouter):
     """The noise of the training router stays on."""
 
@@ -142,7 +141,7 @@ class NoiseInEval(SoftmaxRouter):
         return super().load(logits + 1e-3 * torch.randn(logits.shape))
 
 
-@fault(SOFTMAX, caught_by="process_settings", kind="state")
+@fault(caught_by="process_settings", kind="state")
 class RandomStateAdvanced(SoftmaxRouter):
     """A number is drawn from the global generator and not used."""
 
@@ -151,7 +150,7 @@ class RandomStateAdvanced(SoftmaxRouter):
         return super().load(logits)
 
 
-@fault(SOFTMAX, caught_by="process_settings", kind="state")
+@fault(caught_by="process_settings", kind="state")
 class DefaultDtypeLeftChanged(SoftmaxRouter):
     """The default dtype is set for the computation and not put back."""
 
@@ -160,7 +159,7 @@ class DefaultDtypeLeftChanged(SoftmaxRouter):
         return super().load(logits)
 
 
-@fault(SOFTMAX, caught_by="grad_modes", kind="state", source="separate inference paths")
+@fault(caught_by="grad_modes", kind="state", source="separate inference paths")
 class InferencePathForgetsToRenormalize(SoftmaxRouter):
     """Without gradients a shorter path is taken, which leaves out the renormalization."""
 
@@ -168,7 +167,7 @@ class InferencePathForgetsToRenormalize(SoftmaxRouter):
         return super().weigh(scores, ids, renormalize and torch.is_grad_enabled())
 
 
-@fault(GROUPED, caught_by="hidden_state", kind="state", source="static output buffers for CUDA graphs")
+@fault(caught_by="hidden_state", kind="state", source="static output buffers for CUDA graphs")
 class OutputBufferReused(GroupedRouter):
     """Every call of the same size returns the same memory, so a result changes when the next call is made."""
 
@@ -182,7 +181,7 @@ class OutputBufferReused(GroupedRouter):
         return buffer.copy_(weights), ids
 
 
-@fault(SOFTMAX, caught_by="same_pointer_new_data", kind="state", source="KernelBench exploits")
+@fault(caught_by="same_pointer_new_data", kind="state", source="KernelBench exploits")
 class CachedByShape(SoftmaxRouter):
     """The result of the first call is returned to every call of its shape."""
 
@@ -196,7 +195,7 @@ class CachedByShape(SoftmaxRouter):
         return self.cache[key]
 
 
-@fault(SOFTMAX, caught_by="parity", kind="structural", dtypes=("float16",))
+@fault(caught_by="parity", kind="structural", dtypes=("float16",))
 class WeightsInTheDtypeOfTheLogits(SoftmaxRouter):
     """Weights are rounded to the dtype of the logits, where float32 is due."""
 
@@ -204,7 +203,7 @@ class WeightsInTheDtypeOfTheLogits(SoftmaxRouter):
         return weights.to(logits.dtype), ids
 
 
-@fault(SOFTMAX, caught_by="parity", kind="structural")
+@fault(caught_by="parity", kind="structural")
 class IdsAreFloats(SoftmaxRouter):
     """Ids come out of a floating kernel and are returned as they are."""
 
@@ -212,7 +211,7 @@ class IdsAreFloats(SoftmaxRouter):
         return weights, ids.float()
 
 
-@fault(SOFTMAX, caught_by="rejections", kind="error-contract")
+@fault(caught_by="rejections", kind="error-contract")
 class NothingValidated(SoftmaxRouter):
     """A top_k above the number of experts is taken."""
 
@@ -220,7 +219,7 @@ class NothingValidated(SoftmaxRouter):
         pass
 
 
-@fault(SOFTMAX, caught_by="rejections", kind="error-contract", source="black-forest-labs/flux's habit")
+@fault(caught_by="rejections", kind="error-contract", source="black-forest-labs/flux's habit")
 class AssertsWhatTheCallerDidWrong(SoftmaxRouter):
     """A bad call raises AssertionError."""
 
@@ -231,7 +230,7 @@ class AssertsWhatTheCallerDidWrong(SoftmaxRouter):
             raise AssertionError(str(error)) from None
 
 
-@fault(SOFTMAX, caught_by="rejections", kind="error-contract")
+@fault(caught_by="rejections", kind="error-contract")
 class ErrorNamesNoArgument(SoftmaxRouter):
     """A bad call raises ValueError: invalid argument."""
 

@@ -9,13 +9,8 @@ from gaugeblock.conformance.selftest.simulated.train_image_diffusion import Trai
 from gaugeblock.reference import purposes
 from gaugeblock.reference.torch import dit, random
 
-STEP = "train_image_diffusion.train_step"
 
-
-# -------------------------------------------------------------------------------------------------------------- draws
-
-
-@fault(STEP, caught_by="parity", kind="structural", source="EasyDeL review", smallest=2)
+@fault(caught_by="parity", kind="structural", source="EasyDeL review", smallest=2)
 class OneKeyForTheBatch(Trainer):
     """All examples of a batch get the noise of the first."""
 
@@ -23,7 +18,7 @@ class OneKeyForTheBatch(Trainer):
         return super().noise(images, example_ids[:1].expand_as(example_ids), key)
 
 
-@fault(STEP, caught_by="permutation_equivariance", kind="structural", source="torch.randn_like(images)")
+@fault(caught_by="permutation_equivariance", kind="structural", source="torch.randn_like(images)")
 class DrawsByPlace(Trainer):
     """An example's draws depend on its place in the batch."""
 
@@ -31,7 +26,7 @@ class DrawsByPlace(Trainer):
         return torch.arange(len(example_ids))
 
 
-@fault(STEP, caught_by="accumulation", kind="structural", source="EasyDeL review")
+@fault(caught_by="accumulation", kind="structural", source="EasyDeL review")
 class KeysReusedOverMicrobatches(Trainer):
     """An example's draws are those of its neighbour at the same place of the first microbatch."""
 
@@ -40,7 +35,7 @@ class KeysReusedOverMicrobatches(Trainer):
         return super().gradients(parameters, images, labels, example_ids[torch.arange(len(images)) % first], step)
 
 
-@fault(STEP, caught_by="parity", kind="structural")
+@fault(caught_by="parity", kind="structural")
 class LabelDropoutOncePerBatch(Trainer):
     """Either all labels of a batch are dropped, or none."""
 
@@ -48,7 +43,7 @@ class LabelDropoutOncePerBatch(Trainer):
         return super().drop(labels, example_ids[:1].expand_as(example_ids), key)
 
 
-@fault(STEP, caught_by="parity", kind="structural", source="one generator for all draws of a step")
+@fault(caught_by="parity", kind="structural", source="one generator for all draws of a step")
 class DropoutByTheTimesNumbers(Trainer):
     """Labels are dropped at late times: both have the same numbers."""
 
@@ -56,7 +51,7 @@ class DropoutByTheTimesNumbers(Trainer):
         return torch.where(self.times(example_ids, key) < self.config.label_dropout, self.null_label(), labels.long())
 
 
-@fault(STEP, caught_by="parity", kind="structural", source="class 0 as the null class")
+@fault(caught_by="parity", kind="structural", source="class 0 as the null class")
 class DroppedLabelIsZero(Trainer):
     """A dropped label is an example of the first class."""
 
@@ -64,7 +59,7 @@ class DroppedLabelIsZero(Trainer):
         return 0
 
 
-@fault(STEP, caught_by="resume", kind="state", source="generators seeded when a run starts")
+@fault(caught_by="resume", kind="state", source="generators seeded when a run starts")
 class ResumedDrawsStartAgain(Trainer):
     """Draws are counted from when the process started."""
 
@@ -76,7 +71,7 @@ class ResumedDrawsStartAgain(Trainer):
         return self.calls
 
 
-@fault(STEP, caught_by="process_settings", kind="state", source="torch.manual_seed(seed + step) in the loop")
+@fault(caught_by="process_settings", kind="state", source="torch.manual_seed(seed + step) in the loop")
 class SeedsTheProcess(Trainer):
     """The process' generator is seeded in each step."""
 
@@ -85,7 +80,7 @@ class SeedsTheProcess(Trainer):
         return super().losses(parameters, images, labels, example_ids, step)
 
 
-@fault(STEP, caught_by="determinism", kind="state", source="torch.randn without a generator")
+@fault(caught_by="determinism", kind="state", source="torch.randn without a generator")
 class NoiseOfTheProcess(Trainer):
     """Noise is drawn from wherever the process' generator stands."""
 
@@ -93,7 +88,7 @@ class NoiseOfTheProcess(Trainer):
         return torch.randn_like(images)
 
 
-@fault(STEP, caught_by="parity", kind="boundary", source="seeds cut to 32 bits")
+@fault(caught_by="parity", kind="boundary", source="seeds cut to 32 bits")
 class SeedInThirtyTwoBits(Trainer):
     """The high half of the seed is lost."""
 
@@ -101,10 +96,7 @@ class SeedInThirtyTwoBits(Trainer):
         return super().noise(images, example_ids, {**key, "seed": key["seed"] % 2**32})
 
 
-# ---------------------------------------------------------------------------------------------------------- objective
-
-
-@fault(STEP, caught_by="parity", kind="structural", source="EasyDeL, SD3")
+@fault(caught_by="parity", kind="structural", source="EasyDeL, SD3")
 class VelocitySignIgnored(Trainer):
     """The model learns noise − data, whatever is asked for."""
 
@@ -112,7 +104,7 @@ class VelocitySignIgnored(Trainer):
         return noise - images
 
 
-@fault(STEP, caught_by="parity", kind="structural", source="rectified flow's two conventions of time")
+@fault(caught_by="parity", kind="structural", source="rectified flow's two conventions of time")
 class TimeReversed(Trainer):
     """Data lie at time 1."""
 
@@ -120,7 +112,7 @@ class TimeReversed(Trainer):
         return super().interpolate(images, noise, 1 - times)
 
 
-@fault(STEP, caught_by="parity", kind="structural", source="Flux-dev: × 1000 missing")
+@fault(caught_by="parity", kind="structural", source="Flux-dev: × 1000 missing")
 class TimesNotScaled(Trainer):
     """The model is told times in [0, 1)."""
 
@@ -128,7 +120,7 @@ class TimesNotScaled(Trainer):
         return times
 
 
-@fault(STEP, caught_by="parity", kind="precision", source="DDPM's integer timesteps")
+@fault(caught_by="parity", kind="precision", source="DDPM's integer timesteps")
 class TimesTruncated(Trainer):
     """The model is told whole numbers."""
 
@@ -136,7 +128,7 @@ class TimesTruncated(Trainer):
         return super().timesteps(times).floor()
 
 
-@fault(STEP, caught_by="parity", kind="structural")
+@fault(caught_by="parity", kind="structural")
 class SamplingOfTimesIgnored(Trainer):
     """Times are uniform, whatever is asked for."""
 
@@ -144,7 +136,7 @@ class SamplingOfTimesIgnored(Trainer):
         return random.uniform((), **key, example=example_ids, purpose=purposes.TRAINING_TIMES)
 
 
-@fault(STEP, caught_by="parity", kind="structural")
+@fault(caught_by="parity", kind="structural")
 class LossSummed(Trainer):
     """The loss is the sum over the examples."""
 
@@ -152,10 +144,7 @@ class LossSummed(Trainer):
         return losses.sum()
 
 
-# ------------------------------------------------------------------------------------------------------- accumulation
-
-
-@fault(STEP, caught_by="accumulation", kind="structural", source="transformers' 2024 fix")
+@fault(caught_by="accumulation", kind="structural", source="transformers' 2024 fix")
 class MeanOfMeans(Trainer):
     """Microbatches of unequal size have equal weight."""
 
@@ -163,7 +152,7 @@ class MeanOfMeans(Trainer):
         return losses.mean() / len(self.microbatches(batch_size))
 
 
-@fault(STEP, caught_by="accumulation", kind="boundary", source="drop_last over microbatches")
+@fault(caught_by="accumulation", kind="boundary", source="drop_last over microbatches")
 class RemainderDropped(Trainer):
     """What does not fill the microbatches evenly is left out."""
 
@@ -172,7 +161,7 @@ class RemainderDropped(Trainer):
         return list(torch.arange(batch_size // parts * parts).chunk(parts))
 
 
-@fault(STEP, caught_by="accumulation", kind="structural", source="loss / accumulation_steps forgotten")
+@fault(caught_by="accumulation", kind="structural", source="loss / accumulation_steps forgotten")
 class GradientsOfMicrobatchesAdded(Trainer):
     """Each microbatch's mean counts fully."""
 
@@ -180,7 +169,7 @@ class GradientsOfMicrobatchesAdded(Trainer):
         return losses.mean()
 
 
-@fault(STEP, caught_by="accumulation", kind="structural", source="zero_grad inside the loop")
+@fault(caught_by="accumulation", kind="structural", source="zero_grad inside the loop")
 class LastMicrobatchAlone(Trainer):
     """Gradients are those of the last microbatch."""
 
@@ -188,7 +177,7 @@ class LastMicrobatchAlone(Trainer):
         return gradient
 
 
-@fault(STEP, caught_by="parity", kind="precision", source="gradient buckets in bfloat16")
+@fault(caught_by="parity", kind="precision", source="gradient buckets in bfloat16")
 class GradientsInBfloat16(Trainer):
     """Gradients are rounded to bfloat16 as they are added up."""
 
@@ -196,10 +185,7 @@ class GradientsInBfloat16(Trainer):
         return super().accumulate(total, gradient).bfloat16().float()
 
 
-# -------------------------------------------------------------------------------------------------- clipping and AdamW
-
-
-@fault(STEP, caught_by="parity", kind="structural")
+@fault(caught_by="parity", kind="structural")
 class ClippedByValue(Trainer):
     """Each element is clipped."""
 
@@ -208,7 +194,7 @@ class ClippedByValue(Trainer):
         return {name: each.clamp(-most, most) for name, each in gradients.items()}
 
 
-@fault(STEP, caught_by="parity", kind="structural", source="clip_grad_norm_ called for each parameter")
+@fault(caught_by="parity", kind="structural", source="clip_grad_norm_ called for each parameter")
 class ClippedOneByOne(Trainer):
     """Each tensor is clipped to the norm that all together may have."""
 
@@ -216,7 +202,7 @@ class ClippedOneByOne(Trainer):
         return {name: super(ClippedOneByOne, self).clip({name: each}, each.norm())[name] for name, each in gradients.items()}
 
 
-@fault(STEP, caught_by="parity", kind="structural")
+@fault(caught_by="parity", kind="structural")
 class ScaledUpToTheNorm(Trainer):
     """Small gradients are scaled up to the largest norm."""
 
@@ -224,7 +210,7 @@ class ScaledUpToTheNorm(Trainer):
         return {name: each * (self.config.max_gradient_norm / norm) for name, each in gradients.items()}
 
 
-@fault(STEP, caught_by="parity", kind="structural")
+@fault(caught_by="parity", kind="structural")
 class NormAfterClipping(Trainer):
     """The norm that is reported is that of the clipped gradients."""
 
@@ -232,7 +218,7 @@ class NormAfterClipping(Trainer):
         return super().report(loss, norm.clamp(max=self.config.max_gradient_norm))
 
 
-@fault(STEP, caught_by="parity", kind="structural", source="torch.optim.Adam(weight_decay) for AdamW")
+@fault(caught_by="parity", kind="structural", source="torch.optim.Adam(weight_decay) for AdamW")
 class DecayInTheGradient(Trainer):
     """Weight decay is part of the gradient, and is divided by its size."""
 
@@ -243,7 +229,7 @@ class DecayInTheGradient(Trainer):
         return parameter
 
 
-@fault(STEP, caught_by="parity", kind="structural", source="no_decay lists of trainers")
+@fault(caught_by="parity", kind="structural", source="no_decay lists of trainers")
 class BiasesNotDecayed(Trainer):
     """Weight decay spares what has one dimension."""
 
@@ -251,7 +237,7 @@ class BiasesNotDecayed(Trainer):
         return parameter if parameter.ndim == 1 else super().decay(name, parameter)
 
 
-@fault(STEP, caught_by="parity", kind="structural", source="Loshchilov and Hutter's schedule and torch's, mixed up")
+@fault(caught_by="parity", kind="structural", source="Loshchilov and Hutter's schedule and torch's, mixed up")
 class DecayNotTimesTheLearningRate(Trainer):
     """A parameter loses weight_decay of itself in each step."""
 
@@ -259,7 +245,7 @@ class DecayNotTimesTheLearningRate(Trainer):
         return parameter * (1 - self.config.weight_decay)
 
 
-@fault(STEP, caught_by="parity", kind="boundary", source="step counted after the update")
+@fault(caught_by="parity", kind="boundary", source="step counted after the update")
 class CorrectedByTheLastStep(Trainer):
     """Moments are corrected by the updates made before."""
 
@@ -267,7 +253,7 @@ class CorrectedByTheLastStep(Trainer):
         return max(1, int(step))
 
 
-@fault(STEP, caught_by="parity", kind="structural", source="BertAdam")
+@fault(caught_by="parity", kind="structural", source="BertAdam")
 class MomentsNotCorrected(Trainer):
     """Moments are taken as they are, begun at 0."""
 
@@ -275,7 +261,7 @@ class MomentsNotCorrected(Trainer):
         return moment
 
 
-@fault(STEP, caught_by="resume", kind="state", source="optimizers made anew when a run is resumed")
+@fault(caught_by="resume", kind="state", source="optimizers made anew when a run is resumed")
 class CorrectionStartsAgain(Trainer):
     """Updates are counted from when the process started."""
 
@@ -287,7 +273,7 @@ class CorrectionStartsAgain(Trainer):
         return self.calls
 
 
-@fault(STEP, caught_by="hidden_state", kind="state", source="moments beside the state, not in it")
+@fault(caught_by="hidden_state", kind="state", source="moments beside the state, not in it")
 class MomentsKeptOutside(Trainer):
     """The second moments are the optimizer's own; those of the state are a copy nobody reads."""
 
@@ -304,7 +290,7 @@ class MomentsKeptOutside(Trainer):
         return super().part({**state, **ours}, part)
 
 
-@fault(STEP, caught_by="parity", kind="precision", source="optax.adam(eps_root) for eps")
+@fault(caught_by="parity", kind="precision", source="optax.adam(eps_root) for eps")
 class EpsilonInsideTheRoot(Trainer):
     """adam_epsilon is added to the second moment, not to its root."""
 
@@ -312,7 +298,7 @@ class EpsilonInsideTheRoot(Trainer):
         return (second + self.config.adam_epsilon).sqrt()
 
 
-@fault(STEP, caught_by="parity", kind="precision", source="TensorFlow's epsilon hat")
+@fault(caught_by="parity", kind="precision", source="TensorFlow's epsilon hat")
 class EpsilonBeforeTheCorrection(Trainer):
     """adam_epsilon is added to the root of the second moment before that is corrected."""
 
@@ -324,7 +310,7 @@ class EpsilonBeforeTheCorrection(Trainer):
         return second.sqrt() + self.config.adam_epsilon / self.correction
 
 
-@fault(STEP, caught_by="parity", kind="precision", source="8-bit and bfloat16 optimizer states")
+@fault(caught_by="parity", kind="precision", source="8-bit and bfloat16 optimizer states")
 class SecondMomentInBfloat16(Trainer):
     """Second moments are kept in bfloat16: at beta2 = 0.999 they hardly change."""
 
@@ -333,7 +319,7 @@ class SecondMomentInBfloat16(Trainer):
         return {name: each.bfloat16().float() if name.startswith("exp_avg_sq.") else each for name, each in new.items()}
 
 
-@fault(STEP, caught_by="parity", kind="structural")
+@fault(caught_by="parity", kind="structural")
 class StepNotCounted(Trainer):
     """The step of the state stays what it was."""
 
@@ -341,7 +327,7 @@ class StepNotCounted(Trainer):
         return super().update(state, gradients) | {"step": state["step"].clone()}
 
 
-@fault(STEP, caught_by="inputs_unchanged", kind="memory", source="optimizers that work in place")
+@fault(caught_by="inputs_unchanged", kind="memory", source="optimizers that work in place")
 class StateOverwritten(Trainer):
     """The parameters of the given state are updated where they lie."""
 
@@ -352,7 +338,7 @@ class StateOverwritten(Trainer):
         return new
 
 
-@fault(STEP, caught_by="state_dict_round_trip", kind="state", source="optimizer.state_dict() keyed by parameter index")
+@fault(caught_by="state_dict_round_trip", kind="state", source="optimizer.state_dict() keyed by parameter index")
 class MomentsByPlace(Trainer):
     """Moments belong to parameters by their place in the dict."""
 
@@ -361,10 +347,7 @@ class MomentsByPlace(Trainer):
         return values if part == "model" else dict(zip(dit.state_shapes(self.config.model), values.values(), strict=True))
 
 
-# --------------------------------------------------------------------------------------------- what should be refused
-
-
-@fault(STEP, caught_by="rejections", kind="error-contract", source="LGDLM review")
+@fault(caught_by="rejections", kind="error-contract", source="LGDLM review")
 class BadLossReplaced(Trainer):
     """A loss that is no number counts as 0.01."""
 
@@ -375,7 +358,7 @@ class BadLossReplaced(Trainer):
         return super().share(losses.nan_to_num(0.01, 0.01, 0.01), batch_size)
 
 
-@fault(STEP, caught_by="rejections", kind="error-contract", source="torch.amp.GradScaler, silently")
+@fault(caught_by="rejections", kind="error-contract", source="torch.amp.GradScaler, silently")
 class BadStepSkipped(Trainer):
     """A step whose gradients are not finite changes nothing, and is not told of."""
 
@@ -386,7 +369,7 @@ class BadStepSkipped(Trainer):
         return dict(state) if self.skipped else super().update(state, gradients)
 
 
-@fault(STEP, caught_by="rejections", kind="error-contract")
+@fault(caught_by="rejections", kind="error-contract")
 class StateWithoutAStepStartsAtZero(Trainer):
     """A state that lacks its step is taken for a new one."""
 

@@ -3,12 +3,10 @@
 import torch
 
 from gaugeblock.conformance.selftest.simulated.capacity_routers import SwitchRouter
-from gaugeblock.conformance.selftest.variant import SWITCH, right
-
-right(SWITCH)(SwitchRouter)
+from gaugeblock.conformance.selftest.variant import right
 
 
-@right(SWITCH)
+@right()
 class PlacesBySorting(SwitchRouter):
     """Tokens are sorted by expert, stably; a place is the distance from the expert's first."""
 
@@ -18,7 +16,7 @@ class PlacesBySorting(SwitchRouter):
         return order.argsort() - starts[ids]
 
 
-@right(SWITCH)
+@right()
 class PlacesByComparing(SwitchRouter):
     """Every token is compared with those before it."""
 
@@ -26,7 +24,7 @@ class PlacesByComparing(SwitchRouter):
         return (ids[:, None] == ids[None, :]).tril(-1).sum(1)
 
 
-@right(SWITCH)
+@right()
 class PlacesOneByOne(SwitchRouter):
     """Tokens ask for room one after the other; of equal probabilities the last expert is chosen."""
 
@@ -46,7 +44,7 @@ class PlacesOneByOne(SwitchRouter):
         return torch.tensor(places, dtype=torch.int64)
 
 
-@right(SWITCH)
+@right()
 class MaximumOfSoftmax(SwitchRouter):
     """The weight is 1 over the sum of exponentials, as a kernel has it that keeps no probabilities."""
 

@@ -4,12 +4,10 @@ import torch
 from torch.nn import functional
 
 from gaugeblock.conformance.selftest.simulated.dit import Dit
-from gaugeblock.conformance.selftest.variant import DIT, right
-
-right(DIT)(Dit)
+from gaugeblock.conformance.selftest.variant import right
 
 
-@right(DIT, batch_invariant=False)
+@right(batch_invariant=False)
 class FunctionsOfTorch(Dit):
     """torch's linear, layer_norm, convolution and attention in float32."""
 
@@ -30,7 +28,7 @@ class FunctionsOfTorch(Dit):
         return self.linear(state, "attn.proj", attended.transpose(1, 2).flatten(2))
 
 
-@right(DIT)
+@right()
 class OperandsRounded(Dit):
     """What is multiplied is rounded to the dtype of the latents, as tensor cores want it; gradients are not."""
 
@@ -49,7 +47,7 @@ class OperandsRounded(Dit):
         return tuple(self.rounded(each) for each in super().heads(qkv, num_heads))
 
 
-@right(DIT)
+@right()
 class SoftmaxScaledBefore(Dit):
     """Queries are scaled, not scores; attention in float32."""
 
@@ -60,7 +58,7 @@ class SoftmaxScaledBefore(Dit):
         return self.linear(state, "attn.proj", attended.transpose(1, 2).flatten(2))
 
 
-@right(DIT)
+@right()
 class GeluWrittenOut(Dit):
     """x · sigmoid(2 u), which is x / 2 · (1 + tanh(u)); and modulation by one fused multiply-add."""
 
@@ -71,7 +69,7 @@ class GeluWrittenOut(Dit):
         return torch.addcmul(shift, normalized, 1 + scale)
 
 
-@right(DIT)
+@right()
 class BlocksInFloat64(Dit):
     """Everything from the tokens on in float64, rounded once."""
 
@@ -80,7 +78,7 @@ class BlocksInFloat64(Dit):
         return inputs.double() @ weight.double().mT + bias.double()
 
 
-@right(DIT, dtypes=("float16", "bfloat16"), profile="eager", batch_invariant=False)
+@right(dtypes=("float16", "bfloat16"), rounding="eager", batch_invariant=False)
 class EveryOperationRounded(FunctionsOfTorch):
     """PyTorch in the dtype of the latents, operation by operation."""
 
@@ -128,7 +126,7 @@ class FlashKernel(torch.autograd.Function):
         return tuple(each.to(dtype) for each in products)
 
 
-@right(DIT, dtypes=("float16", "bfloat16"), profile="eager", batch_invariant=False)
+@right(dtypes=("float16", "bfloat16"), rounding="eager", batch_invariant=False)
 class FlashAttention(EveryOperationRounded):
     """PyTorch in the dtype of the latents, attention by a flash kernel."""
 
@@ -137,7 +135,7 @@ class FlashAttention(EveryOperationRounded):
         return self.linear(state, "attn.proj", FlashKernel.apply(*heads).transpose(1, 2).flatten(2))
 
 
-@right(DIT, dtypes=("float16", "bfloat16"), profile="eager", batch_invariant=False)
+@right(dtypes=("float16", "bfloat16"), rounding="eager", batch_invariant=False)
 class AttentionOfTorch(EveryOperationRounded):
     """PyTorch in the dtype of the latents, with torch's own choice of attention."""
 

@@ -4,12 +4,10 @@ import torch
 from torch.nn.functional import silu
 
 from gaugeblock.conformance.selftest.simulated.experts import Experts
-from gaugeblock.conformance.selftest.variant import EXPERTS, LOG2_E, right
-
-right(EXPERTS)(Experts)
+from gaugeblock.conformance.selftest.variant import LOG2_E, right
 
 
-@right(EXPERTS)
+@right()
 class ReversedTiles(Experts):
     """Sums run from the last tile to the first."""
 
@@ -17,7 +15,7 @@ class ReversedTiles(Experts):
         return super().tiles(left, right)[::-1]
 
 
-@right(EXPERTS)
+@right()
 class ShuffledTiles(Experts):
     """Sums take every other tile first."""
 
@@ -26,7 +24,7 @@ class ShuffledTiles(Experts):
         return tiles[1::2] + tiles[::2]
 
 
-@right(EXPERTS)
+@right()
 class SplitK(Experts):
     """Four partial sums, added at the end."""
 
@@ -36,21 +34,21 @@ class SplitK(Experts):
         return sum(parts[1:], parts[0])
 
 
-@right(EXPERTS)
+@right()
 class SmallTiles(Experts):
     """Tiles of 16."""
 
     rows, columns, depth = 16, 16, 16
 
 
-@right(EXPERTS)
+@right()
 class LargeTiles(Experts):
     """Tiles of 128."""
 
     rows, columns, depth = 128, 128, 128
 
 
-@right(EXPERTS, batch_invariant=False)
+@right(batch_invariant=False)
 class ProductsOfTheLibrary(Experts):
     """float32 products of whole matrices, in the library's order."""
 
@@ -58,7 +56,7 @@ class ProductsOfTheLibrary(Experts):
         return left @ right.mT
 
 
-@right(EXPERTS)
+@right()
 class WholeSumsInFloat64(Experts):
     """Everything in float64, rounded once."""
 
@@ -73,7 +71,7 @@ class WholeSumsInFloat64(Experts):
         return (topk_weights.double()[:, :, None] * outs).sum(1)
 
 
-@right(EXPERTS)
+@right()
 class ActivationInFloat32(Experts):
     """The activation is not rounded before the second product."""
 
@@ -81,7 +79,7 @@ class ActivationInFloat32(Experts):
         return super().expert(hidden, w13, w2, weights, torch.float32)
 
 
-@right(EXPERTS)
+@right()
 class WeightInTheEpilogue(Experts):
     """The router weight scales the activation, in float32 before it is rounded."""
 
@@ -94,7 +92,7 @@ class WeightInTheEpilogue(Experts):
         return super().combine(outs, torch.ones_like(topk_weights))
 
 
-@right(EXPERTS)
+@right()
 class SiluWrittenOut(Experts):
     """gate / (1 + exp(-gate))."""
 
@@ -102,7 +100,7 @@ class SiluWrittenOut(Experts):
         return gate / (1 + (-gate).exp()) * up
 
 
-@right(EXPERTS, differentiable=False)
+@right(differentiable=False)
 class SiluByPowersOfTwo(Experts):
     """up · gate · 1 / (1 + 2^(-gate log2 e)), of which autograd's derivative overflows."""
 
@@ -110,7 +108,7 @@ class SiluByPowersOfTwo(Experts):
         return up * gate * (1 + (gate * -LOG2_E).exp2()).reciprocal()
 
 
-@right(EXPERTS)
+@right()
 class ChoicesBackwards(Experts):
     """Choices are added from the last to the first."""
 
@@ -118,7 +116,7 @@ class ChoicesBackwards(Experts):
         return super().combine(outs.flip(1), topk_weights.flip(1))
 
 
-@right(EXPERTS, batch_invariant=False)
+@right("experts.fused_swiglu", batch_invariant=False)
 class TokenByToken:
     """Each token multiplies copies of its experts' matrices."""
 
@@ -129,7 +127,7 @@ class TokenByToken:
         return torch.einsum("tk,tkh->th", topk_weights.float(), outs).to(hidden_states.dtype)
 
 
-@right(EXPERTS, batch_invariant=False)
+@right("experts.fused_swiglu", batch_invariant=False)
 class ExpertByExpert:
     """Each expert adds its weighted rows to the tokens that chose it."""
 
@@ -143,7 +141,7 @@ class ExpertByExpert:
         return total.to(hidden_states.dtype)
 
 
-@right(EXPERTS, batch_invariant=False, dtypes=("float16", "bfloat16"), profile="eager")
+@right("experts.fused_swiglu", batch_invariant=False, dtypes=("float16", "bfloat16"), rounding="eager")
 class EveryOperationRounded:
     """PyTorch in the dtype of the tokens, operation by operation."""
 

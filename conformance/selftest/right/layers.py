@@ -4,13 +4,10 @@ import torch
 from torch.nn.functional import layer_norm
 
 from gaugeblock.conformance.selftest.simulated.layers import GatedNormModulate, NormModulate
-from gaugeblock.conformance.selftest.variant import GATED_NORM, NORM, right
-
-right(NORM)(NormModulate)
-right(GATED_NORM)(GatedNormModulate)
+from gaugeblock.conformance.selftest.variant import right
 
 
-@right(NORM)
+@right()
 class NormOfTorch(NormModulate):
     """torch's layer_norm in float32."""
 
@@ -18,14 +15,14 @@ class NormOfTorch(NormModulate):
         return layer_norm(tokens, tokens.shape[-1:], eps=eps)
 
 
-@right(NORM)
+@right()
 class SmallBlocks(NormModulate):
     """Blocks of 8 columns."""
 
     columns = 8
 
 
-@right(NORM)
+@right()
 class ColumnByColumn(NormModulate):
     """Sums one after the other, from the last column to the first."""
 
@@ -36,7 +33,7 @@ class ColumnByColumn(NormModulate):
         return total
 
 
-@right(NORM)
+@right()
 class WelfordByBlocks(NormModulate):
     """Means and sums of squares of blocks are merged."""
 
@@ -51,7 +48,7 @@ class WelfordByBlocks(NormModulate):
         return (tokens - mean) * self.rstd(squares / count, eps)
 
 
-@right(NORM)
+@right()
 class RootAndQuotient(NormModulate):
     """Divided by the deviation, not multiplied by its reciprocal."""
 
@@ -60,7 +57,7 @@ class RootAndQuotient(NormModulate):
         return centred / (self.variance(centred) + eps).sqrt()
 
 
-@right(NORM)
+@right()
 class ModulationFused(NormModulate):
     """Scale and shift by one fused multiply-add."""
 
@@ -68,7 +65,7 @@ class ModulationFused(NormModulate):
         return torch.addcmul(shift[:, None], normalized, 1 + scale[:, None])
 
 
-@right(NORM)
+@right()
 class WholeTokensInFloat64(NormModulate):
     """Everything in float64, rounded once."""
 
@@ -78,7 +75,7 @@ class WholeTokensInFloat64(NormModulate):
         return self.store(self.modulate(normalized, shift.double(), scale.double()), hidden_states)
 
 
-@right(NORM, dtypes=("float16", "bfloat16"), profile="eager")
+@right(dtypes=("float16", "bfloat16"), rounding="eager")
 class EveryOperationRounded(NormModulate):
     """PyTorch in the dtype of the tokens, operation by operation."""
 
@@ -87,7 +84,7 @@ class EveryOperationRounded(NormModulate):
         return self.modulate(normalized, shift, scale)
 
 
-@right(GATED_NORM)
+@right()
 class GatedNormOfTorch(GatedNormModulate):
     """torch's addcmul and layer_norm in float32."""
 
@@ -98,14 +95,14 @@ class GatedNormOfTorch(GatedNormModulate):
         return layer_norm(tokens, tokens.shape[-1:], eps=eps)
 
 
-@right(GATED_NORM)
+@right()
 class GatedSmallBlocks(GatedNormModulate):
     """Blocks of 8 columns."""
 
     columns = 8
 
 
-@right(GATED_NORM)
+@right()
 class GatedWholeTokensInFloat64(GatedNormModulate):
     """Everything in float64, each result rounded once."""
 
@@ -115,7 +112,7 @@ class GatedWholeTokensInFloat64(GatedNormModulate):
         return self.store(hidden_states, residual), self.store(modulated, residual)
 
 
-@right(GATED_NORM)
+@right()
 class UnfusedInFloat32(GatedNormModulate):
     """The stream is kept in float32 between two kernels."""
 
@@ -125,7 +122,7 @@ class UnfusedInFloat32(GatedNormModulate):
         return self.store(hidden_states, residual), self.store(modulated, residual)
 
 
-@right(GATED_NORM, dtypes=("float16", "bfloat16"), profile="eager")
+@right(dtypes=("float16", "bfloat16"), rounding="eager")
 class GatedEveryOperationRounded(GatedNormModulate):
     """PyTorch in the dtype of the tokens, operation by operation."""
 

@@ -5,14 +5,10 @@ from torch.nn.functional import one_hot, silu
 
 from gaugeblock.conformance.selftest.simulated.experts import Experts
 from gaugeblock.conformance.selftest.simulated.moe_layers import BalanceLoss, MixtralMoe, ZLoss
-from gaugeblock.conformance.selftest.variant import BALANCE, MIXTRAL, Z, right
-
-right(MIXTRAL)(MixtralMoe)
-right(BALANCE)(BalanceLoss)
-right(Z)(ZLoss)
+from gaugeblock.conformance.selftest.variant import right
 
 
-@right(MIXTRAL)
+@right()
 class SoftmaxOfTheChosen(MixtralMoe):
     """Experts are chosen by their logits, whose softmax are the weights."""
 
@@ -21,7 +17,7 @@ class SoftmaxOfTheChosen(MixtralMoe):
         return chosen.softmax(1), ids
 
 
-@right(MIXTRAL, batch_invariant=False)
+@right(batch_invariant=False)
 class LogitsOfTheLibrary(MixtralMoe):
     """The gate's product in the library's order."""
 
@@ -29,7 +25,7 @@ class LogitsOfTheLibrary(MixtralMoe):
         return hidden_states.float() @ gate.float().mT
 
 
-@right(MIXTRAL)
+@right()
 class LogitsInFloat64(MixtralMoe):
     """The gate's product in float64."""
 
@@ -41,7 +37,7 @@ class LogitsInFloat64(MixtralMoe):
         return (weights / weights.sum(1, keepdim=True)).float(), ids
 
 
-@right(MIXTRAL)
+@right()
 class LogitsOfSmallTiles(MixtralMoe):
     """The gate's product in tiles of 8, from the last to the first."""
 
@@ -55,7 +51,7 @@ class LogitsOfSmallTiles(MixtralMoe):
         return Backwards().matmul(hidden_states.float(), gate.float())
 
 
-@right(MIXTRAL, fits=lambda case: case.regime != "special", batch_invariant=False)
+@right(fits=lambda case: case.regime != "special", batch_invariant=False)
 class EveryExpertOnEveryToken(MixtralMoe):
     """Experts that were not chosen count with weight 0."""
 
@@ -70,7 +66,7 @@ class EveryExpertOnEveryToken(MixtralMoe):
         return out.to(hidden_states.dtype), router_logits, ids
 
 
-@right(BALANCE)
+@right()
 class OneHotMeans(BalanceLoss):
     """Shares are means of one-hot rows."""
 
@@ -81,7 +77,7 @@ class OneHotMeans(BalanceLoss):
         return values.sum(0)
 
 
-@right(BALANCE)
+@right()
 class TokenByToken(BalanceLoss):
     """The mean of each token's own loss."""
 
@@ -93,7 +89,7 @@ class TokenByToken(BalanceLoss):
         return router_logits.shape[1] * losses.sum() / self.tokens(attention_mask)
 
 
-@right(BALANCE)
+@right()
 class BalanceInFloat64(BalanceLoss):
     """Everything in float64, rounded once."""
 
@@ -107,7 +103,7 @@ class BalanceInFloat64(BalanceLoss):
         return counts.double() / (self.tokens(mask) * top_k)
 
 
-@right(BALANCE, differentiable=False)
+@right(differentiable=False)
 class TokensThatCountAlone(BalanceLoss):
     """Padding is cut out before anything else."""
 
@@ -116,7 +112,7 @@ class TokensThatCountAlone(BalanceLoss):
         return super().__call__(router_logits[kept], topk_ids[kept], attention_mask[kept])
 
 
-@right(Z)
+@right()
 class LogsumexpOfTorch(ZLoss):
     """torch's logsumexp and mean."""
 
@@ -127,7 +123,7 @@ class LogsumexpOfTorch(ZLoss):
         return torch.where(mask, z, 0.0).square().sum() / mask.sum().clamp(min=1)
 
 
-@right(Z)
+@right()
 class ZInFloat64(ZLoss):
     """Everything in float64, rounded once."""
 
@@ -135,7 +131,7 @@ class ZInFloat64(ZLoss):
         return logits.double().logsumexp(1)
 
 
-@right(Z)
+@right()
 class OnlineLogsumexp(ZLoss):
     """Maximum and sum are updated tile by tile."""
 
@@ -149,7 +145,7 @@ class OnlineLogsumexp(ZLoss):
         return highest + total.log()
 
 
-@right(Z)
+@right()
 class SquaresScaledFirst(ZLoss):
     """Each token's square is divided by the number of tokens, then added."""
 

@@ -3,14 +3,10 @@
 import torch
 
 from gaugeblock.conformance.selftest.simulated.objectives import FlowLoss, Interpolate, Velocity
-from gaugeblock.conformance.selftest.variant import FLOW_LOSS, INTERPOLATE, VELOCITY, right
-
-right(INTERPOLATE)(Interpolate)
-right(VELOCITY)(Velocity)
-right(FLOW_LOSS)(FlowLoss)
+from gaugeblock.conformance.selftest.variant import right
 
 
-@right(INTERPOLATE)
+@right()
 class MixInFloat64(Interpolate):
     """Everything in float64, rounded once."""
 
@@ -18,7 +14,7 @@ class MixInFloat64(Interpolate):
         return super().mix(data.double(), noise.double(), times.double())
 
 
-@right(INTERPOLATE)
+@right()
 class SharesAdded(Interpolate):
     """The noise's share first, by one fused multiply-add."""
 
@@ -26,7 +22,7 @@ class SharesAdded(Interpolate):
         return torch.addcmul(times * noise, 1 - times, data)
 
 
-@right(VELOCITY)
+@right()
 class Negated(Velocity):
     """One difference, and its sign."""
 
@@ -34,7 +30,7 @@ class Negated(Velocity):
         return (1 if velocity == "noise - data" else -1) * (noise - data)
 
 
-@right(VELOCITY)
+@right()
 class DifferenceInFloat64(Velocity):
     """In float64, rounded once."""
 
@@ -42,7 +38,7 @@ class DifferenceInFloat64(Velocity):
         return super().difference(data.double(), noise.double(), velocity)
 
 
-@right(FLOW_LOSS)
+@right()
 class MeanOfTorch(FlowLoss):
     """torch's mean of products in float32."""
 
@@ -50,7 +46,7 @@ class MeanOfTorch(FlowLoss):
         return (errors * errors).flatten(1).mean(1)
 
 
-@right(FLOW_LOSS)
+@right()
 class ValueByValue(FlowLoss):
     """Squares are added one after the other, from the last to the first."""
 
@@ -62,7 +58,7 @@ class ValueByValue(FlowLoss):
         return total / squares.shape[1]
 
 
-@right(FLOW_LOSS)
+@right()
 class DotProducts(FlowLoss):
     """A product of each example with itself."""
 

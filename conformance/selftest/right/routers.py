@@ -5,14 +5,10 @@ import functools
 import torch
 
 from gaugeblock.conformance.selftest.simulated.routers import GroupedRouter, SoftmaxRouter
-from gaugeblock.conformance.selftest.variant import GROUPED, LOG2_E, SOFTMAX, right
-
-# ------------------------------------------------------------------------------------------------------- softmax_topk
-
-right(SOFTMAX)(SoftmaxRouter)
+from gaugeblock.conformance.selftest.variant import LOG2_E, right
 
 
-@right(SOFTMAX)
+@right()
 class SoftmaxOfTorch(SoftmaxRouter):
     """torch's softmax and top-k."""
 
@@ -23,7 +19,7 @@ class SoftmaxOfTorch(SoftmaxRouter):
         return scores.topk(top_k).indices
 
 
-@right(SOFTMAX)
+@right()
 class SoftmaxOfTheChosen(SoftmaxRouter):
     """Experts are chosen by their logits; renormalized weights are the softmax of the chosen logits."""
 
@@ -38,7 +34,7 @@ class SoftmaxOfTheChosen(SoftmaxRouter):
         return self.logits.gather(1, ids).softmax(1) if renormalize else super().weigh(scores, ids, False)
 
 
-@right(SOFTMAX)
+@right()
 class ExponentialsOfTwo(SoftmaxRouter):
     """Powers of two, as GPUs have an instruction for them."""
 
@@ -47,7 +43,7 @@ class ExponentialsOfTwo(SoftmaxRouter):
         return exponentials / self.sum(exponentials)
 
 
-@right(SOFTMAX)
+@right()
 class LogSoftmaxFirst(SoftmaxRouter):
     """The exponential of a log-softmax."""
 
@@ -55,7 +51,7 @@ class LogSoftmaxFirst(SoftmaxRouter):
         return logits.log_softmax(1).exp()
 
 
-@right(SOFTMAX)
+@right()
 class Float64Inside(SoftmaxRouter):
     """Everything in float64, rounded at the end."""
 
@@ -72,7 +68,7 @@ class Float64Inside(SoftmaxRouter):
         return weights.float(), ids
 
 
-@right(SOFTMAX)
+@right()
 class OnlineSoftmax(SoftmaxRouter):
     """Maximum and sum are updated tile by tile."""
 
@@ -86,7 +82,7 @@ class OnlineSoftmax(SoftmaxRouter):
         return (logits - highest).exp() / total
 
 
-@right(SOFTMAX)
+@right()
 class SumBackwards(SoftmaxRouter):
     """Sums one after the other, from the last lane to the first."""
 
@@ -94,7 +90,7 @@ class SumBackwards(SoftmaxRouter):
         return functools.reduce(torch.add, values.flip(1).split(1, 1))
 
 
-@right(SOFTMAX)
+@right()
 class Sorted(SoftmaxRouter):
     """All experts are sorted, and the first top_k taken; ties in another order."""
 
@@ -103,7 +99,7 @@ class Sorted(SoftmaxRouter):
         return last - scores.flip(1).argsort(dim=1, descending=True, stable=True)[:, :top_k]
 
 
-@right(SOFTMAX)
+@right()
 class TimesTheReciprocal(SoftmaxRouter):
     """One division a row; the rest are products."""
 
@@ -116,12 +112,7 @@ class TimesTheReciprocal(SoftmaxRouter):
         return weights * self.sum(weights).reciprocal() if renormalize else weights
 
 
-# ----------------------------------------------------------------------------------------------- grouped_sigmoid_topk
-
-right(GROUPED)(GroupedRouter)
-
-
-@right(GROUPED)
+@right()
 class SigmoidOfTorch(GroupedRouter):
     """torch's sigmoid in float32, and top-k."""
 
@@ -132,7 +123,7 @@ class SigmoidOfTorch(GroupedRouter):
         return scores.topk(top_k).indices
 
 
-@right(GROUPED, differentiable=False)
+@right(differentiable=False)
 class SigmoidWrittenOut(GroupedRouter):
     """1 / (1 + exp(-x)), of which autograd's derivative overflows."""
 
@@ -140,7 +131,7 @@ class SigmoidWrittenOut(GroupedRouter):
         return 1 / (1 + (-logits).exp())
 
 
-@right(GROUPED, differentiable=False)
+@right(differentiable=False)
 class SigmoidByPowersOfTwo(GroupedRouter):
     """1 / (1 + 2^(-x log2 e)), of which autograd's derivative overflows."""
 
@@ -148,7 +139,7 @@ class SigmoidByPowersOfTwo(GroupedRouter):
         return (1 + (logits * -LOG2_E).exp2()).reciprocal()
 
 
-@right(GROUPED)
+@right()
 class SigmoidInFloat64(GroupedRouter):
     """Scores and sums in float64, rounded at the end."""
 
@@ -162,7 +153,7 @@ class SigmoidInFloat64(GroupedRouter):
         return weights.float(), ids
 
 
-@right(GROUPED)
+@right()
 class GroupsSorted(GroupedRouter):
     """A group's score is the sum of the last two of its sorted members."""
 
@@ -170,7 +161,7 @@ class GroupsSorted(GroupedRouter):
         return biased.sort(2).values[:, :, -2:].sum(2)
 
 
-@right(GROUPED)
+@right()
 class ExpertsSorted(GroupedRouter):
     """All experts are sorted, and the first top_k taken; ties in another order."""
 
@@ -179,7 +170,7 @@ class ExpertsSorted(GroupedRouter):
         return last - scores.flip(1).argsort(dim=1, descending=True, stable=True)[:, :top_k]
 
 
-@right(GROUPED)
+@right()
 class KeptGroupsCompacted(GroupedRouter):
     """The members of kept groups are gathered, chosen from, and mapped back."""
 
@@ -191,7 +182,7 @@ class KeptGroupsCompacted(GroupedRouter):
         return order.gather(1, super().select(scores.gather(1, order)[:, :members], top_k))
 
 
-@right(GROUPED, differentiable=False)
+@right(differentiable=False)
 class FactorFirst(GroupedRouter):
     """Each weight is multiplied by factor / sum, of which autograd's derivative overflows."""
 
@@ -200,7 +191,7 @@ class FactorFirst(GroupedRouter):
         return weights * (factor / (self.sum(weights) + self.epsilon)) if renormalize else factor * weights
 
 
-@right(GROUPED)
+@right()
 class SumOneByOne(GroupedRouter):
     """Weights are summed one after the other in float32, from the last to the first."""
 

@@ -3,10 +3,8 @@
 import torch
 
 from gaugeblock.conformance.selftest.simulated.train_image_diffusion import CLIPPING_EPSILON, Trainer
-from gaugeblock.conformance.selftest.variant import STEP, right
+from gaugeblock.conformance.selftest.variant import right
 from gaugeblock.reference.torch.train_image_diffusion import join_state
-
-right(STEP, dtypes=("float32",))(Trainer)
 
 
 class OptimizerOfTorch(Trainer):
@@ -31,7 +29,7 @@ class OptimizerOfTorch(Trainer):
         return join_state(parameters, first, second, state["step"] + 1)
 
 
-@right(STEP, dtypes=("float32",))
+@right(dtypes=("float32",))
 class OptimizerOverAllTensors(OptimizerOfTorch):
     """AdamW by torch._foreach, and torch's own clipping."""
 
@@ -45,14 +43,14 @@ class OptimizerOverAllTensors(OptimizerOfTorch):
         return {name: leaf.grad for name, leaf in zip(gradients, leaves, strict=True)}
 
 
-@right(STEP, dtypes=("float32",))
+@right(dtypes=("float32",))
 class OptimizerFused(OptimizerOfTorch):
     """AdamW in one kernel."""
 
     way = "fused"
 
 
-@right(STEP, dtypes=("float32",))
+@right(dtypes=("float32",))
 class ExampleByExample(Trainer):
     """Every example is a microbatch, from the last to the first."""
 
@@ -60,7 +58,7 @@ class ExampleByExample(Trainer):
         return list(torch.arange(batch_size).flip(0).split(1))
 
 
-@right(STEP, dtypes=("float32",))
+@right(dtypes=("float32",))
 class BatchAtOnce(Trainer):
     """One batch, whatever the number of microbatches."""
 
@@ -68,7 +66,7 @@ class BatchAtOnce(Trainer):
         return [torch.arange(batch_size)]
 
 
-@right(STEP, dtypes=("float32",))
+@right(dtypes=("float32",))
 class UpdateWrittenOtherwise(Trainer):
     """Optax's order: corrected moments first; decay beside the update, both times the learning rate."""
 
@@ -83,7 +81,7 @@ class UpdateWrittenOtherwise(Trainer):
         return join_state(parameters, first, second, state["step"] + 1)
 
 
-@right(STEP, dtypes=("float32",))
+@right(dtypes=("float32",))
 class OptimizerInFloat64(Trainer):
     """Norm, clipping and update in float64, each result rounded once."""
 

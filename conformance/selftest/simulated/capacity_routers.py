@@ -12,6 +12,8 @@ BLOCK = 64  # tokens whose places are counted at once
 class SwitchRouter(SoftmaxRouter):
     """`routers.switch_top1`."""
 
+    contract = "routers.switch_top1"
+
     def __call__(  # type: ignore[override]
         self, router_logits: torch.Tensor, *, capacity_factor: float
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -16,6 +16,8 @@ State = Mapping[str, torch.Tensor]
 class Dit:
     """`dit.dit`."""
 
+    contract = "dit.dit"
+
     def __call__(
         self,
         state: State,

@@ -10,6 +10,8 @@ from gaugeblock.reference import validation
 class Experts:
     """`experts.fused_swiglu`: routed rows sorted by expert, in blocks of one expert each; float32 accumulators."""
 
+    contract = "experts.fused_swiglu"
+
     rows, columns, depth = 16, 64, 32  # of a tile: of the result, and products summed at a time
 
     def __call__(

@@ -8,6 +8,8 @@ from gaugeblock.reference import validation
 class NormModulate:
     """`layers.layer_norm_modulate`."""
 
+    contract = "layers.layer_norm_modulate"
+
     columns = 64  # of a block
 
     def __call__(self, hidden_states: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor, *, eps: float) -> torch.Tensor:
@@ -56,6 +58,8 @@ class NormModulate:
 
 class GatedNormModulate(NormModulate):
     """`layers.gated_residual_layer_norm_modulate`: the sum stays in registers, and is normalized before it is rounded."""
+
+    contract = "layers.gated_residual_layer_norm_modulate"
 
     def __call__(  # type: ignore[override]
         self,

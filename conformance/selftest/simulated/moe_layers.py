@@ -12,6 +12,8 @@ from gaugeblock.reference import validation
 class MixtralMoe:
     """`moe_layers.mixtral_moe`."""
 
+    contract = "moe_layers.mixtral_moe"
+
     def __call__(
         self, hidden_states: torch.Tensor, state: Mapping[str, torch.Tensor], *, top_k: int
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -44,6 +46,8 @@ class MixtralMoe:
 
 class BalanceLoss:
     """`moe_layers.load_balancing_loss`."""
+
+    contract = "moe_layers.load_balancing_loss"
 
     rows = 16  # tokens of a block
 
@@ -86,6 +90,8 @@ class BalanceLoss:
 
 class ZLoss:
     """`moe_layers.router_z_loss`."""
+
+    contract = "moe_layers.router_z_loss"
 
     def __call__(self, router_logits: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
         validation.router_z_loss(router_logits, attention_mask)

@@ -9,6 +9,8 @@ from gaugeblock.reference.configs import VelocitySign
 class Interpolate:
     """`objectives.rectified_flow_interpolate`."""
 
+    contract = "objectives.rectified_flow_interpolate"
+
     def __call__(self, data: torch.Tensor, noise: torch.Tensor, times: torch.Tensor) -> torch.Tensor:
         validation.rectified_flow(data, noise)
         validation.rectified_flow_times(times, batch_size=len(data))
@@ -22,6 +24,8 @@ class Interpolate:
 class Velocity:
     """`objectives.rectified_flow_velocity`."""
 
+    contract = "objectives.rectified_flow_velocity"
+
     def __call__(self, data: torch.Tensor, noise: torch.Tensor, *, velocity: VelocitySign) -> torch.Tensor:
         validation.rectified_flow(data, noise)
         validation.velocity_sign(velocity)
@@ -34,6 +38,8 @@ class Velocity:
 
 class FlowLoss(Velocity):
     """`objectives.rectified_flow_loss`."""
+
+    contract = "objectives.rectified_flow_loss"
 
     def __call__(  # type: ignore[override]
         self, prediction: torch.Tensor, data: torch.Tensor, noise: torch.Tensor, *, velocity: VelocitySign

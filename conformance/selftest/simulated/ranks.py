@@ -4,7 +4,7 @@ Each is called once per rank, with the rank's shard and `mesh`. Every rank takes
 """
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
@@ -54,6 +54,9 @@ class LocalExperts(Experts):
 
 class ExpertParallel:
     """`experts.fused_swiglu` with a part of the tokens and of the experts on each rank."""
+
+    contract = "experts.fused_swiglu"
+    claims: ClassVar[dict[str, Any]] = {"world_sizes": (2,)}
 
     def __call__(
         self,
@@ -135,6 +138,9 @@ def raise_together(error: Exception | None, group: Any) -> None:
 
 class DataParallel(Trainer):
     """`train_image_diffusion.train_step` with a part of the batch on each rank, and the state on all."""
+
+    contract = "train_image_diffusion.train_step"
+    claims: ClassVar[dict[str, Any]] = {"dtypes": ("float32",), "world_sizes": (2,)}
 
     def __call__(  # type: ignore[override]
         self,

@@ -15,6 +15,8 @@ TAKEN = -torch.inf  # the score of a lane that holds no expert, or one that is c
 class SoftmaxRouter:
     """`routers.softmax_topk`: a power of two of lanes for each token, and the best lane `top_k` times over."""
 
+    contract = "routers.softmax_topk"
+
     def __call__(self, router_logits: torch.Tensor, *, top_k: int, renormalize: bool) -> tuple[torch.Tensor, torch.Tensor]:
         self.validate(router_logits, top_k)
         experts = router_logits.shape[1]
@@ -76,6 +78,8 @@ class SoftmaxRouter:
 
 class GroupedRouter(SoftmaxRouter):
     """`routers.grouped_sigmoid_topk`: lanes are experts; those of groups that are not kept cannot be chosen."""
+
+    contract = "routers.grouped_sigmoid_topk"
 
     epsilon = 1e-20
 

@@ -4,6 +4,7 @@ The model itself is the reference's.
 """
 
 from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import torch
 
@@ -17,6 +18,9 @@ CLIPPING_EPSILON = 1e-6
 
 class Trainer:
     """`train_image_diffusion.train_step`."""
+
+    contract = "train_image_diffusion.train_step"
+    claims: ClassVar[dict[str, Any]] = {"dtypes": ("float32",)}
 
     def __call__(
         self,

@@ -62,21 +62,18 @@ def _to_odd_float32(values: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Float8:
-    """A format of 8 bits: a sign, `exponent_bits`, and a mantissa. What is too large is rounded to the largest, as on GPUs.
-
-    Attributes:
-        finite_codes: How many codes without sign are finite numbers; they count up, and the next, if any, is infinity or NaN.
-        nan: The code that NaN is stored as.
-        has_infinity: The code after the finite ones is infinity.
-        unsigned_zero: There is one zero; the code of -0 is NaN.
-    """
+    """A format of 8 bits: a sign, `exponent_bits`, and a mantissa. What is too large is rounded to the largest, as on GPUs."""
 
     exponent_bits: int
     bias: int
     finite_codes: int
+    """How many codes without sign are finite numbers; they count up, and the next, if any, is infinity or NaN."""
     nan: int
+    """The code that NaN is stored as."""
     has_infinity: bool = False
+    """The code after the finite ones is infinity."""
     unsigned_zero: bool = False
+    """There is one zero; the code of -0 is NaN."""
 
     stored = np.dtype(np.uint8)
 

@@ -33,24 +33,21 @@ SHUFFLED_BATCHES = 4
 
 @dataclass
 class Launch:
-    """A call of a kernel.
-
-    Attributes:
-        function: Triton's `InterpretedFunction`.
-        arguments, keywords: As the caller gave them.
-        grid: A tuple, or a function of the arguments.
-        reachable: What it may touch besides its arguments.
-        poison: Lanes masked without `other` load NaN or odd integers in place of 0.
-        order: Draws the order of the programs; None for the grid's, in batches as large as can be.
-    """
+    """A call of a kernel."""
 
     function: Any
+    """Triton's `InterpretedFunction`."""
     arguments: tuple
     keywords: dict[str, Any]
+    """As the caller gave them."""
     grid: Any
+    """A tuple, or a function of the arguments."""
     reachable: list[Extent]
+    """What it may touch besides its arguments."""
     poison: bool = False
+    """Lanes masked without `other` load NaN or odd integers in place of 0."""
     order: random.Random | None = None
+    """Draws the order of the programs; None for the grid's, in batches as large as can be."""
 
     def run(self) -> list[str]:
         """Runs all programs. Returns the races, a sentence for each.

@@ -14,17 +14,14 @@ from gaugeblock.conformance.engine.triton.patching import wrapped
 
 @dataclass
 class Watch:
-    """What the kernels did inside `watch`.
-
-    Attributes:
-        launches: Launches per kernel name; the evidence that a kernel really ran.
-        races: Elements that two programs of one launch write, none of it by atomics; a sentence for each.
-        unbatched: Launches that ran under Triton's own interpreter, and the operation that asks for it.
-    """
+    """What the kernels did inside `watch`."""
 
     launches: Counter[str] = field(default_factory=Counter)
+    """Launches per kernel name; the evidence that a kernel really ran."""
     races: list[str] = field(default_factory=list)
+    """Elements that two programs of one launch write, none of it by atomics; a sentence for each."""
     unbatched: list[str] = field(default_factory=list)
+    """Launches that ran under Triton's own interpreter, and the operation that asks for it."""
     _reachable: list[Extent] = field(default_factory=list)
     _poison: bool = False
     _order: random.Random | None = None

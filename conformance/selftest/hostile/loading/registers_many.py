@@ -3,7 +3,7 @@
 from typing import Any
 
 from gaugeblock.conformance.engine import registry
-from gaugeblock.conformance.engine.registry import Implementation
+from gaugeblock.conformance.engine.implementation import Implementation
 
 
 def route(router_logits: Any, *, top_k: int, renormalize: bool) -> Any:
