@@ -1,4 +1,4 @@
-"""What is cited exists: files, folders, modules, sections of documents and make targets; and links of Markdown lead somewhere.
+"""What is cited exists: files, folders, modules, sections of documents, make targets, commands; links of Markdown lead somewhere.
 
 Looked at are docstrings and comments of Python, strings that are a path of the tree, comments of Makefile and TOML, and Markdown
 outside of its fenced blocks (those of the README are run by `tests/test_readme.py`).
@@ -8,6 +8,7 @@ import ast
 import io
 import re
 import subprocess
+import sys
 import tokenize
 from collections.abc import Iterator
 from functools import cache
@@ -32,6 +33,8 @@ MODULE = re.compile(rf"(?<![\w./-])((?:gaugeblock\.)?(?:{'|'.join(REALMS)})(?:\.
 SECTION = re.compile(r"((?:[\w-]+/)*[A-Z]{4,}(?:\.md)?),? sections? (\d+)")
 TARGET = re.compile(r"`make (\w+)")
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
+COMMAND = re.compile(r"(?:^|\$ |`)gaugeblock ([a-z]+)\b([^`\n]*)", re.MULTILINE)
+OPTION = re.compile(r"(?<![\w-])--[a-z][a-z-]*")
 FENCED_BLOCK = re.compile(r"^```.*?^```$", re.DOTALL | re.MULTILINE)
 FOREIGN = re.compile(r"Source: .*?(?=\n\s*\n|\Z)", re.DOTALL)  # the paper, or the public model that is followed
 
@@ -59,7 +62,7 @@ def prose(name: str) -> str:
     path = ROOT / name
     match path.suffix or path.name:
         case ".md":
-            return FENCED_BLOCK.sub(blank, path.read_text())
+            return LINK.sub(lambda link: link[0].replace(link[1], ""), FENCED_BLOCK.sub(blank, path.read_text()))
         case ".py":
             return FOREIGN.sub(blank, python_prose(path.read_text()))
         case ".toml" | "Makefile":
@@ -152,8 +155,27 @@ def broken_links(name: str, text: str) -> Iterator[str]:
             yield f"{name}: {found[1]}"
 
 
+@cache
+def help_of(command: str) -> str:
+    arguments = [sys.executable, "-m", "gaugeblock.conformance.cli", command, "--help"]
+    return subprocess.run(arguments, cwd=ROOT, check=False, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True).stdout
+
+
+def wrong_calls(text: str) -> Iterator[str]:
+    """Commands of ours that do not exist, or have not the options that they are shown with."""
+    for command, rest in COMMAND.findall(text):
+        own = rest.partition(" -- ")[0]  # what stands behind is another command's
+        if not help_of(command) or not set(OPTION.findall(own)) <= set(OPTION.findall(help_of(command))):
+            yield f"gaugeblock {command}{rest}"
+
+
 def documents() -> list[str]:
     return sorted(path for path in tree() if path.endswith(".md"))
+
+
+def rooms() -> list[str]:
+    """The folders that a newcomer finds: those at the top, and those of the gate."""
+    return sorted(each for each in folders() if re.fullmatch(r"(?!\.)[\w-]+/|conformance/\w+/", each))
 
 
 def test_nothing_is_cited_that_does_not_exist():
@@ -165,6 +187,33 @@ def test_links_lead_somewhere():
     assert documents()
     broken = [each for name in documents() for each in broken_links(name, FENCED_BLOCK.sub("", (ROOT / name).read_text()))]
     assert not broken, "\n".join(broken)
+
+
+def test_commands_and_options_exist():
+    wrong = [f"{name}: {call}" for name in documents() for call in wrong_calls((ROOT / name).read_text())]
+    assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize(
+    ("text", "is_wrong"),
+    [
+        ("`gaugeblock list --json`", False),
+        ("`gaugeblock list --jsonl`", True),
+        ("$ gaugeblock nowhere", True),
+        ("gaugeblock machines --machine sse4 -- my_kernels.py --anything", False),
+    ],
+)
+def test_a_wrong_call_is_found(text: str, is_wrong: bool):
+    assert bool([*wrong_calls(text)]) == is_wrong
+
+
+def test_every_room_has_a_readme_that_is_read_in_a_minute():
+    assert {"reference/", "conformance/", "conformance/engine/"} <= set(rooms())
+    for room in rooms():
+        lines = (ROOT / room / "README.md").read_text().splitlines()
+        assert len(lines) <= 40, room
+        assert any(each.startswith("**Read first** [") for each in lines), f"{room}: which two files?"
+        assert any(each.startswith("**One more") for each in lines), f"{room}: how is one more added?"
 
 
 @pytest.mark.parametrize(
