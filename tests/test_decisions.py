@@ -37,7 +37,8 @@ def contract_of(reference, selection: Selection, shape=("num_tokens", "count"), 
     )
     return replace(
         find_contract("routers.softmax_topk"), name=f"tests.{reference.__name__}", reference=reference, inputs=(LOGITS,),
-        outputs=outputs, options=("count",), landmarks=(CASE.parameters,), factors=(), traits=(), workloads=(), regimes=(Regime("ties", tied, "worst element"),), formulas=(), selection=selection, **changes,
+        outputs=outputs, options=("count",), landmarks=(CASE.parameters,), factors=(), traits=(), workloads=(),
+        regimes=(Regime("ties", tied, "worst element"),), formulas=(), selection=selection, **changes,
     )  # fmt: skip
 
 

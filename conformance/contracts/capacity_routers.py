@@ -147,7 +147,6 @@ def lattice(draw: Draw, parameters: Parameters) -> Tensors:
 
 
 REJECTIONS = (
-    *(each for each in of_routers.SOFTMAX_REJECTIONS if each.argument == "router_logits"),
     Rejection("no experts", "router_logits", lambda call: {"router_logits": call["router_logits"][:, :0]}),
     Rejection("no capacity", "capacity_factor", lambda call: {"capacity_factor": 0.0}),
     Rejection("a negative capacity", "capacity_factor", lambda call: {"capacity_factor": -1.0}),

@@ -280,25 +280,12 @@ def _change(name: str, change: Callable[[torch.Tensor], Any]) -> Callable[[dict[
 
 
 REJECTIONS = (
-    Rejection("an id equal to num_experts", "topk_ids", lambda call: {"topk_ids": call["topk_ids"] * 0 + call["w13"].shape[0]}),
-    Rejection("a negative id", "topk_ids", _change("topk_ids", lambda each: each * 0 - 1)),
-    Rejection("floating ids", "topk_ids", lambda call: {"topk_ids": call["topk_weights"]}),
-    Rejection("ids for fewer tokens", "topk_ids", _change("topk_ids", lambda each: each[:-1])),
     Rejection(
         "ids for more tokens",
         "topk_ids",
         lambda call: {name: torch.cat([call[name], call[name][:1]]) for name in ("topk_ids", "topk_weights")},
     ),
-    Rejection("weights for more tokens", "topk_weights", _change("topk_weights", lambda each: torch.cat([each, each[:1]]))),
-    Rejection("weights of another top_k", "topk_weights", _change("topk_weights", lambda each: each[:, :-1])),
-    Rejection("integer weights", "topk_weights", lambda call: {"topk_weights": call["topk_ids"]}),
-    Rejection("tokens of rank 3", "hidden_states", _change("hidden_states", lambda each: each[None])),
-    Rejection("integer tokens", "hidden_states", lambda call: {"hidden_states": call["topk_ids"]}),
-    Rejection("w13 of another width", "w13", _change("w13", lambda each: each[:, :, :-1])),
     Rejection("w13 with an odd number of rows", "w13", _change("w13", lambda each: each[:, :-1])),
-    Rejection("w13 of rank 2", "w13", _change("w13", lambda each: each[0])),
-    Rejection("w2 of fewer experts", "w2", _change("w2", lambda each: each[:-1])),
-    Rejection("w2 of another width", "w2", _change("w2", lambda each: each[:, :-1])),
 )
 
 

@@ -45,11 +45,7 @@ def rectified_flow_interpolate() -> Contract:
         cost=cost(3),
         workloads=WORKLOADS,
         cases=0.5,
-        rejections=(
-            *PAIR_REJECTIONS,
-            Rejection("integer times", "times", _change("times", torch.Tensor.int)),
-            Rejection("times of fewer examples", "times", _change("times", lambda each: each[:-1])),
-        ),
+        rejections=(NO_BATCH,),
     )
 
 
@@ -75,7 +71,7 @@ def rectified_flow_velocity() -> Contract:
         cost=cost(3),
         workloads=WORKLOADS,
         cases=0.5,
-        rejections=(*PAIR_REJECTIONS, SIGN_REJECTION),
+        rejections=(NO_BATCH, NO_SIGN),
     )
 
 
@@ -101,11 +97,7 @@ def rectified_flow_loss() -> Contract:
         cost=cost(3),
         workloads=WORKLOADS,
         cases=0.5,
-        rejections=(
-            *PAIR_REJECTIONS,
-            Rejection("a prediction of another size", "prediction", _change("prediction", lambda each: each[:, :, 1:])),
-            SIGN_REJECTION,
-        ),
+        rejections=(NO_BATCH, NO_SIGN),
     )
 
 
@@ -200,18 +192,8 @@ def _regimes(*names: str, exact: bool) -> tuple[Regime, ...]:
     )
 
 
-def _change(name: str, change: Callable[[Any], Any]) -> Callable[[dict[str, Any]], dict[str, Any]]:
-    return lambda call: {name: change(call[name])}
-
-
-PAIR_REJECTIONS = (
-    Rejection("integer data", "data", _change("data", torch.Tensor.int)),
-    Rejection("integer noise", "noise", _change("noise", torch.Tensor.int)),
-    Rejection("noise of one example more", "noise", _change("noise", lambda each: torch.cat([each, each[:1]]))),
-    Rejection("noise of fewer channels", "noise", _change("noise", lambda each: each[:, 1:])),
-    Rejection("data without a batch", "data", _change("data", lambda each: each[:, 0, 0])),
-)
-SIGN_REJECTION = Rejection("a sign without a name", "velocity", lambda call: {"velocity": "negative"})
+NO_BATCH = Rejection("data without a batch", "data", lambda call: {"data": call["data"][:, 0, 0]})
+NO_SIGN = Rejection("a sign without a name", "velocity", lambda call: {"velocity": "negative"})
 
 
 LANDMARKS = (sizes(3, 4, 65), sizes(2, 3, 15, "data - noise"))

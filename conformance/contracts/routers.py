@@ -361,22 +361,9 @@ def _no_divisor(number: int) -> int:
 SOFTMAX_REJECTIONS = (
     Rejection("top_k above num_experts", "top_k", _set(top_k=lambda call: call["router_logits"].shape[1] + 1)),
     Rejection("top_k of zero", "top_k", _set(top_k=0)),
-    Rejection("logits of rank 1", "router_logits", _set(router_logits=lambda call: call["router_logits"][0])),
-    Rejection("logits of rank 3", "router_logits", _set(router_logits=lambda call: call["router_logits"][None])),
-    Rejection("integer logits", "router_logits", _set(router_logits=lambda call: call["router_logits"].to(torch.int32))),
 )
 GROUPED_REJECTIONS = (
     *SOFTMAX_REJECTIONS,
-    Rejection(
-        "bias of another size",
-        "e_score_correction_bias",
-        _set(e_score_correction_bias=lambda call: call["e_score_correction_bias"][:-1]),
-    ),
-    Rejection(
-        "bias of rank 2",
-        "e_score_correction_bias",
-        _set(e_score_correction_bias=lambda call: call["e_score_correction_bias"][None]),
-    ),
     Rejection(
         "groups that do not divide", "num_groups", _set(num_groups=lambda call: _no_divisor(call["router_logits"].shape[1]))
     ),

@@ -290,28 +290,18 @@ def _one(value: float) -> Callable[[torch.Tensor], torch.Tensor]:
 
 BIAS = "state/model.final_layer.linear.bias"
 REJECTIONS = (
-    Rejection("a NaN in an image", "loss", _change("images", _one(torch.nan)), (FloatingPointError,)),
-    Rejection("an infinite parameter", "loss", _change(BIAS, _one(torch.inf)), (FloatingPointError,)),
-    Rejection("integer images", "images", lambda call: {"images": call["images"].long()}),
-    Rejection("images of rank 3", "images", _change("images", lambda each: each[:, :, 0])),
+    Rejection("a NaN in an image", "loss", _change("images", _one(torch.nan)), raises=(FloatingPointError,)),
+    Rejection("an infinite parameter", "loss", _change(BIAS, _one(torch.inf)), raises=(FloatingPointError,)),
     Rejection("images of another size", "images", _change("images", lambda each: each[..., :-1])),
     Rejection("a batch without examples", "images", lambda call: {
         name: call[name][:, :0] for name in ("images", "labels", "example_ids")
     }),
-    Rejection("floating labels", "labels", _change("labels", torch.Tensor.float)),
-    Rejection("labels of fewer examples", "labels", _change("labels", lambda each: each[:, :-1])),
     Rejection("a negative label", "labels", _change("labels", lambda each: each * 0 - 1)),
     Rejection("the label that stands for none", "labels", lambda call: {
         "labels": call["labels"] * 0 + call["config"].model.num_classes
     }),
-    Rejection("floating example ids", "example_ids", _change("example_ids", torch.Tensor.float)),
-    Rejection("labels of more examples", "labels", _change("labels", lambda each: torch.cat([each, each[:, :1]], 1))),
-    Rejection("ids of more examples", "example_ids", _change("example_ids", lambda each: torch.cat([each, each[:, :1]], 1))),
-    Rejection("ids of fewer examples", "example_ids", _change("example_ids", lambda each: each[:, :-1])),
-    Rejection("a state without a parameter", "model.final_layer.linear.bias", _change(BIAS, lambda each: None)),
     Rejection("a state without its step", "step", _change("state/step", lambda each: None)),
     Rejection("a floating step", "step", _change("state/step", torch.Tensor.float)),
-    Rejection("an entry too many", "state", lambda call: {"state/ema.final_layer.linear.bias": call[BIAS]}),
     Rejection("a parameter of another shape", "model.final_layer.linear.bias", _change(BIAS, lambda each: each[:-1])),
     Rejection("integer moments", "exp_avg.final_layer.linear.bias", lambda call: {
         "state/exp_avg.final_layer.linear.bias": call[BIAS].long()

@@ -116,12 +116,20 @@ class Rejection:
 
     name: str
     """What is bad about it."""
-    argument: str
-    """What the error's message must name."""
+    argument: str | tuple[str, ...]
+    """What the error's message must name: this, or one of these."""
     spoil: Callable[[dict[str, Any]], Mapping[str, Any]]
     """From the good call's flat inputs and options, those that are to be replaced; None takes a tensor out of its dict."""
+    _: KW_ONLY
     raises: tuple[type[Exception], ...] = (ValueError, TypeError)
     """What may be raised."""
+    elsewhere: str = ""
+    """The input that lies on another device than the rest."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What the error's message may name."""
+        return (self.argument,) if isinstance(self.argument, str) else self.argument
 
 
 @dataclass(frozen=True)

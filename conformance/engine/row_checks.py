@@ -149,7 +149,7 @@ def classes(row: "Contract") -> Iterator[str]:
 def bad_calls(row: "Contract") -> Iterator[str]:
     """What a bad call's error must name is something that the caller gave, or something inside of it."""
     for rejection in row.rejections:
-        if not rejection.argument.strip():
+        if not all(rejection.names):
             yield f"rejections[{rejection.name!r}]: expected what the error must name, got {rejection.argument!r}"
 
 

@@ -15,6 +15,7 @@ from tabulate import tabulate
 from gaugeblock.conformance.engine.contract import Contract, Input, Output, Regime
 from gaugeblock.conformance.engine.factors import ORDINARY
 from gaugeblock.conformance.engine.implementation import Implementation
+from gaugeblock.conformance.engine.inputs.bad_calls import bad_calls
 from gaugeblock.conformance.engine.inputs.coverage import Demand, array, measure, space
 from gaugeblock.conformance.engine.registry import builtin_implementations, contracts, implementations
 from gaugeblock.conformance.report.view import printable
@@ -116,7 +117,7 @@ def explain(contract: Contract, properties: Sequence["Property"], console: Conso
     _table("properties that do not apply", [[name, reason] for name, reason in contract.without.items()], console)
     _table(
         "must be rejected with ValueError or TypeError",
-        [[each.name, f"naming {each.argument}"] for each in contract.rejections],
+        [[each.name, f"naming {' or '.join(each.names)}"] for each in bad_calls(contract, contract.landmarks[0])],
         console,
     )
     workloads = [[each.name, _parameters(each.parameters), each.source] for each in contract.workloads]

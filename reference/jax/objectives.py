@@ -18,7 +18,7 @@ TIMESTEPS = 1000  # what a model is told at time 1; 0 at time 0
 def rectified_flow_interpolate(data: jax.Array, noise: jax.Array, times: jax.Array) -> jax.Array:
     """As `gaugeblock.reference.torch.objectives.rectified_flow_interpolate`."""
     validation.rectified_flow(data, noise)
-    validation.rectified_flow_times(times, batch_size=data.shape[0])
+    validation.rectified_flow_times(times, data)
 
     times_B1 = at_least_float32(times).reshape(-1, *[1] * (data.ndim - 1))
     return ((1 - times_B1) * at_least_float32(data) + times_B1 * at_least_float32(noise)).astype(data.dtype)

@@ -34,7 +34,7 @@ def rectified_flow_interpolate(data: torch.Tensor, noise: torch.Tensor, times: t
     Source: Liu et al. (arXiv:2209.03003), section 2.1, with the ends exchanged: Esser et al. (arXiv:2403.03206), equation 13.
     """
     validation.rectified_flow(data, noise)
-    validation.rectified_flow_times(times, batch_size=data.shape[0])
+    validation.rectified_flow_times(times, data)
 
     times_B1 = at_least_float32(times).reshape(-1, *[1] * (data.ndim - 1))
     return ((1 - times_B1) * at_least_float32(data) + times_B1 * at_least_float32(noise)).to(data.dtype)

@@ -25,10 +25,11 @@ def rectified_flow(data: Any, noise: Any) -> None:
     require_like_data("noise", noise, data)
 
 
-def rectified_flow_times(times: Any, batch_size: int) -> None:
+def rectified_flow_times(times: Any, data: Any) -> None:
     """Check the times of `objectives.rectified_flow_interpolate`."""
     require_dtype("times", times, FLOATING)
-    require_shape("times", times, batch_size=batch_size)
+    require_shape("times", times, batch_size=data.shape[0])
+    require_same_device("times", times, "data", data)
 
 
 def rectified_flow_prediction(prediction: Any, data: Any) -> None:

@@ -30,6 +30,8 @@ class Conditions:
     """A seed by which the programs of a Triton launch are shuffled; None for the usual order."""
     unusual_settings: int | None = None
     """A seed of the settings of the process before the call, and whether they are changed is found out."""
+    elsewhere: str = ""
+    """The input that lies on another device: on the CPU if the others are on a GPU, else on none."""
     world_size: int = 0
     """On how many devices a distributed implementation runs; 0 for one that is not."""
 
@@ -65,6 +67,9 @@ def perform(
     if conditions.world_size:
         mesh = mesh_of(conditions.world_size) if mesh_of else _jax_mesh(conditions.world_size)
         call = replace(call, options=call.options | {"mesh": mesh})
+    if conditions.elsewhere:
+        there = call.inputs[conditions.elsewhere]
+        call = replace(call, inputs=call.inputs | {conditions.elsewhere: there.to("cpu" if there.is_cuda else "meta")})
     findings = Findings()
     with ExitStack() as around:
         around.enter_context(_usual_settings())

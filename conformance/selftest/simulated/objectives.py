@@ -13,7 +13,7 @@ class Interpolate:
 
     def __call__(self, data: torch.Tensor, noise: torch.Tensor, times: torch.Tensor) -> torch.Tensor:
         validation.rectified_flow(data, noise)
-        validation.rectified_flow_times(times, batch_size=len(data))
+        validation.rectified_flow_times(times, data)
         return self.mix(data.float(), noise.float(), times.view(-1, *[1] * (data.ndim - 1))).to(data.dtype)
 
     def mix(self, data: torch.Tensor, noise: torch.Tensor, times: torch.Tensor) -> torch.Tensor:
