@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from gaugeblock.conformance.commands.options import FILTERS, add_filters, add_profile
+
 if TYPE_CHECKING:
     from gaugeblock.conformance.engine.trial import Property, Subject
 
 VERDICT = "gauge_verdict"
-PROFILES = ("quick", "ci", "thorough")  # named here so that pytest starts without torch
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -27,17 +28,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         metavar="FILE_OR_MODULE",
         help="judge what this registers (repeatable)",
     )
-    group.addoption("--gauge-profile", default="quick", choices=PROFILES, help="how long the gate may take")
-    group.addoption("--gauge-device", action="append", default=[], choices=("cpu", "cuda"), help="only this device (repeatable)")
-    group.addoption("--gauge-dtype", action="append", default=[], metavar="DTYPE", help="only this dtype (repeatable)")
-    group.addoption("--gauge-contract", action="append", default=[], metavar="GLOB", help="only these contracts (repeatable)")
-    group.addoption(
-        "--gauge-implementation",
-        action="append",
-        default=[],
-        metavar="GLOB",
-        help="only these implementations (repeatable)",
-    )
+    add_profile(group.addoption, "--gauge-")
+    add_filters(group.addoption, "--gauge-")
 
 
 @dataclass(frozen=True)
@@ -100,7 +92,7 @@ def _select(config: pytest.Config) -> list[Selected]:
     from gaugeblock.conformance.engine.registry import RegistrationError
     from gaugeblock.conformance.engine.selection import Filters, subjects_of
 
-    filters = Filters(*(tuple(config.getoption(f"--gauge-{name}")) for name in ("contract", "implementation", "dtype", "device")))
+    filters = Filters(*(tuple(config.getoption(f"--gauge-{name}")) for name in FILTERS))
     try:
         found = subjects_of(tuple(config.getoption("--candidate")), filters)
     except RegistrationError as error:

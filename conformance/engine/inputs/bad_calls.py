@@ -34,7 +34,7 @@ def _of_tensors(contract: Contract, parameters: Parameters) -> Iterator[Rejectio
             if sharing:
                 longer, shorter = (_change(spec.name, partial(change, dim=axis)) for change in (_one_more, _one_less))
                 yield Rejection(f"{spec.name} with a {dimension} of one more", (spec.name, *sharing), longer)
-                if parameters[dimension] > 1:
+                if parameters[str(dimension)] > 1:
                     yield Rejection(f"{spec.name} with a {dimension} of one less", (spec.name, *sharing), shorter)
         if spec.indexes:
             for id_, what in ((-1, "a negative id"), (parameters[spec.indexes], f"an id of {spec.indexes}")):
