@@ -210,6 +210,7 @@ def test_a_wrong_call_is_found(text: str, is_wrong: bool):
 def test_every_room_has_a_readme_that_is_read_in_a_minute():
     assert {"reference/", "conformance/", "conformance/engine/"} <= set(rooms())
     for room in rooms():
+        assert f"{room}README.md" in tree(), f"{room} has none"
         lines = (ROOT / room / "README.md").read_text().splitlines()
         assert len(lines) <= 40, room
         assert any(each.startswith("**Read first** [") for each in lines), f"{room}: which two files?"
