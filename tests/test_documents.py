@@ -207,6 +207,12 @@ def test_a_wrong_call_is_found(text: str, is_wrong: bool):
     assert bool([*wrong_calls(text)]) == is_wrong
 
 
+def test_rates_that_are_told_twice_are_the_same():
+    told = re.search(r"by `gaugeblock selftest`:(.*?)all rates", (ROOT / "README.md").read_text(), re.DOTALL)
+    table = (ROOT / "conformance" / "selftest" / "README.md").read_text()
+    assert told and [each for each in re.findall(r"\d[\d.,]*\d", told[1]) if each not in table] == []
+
+
 def test_every_room_has_a_readme_that_is_read_in_a_minute():
     assert {"reference/", "conformance/", "conformance/engine/"} <= set(rooms())
     for room in rooms():
