@@ -116,6 +116,26 @@ def test_a_first_run_that_is_no_number_does_not_count() -> None:
     assert torch.equal(spread({"y": value}, {"y": broken})["y"].variance, spread({"y": value}, {"y": runs})["y"].variance)
 
 
+@pytest.mark.parametrize("dtype", LOW_PRECISION)
+@pytest.mark.parametrize("at_once", (None, 3))
+def test_what_depends_on_fixed_float32_alone_stays_in_it(dtype: str, at_once: int | None) -> None:
+    """Times and tables of waves are computed in float32 by all code; they are rounded once, where the dtype's tensors are met."""
+    times, tokens = draw(64).abs(), draw(64, seed=1)
+
+    def deviation(wide: tuple[torch.Tensor, ...], meets: bool) -> float:
+        """Of the waves of times, relative to them."""
+        with RoundingNoise(dtype, "eager", 0, wide=wide, runs=at_once):
+            waves = torch.sin(times * torch.arange(1, 65, dtype=torch.float64))
+            noisy = torch.where(tokens == tokens, waves, tokens) if meets else waves
+        exact = torch.sin(times * torch.arange(1, 65))
+        return ((of_run(0, noisy) - exact) / exact).abs().median().item()
+
+    unit = rounding_unit(dtype)
+    assert deviation((times,), meets=False) < 1e-6
+    assert 0.1 * unit < deviation((times,), meets=True) < unit
+    assert deviation((), meets=False) > 2 * unit
+
+
 def test_exact_values_get_no_noise() -> None:
     left, right = draw(8, 32).sign(), draw(32, 8, seed=1).sign()
     for dtype in DTYPES:

@@ -3,7 +3,7 @@
 An output that is a choice is replayed (`decisions.py`): the other outputs are judged at the choice that the candidate made.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
 from typing import Any
 
@@ -98,7 +98,8 @@ def _budgets(
         chosen = torch.from_numpy(np.frombuffer(values, kind).reshape(shape).copy())
         runs = [replay_of(each, contract.selection.output, chosen, contract.selection.none) for each in runs]
     cancelling = contract.regime(case.regime).judged == "worst element"
-    return widest([_spread(each, runs[0](), dtype, rounding, cancelling=cancelling) for each in runs])
+    wide = [inputs[key] for key, made in make_inputs(contract, case, dtype).items() if made.dtype == torch.float32]
+    return widest([_spread(each, runs[0](), dtype, rounding, cancelling=cancelling, wide=wide) for each in runs])
 
 
 def selection_scores(contract: Contract, case: Case, dtype: str) -> tuple[Budget, Budget | None]:
@@ -119,30 +120,39 @@ def _selection_scores(contract: Contract, case: Case, dtype: str) -> tuple[Budge
     return scored["scores"], scored.get("groups")
 
 
-def _spread(run: Callable[[], Tensors], oracle: Tensors, dtype: str, rounding: str, *, cancelling: bool) -> dict[str, Budget]:
+def _spread(run: Callable[[], Tensors], oracle: Tensors, dtype: str, rounding: str, **how: Any) -> dict[str, Budget]:
     small = sum(each.numel() for each in oracle.values()) <= LARGE
     try:
-        noisy = noisy_runs(run, dtype, rounding, cancelling=cancelling, at_once=small)
+        noisy = noisy_runs(run, dtype, rounding, at_once=small, **how)
     except Exception:  # they differ in what torch has no form for; an error of the reference's own comes again
-        noisy = noisy_runs(run, dtype, rounding, cancelling=cancelling, at_once=False)
+        noisy = noisy_runs(run, dtype, rounding, at_once=False, **how)
     return spread(oracle, noisy)
 
 
 def noisy_runs(
-    run: Callable[[], Tensors], dtype: str, rounding: str, *, cancelling: bool = False, at_once: bool = True
+    run: Callable[[], Tensors],
+    dtype: str,
+    rounding: str,
+    *,
+    cancelling: bool = False,
+    at_once: bool = True,
+    wide: Sequence[torch.Tensor] = (),
 ) -> Tensors:
-    """What a run gives under rounding noise, `[NOISE_RUNS, *shape]`.
+    """What a run gives under rounding noise, `[NOISE_RUNS, *shape]`; further arguments as of `RoundingNoise`.
 
     Raises:
         RunsDiffer: `at_once`, which they cannot be.
     """
     if at_once:
-        with RoundingNoise(dtype, rounding, 0, cancelling=cancelling, runs=NOISE_RUNS, first_rounds=True), exact_draws():
+        noise = RoundingNoise(dtype, rounding, 0, cancelling=cancelling, runs=NOISE_RUNS, wide=wide, first_rounds=True)
+        with noise, exact_draws():
             return {key: values_of(each, NOISE_RUNS) for key, each in run().items()}
     noisy: list[Tensors] = []
     deviations: list[torch.Tensor] = []
     for seed in range(NOISE_RUNS):
-        noise = RoundingNoise(dtype, rounding, seed, cancelling=cancelling, deviations=deviations, first_rounds=seed == 0)
+        noise = RoundingNoise(
+            dtype, rounding, seed, cancelling=cancelling, deviations=deviations, wide=wide, first_rounds=seed == 0
+        )
         with noise, exact_draws():
             noisy.append(run())
     return {key: torch.stack([each[key] for each in noisy]) for key in noisy[0]}

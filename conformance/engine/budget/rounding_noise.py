@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
 from gaugeblock.conformance.engine.budget.dispatch import Watching
@@ -65,6 +66,8 @@ class RoundingNoise(Watching):
         deviations: Of the sums of an earlier run of the same, in their order: their sizes hardly differ between runs, and take as
             long as the sums. A first run fills the list.
         runs: How many runs are done at once: what needs rounding is then `Runs`. None for one, in ordinary tensors.
+        wide: Inputs in float32 whatever the dtype under test. What is computed of them, and of constants, alone is float32 in any
+            code, `eager` or not; it is rounded to the dtype once, where it meets what is in the dtype.
         first_rounds: Whether the first run, or the only one, rounds in earnest wherever what is rounded is known. Rounding is a
             function of the value: a sum of 1 and 2^-10 is 1 in bfloat16, in every implementation and every such element,
             which no noise on the 2^-10 that is left comes to.
@@ -80,6 +83,7 @@ class RoundingNoise(Watching):
         scale: float = 1.0,
         deviations: list[torch.Tensor] | None = None,
         runs: int | None = None,
+        wide: Iterable[torch.Tensor] = (),
         first_rounds: bool = False,
     ) -> None:
         super().__init__()
@@ -89,10 +93,36 @@ class RoundingNoise(Watching):
         self.operand_dtype = getattr(torch, dtype)
         self.result_dtype = self.operand_dtype if rounding == "eager" else torch.float32
         self.generator = torch.Generator().manual_seed(seed)
+        self.wide = WeakIdKeyDictionary({each: False for each in wide})  # and whether rounding to the dtype is still due
+        self.stores = False  # whether what is computed now is stored in the dtype
         self.terms = WeakIdKeyDictionary()  # of each element of a matrix product, and of what only shows one in another shape
 
     def __torch_dispatch__(self, func: Any, types: Iterable[type], args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
+        if self.result_dtype is torch.float32:
+            return self._disturbed(func, args, kwargs)
+        met = [each for each in tree_leaves((args, kwargs)) if isinstance(each, torch.Tensor) and each.is_floating_point()]
+        self.stores = not all(each in self.wide for each in met)
+        if self.stores and not func.is_view and func.overloadpacket.__name__ not in MATRIX_PRODUCTS:
+            args = tuple(map(self._narrowed, args))
+        result = self._disturbed(func, args, kwargs)
+        for each in (each for each in tree_leaves(result) if _is_float64(each)):
+            if self.stores:
+                self.wide.pop(each, None)
+            elif each not in self.wide:
+                self.wide[each] = self.wide[met[0]] if func.is_view else True
+        return result
+
+    def _narrowed(self, value: Any) -> Any:
+        """A float32 result, rounded where it meets what is in the dtype under test."""
+        if isinstance(value, tuple | list):
+            return type(value)(map(self._narrowed, value))
+        if not isinstance(value, torch.Tensor) or not self.wide.get(value, False):
+            return value
+        return self._held(self._round(self._values(value), self.operand_dtype))
+
+    def _disturbed(self, func: Any, args: tuple, kwargs: dict) -> Any:
+        """An operation's result, disturbed as it is rounded."""
         name = func.overloadpacket.__name__
         if name in MATRIX_PRODUCTS:
             return self._matrix_product(func, MATRIX_PRODUCTS[name], args, kwargs)
@@ -239,7 +269,7 @@ class RoundingNoise(Watching):
 
     def _store(self, result: torch.Tensor) -> torch.Tensor:
         """Adds the error of storing the result."""
-        return result if self.result_dtype is torch.float32 else self._round(result, self.result_dtype)
+        return self._round(result, self.result_dtype) if self.stores else result
 
     def _round(self, value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """The noise of rounding once to `dtype`, where that changes the value."""
