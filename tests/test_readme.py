@@ -1,4 +1,4 @@
-"""Everything that README.md shows works: its fenced blocks run in order, in one empty folder.
+"""Everything that README.md and the documents beside the code show works: fenced blocks run in order, in an empty folder each.
 
 - A block whose first line is `# NAME.EXT` is saved as that file.
 - Any other `python` block is executed; all share one namespace, in one process of their own.
@@ -20,7 +20,6 @@ from typing import Any, NamedTuple
 import pytest
 
 ROOT = Path(__file__).parents[1]
-README = ROOT / "README.md"
 
 FENCED_BLOCK = re.compile(r"^```(?P<language>\w*)\n(?P<text>.*?)^```$", re.DOTALL | re.MULTILINE)
 SAVED_AS = re.compile(r"# (?P<name>[\w-]+\.\w+)\n")
@@ -36,8 +35,9 @@ COVERED_ELSEWHERE = {
 
 
 class Step(NamedTuple):
-    """One thing that the README tells its reader to do."""
+    """One thing that a document tells its reader to do."""
 
+    document: str
     line: int
     kind: str  # "save", "python" or "command"
     text: str
@@ -45,20 +45,20 @@ class Step(NamedTuple):
     status: int = 0  # with which the command should exit
 
 
-def read_steps(markdown: str) -> Iterator[Step]:
+def read_steps(document: str, markdown: str) -> Iterator[Step]:
     for block in FENCED_BLOCK.finditer(markdown):
         line = markdown.count("\n", 0, block.start("text")) + 1
         text = block["text"]
         if saved := SAVED_AS.match(text):
-            yield Step(line, "save", text, name=saved["name"])
+            yield Step(document, line, "save", text, name=saved["name"])
         elif block["language"] == "python":
-            yield Step(line, "python", text)
+            yield Step(document, line, "python", text)
         elif block["language"] == "console":
             for found in COMMAND.finditer(text):
                 command_line = line + text.count("\n", 0, found.start())
-                yield Step(command_line, "command", found["command"], status=int(found["status"] or 0))
+                yield Step(document, command_line, "command", found["command"], status=int(found["status"] or 0))
         elif block["language"] != "text":
-            raise ValueError(f"README.md:{line}: a block of language {block['language']!r} would go untested")
+            raise ValueError(f"{document}:{line}: a block of language {block['language']!r} would go untested")
 
 
 def covered_elsewhere(step: Step) -> bool:
@@ -69,8 +69,8 @@ NAMESPACE: dict[str, Any] = {"__name__": "readme"}
 
 
 def execute(step: Step) -> None:
-    """Runs in the child process; a traceback points to the line of the README."""
-    exec(compile("\n" * (step.line - 1) + step.text, README, "exec"), NAMESPACE)
+    """Runs in the child process; a traceback points to the line of the document."""
+    exec(compile("\n" * (step.line - 1) + step.text, ROOT / step.document, "exec"), NAMESPACE)
 
 
 def follow(step: Step, run_python: Callable[[Step], None]) -> None:
@@ -81,37 +81,47 @@ def follow(step: Step, run_python: Callable[[Step], None]) -> None:
             run_python(step)
         case "command":
             status = subprocess.run(step.text, shell=True, executable="/bin/bash", check=False).returncode
-            assert status == step.status, f"README.md:{step.line}: `{step.text}` exits {status}"
+            assert status == step.status, f"{step.document}:{step.line}: `{step.text}` exits {status}"
 
 
-@pytest.fixture
-def steps() -> list[Step]:
-    found = list(read_steps(README.read_text()))
-    assert {step.kind for step in found} == {"save", "python", "command"}, "README.md shows too little"
-    return found
+def shown() -> dict[str, list[Step]]:
+    """What each document tells its reader to do, of those that do."""
+    listed = subprocess.run(["git", "ls-files", "*.md"], cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True).stdout
+    steps = {name: list(read_steps(name, (ROOT / name).read_text())) for name in listed.splitlines()}
+    return {name: each for name, each in steps.items() if each}
+
+
+SHOWN = shown()
+
+
+def test_enough_is_shown():
+    kinds = {name: {step.kind for step in steps} for name, steps in SHOWN.items()}
+    assert kinds["README.md"] >= {"save", "command"} and set.union(*kinds.values()) == {"save", "python", "command"}
 
 
 @pytest.mark.timeout(400)
-def test_every_block_of_the_readme_works(steps: list[Step], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("document", SHOWN)
+def test_every_block_works(document: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PATH", str(Path(sys.executable).parent), prepend=os.pathsep)
-    # Not in this process: a README may register implementations, and the other tests should not see them.
+    # Not in this process: a document may register implementations, and the other tests should not see them.
     with ProcessPoolExecutor(max_workers=1, mp_context=get_context("spawn")) as child:
-        for step in steps:
+        for step in SHOWN[document]:
             if not covered_elsewhere(step):
                 follow(step, lambda python: child.submit(execute, python).result())
 
 
-def test_make_targets_exist(steps: list[Step]):
-    for step in steps:
-        if step.text.startswith("make "):
-            dry_run = [*step.text.split(), "--dry-run"]
-            assert subprocess.run(dry_run, cwd=ROOT, check=False).returncode == 0, f"README.md:{step.line}"
+def test_make_targets_exist():
+    targets = [step for steps in SHOWN.values() for step in steps if step.text.startswith("make ")]
+    assert targets
+    for step in targets:
+        dry_run = [*step.text.split(), "--dry-run"]
+        assert subprocess.run(dry_run, cwd=ROOT, check=False).returncode == 0, f"{step.document}:{step.line}"
 
 
 def test_a_block_of_unknown_language_is_refused():
     with pytest.raises(ValueError, match=r"README\.md:3: .*'bash'"):
-        list(read_steps("# Title\n```bash\nmake test\n```\n"))
+        list(read_steps("README.md", "# Title\n```bash\nmake test\n```\n"))
 
 
 def test_blocks_become_steps_with_their_lines():
@@ -132,9 +142,9 @@ shown
 import kernels
 ```
 """
-    assert list(read_steps(markdown)) == [
-        Step(2, "save", "# kernels.py\nx = 1\n", name="kernels.py"),
-        Step(6, "command", "gaugeblock check kernels.py", status=1),
-        Step(8, "command", "make check"),
-        Step(14, "python", "import kernels\n"),
+    assert list(read_steps("A.md", markdown)) == [
+        Step("A.md", 2, "save", "# kernels.py\nx = 1\n", name="kernels.py"),
+        Step("A.md", 6, "command", "gaugeblock check kernels.py", status=1),
+        Step("A.md", 8, "command", "make check"),
+        Step("A.md", 14, "python", "import kernels\n"),
     ]

@@ -59,7 +59,7 @@ def main(options: argparse.Namespace) -> int:
 
 
 def write(folder: Path, machine: str, commit: str, results: dict[str, list[Any]]) -> Path:
-    """Writes `machine.json` and the results of one commit under `folder/machine/`; returns the results' path."""
+    """Writes `machine.json` and the results of one commit in the folder `machine` of `folder`; returns the results' path."""
     python = ".".join(platform.python_version_tuple()[:2])
     described = {
         "machine": machine,

@@ -1,4 +1,4 @@
-"""Contracts of the routers whose experts have room for so many tokens (CATALOGUE section 1)."""
+"""Contracts of the routers whose experts have room for so many tokens."""
 
 import math
 from typing import Any

@@ -1,4 +1,4 @@
-"""The contract of DiT (CATALOGUE section 5)."""
+"""The contract of DiT."""
 
 from collections.abc import Callable
 from dataclasses import asdict, fields

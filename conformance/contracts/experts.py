@@ -1,4 +1,4 @@
-"""Contracts of the experts (CATALOGUE section 2)."""
+"""Contracts of the experts."""
 
 from collections.abc import Callable
 from typing import Any

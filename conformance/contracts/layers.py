@@ -1,4 +1,4 @@
-"""Contracts of the layers that the diffusion models share (CATALOGUE section 5, shared blocks)."""
+"""Contracts of the layers that the diffusion models share."""
 
 from collections.abc import Callable
 from typing import Any

@@ -1,4 +1,4 @@
-"""Contracts of the MoE layers and of their losses (CATALOGUE sections 1, auxiliary, and 3)."""
+"""Contracts of the MoE layers and of their losses."""
 
 import math
 from collections.abc import Callable, Mapping

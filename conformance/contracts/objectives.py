@@ -1,4 +1,4 @@
-"""Contracts of the objectives (CATALOGUE section 6)."""
+"""Contracts of the objectives."""
 
 from collections.abc import Callable
 from typing import Any

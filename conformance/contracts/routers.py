@@ -1,4 +1,4 @@
-"""Contracts of the routers (CATALOGUE section 1)."""
+"""Contracts of the routers."""
 
 import math
 from collections.abc import Callable

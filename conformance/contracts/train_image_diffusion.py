@@ -1,4 +1,4 @@
-"""Contract of the image-diffusion training step (CATALOGUE section 7): state and batch in, state and metrics out."""
+"""Contract of the image-diffusion training step: state and batch in, state and metrics out."""
 
 from collections.abc import Callable, Mapping
 from typing import Any

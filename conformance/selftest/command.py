@@ -50,7 +50,7 @@ Task = tuple[Any, ...]
 
 
 def run_selftest(options: argparse.Namespace) -> int:
-    """Measures the five rates, prints them, and writes them to `options.json`; 0 if they are what they should be.
+    """Measures the five rates, prints them, and writes them to a file if one is named; 0 if they are what they should be.
 
     Args:
         options: `profile`: a key of `EXTENTS`; `json`: a path or None; `rate`: "all", or "variants" for that one alone.

@@ -45,30 +45,7 @@ def dit(
     *,
     config: DiTConfig,
 ) -> jax.Array:
-    """Predict the noise or the velocity (and with `learn_sigma` the variance) in latents of a class at a time.
-
-        x = patches of the latents, embedded, + position table;  c = time embedding + class embedding
-        x = block(x, c), depth times
-        out = patches put together of linear(layer_norm_modulate(x, shift, scale)),  shift, scale = linear(silu(c))
-
-    Args:
-        state: The parameters by name, shapes as in `state_shapes`, dtype of latents.
-        latents: [batch_size, in_channels, input_size, input_size], floating.
-        timesteps: [batch_size], float32 or float64, usually in [0, 1000).
-        class_labels: [batch_size], integer in 0 .. num_classes; num_classes is the label that was dropped.
-        config: The model.
-
-    Returns:
-        [batch_size, out_channels, input_size, input_size], dtype as latents; computed in float32 (float64 for float64
-        latents) and rounded once.
-
-    Raises:
-        TypeError: An argument is not an array of the dtype above.
-        ValueError: An entry of the state is missing, unexpected or of another shape; ranks or sizes do not fit together;
-            or a label names no class (not seen while traced).
-
-    Source: Peebles and Xie 2022 (arXiv:2212.09748), section 3.2 and figure 3; facebookresearch/DiT models.py.
-    """
+    """As `gaugeblock.reference.torch.dit.dit`."""
     validation.dit(state, latents, timesteps, class_labels, config, state_shapes(config))
     validation.class_labels_in_range(class_labels, config.num_classes)
     state = {name: at_least_float32(parameter) for name, parameter in state.items()}
@@ -105,29 +82,7 @@ def embed_conditions(
 
 
 def block(state: Mapping[str, jax.Array], hidden_states: jax.Array, conditioning: jax.Array, *, config: DiTConfig) -> jax.Array:
-    """Apply one adaLN-Zero block: attention, then a feed-forward network, each modulated before and gated after.
-
-        shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = sixths of linear(silu(c))
-        x = x + gate_1 * self_attention(layer_norm_modulate(x, shift_1, scale_1))
-        x = x + gate_2 * gelu_mlp(layer_norm_modulate(x, shift_2, scale_2))
-
-    Args:
-        state: The block's parameters by their own names (`attn.qkv.weight`), as `block_state` returns them.
-        hidden_states: [batch_size, num_tokens, hidden_size], floating; state and conditioning have its dtype.
-        conditioning: [batch_size, hidden_size].
-        config: The model.
-
-    Returns:
-        [batch_size, num_tokens, hidden_size], dtype as hidden_states; computed in float32 (float64 for float64 inputs)
-        and rounded once.
-
-    Raises:
-        TypeError: An argument is not an array of the dtype above.
-        ValueError: An entry of the state is missing, unexpected or of another shape, or ranks or sizes do not fit together.
-
-    Source: Peebles and Xie 2022 (arXiv:2212.09748), figure 3, "DiT Block with adaLN-Zero". The first LayerNorm has eps
-    1e-6 in the paper's code and in diffusers; the second has `norm_eps`, which is 1e-6 and 1e-5.
-    """
+    """As `gaugeblock.reference.torch.dit.block`."""
     validation.dit_block(state, hidden_states, conditioning, block_shapes(config))
     state = {name: at_least_float32(parameter) for name, parameter in state.items()}
     hidden_BSD, active_BD = at_least_float32(hidden_states), jax.nn.silu(at_least_float32(conditioning))
@@ -209,18 +164,7 @@ def block_state(state: Mapping[str, jax.Array], index: int) -> dict[str, jax.Arr
 
 
 def initial_state(config: DiTConfig, *, seed: int) -> dict[str, jax.Array]:
-    """Draw the parameters with which training starts, float32; every block is then the identity, and the result 0.
-
-    Weights are uniform in +-sqrt(6 / (in_features + out_features)); the class table and the weights of the time embedding
-    are normal with deviation 0.02; all biases, all modulations and the last linear layer are 0. A parameter's draw depends
-    on the seed and its place in `state_shapes`.
-
-    Raises:
-        TypeError: The seed is no integer.
-        ValueError: The seed is out of its range (`random`).
-
-    Source: Peebles and Xie 2022 (arXiv:2212.09748), section 3.2; facebookresearch/DiT models.py, initialize_weights.
-    """
+    """As `gaugeblock.reference.torch.dit.initial_state`."""
     state = {}
     for place, (name, shape) in enumerate(state_shapes(config).items()):
         key = {"seed": seed, "step": 0, "example": place, "purpose": INITIAL_WEIGHTS}
@@ -235,25 +179,7 @@ def initial_state(config: DiTConfig, *, seed: int) -> dict[str, jax.Array]:
 
 
 def load_state(state: Mapping[str, jax.Array], *, config: DiTConfig) -> dict[str, jax.Array]:
-    """Return a checkpoint of the paper's code or of diffusers in the paper's layout, as `dit` takes it.
-
-    Parameters keep their dtype. The fixed position table may be among them, and is left out. diffusers' model has a copy of
-    the time and the class embedding in every block; the published ones are equal, and only such fit the paper's layout. What
-    no checkpoint tells: diffusers' model computes with norm_eps 1e-5 and frequency_shift 1.
-
-    Args:
-        state: Floating arrays by name, as in facebookresearch/DiT (`blocks.0.attn.qkv.weight`) or as in diffusers'
-            DiTTransformer2DModel (`transformer_blocks.0.attn1.to_q.weight`).
-        config: The model.
-
-    Raises:
-        TypeError: An entry is not a floating array.
-        ValueError: An entry is missing, unexpected or of another shape; a position table is not the fixed one; or a block's
-            copy of an embedding differs from that of the first block.
-
-    Source: facebookresearch/DiT models.py; diffusers models/transformers/dit_transformer_2d.py and
-    scripts/convert_dit_to_diffusers.py.
-    """
+    """As `gaugeblock.reference.torch.dit.load_state`."""
     state = dict(state)
     for name in ("pos_embed", "pos_embed.pos_embed"):
         if name in state:
@@ -274,10 +200,7 @@ def check_position_table(table: jax.Array, *, config: DiTConfig) -> None:
 
 
 def from_diffusers(state: Mapping[str, jax.Array], *, config: DiTConfig) -> dict[str, jax.Array]:
-    """Rename the entries of diffusers' DiTTransformer2DModel, and join queries, keys and values.
-
-    Raises: as `load_state`.
-    """
+    """As `gaugeblock.reference.torch.dit.from_diffusers`."""
     shapes = state_shapes(config)
     parts = {name: diffusers_names(name, config=config) for name in shapes}
     diffusers_shapes = {

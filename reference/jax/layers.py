@@ -16,27 +16,7 @@ LONGEST_PERIOD = 10000  # of both sinusoidal embeddings, in units of 2 pi
 
 
 def layer_norm_modulate(hidden_states: jax.Array, shift: jax.Array, scale: jax.Array, *, eps: float) -> jax.Array:
-    """Normalize each token to mean 0 and variance 1, then scale and shift it as its example asks (adaptive LayerNorm).
-
-        out = (x - mean(x)) / sqrt(mean((x - mean(x))**2) + eps) * (1 + scale) + shift
-
-    Args:
-        hidden_states: [batch_size, num_tokens, hidden_size], floating; shift and scale have its dtype.
-        shift: [batch_size, hidden_size].
-        scale: [batch_size, hidden_size]; 0 leaves the normalized token as it is.
-        eps: Added to the variance; positive.
-
-    Returns:
-        [batch_size, num_tokens, hidden_size], dtype as hidden_states; computed in float32 (float64 for float64 inputs)
-        and rounded once.
-
-    Raises:
-        TypeError: An argument is not an array of the dtype above, or eps is no number.
-        ValueError: Ranks or sizes do not fit together, or eps is not positive.
-
-    Source: Peebles and Xie 2022 (arXiv:2212.09748), section 3.2, "adaLN"; LayerNorm of Ba et al. (arXiv:1607.06450)
-    without its own scale and shift.
-    """
+    """As `gaugeblock.reference.torch.layers.layer_norm_modulate`."""
     validation.layer_norm_modulate(hidden_states, shift, scale, eps)
     normalized_BSD = layer_norm(at_least_float32(hidden_states), eps=eps)
     out_BSD = normalized_BSD * (1 + at_least_float32(scale)[:, None]) + at_least_float32(shift)[:, None]
@@ -44,23 +24,7 @@ def layer_norm_modulate(hidden_states: jax.Array, shift: jax.Array, scale: jax.A
 
 
 def gated_residual(residual: jax.Array, branch: jax.Array, gate: jax.Array) -> jax.Array:
-    """Add a branch's result to the residual stream, as far as its example's gate is open.
-
-        out = residual + gate * branch
-
-    Args:
-        residual: [batch_size, num_tokens, hidden_size], floating; branch and gate have its dtype.
-        branch: [batch_size, num_tokens, hidden_size].
-        gate: [batch_size, hidden_size].
-
-    Returns:
-        [batch_size, num_tokens, hidden_size], dtype as residual; computed in float32 (float64 for float64 inputs) and
-        rounded once.
-
-    Raises: as `layer_norm_modulate`.
-
-    Source: Peebles and Xie 2022 (arXiv:2212.09748), section 3.2, "adaLN-Zero".
-    """
+    """As `gaugeblock.reference.torch.layers.gated_residual`."""
     validation.gated_residual(residual, branch, gate)
     out_BSD = at_least_float32(residual) + at_least_float32(gate)[:, None] * at_least_float32(branch)
     return out_BSD.astype(residual.dtype)
@@ -75,20 +39,7 @@ def gated_residual_layer_norm_modulate(
     *,
     eps: float,
 ) -> tuple[jax.Array, jax.Array]:
-    """End one branch of a block and begin the next: `gated_residual`, and `layer_norm_modulate` of its result.
-
-    The norm sees the sum before it is rounded.
-
-    Args: as of `gated_residual` and `layer_norm_modulate`.
-
-    Returns:
-        hidden_states, modulated: [batch_size, num_tokens, hidden_size] each, dtype as residual; each is computed in
-        float32 (float64 for float64 inputs) and rounded once.
-
-    Raises: as `layer_norm_modulate`.
-
-    Source: Peebles and Xie 2022 (arXiv:2212.09748), figure 3, the middle of the block.
-    """
+    """As `gaugeblock.reference.torch.layers.gated_residual_layer_norm_modulate`."""
     validation.gated_residual_layer_norm_modulate(residual, branch, gate, shift, scale, eps)
     hidden_BSD = gated_residual(at_least_float32(residual), at_least_float32(branch), at_least_float32(gate))
     modulated_BSD = layer_norm_modulate(hidden_BSD, at_least_float32(shift), at_least_float32(scale), eps=eps)
@@ -117,29 +68,7 @@ def self_attention(
     *,
     num_heads: int,
 ) -> jax.Array:
-    """Let each token attend to all tokens of its example, with several heads.
-
-        q, k, v = thirds of qkv_weight @ x + qkv_bias, each cut into num_heads heads
-        out = proj_weight @ concat over heads of softmax(q k^T / sqrt(features of a head)) v + proj_bias
-
-    Args:
-        hidden_states: [batch_size, num_tokens, hidden_size], floating; the weights and biases have its dtype.
-        qkv_weight: [3 * hidden_size, hidden_size], rows of the queries, then keys, then values.
-        qkv_bias: [3 * hidden_size].
-        proj_weight: [hidden_size, hidden_size].
-        proj_bias: [hidden_size].
-        num_heads: Divides hidden_size.
-
-    Returns:
-        [batch_size, num_tokens, hidden_size], dtype as hidden_states; computed in float32 (float64 for float64 inputs)
-        and rounded once.
-
-    Raises:
-        TypeError: An argument is not an array of the dtype above, or num_heads is no integer.
-        ValueError: Ranks or sizes do not fit together.
-
-    Source: Vaswani et al. 2017 (arXiv:1706.03762), section 3.2.2.
-    """
+    """As `gaugeblock.reference.torch.layers.self_attention`."""
     validation.self_attention(hidden_states, qkv_weight, qkv_bias, proj_weight, proj_bias, num_heads)
     batch_size, num_tokens, hidden_size = hidden_states.shape
     qkv_BS3D = linear(at_least_float32(hidden_states), at_least_float32(qkv_weight), at_least_float32(qkv_bias))
@@ -159,27 +88,7 @@ def gelu_mlp(
     fc2_weight: jax.Array,
     fc2_bias: jax.Array,
 ) -> jax.Array:
-    """Apply a feed-forward network of one hidden layer, whose GELU is the tanh approximation.
-
-        out = fc2_weight @ gelu(fc1_weight @ x + fc1_bias) + fc2_bias
-
-    Args:
-        hidden_states: [batch_size, num_tokens, hidden_size], floating; the weights and biases have its dtype.
-        fc1_weight: [intermediate_size, hidden_size].
-        fc1_bias: [intermediate_size].
-        fc2_weight: [hidden_size, intermediate_size].
-        fc2_bias: [hidden_size].
-
-    Returns:
-        [batch_size, num_tokens, hidden_size], dtype as hidden_states; computed in float32 (float64 for float64 inputs)
-        and rounded once.
-
-    Raises:
-        TypeError: An argument is not an array of the dtype above.
-        ValueError: Ranks or sizes do not fit together.
-
-    Source: Hendrycks and Gimpel 2016 (arXiv:1606.08415), section 2; facebookresearch/DiT models.py, class DiTBlock.
-    """
+    """As `gaugeblock.reference.torch.layers.gelu_mlp`."""
     validation.gelu_mlp(hidden_states, fc1_weight, fc1_bias, fc2_weight, fc2_bias)
     inner_BSI = linear(at_least_float32(hidden_states), at_least_float32(fc1_weight), at_least_float32(fc1_bias))
     out_BSD = linear(gelu(inner_BSI), at_least_float32(fc2_weight), at_least_float32(fc2_bias))
@@ -192,26 +101,7 @@ def gelu(x: jax.Array) -> jax.Array:
 
 
 def timestep_embedding(timesteps: jax.Array, *, embedding_size: int, frequency_shift: int) -> jax.Array:
-    """Embed times as cosines and sines of geometrically spaced frequencies, cosines first.
-
-        out[b] = cos(timesteps[b] * frequency_0), ..., sin(timesteps[b] * frequency_0), ...
-        frequency_i = 10000 ** (-i / (n - frequency_shift)),  i = 0 .. n - 1,  n = embedding_size / 2
-
-    Args:
-        timesteps: [batch_size], float32 or float64, usually in [0, 1000). Of lower precision, 998 and 999 are the same.
-        embedding_size: Even, at least 4.
-        frequency_shift: 0 (the paper's code) or 1 (diffusers' DiT).
-
-    Returns:
-        [batch_size, embedding_size], dtype as timesteps.
-
-    Raises:
-        TypeError: timesteps is not an array of the dtype above, or an option is no integer.
-        ValueError: timesteps is not of rank 1, or an option is out of its range.
-
-    Source: Vaswani et al. 2017 (arXiv:1706.03762), section 3.5; Ho et al. 2020 (arXiv:2006.11239), appendix B;
-    facebookresearch/DiT models.py, class TimestepEmbedder.
-    """
+    """As `gaugeblock.reference.torch.layers.timestep_embedding`."""
     validation.timestep_embedding(timesteps, embedding_size, frequency_shift)
     half = embedding_size // 2
     index_F = jnp.arange(half, dtype=timesteps.dtype)
@@ -221,26 +111,7 @@ def timestep_embedding(timesteps: jax.Array, *, embedding_size: int, frequency_s
 
 
 def sincos_position_embedding(grid_size: int, *, like: jax.Array) -> jax.Array:
-    """Return the fixed table that tells each patch of a square grid its place.
-
-        table[row * grid_size + column] = sincos(column), sincos(row)
-        sincos(p) = sin(p * frequency_0), ..., cos(p * frequency_0), ...
-        frequency_i = 10000 ** (-i / n),  i = 0 .. n - 1,  n = hidden_size / 4
-
-    Args:
-        grid_size: Rows and columns of patches.
-        like: [..., hidden_size], an array of the dtype that the table shall have.
-
-    Returns:
-        [grid_size**2, hidden_size]; computed in float64, rounded once.
-
-    Raises:
-        TypeError: grid_size is no integer, or like is not a floating array.
-        ValueError: grid_size is not positive, or hidden_size is no multiple of 4.
-
-    Source: facebookresearch/DiT models.py, get_2d_sincos_pos_embed; the two-dimensional form of Vaswani et al. 2017
-    (arXiv:1706.03762), section 3.5. The column comes first.
-    """
+    """As `gaugeblock.reference.torch.layers.sincos_position_embedding`."""
     validation.sincos_position_embedding(grid_size, like)
     quarter = like.shape[-1] // 4
     with jax.enable_x64(True):
@@ -253,21 +124,7 @@ def sincos_position_embedding(grid_size: int, *, like: jax.Array) -> jax.Array:
 
 
 def patchify(images: jax.Array, *, patch_size: int) -> jax.Array:
-    """Cut images into square patches, row by row; inside a patch: channel, row, column, as in a convolution's kernel.
-
-    Args:
-        images: [batch_size, channels, height, width], floating.
-        patch_size: Divides height and width.
-
-    Returns:
-        [batch_size, num_patches, channels * patch_size**2], dtype of images.
-
-    Raises:
-        TypeError: images is not a floating array, or patch_size is no integer.
-        ValueError: images is not of rank 4, or patch_size does not divide its height and width.
-
-    Source: Peebles and Xie 2022 (arXiv:2212.09748), section 3.2, "Patchify".
-    """
+    """As `gaugeblock.reference.torch.layers.patchify`."""
     validation.patchify(images, patch_size)
     batch_size, channels, height, width = images.shape
     rows, columns = height // patch_size, width // patch_size
@@ -277,23 +134,7 @@ def patchify(images: jax.Array, *, patch_size: int) -> jax.Array:
 
 
 def unpatchify(patches: jax.Array, *, patch_size: int) -> jax.Array:
-    """Put a square grid of patches together; inside a patch: row, column, channel, as DiT's final layer has them.
-
-    Not the inverse of `patchify`, whose patches have the channel first.
-
-    Args:
-        patches: [batch_size, num_patches, patch_size**2 * channels], floating; num_patches is a square.
-        patch_size: Height and width of a patch.
-
-    Returns:
-        [batch_size, channels, height, width], dtype of patches.
-
-    Raises:
-        TypeError: patches is not a floating array, or patch_size is no integer.
-        ValueError: patches is not of rank 3, num_patches is no square, or patch_size**2 does not divide the last size.
-
-    Source: facebookresearch/DiT models.py, DiT.unpatchify.
-    """
+    """As `gaugeblock.reference.torch.layers.unpatchify`."""
     validation.unpatchify(patches, patch_size)
     grid_size = math.isqrt(patches.shape[1])
     channels = patches.shape[2] // patch_size**2

@@ -17,33 +17,7 @@ from gaugeblock.reference.jax.routers import softmax_topk
 def mixtral_moe(
     hidden_states: jax.Array, state: Mapping[str, jax.Array], *, top_k: int
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Send each token through the `top_k` SwiGLU experts that a linear router gives the highest probability.
-
-        router_logits = hidden_states @ gate.weight.T
-        topk_weights, topk_ids = softmax_topk(router_logits), renormalized
-        out = fused_swiglu(hidden_states, experts.gate_up_proj, experts.down_proj, topk_weights, topk_ids)
-
-    Args:
-        hidden_states: [num_tokens, hidden_size], floating; the entries of `state` have its dtype.
-        state: `gate.weight` [num_experts, hidden_size]; `experts.gate_up_proj`
-            [num_experts, 2 * intermediate_size, hidden_size], gate rows, then up rows; `experts.down_proj`
-            [num_experts, hidden_size, intermediate_size].
-        top_k: Experts per token, 1 to num_experts.
-
-    Returns:
-        hidden_states_out: [num_tokens, hidden_size], dtype as hidden_states; computed in float32 (float64 for
-            float64 inputs) and rounded once.
-        router_logits: [num_tokens, num_experts], float32 (float64 for float64 inputs), for the losses below.
-        topk_ids: [num_tokens, top_k], int32, by descending probability; equal ones in any order. A token with
-            a NaN logit gets any distinct ids.
-
-    Raises:
-        TypeError: An array is not of the dtype above, or `state` is not a dict of arrays.
-        ValueError: Ranks or sizes do not fit together, `state` lacks an entry or has one too many, or
-            `top_k` is not in 1..num_experts.
-
-    Source: Mixtral of Experts (arXiv:2401.04088), section 2.1; names of `state` as in transformers 5.
-    """
+    """As `gaugeblock.reference.torch.moe_layers.mixtral_moe`, but topk_ids are int32."""
     validation.mixtral_moe(hidden_states, state, top_k)
 
     gate_EH = at_least_float32(state["gate.weight"])
@@ -54,29 +28,7 @@ def mixtral_moe(
 
 
 def load_balancing_loss(router_logits: jax.Array, topk_ids: jax.Array, attention_mask: jax.Array) -> jax.Array:
-    """Return the load-balancing loss of one layer: 1 where all experts have the same load, num_experts / top_k at worst.
-
-        loss = num_experts * sum over e of share[e] * probability[e]
-        share[e] = part of all assignments, top_k per token, that chose expert e; no gradient
-        probability[e] = mean over tokens of softmax(router_logits)[e]
-
-    Only tokens of the mask count; where there are none, the loss and its gradient are 0.
-
-    Args:
-        router_logits: [num_tokens, num_experts], any floating dtype; where masked, any values, NaN too.
-        topk_ids: [num_tokens, top_k], integer in 0..num_experts - 1.
-        attention_mask: [num_tokens], bool, False for padding.
-
-    Returns:
-        [], float32 (float64 for float64 logits).
-
-    Raises:
-        TypeError: An argument is not an array of the dtype above.
-        ValueError: Ranks or sizes do not fit together, or an id names no expert (not seen while traced).
-
-    Source: Switch Transformers (arXiv:2101.03961), equations 4 to 6, of which share is that of top_k = 1.
-    transformers' `load_balancing_loss_func` divides assignments by tokens: its loss is top_k times this one.
-    """
+    """As `gaugeblock.reference.torch.moe_layers.load_balancing_loss`."""
     validation.load_balancing_loss(router_logits, topk_ids, attention_mask)
     validation.expert_ids_in_range(topk_ids, num_experts=router_logits.shape[1])
 
@@ -95,25 +47,7 @@ def load_balancing_loss(router_logits: jax.Array, topk_ids: jax.Array, attention
 
 
 def router_z_loss(router_logits: jax.Array, attention_mask: jax.Array) -> jax.Array:
-    """Return the z-loss of one layer, which keeps router logits small.
-
-        loss = mean over tokens of logsumexp(router_logits) ** 2
-
-    Only tokens of the mask count; where there are none, the loss and its gradient are 0.
-
-    Args:
-        router_logits: [num_tokens, num_experts], any floating dtype; where masked, any values, NaN too.
-        attention_mask: [num_tokens], bool, False for padding.
-
-    Returns:
-        [], float32 (float64 for float64 logits).
-
-    Raises:
-        TypeError: An argument is not an array of the dtype above.
-        ValueError: Ranks or sizes do not fit together.
-
-    Source: ST-MoE (arXiv:2202.08906), equation 5.
-    """
+    """As `gaugeblock.reference.torch.moe_layers.router_z_loss`."""
     validation.router_z_loss(router_logits, attention_mask)
 
     # masked before the logsumexp too: through a NaN, its gradient of zero would be NaN

@@ -16,24 +16,7 @@ TIMESTEPS = 1000  # what a model is told at time 1; 0 at time 0
 
 
 def rectified_flow_interpolate(data: jax.Array, noise: jax.Array, times: jax.Array) -> jax.Array:
-    """Go the way from data to noise as far as `times` says.
-
-        x[b] = (1 - times[b]) * data[b] + times[b] * noise[b]
-
-    Args:
-        data: [batch_size, ...], floating.
-        noise: As data.
-        times: [batch_size], floating, in [0, 1].
-
-    Returns:
-        [batch_size, ...], dtype as data; computed in at least float32 and rounded once.
-
-    Raises:
-        TypeError: An argument is not an array of the dtype above.
-        ValueError: Shapes do not fit together.
-
-    Source: Liu et al. (arXiv:2209.03003), section 2.1, with the ends exchanged: Esser et al. (arXiv:2403.03206), equation 13.
-    """
+    """As `gaugeblock.reference.torch.objectives.rectified_flow_interpolate`."""
     validation.rectified_flow(data, noise)
     validation.rectified_flow_times(times, data)
 
@@ -42,25 +25,7 @@ def rectified_flow_interpolate(data: jax.Array, noise: jax.Array, times: jax.Arr
 
 
 def rectified_flow_velocity(data: jax.Array, noise: jax.Array, *, velocity: VelocitySign) -> jax.Array:
-    """Return the velocity on the straight line between data and noise, which is the same at all times.
-
-        "noise - data":  dx / dt    = noise - data,  as in Stable Diffusion 3 and diffusers
-        "data - noise":  dx / d(-t) = data - noise,  as where data lie at time 1
-
-    Args:
-        data: [batch_size, ...], floating.
-        noise: As data.
-        velocity: Which of the two.
-
-    Returns:
-        [batch_size, ...], dtype as data; computed in at least float32 and rounded once.
-
-    Raises:
-        TypeError: An argument is not an array of the dtype above.
-        ValueError: Shapes do not fit together, or `velocity` is neither of the two.
-
-    Source: Liu et al. (arXiv:2209.03003), equation 1; Esser et al. (arXiv:2403.03206), section 2.
-    """
+    """As `gaugeblock.reference.torch.objectives.rectified_flow_velocity`."""
     validation.rectified_flow(data, noise)
     validation.velocity_sign(velocity)
 
@@ -69,25 +34,7 @@ def rectified_flow_velocity(data: jax.Array, noise: jax.Array, *, velocity: Velo
 
 
 def rectified_flow_loss(prediction: jax.Array, data: jax.Array, noise: jax.Array, *, velocity: VelocitySign) -> jax.Array:
-    """Return how far a predicted velocity is off, for each example.
-
-        loss[b] = mean of (prediction[b] - velocity[b])**2
-
-    Args:
-        prediction: [batch_size, ...], floating.
-        data: As prediction.
-        noise: As prediction.
-        velocity: Which way the predicted velocity points, as in `rectified_flow_velocity`.
-
-    Returns:
-        [batch_size], float32 (float64 for float64 inputs).
-
-    Raises:
-        TypeError: An argument is not an array of the dtype above.
-        ValueError: Shapes do not fit together, or `velocity` is neither of the two.
-
-    Source: Liu et al. (arXiv:2209.03003), equation 1.
-    """
+    """As `gaugeblock.reference.torch.objectives.rectified_flow_loss`."""
     validation.rectified_flow(data, noise)
     validation.rectified_flow_prediction(prediction, data)
     target = rectified_flow_velocity(at_least_float32(data), at_least_float32(noise), velocity=velocity)

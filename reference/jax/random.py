@@ -34,21 +34,7 @@ ROUNDS = 10
 
 
 def normal(shape: tuple[int, ...], *, seed: int, step: int | jax.Array, example: int | jax.Array, purpose: int) -> jax.Array:
-    """Draw standard normals by the transform of Box and Muller.
-
-        u = (word_0 + 1) / 2**32,  v = word_1 / 2**32
-        normal_0 = sqrt(-2 log(u)) * cos(2 pi v)
-        normal_1 = sqrt(-2 log(u)) * sin(2 pi v), and in the same way for words and normals 2 and 3 of a block
-
-    Args: as of `bits`.
-
-    Returns:
-        [*example.shape, *shape], float32, at most 6.67 in magnitude.
-
-    Raises: as `bits`.
-
-    Source: Box, Muller, A Note on the Generation of Random Normal Deviates (1958).
-    """
+    """As `gaugeblock.reference.torch.random.normal`."""
     blocks = _blocks(shape, seed, step, example, purpose)
     with jax.enable_x64(True):
         words = blocks.astype(jnp.float64).reshape(*blocks.shape[:-1], 2, 2)
@@ -60,49 +46,18 @@ def normal(shape: tuple[int, ...], *, seed: int, step: int | jax.Array, example:
 
 
 def uniform(shape: tuple[int, ...], *, seed: int, step: int | jax.Array, example: int | jax.Array, purpose: int) -> jax.Array:
-    """Draw uniformly from the multiples of 2**-24 in [0, 1): the high 24 bits of each word, exactly.
-
-    Args: as of `bits`.
-
-    Returns:
-        [*example.shape, *shape], float32.
-
-    Raises: as `bits`.
-    """
+    """As `gaugeblock.reference.torch.random.uniform`."""
     words = bits(shape, seed=seed, step=step, example=example, purpose=purpose)
     return (words >> 8).astype(jnp.float32) * jnp.float32(2.0**-24)
 
 
 def bits(shape: tuple[int, ...], *, seed: int, step: int | jax.Array, example: int | jax.Array, purpose: int) -> jax.Array:
-    """Draw 32-bit words.
-
-    Args:
-        shape: Of one example's draw; at most 2**34 words.
-        seed: In 0 .. 2**64 - 1.
-        step: In 0 .. 2**32 - 1; an int or a scalar array, which may be traced.
-        example: In 0 .. 2**32 - 1; of an array of any shape, each element gets a draw of its own.
-        purpose: In 0 .. 2**32 - 1.
-
-    Returns:
-        [*example.shape, *shape], uint32.
-
-    Raises:
-        TypeError: `seed`, `step`, `purpose` or `example` is not an integer.
-        ValueError: One of them is out of its range (of `step` and `example`, only ints are checked).
-    """
+    """As `gaugeblock.reference.torch.random.bits`, but words are uint32, and `step` may be a scalar that is traced."""
     return _draw(_blocks(shape, seed, step, example, purpose), shape)
 
 
 def philox_4x32(counter: jax.Array, key: jax.Array) -> jax.Array:
-    """Encrypt the counter with the key, in ten rounds.
-
-    Args:
-        counter: [..., 4], uint32.
-        key: [..., 2], uint32.
-
-    Returns:
-        [..., 4], uint32.
-    """
+    """As `gaugeblock.reference.torch.random.philox_4x32`, but all words are uint32."""
     c0, c1, c2, c3 = jnp.unstack(counter, axis=-1)
     k0, k1 = jnp.unstack(key, axis=-1)
     for _ in range(ROUNDS):

@@ -17,30 +17,7 @@ _quotient.defjvps(lambda dx, quotient, x, y: dx / y, lambda dy, quotient, x, y: 
 
 
 def softmax_topk(router_logits: jax.Array, *, top_k: int, renormalize: bool) -> tuple[jax.Array, jax.Array]:
-    """Choose the `top_k` most probable experts of each token.
-
-        p = softmax(router_logits)
-        ids = top_k(p)
-        weights = p[ids]                if not renormalize
-        weights = p[ids] / sum(p[ids])  if renormalize
-
-    Args:
-        router_logits: [num_tokens, num_experts], any floating dtype.
-        top_k: Experts per token, 1 to num_experts.
-        renormalize: Whether the weights of a token sum to 1.
-
-    Returns:
-        topk_weights: [num_tokens, top_k], float32 (float64 for float64 logits).
-        topk_ids: [num_tokens, top_k], int32, by descending probability; equal ones in any order. A token
-            with a NaN logit gets any distinct ids.
-
-    Raises:
-        TypeError: `router_logits` is not a floating array.
-        ValueError: `router_logits` is not of rank 2, or `top_k` is not in 1..num_experts.
-
-    Source: Mixtral of Experts (arXiv:2401.04088), section 2.1, renormalized; OLMoE (arXiv:2409.02060),
-    section 2, not renormalized.
-    """
+    """As `gaugeblock.reference.torch.routers.softmax_topk`, but topk_ids are int32."""
     validation.softmax_topk(router_logits, top_k)
 
     probs_TE = jax.nn.softmax(at_least_float32(router_logits), axis=-1)
@@ -61,37 +38,7 @@ def grouped_sigmoid_topk(
     renormalize: bool,
     routed_scaling_factor: float,
 ) -> tuple[jax.Array, jax.Array]:
-    """Choose `top_k` experts of each token from its best `topk_groups` groups, balanced by a bias.
-
-        s = sigmoid(router_logits)
-        c = s + e_score_correction_bias               (for the choice only)
-        kept = top_k_groups(group_scores(c))
-        ids = top_k(c, or -inf where not kept)
-        weights = s[ids] * routed_scaling_factor                          if not renormalize
-        weights = s[ids] / (sum(s[ids]) + 1e-20) * routed_scaling_factor  if renormalize
-
-    Args:
-        router_logits: [num_tokens, num_experts], any floating dtype.
-        e_score_correction_bias: [num_experts], floating, usually float32. Its gradient is zero.
-        top_k: Experts per token, 1 to topk_groups * num_experts / num_groups.
-        num_groups: Groups of consecutive experts; divides num_experts.
-        topk_groups: Groups a token may choose from, 1 to num_groups.
-        renormalize: Whether the weights of a token sum to routed_scaling_factor.
-        routed_scaling_factor: Multiplies every weight.
-
-    Returns:
-        topk_weights: [num_tokens, top_k], float32 (float64 for float64 logits).
-        topk_ids: [num_tokens, top_k], int32, by descending c; equal ones in any order. A token
-            with a NaN logit gets any distinct ids.
-
-    Raises:
-        TypeError: `router_logits` or `e_score_correction_bias` is not a floating array.
-        ValueError: A rank or size is wrong, `num_groups` does not divide num_experts, or `topk_groups` or
-            `top_k` is more than there is to choose from.
-
-    Source: DeepSeek-V3 Technical Report (arXiv:2412.19437), section 2.1.2; the 1e-20 is of the public model's
-    `MoEGate`.
-    """
+    """As `gaugeblock.reference.torch.routers.grouped_sigmoid_topk`, but topk_ids are int32, and the bias gets a zero gradient."""
     validation.grouped_sigmoid_topk(router_logits, e_score_correction_bias, top_k, num_groups, topk_groups)
 
     choice_scores_TE = sigmoid_choice_scores(router_logits, e_score_correction_bias)
@@ -120,32 +67,7 @@ def group_scores(choice_scores: jax.Array, num_groups: int) -> jax.Array:
 
 
 def switch_top1(router_logits: jax.Array, *, capacity_factor: float) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Choose the most probable expert of each token; an expert takes its first tokens, as many as it has room for.
-
-        p = softmax(router_logits)
-        id = argmax(p)
-        dropped = capacity tokens before this one have chosen id as well
-        weight = p[id], or 0 if dropped
-        capacity = ceil(num_tokens * capacity_factor / num_experts)
-
-    The jitter of Switch Transformers is not here: it multiplies what the layer that makes these logits reads.
-
-    Args:
-        router_logits: [num_tokens, num_experts], any floating dtype.
-        capacity_factor: Room in all experts together, in tokens per token; positive.
-
-    Returns:
-        weights: [num_tokens], float32 (float64 for float64 logits).
-        expert_ids: [num_tokens], int32; of equal probabilities any. A token with a NaN logit gets any id. A
-            dropped token keeps its id.
-        dropped: [num_tokens], bool.
-
-    Raises:
-        TypeError: `router_logits` is not a floating array, or `capacity_factor` is not a number.
-        ValueError: `router_logits` is not of rank 2 or has no experts, or `capacity_factor` is not positive.
-
-    Source: Switch Transformers (arXiv:2101.03961), section 2.2, equation 3, and figure 3.
-    """
+    """As `gaugeblock.reference.torch.routers.switch_top1`, but expert_ids are int32."""
     validation.switch_top1(router_logits, capacity_factor)
     num_tokens, num_experts = router_logits.shape
 
@@ -159,8 +81,5 @@ def switch_top1(router_logits: jax.Array, *, capacity_factor: float) -> tuple[ja
 
 
 def expert_capacity(num_tokens: int, num_experts: int, capacity_factor: float) -> int:
-    """Return how many tokens an expert has room for, ceil(num_tokens * capacity_factor / num_experts).
-
-    It is computed from left to right in float64: where the quotient is an integer but for rounding, the order counts.
-    """
+    """As `gaugeblock.reference.torch.routers.expert_capacity`."""
     return math.ceil(num_tokens * capacity_factor / num_experts)

@@ -34,19 +34,14 @@ Tensors = dict[str, jax.Array]
 
 @dataclass(frozen=True)
 class Metrics:
-    """What a step reports.
-
-    Attributes:
-        loss: [], the mean over the examples of the batch, before the update.
-        gradient_norm: [], the norm of all gradients together, before clipping.
-    """
+    """As `gaugeblock.reference.torch.train_image_diffusion.Metrics`."""
 
     loss: jax.Array
     gradient_norm: jax.Array
 
 
 def initial_state(config: ImageDiffusionConfig) -> Tensors:
-    """Return the state at the start of a run: a new model, moments of zero, step 0; float32, and an int32 step."""
+    """As `gaugeblock.reference.torch.train_image_diffusion.initial_state`, but step is an int32."""
     parameters = dit.initial_state(config.model, seed=config.seed)
     zeros = {name: jnp.zeros_like(parameter) for name, parameter in parameters.items()}
     return join_state(parameters, zeros, zeros, jnp.array(0))
@@ -60,37 +55,7 @@ def train_step(
     *,
     config: ImageDiffusionConfig,
 ) -> tuple[Tensors, Metrics]:
-    """Make one update of AdamW on the mean loss of a batch; the given state is not written to.
-
-        loss, gradients = mean over b of loss[b], and its gradients
-        gradient_norm   = sqrt(sum of gradients**2)
-        gradients       = gradients * min(1, max_gradient_norm / (gradient_norm + 1e-6))
-        exp_avg         = beta1 * exp_avg + (1 - beta1) * gradients
-        exp_avg_sq      = beta2 * exp_avg_sq + (1 - beta2) * gradients**2
-        step            = step + 1
-        update          = exp_avg / (1 - beta1**step) / (sqrt(exp_avg_sq / (1 - beta2**step)) + adam_epsilon)
-        model           = model - learning_rate * (update + weight_decay * model)
-
-    Args:
-        state: As at the top of this module; float32 or float64, with an integer step.
-        images: [batch_size, in_channels, input_size, input_size], dtype of the state: the data, pixels or latents.
-        labels: [batch_size], integer in 0..num_classes - 1.
-        example_ids: [batch_size], integer in 0..2**32 - 1; examples with the same id get the same draws.
-        config: Of the run.
-
-    Returns:
-        new_state: As state.
-        metrics: In the dtype of the state.
-
-    Raises:
-        TypeError: An argument is not an array of the dtype above, or `state` is not a dict of arrays.
-        ValueError: Shapes or devices do not fit together, or `state` lacks an entry or has one too many.
-        FloatingPointError: The loss or a gradient is not finite; the message names the step and the first bad one.
-
-    Source: Esser et al. (arXiv:2403.03206), section 2; label dropout: Ho and Salimans (arXiv:2207.12598), algorithm 1;
-    clipping: Pascanu et al. (arXiv:1211.5063), algorithm 1; AdamW: Loshchilov and Hutter (arXiv:1711.05101), algorithm 2,
-    whose schedule multiplier is learning_rate and whose weight decay is learning_rate * weight_decay, as in torch.optim.
-    """
+    """As `gaugeblock.reference.torch.train_image_diffusion.train_step`."""
     validation.image_diffusion_step(state, images, labels, example_ids, config.model, dit.state_shapes(config.model))
 
     parameters = {name: state[f"model.{name}"] for name in dit.state_shapes(config.model)}
@@ -150,19 +115,7 @@ def example_losses(
 def draws(
     images: jax.Array, example_ids: jax.Array, step: jax.Array, *, config: ImageDiffusionConfig
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Draw what is random in a step, each example by its id.
-
-    Args:
-        images: [batch_size, in_channels, input_size, input_size], of which only shape and dtype count.
-        example_ids: [batch_size], integer.
-        step: The updates made so far.
-        config: Of the run.
-
-    Returns:
-        noise: Like images, standard normal.
-        times: [batch_size], dtype of images, in [0, 1).
-        is_dropped: [batch_size], bool: whether the model is not told the label.
-    """
+    """As `gaugeblock.reference.torch.train_image_diffusion.draws`."""
     key: dict[str, Any] = {"seed": config.seed, "step": step}
     noise_BCHW = random.normal(images.shape[1:], **key, example=example_ids, purpose=purposes.TRAINING_NOISE)
     draw_time = random.uniform if config.timestep_sampling == "uniform" else random.normal
@@ -191,7 +144,7 @@ def require_finite(step: jax.Array, loss: jax.Array, gradients: Tensors, gradien
 def adamw_update(
     state: Mapping[str, jax.Array], gradients: Tensors, gradient_norm: jax.Array, *, config: ImageDiffusionConfig
 ) -> Tensors:
-    """Return the state after one update by optax.adamw with clipped gradients; formula as in `train_step`."""
+    """As `gaugeblock.reference.torch.train_image_diffusion.adamw_update`, but by optax.adamw."""
     clipping_factor = jnp.minimum(config.max_gradient_norm / (gradient_norm + CLIPPING_EPSILON), 1)
     parameters, exp_avg, exp_avg_sq = (part_of_state(state, part) for part in ("model", "exp_avg", "exp_avg_sq"))
     optimizer = optax.adamw(
@@ -228,7 +181,7 @@ def save_state(state: Mapping[str, jax.Array], path: Path) -> None:
 
 
 def load_state(path: Path) -> Tensors:
-    """Read a state that `save_state` of either framework wrote; int64 becomes int32 unless x64 is enabled."""
+    """As `gaugeblock.reference.torch.train_image_diffusion.load_state`, but int64 becomes int32 unless x64 is enabled."""
     from safetensors.flax import load_file
 
     return load_file(path)

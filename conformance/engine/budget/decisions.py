@@ -20,7 +20,8 @@ from gaugeblock.conformance.engine.calls import apply
 from gaugeblock.conformance.engine.contract import Contract, ContractError, Tensors
 
 # A case is redrawn if rounding this many times as coarse decides anything in it. A choice so near a tie that honest rounding
-# turns it once in 6 calls passes 12 runs of its own size once in 9 times, of four times its size once in 500.
+# turns it once in 6 calls passes 12 runs of its own size once in 9 times, of four times its size once in 500
+# (conformance/JUDGING.md section 10).
 MARGIN = 4.0
 JITTER = 2.0**-20  # relative, of what decisions are made from: exact ties, which no rounding disturbs, are found by it
 

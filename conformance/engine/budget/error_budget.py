@@ -2,8 +2,8 @@
 
 `RoundingNoise` disturbs a float64 run wherever code at the dtype under test would round; the spread of several such runs is
 the variance V of an honest implementation's error, element by element, for outputs and gradients. No tolerance is written
-by hand: what is chosen here, once for all operations, are the constants below, and `tests/test_error_budget.py` measures them
-again.
+by hand: what is chosen here, once for all operations, are the constants below. Why they have their values is told in
+conformance/JUDGING.md, sections 6 to 8; `tests/test_error_budget.py` and `tests/test_judging.py` measure them again.
 """
 
 import math
@@ -16,8 +16,8 @@ from gaugeblock.conformance.engine.contract import Tensors
 from gaugeblock.conformance.engine.judging.verdict import Statistics
 
 NOISE_RUNS = 12
-# Deviations of the propagated error that one element may have. Its variance is estimated from 12 runs, pooled with its row and
-# column: the worst of 2.7 million elements of torch's own float32 products lay 8.01 estimated deviations off.
+# Deviations of the propagated error that one element may have. As they are estimated from 12 runs, an honest error exceeds so
+# many once in 2.8 million, where it cannot be pooled with its row and column.
 KAPPA = 10.0
 # Limits of the two statistics, in deviations, for very many independent elements; for fewer, or for elements whose errors hang
 # together, each limit widens by SIGMAS deviations of the statistic itself, as the noise runs show it.

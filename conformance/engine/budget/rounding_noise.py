@@ -1,4 +1,7 @@
-"""The rounding of code at the dtype under test, as noise on a float64 run of the reference."""
+"""The rounding of code at the dtype under test, as noise on a float64 run of the reference.
+
+What is disturbed and by how much, with the evidence: conformance/JUDGING.md, sections 3 to 5.
+"""
 
 import math
 from collections.abc import Callable, Iterable, Iterator

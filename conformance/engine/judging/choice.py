@@ -1,4 +1,7 @@
-"""Is this choice right? It is if the scores, known but for their error, allow it; all else is judged at it."""
+"""Is this choice right? It is if the scores, known but for their error, allow it; all else is judged at it.
+
+The rule, must ⊆ ids ⊆ may, is told in conformance/JUDGING.md section 10.
+"""
 
 import math
 from collections.abc import Mapping
