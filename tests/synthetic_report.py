@@ -72,5 +72,6 @@ def _verdict(contract: str, prop: str, subject: tuple[str, str, str, str], broke
         **whose, status=status, cases=draw.randint(4, 40), seconds=draw.random(),
         reason="out: an element lies 2.14e+07 times its error budget from the oracle" if broken
         else "visits only 3 of 9 classes: the time was up" if status == "warning" else "",
-        statistics=statistics, failure=failure, coverage=None if broken else Coverage(draw.randint(20, 149), 149, "pairs", sparing=True),
+        statistics=statistics, failure=failure,
+        coverage=None if broken else Coverage(draw.randint(20, 149), 149, "pairs", sparing=True),
     )  # fmt: skip
