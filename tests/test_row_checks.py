@@ -41,6 +41,8 @@ LANDMARK = ROUTER.landmarks[0]
         ({"recurrence": Recurrence("num_tokens", {"state": "topk_ids"})}, "recurrence: no input 'state'"),
         ({"factors": (edges("width", 1),)}, "factors['width']: cannot be read from landmarks[0]: KeyError: 'width'"),
         ({"dtypes": ("float8",)}, "dtypes: unknown dtype 'float8'"),
+        ({"parameters": None, "factors": ()}, "parameters: expected a strategy, or factors with values, got None"),
+        ({"build": None}, "build: expected a function that makes parameters of the factors' values, got None"),
         ({"cases": 0}, "cases: expected a positive number, got 0"),
         ({"regimes": ()}, "regimes: expected one at least, got none"),
         ({"rejections": (Rejection("nameless", "", dict),)}, "rejections['nameless']: expected what the error must name, got ''"),

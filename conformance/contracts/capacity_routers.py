@@ -4,7 +4,6 @@ import math
 from typing import Any
 
 import torch
-from hypothesis import strategies as st
 
 from gaugeblock.conformance.contracts import routers as of_routers
 from gaugeblock.conformance.engine.contract import (
@@ -45,7 +44,6 @@ def switch_top1() -> Contract:
         ),
         options=("capacity_factor",),
         batch="num_tokens",
-        parameters=parameters,
         landmarks=(
             sizes(66, 8, 1.25),
             sizes(33, 5, 1.1),  # 33 * 1.1 / 5 is 7.26, and float32's 1.1 is more
@@ -94,22 +92,16 @@ def sizes(num_tokens: int, num_experts: int, capacity_factor: float) -> dict[str
     return {"num_tokens": num_tokens, "num_experts": num_experts, "capacity_factor": capacity_factor}
 
 
-@st.composite
-def parameters(draw: st.DrawFn) -> dict[str, Any]:
-    """Sizes around powers of two and above 255 experts; room for few tokens, for all of them, and between."""
-    return sizes(
-        num_tokens=draw(st.sampled_from([1, 2, 3, 7, 16, 17, 33, 64, 65, 130])),
-        num_experts=draw(st.sampled_from([1, 2, 3, 5, 8, 13, 16, 60, 64, 65, 257])),
-        capacity_factor=draw(st.sampled_from([2**-6, 0.5, 1.0, 1.1, 1.25, 2.0, 300.0])),
-    )
-
-
 def _room(parameters: Parameters) -> str:
     """What an expert has room for."""
     capacity = routers.expert_capacity(*(parameters[name] for name in ("num_tokens", "num_experts", "capacity_factor")))
     if capacity >= parameters["num_tokens"]:
         return "all tokens"
     return "one token" if capacity == 1 else "some tokens"
+
+
+def _side_of_1(factor: float) -> str:
+    return "below 1" if factor < 1 else "1 and more"
 
 
 def _share(parameters: Parameters) -> str:
@@ -121,7 +113,7 @@ def _share(parameters: Parameters) -> str:
 FACTORS = (
     edges("num_tokens", 1, 2, 17, 64, 65, 130),
     kinds("num_experts", kind_of_count, 1, 2, 8, 32, 5, 13, 257),
-    Factor("capacity_factor", lambda value: "below 1" if value < 1 else "1 and more", (0.5, 1.0, 1.25), option=True),
+    Factor("capacity_factor", _side_of_1, values=(0.5, 2**-6, 1.0, 1.1, 1.25, 300.0), option=True),
     Factor("room", str, of=_room),
     Factor("num_tokens * capacity_factor / num_experts", str, of=_share),
 )

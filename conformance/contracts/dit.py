@@ -155,8 +155,18 @@ def parameters(draw: st.DrawFn) -> dict[str, Any]:
 
 FACTORS = (
     edges("batch_size", 1, 2, 3),
-    Factor("heads", str, ((16, 1), (16, 2), (24, 3), (32, 2)), lambda sizes: (sizes["hidden_size"], sizes["num_heads"])),
-    Factor("patches", str, ((4, 4), (4, 2), (4, 1), (6, 2)), lambda sizes: (sizes["input_size"], sizes["patch_size"])),
+    Factor(
+        "heads",
+        str,
+        values=((16, 1), (16, 2), (24, 3), (32, 2)),
+        of=lambda sizes: (sizes["hidden_size"], sizes["num_heads"]),
+    ),
+    Factor(
+        "patches",
+        str,
+        values=((4, 4), (4, 2), (4, 1), (6, 2)),
+        of=lambda sizes: (sizes["input_size"], sizes["patch_size"]),
+    ),
     edges("depth", 1, 2),
     edges("in_channels", 1, 3, 4),
     edges("num_classes", 1, 2),

@@ -4,7 +4,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from hypothesis import strategies as st
 
 from gaugeblock.conformance.engine.contract import (
     Contract,
@@ -36,7 +35,6 @@ def rectified_flow_interpolate() -> Contract:
         outputs=(Output("noised", SHAPE, differentiable=True),),
         options=(),
         batch="batch_size",
-        parameters=parameters,
         landmarks=LANDMARKS,
         factors=FACTORS,
         build=sizes,
@@ -62,7 +60,6 @@ def rectified_flow_velocity() -> Contract:
         outputs=(Output("velocity", SHAPE, differentiable=True),),
         options=("velocity",),
         batch="batch_size",
-        parameters=parameters,
         landmarks=LANDMARKS,
         factors=(*FACTORS, SIGN),
         build=sizes,
@@ -88,7 +85,6 @@ def rectified_flow_loss() -> Contract:
         outputs=(Output("loss", ("batch_size",), dtype="float32", differentiable=True),),
         options=("velocity",),
         batch="batch_size",
-        parameters=parameters,
         landmarks=LANDMARKS,
         factors=(*FACTORS, SIGN),
         build=sizes,
@@ -111,17 +107,6 @@ PREDICTION = Input("prediction", SHAPE, differentiable=True)
 def sizes(batch_size: int, channels: int, size: int, velocity: str = "noise - data") -> dict[str, Any]:
     """One point of the input space."""
     return {"batch_size": batch_size, "channels": channels, "size": size, "velocity": velocity}
-
-
-@st.composite
-def parameters(draw: st.DrawFn) -> dict[str, Any]:
-    """Few small images, sizes around block sizes, either sign."""
-    return sizes(
-        draw(st.sampled_from([1, 2, 3, 7])),
-        draw(st.sampled_from([1, 3, 4])),
-        draw(st.sampled_from([1, 15, 64, 65])),
-        draw(st.sampled_from(["noise - data", "data - noise"])),
-    )
 
 
 FACTORS = (edges("batch_size", 1, 2, 3), edges("channels", 1, 2, 4), kinds("size", kind_of_width, 1, 15, 16, 64, 24, 65))

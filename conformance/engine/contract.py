@@ -182,8 +182,8 @@ class Contract:
     """Names of the keyword arguments; their values are among a case's parameters."""
     batch: str
     """The dimension along which examples are independent."""
-    parameters: Callable[[], "SearchStrategy[dict[str, Any]]"]
-    """Strategy of sizes and options."""
+    parameters: Callable[[], "SearchStrategy[dict[str, Any]]"] | None = None
+    """Strategy of sizes and options; by default they are drawn from the factors' values, and of sizes from what lies between."""
     landmarks: tuple[Parameters, ...]
     """Sizes and options that are always worth a visit, the configurations that people run among them; the first is an ordinary
     one."""

@@ -6,7 +6,7 @@ A kernel treats cases in different ways: one expert chosen or three, a tile of t
 
 from bisect import bisect_right
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -24,6 +24,7 @@ class Factor:
     """As the report prints it."""
     classify: Callable[[Any], str]
     """The class that a value lies in."""
+    _: KW_ONLY
     values: tuple[Any, ...] = ()
     """Of which cases are built, of each class one or more; none for what only follows from other factors."""
     of: Callable[[Mapping[str, Any]], Any] | None = None
@@ -58,12 +59,12 @@ def edges(name: str, *starts: int, of: Callable[[Mapping[str, Any]], int] | None
     ends = [following - 1 for following in starts[1:]]
     names = [str(start) if start == end else f"{start} to {end}" for start, end in zip(starts, ends, strict=False)]
     names.append(f"{starts[-1]} and more")
-    return Factor(name, lambda value: names[max(0, bisect_right(starts, value) - 1)], starts, of, option)
+    return Factor(name, lambda value: names[max(0, bisect_right(starts, value) - 1)], values=starts, of=of, option=option)
 
 
 def either(name: str, *values: Any) -> Factor:
     """An option with a class for each of its values."""
-    return Factor(name, _name_of, values, option=True)
+    return Factor(name, _name_of, values=values, option=True)
 
 
 def _name_of(value: Any) -> str:
@@ -79,7 +80,7 @@ def kinds(
     name: str, classify: Callable[[int], str], *values: int, of: Callable[[Mapping[str, Any]], int] | None = None
 ) -> Factor:
     """A number whose classes are kinds, and numbers of each kind."""
-    return Factor(name, classify, values, of)
+    return Factor(name, classify, values=values, of=of)
 
 
 def kind_of_count(value: int) -> str:

@@ -142,8 +142,11 @@ def classes(row: "Contract") -> Iterator[str]:
             factor.class_of(point)
         except Exception as error:
             yield f"factors[{factor.name!r}]: cannot be read from landmarks[{number}]: {type(error).__name__}: {error}"
-    if any(each.values for each in row.factors) and row.build is None:
+    valued = any(each.values for each in row.factors)
+    if valued and row.build is None:
         yield "build: expected a function that makes parameters of the factors' values, got None"
+    if not valued and row.parameters is None:
+        yield "parameters: expected a strategy, or factors with values, got None"
 
 
 def bad_calls(row: "Contract") -> Iterator[str]:

@@ -84,7 +84,7 @@ def cases(
     contract: Contract, regime: str, sizes: Literal["free", "landmarks", "both"] = "both", landmarks: int | None = None
 ) -> SearchStrategy[Case]:
     """Cases of one regime, of free sizes, the first so many landmarks (default: all), or both in turn; some with a trait."""
-    strategies = {"free": contract.parameters(), "landmarks": st.sampled_from(contract.landmarks[:landmarks])}
+    strategies = {"free": free_parameters(contract), "landmarks": st.sampled_from(contract.landmarks[:landmarks])}
     drawn = st.one_of(*strategies.values()) if sizes == "both" else strategies[sizes]
     names = ["", *(trait.name for trait in contract.traits)] if regime == contract.regimes[0].name else [""]
 
@@ -93,6 +93,21 @@ def cases(
         return Case(**parameters, regime=regime, seed=seed, traits=[name] if fits else [])
 
     return st.builds(case, drawn, st.integers(0, 2**16), st.sampled_from(names))
+
+
+def free_parameters(contract: Contract) -> SearchStrategy[dict[str, Any]]:
+    """Sizes and options as the contract draws them, or else of its factors' values, sizes also between those."""
+    if contract.parameters is not None:
+        return contract.parameters()
+    drawn: dict[str, SearchStrategy[Any]] = {}
+    for factor in contract.factors:
+        if factor.values:
+            drawn[factor.name] = st.sampled_from(factor.values)
+            if not factor.option:
+                drawn[factor.name] |= st.integers(min(factor.values), max(factor.values))
+    build = contract.build
+    assert build is not None  # the row's check
+    return st.fixed_dictionaries(drawn).map(lambda values: dict(build(**values) or {})).filter(bool)
 
 
 def value_case(case: Case) -> Case:
