@@ -9,6 +9,7 @@ from gaugeblock.conformance.engine.devices import compile_quickly, split_cpu_for
 
 compile_quickly()
 split_cpu_for_jax()  # before any test imports jax
+os.environ["GAUGEBLOCK_KEPT"] = "off"  # a test judges; those of what is kept name a folder of their own
 
 ROOT = Path(__file__).parent
 REALMS = ["reference", "optimized", "conformance"]

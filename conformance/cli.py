@@ -10,10 +10,10 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 import gaugeblock
-from gaugeblock.conformance.commands import bench, check, codegen, compare, explain, list, machines, reproduce, selftest
+from gaugeblock.conformance.commands import bench, check, codegen, compare, explain, list, machines, merge, reproduce, selftest
 from gaugeblock.conformance.exit_status import WRONG_CALL
 
-COMMANDS = (check, machines, list, explain, reproduce, compare, selftest, codegen, bench)
+COMMANDS = (check, merge, machines, list, explain, reproduce, compare, selftest, codegen, bench)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -9,23 +9,27 @@ import time
 import traceback
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 from rich.console import Console
 
 from gaugeblock.conformance.engine.devices import cache_compilations, compile_quickly, set_up_process
 from gaugeblock.conformance.engine.exploration import PROFILES, examine, verdict_on
 from gaugeblock.conformance.engine.implementation import Implementation
-from gaugeblock.conformance.engine.judging.verdict import FAILED, Failure, Verdict
+from gaugeblock.conformance.engine.judging.verdict import Failure, Verdict, exit_status
+from gaugeblock.conformance.engine.kept.verdicts import KeptVerdicts, open_kept
 from gaugeblock.conformance.engine.processes import nursery
-from gaugeblock.conformance.engine.processes.workers import Died, run_tasks
+from gaugeblock.conformance.engine.processes.workers import Died, get_ready, run_tasks
 from gaugeblock.conformance.engine.properties import find_property, properties
 from gaugeblock.conformance.engine.selection import Filters, subjects_of
+from gaugeblock.conformance.engine.sharding import select_part
 from gaugeblock.conformance.engine.suggestion import one_line
 from gaugeblock.conformance.engine.trial import Subject
-from gaugeblock.conformance.exit_status import CONFORM, FAILS, NOTHING_TESTED, WRONG_CALL
+from gaugeblock.conformance.exit_status import NOTHING_TESTED
 from gaugeblock.conformance.report import files, terminal, waivers
 from gaugeblock.conformance.report.environment import capture_environment
 
@@ -44,8 +48,16 @@ def run_gate(options: argparse.Namespace) -> int:
         ValueError: If the call, a candidate or the waivers file is wrong.
     """
     start = time.monotonic()
-    console = Console(highlight=False)
     set_up_process()
+    cache_compilations()
+    compile_quickly()
+    environment = capture_environment()
+    with closing(open_kept(options, environment["git"])) as kept:  # before any candidate runs, which might write there
+        return _run(options, environment, kept, start)
+
+
+def _run(options: argparse.Namespace, environment: dict[str, Any], kept: KeptVerdicts, start: float) -> int:
+    console = Console(highlight=False)
     filters = Filters(tuple(options.contract), tuple(options.implementation), tuple(options.dtype), tuple(options.device))
     chosen = [find_property(name).name for name in options.property] or list(properties())
     subjects = subjects_of(tuple(options.candidates), filters)
@@ -56,48 +68,81 @@ def run_gate(options: argparse.Namespace) -> int:
         console.print("nothing was tested: no implementation fits the filters on this machine")
         return NOTHING_TESTED
 
+    tasks = [(number, name) for name in chosen for number in range(len(subjects))]
+    everything_quickly = options.profile == "quick" and not (options.candidates or options.dtype)
+    reasons = {task: _not_judged(subjects[task[0]][0], task[1], everything_quickly) for task in tasks}
+    work = [(subjects[number][0], find_property(name)) for number, name in tasks]
+    positions, part = select_part(work, [bool(reasons[task]) for task in tasks], options)
     found: dict[Task, Verdict] = {}
     groups: dict[str, list[Task]] = defaultdict(list)
-    everything_quickly = options.profile == "quick" and not (options.candidates or options.dtype)
-    for number, (subject, _) in enumerate(subjects):
-        shared = f"{subject.implementation.contract}/{subject.dtype}/{subject.device}"  # cases and budgets
-        for name in sorted(chosen, key=lambda each: each != "gradients"):  # whose budgets serve the others too
-            first = subject.implementation.dtypes[0]
-            if everything_quickly and subject.dtype != first and not find_property(name).every_dtype:
-                reason = f"built in: judged in {first} alone, unless --dtype or --profile asks for more"
-                found[number, name] = verdict_on(subject, name, "not supported", reason)
-            else:
-                groups[f"{RANKS}/{subject.device}" if subject.on_ranks else shared].append((number, name))
+    losses = Losses()
+    tasks = [tasks[position] for position in positions]
+    for number, name in sorted(tasks, key=lambda each: each[1] != "gradients"):  # whose budgets serve the others too
+        subject, reason = subjects[number][0], reasons[number, name]
+        if reason:
+            found[number, name] = verdict_on(subject, name, "not supported", reason)
+        elif known := kept.find(subject, find_property(name)):
+            found[number, name] = known
+            losses.count(known)
+        else:
+            shared = f"{subject.implementation.contract}/{subject.dtype}/{subject.device}"  # cases and budgets
+            groups[f"{RANKS}/{subject.device}" if subject.on_ranks else shared].append((number, name))
+    for task, verdict in _judged(groups, subjects, options, losses, console):
+        found[task] = verdict
+        kept.keep(subjects[task[0]][0], find_property(task[1]), verdict)
+
+    verdicts = [found[task] for task in tasks]
+    if waived is not None:
+        verdicts, remarks = waived.apply(verdicts, datetime.date.today())
+        for remark in () if part else remarks:  # what a waiver is for may be in another part
+            console.print(remark, style="yellow", markup=False)
+    if options.report:
+        sources = {(each.implementation.contract, each.implementation.name): source for each, source in subjects}
+        environment |= {"part": part.to_json()} if part else {}
+        files.write_report(options.report, verdicts, environment, options.profile, sources)
+    if verdicts or not part:
+        terminal.print_matrix(verdicts, console, time.monotonic() - start, options.report, verbose=options.verbose)
+    if part:
+        console.print(part.told, markup=False, soft_wrap=True)
+    if options.report:
+        console.print(f"report: {options.report / 'index.html'}", markup=False, soft_wrap=True)
+    return part.exit_status(verdicts) if part else exit_status(verdicts)
+
+
+def _not_judged(subject: Subject, name: str, everything_quickly: bool) -> str:
+    """Why a property is not tested for a subject, or an empty string."""
+    prop, first = find_property(name), subject.implementation.dtypes[0]
+    if everything_quickly and subject.dtype != first and not prop.every_dtype:
+        return f"built in: judged in {first} alone, unless --dtype or --profile asks for more"
+    return prop.inapplicable(subject)
+
+
+def _judged(
+    groups: dict[str, list[Task]],
+    subjects: Sequence[tuple[Subject, str | None]],
+    options: argparse.Namespace,
+    losses: "Losses",
+    console: Console,
+) -> Iterator[tuple[Task, Verdict]]:
+    """Every task in a worker, with its verdict, as they come."""
+    if not groups:
+        return
+    get_ready(__name__)
     profile = PROFILES[options.profile]
     workers = len(os.sched_getaffinity(0)) if options.workers is None else max(1, options.workers)
     os.environ.setdefault("HYPOTHESIS_STORAGE_DIRECTORY", tempfile.gettempdir())  # nothing is left in the user's folder
-    cache_compilations()
-    compile_quickly()
     with terminal.progress(sum(map(len, groups.values())), console) as progress:
         arguments = (subjects, profile.name, nursery.start())
-        losses = Losses()
         alone = [name for name in groups if name.startswith(RANKS)]  # one worker leads the ranks, so that they start once
         waiting = dict(sorted(groups.items(), key=lambda group: (group[0] not in alone, _cases(subjects, group[1]))))
         seconds = 2 * profile.verdict_seconds + SLACK_SECONDS
         known = partial(_known, subjects, losses)
         for task, result in run_tasks(waiting, prepare, arguments, workers=workers, seconds=seconds, alone=alone, known=known):
             subject = subjects[task[0]][0]
-            found[task] = _no_answer(subject, task[1], result, seconds) if isinstance(result, Died) else result
-            losses.count(found[task])
-            progress.advance(found[task])
-
-    verdicts = [found[number, name] for name in chosen for number in range(len(subjects))]
-    if waived is not None:
-        verdicts, remarks = waived.apply(verdicts, datetime.date.today())
-        for remark in remarks:
-            console.print(remark, style="yellow", markup=False)
-    if options.report:
-        sources = {(each.implementation.contract, each.implementation.name): source for each, source in subjects}
-        files.write_report(options.report, verdicts, capture_environment(), profile.name, sources)
-    terminal.print_matrix(verdicts, console, time.monotonic() - start, options.report, verbose=options.verbose)
-    if options.report:
-        console.print(f"report: {options.report / 'index.html'}", markup=False, soft_wrap=True)
-    return exit_status(verdicts)
+            verdict = _no_answer(subject, task[1], result, seconds) if isinstance(result, Died) else result
+            losses.count(verdict)
+            progress.advance(verdict)
+            yield task, verdict
 
 
 def prepare(subjects: Sequence[tuple[Subject, str | None]], profile: str, candidates_from: str) -> Callable[[Task], Verdict]:
@@ -153,16 +198,7 @@ def _known(subjects: Sequence[tuple[Subject, str | None]], losses: Losses, task:
     return verdict_on(subject, task[1], lost[-1].status, f"not tried again after {tried}: {lost[-1].reason}")
 
 
-def exit_status(verdicts: list[Verdict]) -> int:
-    """0 all conform, 1 something fails, 2 the engine could not judge something, 3 nothing was tested."""
-    if any(each.status == "error" for each in verdicts):
-        return WRONG_CALL
-    if any(each.status in FAILED for each in verdicts):
-        return FAILS
-    return CONFORM if any(each.cases for each in verdicts) else NOTHING_TESTED
-
-
-def _cases(subjects: list[tuple[Subject, str | None]], tasks: list[Task]) -> tuple[float, int]:
+def _cases(subjects: Sequence[tuple[Subject, str | None]], tasks: list[Task]) -> tuple[float, int]:
     """By what groups are begun: those whose cases are dear, and so few, then the large ones."""
     return subjects[tasks[0][0]][0].contract.cases, -len(tasks)
 

@@ -1,7 +1,8 @@
 """The pytest plugin: every property test is run for every subject, and its verdict kept.
 
 `pytest --pyargs gaugeblock.conformance --candidate my_kernels.py` judges what a file registers; without candidates the built-in
-implementations are judged. Loaded into every pytest run where gaugeblock is installed, so it imports nothing heavy by itself.
+implementations are judged. Each is judged anew: what `gaugeblock check` keeps is neither used nor added to. Loaded into every
+pytest run where gaugeblock is installed, so it imports nothing heavy by itself.
 """
 
 from collections.abc import Callable

@@ -177,4 +177,4 @@ def test_what_applied_to_nothing_and_what_was_kept_are_said_quietly():
         vars(each)["kept"] = {"date": "2026-11-20", "commit": "abc1234"}
     text = printed(80, lambda console: terminal.print_matrix(found, console))
     assert "applied to nothing here: masked_lanes, path_witness, program_order, races\n" in text
-    assert "verdicts: all kept of 2026-11-20, commit abc1234\n" in text
+    assert "° not judged again: all kept of 2026-11-20, commit abc1234\n" in text

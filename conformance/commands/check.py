@@ -13,7 +13,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "candidates",
         nargs="*",
-        metavar="FILE_OR_MODULE",
+        metavar="FILE_FOLDER_OR_MODULE",
         help="judge what these register; default: the built-in implementations",
     )
     add_profile(parser.add_argument)
@@ -25,14 +25,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--verbose", "-v", action="store_true", help="print every matrix, also of contracts where all conforms")
     parser.add_argument("--workers", type=int, metavar="N", help="processes (default: one for each core)")
+    parser.add_argument("--fresh", action="store_true", help="judge everything, also what is kept")
+    parser.add_argument("--kept", metavar="DIR", help="where verdicts are kept, or off (default: $GAUGEBLOCK_KEPT, or a cache)")
+    parser.add_argument("--since", metavar="REVISION", help="judge what a change since that git revision can have touched")
+    parser.add_argument("--shard", metavar="I/N", help="judge the I-th of N parts, for `gaugeblock merge`")
 
 
 def run(options: argparse.Namespace) -> int:
     """Judges, prints, writes."""
+    from gaugeblock.conformance.engine.kept.store import folder_of, holds_something
     from gaugeblock.conformance.engine.processes import nursery, workers
 
-    workers.get_ready("gaugeblock.conformance.gate")  # both import torch while this process does
-    nursery.start()
+    workers.use_one_thread()
+    all_may_be_kept = not options.fresh and holds_something(folder_of(options.kept))
+    if not all_may_be_kept:  # both import torch while this process does
+        workers.get_ready("gaugeblock.conformance.gate")
+    if not all_may_be_kept or options.candidates:
+        nursery.start()
     from gaugeblock.conformance.engine.processes import torchrun
     from gaugeblock.conformance.gate import run_gate
 

@@ -291,7 +291,7 @@ class Row:
     """A function that makes a contract, once: a row can stand first in its file, and what it refers to below."""
 
     def __init__(self, make: Callable[[], Contract]) -> None:
-        self.make = cache(make)
+        self.make, self.module = cache(make), make.__module__
 
     def __call__(self) -> Contract:
         return self.make()

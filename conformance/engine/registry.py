@@ -3,6 +3,7 @@
 import importlib
 import importlib.util
 import inspect
+import os
 import pkgutil
 import sys
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from gaugeblock.conformance.engine.implementation import CLAIMS, Candidate, Impl
 from gaugeblock.conformance.engine.suggestion import one_line, suggest
 from gaugeblock.conformance.engine.vocabulary import DEVICES
 
+CONTRACTS = "gaugeblock.conformance.contracts"
 ENTRY_POINTS = "gaugeblock.implementations"
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -28,6 +30,7 @@ class RegistrationError(ValueError):
 
 _registered: dict[tuple[str, str], Implementation] = {}
 _functions: dict[tuple[str, str], Callable[..., Any]] = {}  # what was registered in this process
+_origins: dict[tuple[str, str], dict[str, Any]] = {}  # the names of the module that was being run then
 
 
 def implements(contract: str, *, name: str, **claims: Any) -> Callable[[Function], Function]:
@@ -49,9 +52,10 @@ def implements(contract: str, *, name: str, **claims: Any) -> Callable[[Function
         row = find_contract(contract)
         _check_claims(contract, name, claims)
         _check_signature(row, name, function, bool(claims.get("world_sizes")))
-        if any(name == each.name for each in implementations(contract)):
+        running = _running_module()
+        if any(name == each.name for each in implementations(contract)) and not _is_run_again(contract, name, running):
             raise RegistrationError(f"{contract}: an implementation named {name!r} is already registered")
-        _functions[contract, name] = function
+        _functions[contract, name], _origins[contract, name] = function, running
         _registered[contract, name] = _row(contract, name, function, claims)
         return function
 
@@ -66,7 +70,7 @@ def load(implementation: Implementation) -> Callable[..., Any]:
     """
     function = implementation.function
     if isinstance(function, Candidate):
-        _load_once(function.source)
+        _run_once(function.source)
         return _functions[implementation.contract, implementation.name]
     return import_path(function) if isinstance(function, str) else function
 
@@ -146,9 +150,15 @@ def _check_signature(contract: Contract, name: str, function: Callable[..., Any]
 @cache
 def contracts() -> dict[str, Contract]:
     """Every contract by name, a family's together."""
-    members = [member for module in import_folder("gaugeblock.conformance.contracts") for member in vars(module).values()]
-    rows = [member() for member in members if isinstance(member, Row)]
+    rows = [row() for module in import_folder(CONTRACTS) for row in vars(module).values() if isinstance(row, Row)]
     return {row.name: row for row in sorted(rows, key=lambda row: row.family)}
+
+
+@cache
+def contract_modules() -> dict[str, str]:
+    """The module whose row each contract is."""
+    modules = import_folder(CONTRACTS)
+    return {row().name: row.module for module in modules for row in vars(module).values() if isinstance(row, Row)}
 
 
 def find_contract(name: str) -> Contract:
@@ -179,6 +189,11 @@ def registered_implementations() -> tuple[Implementation, ...]:
     return tuple(_registered.values())
 
 
+def registered_by_file() -> dict[tuple[str, str], tuple[Implementation, str]]:
+    """What was registered in this process, and the file that did it."""
+    return {key: (each, os.path.realpath(_origins.get(key, {}).get("__file__") or "")) for key, each in _registered.items()}
+
+
 @cache
 def builtin_implementations(contract: Contract) -> tuple[Implementation, ...]:
     """The two references and our optimized versions."""
@@ -196,6 +211,24 @@ def load_candidates(source: str) -> tuple[Implementation, ...]:
         RegistrationError: If it cannot be read, run or imported, or registers nothing; one line says where and why.
     """
     before = set(_registered)
+    run_candidate(source)
+    added = tuple(each for key, each in _registered.items() if key not in before)
+    if not added:
+        raise registers_nothing(source)
+    return added
+
+
+def registers_nothing(source: str) -> RegistrationError:
+    """The error to raise where nothing is registered."""
+    return RegistrationError(f"{source}: registers no implementation; decorate a function with gaugeblock.conformance.implements")
+
+
+def run_candidate(source: str) -> None:
+    """Runs a user's file, unless a neighbour has imported it, or imports a module.
+
+    Raises:
+        RegistrationError: If it cannot be read, run or imported; one line says where and why.
+    """
     try:
         if source.endswith(".py"):
             _run_file(Path(source))
@@ -209,17 +242,11 @@ def load_candidates(source: str) -> tuple[Implementation, ...]:
         raise RegistrationError(f"{error.filename or source}:{error.lineno}: syntax error: {error.msg}") from None
     except (Exception, SystemExit) as error:
         raise RegistrationError(f"{source}{_line_of(error, source)}: {type(error).__name__}: {one_line(error)}") from None
-    added = tuple(each for key, each in _registered.items() if key not in before)
-    if not added:
-        raise RegistrationError(
-            f"{source}: registers no implementation; decorate a function with gaugeblock.conformance.implements"
-        )
-    return added
 
 
 @cache
-def _load_once(source: str) -> None:
-    load_candidates(source)
+def _run_once(source: str) -> None:
+    run_candidate(source)
 
 
 @cache
@@ -250,12 +277,34 @@ def import_folder(package: str) -> list[ModuleType]:
 def _run_file(path: Path) -> None:
     if not path.is_file():
         raise FileNotFoundError(2, "no such file", str(path))
-    sys.path.insert(0, str(path.resolve().parent))  # as `python path` would: its neighbours can be imported
-    spec = importlib.util.spec_from_file_location(path.stem, path)
+    real = path.resolve()
+    loaded = [getattr(each, "__dict__", {}).get("__file__") or "" for each in [*sys.modules.values()]]
+    if any(os.path.basename(each) == real.name and os.path.realpath(each) == str(real) for each in loaded):
+        return
+    package, name = real.parent, path.stem
+    while (package / "__init__.py").is_file() and package.name.isidentifier():
+        package, name = package.parent, f"{package.name}.{name}"
+    for folder in dict.fromkeys((str(package), str(real.parent))):
+        sys.path.insert(0, folder)  # as `python path` would: its neighbours can be imported, and the package that it lies in
+    spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None and spec.loader is not None  # a .py file always has a loader
     module = importlib.util.module_from_spec(spec)
-    sys.modules[path.stem] = module
+    sys.modules[name] = module
     spec.loader.exec_module(module)
+
+
+def _running_module() -> dict[str, Any]:
+    """The names of the innermost module that is being run, from which a registration comes."""
+    frame = sys._getframe(2)
+    while frame.f_back is not None and frame.f_code.co_name != "<module>":
+        frame = frame.f_back
+    return frame.f_globals
+
+
+def _is_run_again(contract: str, name: str, running: dict[str, Any]) -> bool:
+    """Whether a file is run a second time, under another name: by its neighbours and by its own."""
+    before = _origins.get((contract, name))
+    return before is not None and before is not running and before.get("__file__", "") == running.get("__file__")
 
 
 def _line_of(error: BaseException, source: str) -> str:

@@ -56,9 +56,19 @@ def describe(environment: dict[str, Any]) -> dict[str, str]:
         "processor": f"{environment.get('cpu', '')}, {environment.get('cores', '?')} cores",
         "GPU": ", ".join(f"{each['name']} (capability {each['capability']})" for each in environment.get("gpus", ())),
         "variables": ", ".join(f"{name}={value}" for name, value in environment.get("variables", {}).items()),
+        **_part(environment.get("part", {})),
         "commit": f"{git['commit']}{' with uncommitted changes' if git['dirty'] else ''}" if git else "",
     }
     return {label: text for label, text in lines.items() if text}
+
+
+def _part(part: dict[str, Any]) -> dict[str, str]:
+    """Which part of a run this is, as labelled lines."""
+    since, shard = part.get("since"), part.get("shard")
+    return {
+        "since": f"{since['revision']} ({since['commit']}): {since['untouched']} verdicts left out" if since else "",
+        "shard": f"{shard['number']}/{shard['of']} of {shard['total']} verdicts" if shard else "",
+    }
 
 
 def _installed() -> dict[str, str]:

@@ -91,7 +91,7 @@ def junit(verdicts: Sequence[Verdict]) -> str:
             "errors": sum(each.status in ("crash", "timeout", "error") for each in rows),
             "skipped": sum(each.status in ("not supported", "waived") for each in rows),
         }
-        seconds = f"{sum(each.seconds for each in rows):.3f}"
+        seconds = f"{sum(map(_seconds, rows)):.3f}"
         attributes = {"name": printable(contract), "time": seconds, **{name: str(number) for name, number in counts.items()}}
         suite = ElementTree.SubElement(root, "testsuite", attributes)
         for each in rows:
@@ -100,14 +100,23 @@ def junit(verdicts: Sequence[Verdict]) -> str:
     return ElementTree.tostring(root, encoding="unicode", xml_declaration=True) + "\n"
 
 
+def _seconds(verdict: Verdict) -> float:
+    """What it took in this run."""
+    return 0.0 if verdict.kept else verdict.seconds
+
+
 def _testcase(suite: ElementTree.Element, verdict: Verdict) -> None:
     case = ElementTree.SubElement(
         suite,
         "testcase",
         classname=printable(f"{verdict.contract}.{verdict.implementation}"),
         name=printable(f"{verdict.property}[{verdict.dtype}-{verdict.device}]"),
-        time=f"{verdict.seconds:.3f}",
+        time=f"{_seconds(verdict):.3f}",
     )
+    if verdict.kept:
+        found = ElementTree.SubElement(case, "properties")
+        for name, value in verdict.kept.items():
+            ElementTree.SubElement(found, "property", name=f"kept.{name}", value=printable(value))
     reason = printable(verdict.reason)
     if verdict.status in FAILED:
         tag = "failure" if verdict.status == "fail" else "error"

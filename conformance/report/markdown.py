@@ -134,8 +134,10 @@ def _cell(matrix: Matrix, prop: str, block: Block) -> str:
     errors = [error for each in cells.values() if (error := view.worst_error(each)) is not None]
     statuses = list(dict.fromkeys(each.status for each in cells.values()))
     if len(statuses) == 1:
-        return EMOJI[statuses[0]] + (f" {view.units(max(errors))}" if errors else "")
-    return " ".join(f"{EMOJI[each.status]} {view.short_dtype(dtype)}" for dtype, each in cells.items())
+        kept = view.KEPT if all(each.kept for each in cells.values()) else ""
+        return EMOJI[statuses[0]] + kept + (f" {view.units(max(errors))}" if errors else "")
+    marks = {dtype: EMOJI[each.status] + (view.KEPT if each.kept else "") for dtype, each in cells.items()}
+    return " ".join(f"{mark} {view.short_dtype(dtype)}" for dtype, mark in marks.items())
 
 
 def _failure(failures: Group) -> str:

@@ -217,7 +217,7 @@ def _print_quietly(verdicts: Sequence[Verdict], console: Console) -> None:
         print_line(console, Text(printable(f"applied to nothing here: {', '.join(nowhere)}"), "dim"))
     if kept:
         console.print()
-        print_line(console, Text(f"verdicts: {kept}", "dim"))
+        print_line(console, Text(f"{view.KEPT} not judged again: {kept}", "dim"))
 
 
 def _closing_line(verdicts: Sequence[Verdict], seconds: float) -> Text:
@@ -227,7 +227,7 @@ def _closing_line(verdicts: Sequence[Verdict], seconds: float) -> Text:
     line = Text.assemble((conclusion[0].upper() + conclusion[1:], style), ": ")
     for status, number in counts.items():
         line.append(f"{number} {status}", STYLES[status]).append(", ")
-    cases = sum(each.cases for each in verdicts)
+    cases = sum(each.cases for each in verdicts if not each.kept)
     return line.append(f"{cases:,} {'case' if cases == 1 else 'cases'} judged in {view.duration(seconds)}")
 
 

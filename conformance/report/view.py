@@ -28,6 +28,7 @@ SPARING = "Visited: of the pairs (or classes) of sizes, options and values there
 MEASURED = ("parity", "gradients")  # properties whose worst error stands beside the mark
 KINDS = ("reference", "triton", "distributed", "jax", "compiled", "user")
 SHORT_COMMIT = 10
+KEPT = "°"  # beside the mark of a verdict that was not judged again
 LONGEST_SLUG = 200  # file names may have 255 bytes
 DTYPES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
 
@@ -76,11 +77,12 @@ def worst_error(verdict: Verdict) -> float | None:
 
 
 def cell_text(verdict: Verdict | None, *, narrow: bool = False) -> str:
-    """`✓`, `✗`, or with the worst error `✓ 0.31`; nothing where there is no verdict."""
+    """`✓`, `✗`, or with the worst error `✓ 0.31`; nothing where there is no verdict. Narrow, what was kept is marked."""
     if verdict is None:
         return ""
     error = worst_error(verdict)
-    return MARKS[verdict.status] if error is None else f"{MARKS[verdict.status]} {units(error, narrow=narrow)}"
+    mark = f"{MARKS[verdict.status]}{KEPT if verdict.kept and narrow else ''}"
+    return mark if error is None else f"{mark.ljust(2)}{units(error, narrow=narrow)}"
 
 
 @dataclass(frozen=True)
@@ -181,12 +183,12 @@ def _part_visited(verdict: Verdict) -> float:
 
 
 def kept(verdict: Verdict) -> str:
-    """`kept of 2026-11-20, commit abc1234` of a verdict that was not judged again; else an empty string."""
-    found = vars(verdict).get("kept")
-    if not found or verdict.status == "not supported":
+    """`kept of 2026-11-20, commit abc1234` of a verdict that was not judged again; `+`: with uncommitted changes."""
+    if verdict.kept is None or verdict.status == "not supported":
         return ""
-    commit = (found["commit"] or "")[:SHORT_COMMIT]
-    return f"kept of {found['date']}" + (f", commit {commit}" if commit else "")
+    commit, _, changed = verdict.kept["commit"].partition(" ")
+    commit = commit[:SHORT_COMMIT] + ("+" if changed else "")
+    return f"kept of {verdict.kept['date'][:10]}" + (f", commit {commit}" if commit else "")
 
 
 def remark(verdict: Verdict) -> str:

@@ -1,8 +1,11 @@
 """What the gate says: verdicts, the statistics behind them, and failures."""
 
 import builtins
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
+
+from gaugeblock.conformance.exit_status import CONFORM, FAILS, NOTHING_TESTED, WRONG_CALL
 
 Status = Literal["pass", "warning", "fail", "not supported", "waived", "crash", "timeout", "error"]
 STATUSES: tuple[Status, ...] = ("pass", "warning", "fail", "not supported", "waived", "crash", "timeout", "error")
@@ -91,6 +94,9 @@ class Verdict:
     failure: Failure | None = None
     coverage: Coverage | None = None
     """What was visited; None where nothing was, where it fails, and of a contract that names no factors."""
+    kept: dict[str, str] | None = None
+    """`date` and `commit` of an earlier run in which it was reached, if it was not reached again since nothing that it depends on
+    has changed."""
 
     @builtins.property  # `property` is a field here
     def identity(self) -> str:
@@ -118,3 +124,12 @@ class Verdict:
                 "failure": failure and Failure(**failure | {key: tuple(failure[key]) for key in ("details", "cases")}),
             }
         )
+
+
+def exit_status(verdicts: Sequence[Verdict]) -> int:
+    """0 all conform, 1 something fails, 2 the engine could not judge something, 3 nothing was tested."""
+    if any(each.status == "error" for each in verdicts):
+        return WRONG_CALL
+    if any(each.status in FAILED for each in verdicts):
+        return FAILS
+    return CONFORM if any(each.cases for each in verdicts) else NOTHING_TESTED

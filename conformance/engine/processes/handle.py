@@ -159,10 +159,10 @@ class Process:
         message = self.receive(time.monotonic() + CALL_SECONDS, CALL_SECONDS, number)
         return self.answer_of(message | {"findings": {}}, most_bytes).results
 
-    def describe(self, sources: tuple[str, ...]) -> dict[str, Any]:
+    def describe(self, asked: Describe) -> dict[str, Any]:
         """What files and modules register, or what is wrong with them; not yet checked."""
         self.await_ready()
-        self._send(Describe(sources), (0, 0))
+        self._send(asked, (0, 0))
         return self.receive(time.monotonic() + LOAD_SECONDS, LOAD_SECONDS)
 
     def _send(self, request: Any, used: tuple[int, int]) -> None:

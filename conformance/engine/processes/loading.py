@@ -1,5 +1,6 @@
 """What candidates register, told by a process of their own: none of their code runs in the judge's."""
 
+import os
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
@@ -7,24 +8,44 @@ from typing import Any
 import psutil
 
 from gaugeblock.conformance.engine.devices import available_devices
-from gaugeblock.conformance.engine.implementation import Implementation
+from gaugeblock.conformance.engine.folders import files_of
+from gaugeblock.conformance.engine.implementation import Candidate, Implementation
 from gaugeblock.conformance.engine.processes.handle import EngineError, Lost, Process
-from gaugeblock.conformance.engine.registry import ENTRY_POINTS, RegistrationError, register_told
+from gaugeblock.conformance.engine.processes.messages import Describe
+from gaugeblock.conformance.engine.registry import ENTRY_POINTS, RegistrationError, register_told, registers_nothing
 
 MOST_CHARACTERS = 500  # of what is said of a file
 
 
 def describe_candidates(sources: tuple[str, ...]) -> list[Implementation]:
-    """What files and modules register, or, without any, installed packages.
+    """What files, modules and the files of folders register, or, without any, installed packages.
 
     Raises:
         RegistrationError: If one cannot be read, run or imported, or registers nothing; one line says where and why.
     """
-    if not sources and not entry_points(group=ENTRY_POINTS):
-        return []
+    if not sources:
+        return _described(Describe(())) if entry_points(group=ENTRY_POINTS) else []
+    inside = {each: files_of(each) for each in sources if os.path.isdir(each)}
+    files = tuple(dict.fromkeys(file for each in sources for file in inside.get(each, (each,))))
+    optional = frozenset(file for found in inside.values() for file in found) - {*sources}
+    together: dict[str, list[str]] = {}  # files that lie side by side have the same neighbours, others need not
+    for each in files:
+        together.setdefault(os.path.dirname(each) if each.endswith(".py") else "", []).append(each)
+    asked = [Describe(tuple(group), optional, frozenset(files) - {*group}) for group in together.values()]
+    found = [row for each in asked for row in _described(each)]
+    for folder, below in inside.items():
+        registering = {each.function.source for each in found if isinstance(each.function, Candidate)}
+        if not registering & {str(Path(each).resolve()) for each in below}:
+            raise registers_nothing(folder)
+    return found
+
+
+def _described(asked: Describe) -> list[Implementation]:
+    """What sources register that are loaded in one process."""
+    sources = asked.sources
     process = Process("cpu", _memory())
     try:
-        told = process.describe(sources)
+        told = process.describe(asked)
     except Lost as lost:
         printed = process.printed().strip().splitlines()
         last = f": {printed[-1]}" if printed else ""

@@ -59,6 +59,13 @@ class Again:
 
 @dataclass(frozen=True)
 class Describe:
-    """Asks what these files and modules register; or, with none, the modules of installed packages."""
+    """Asks what these files and modules register; or, with none, the modules of installed packages.
+
+    Attributes:
+        optional: Those of them that may register nothing.
+        others: Files that speak for themselves, though these may import them.
+    """
 
     sources: tuple[str, ...]
+    optional: frozenset[str] = frozenset()
+    others: frozenset[str] = frozenset()

@@ -78,7 +78,7 @@ class Server:
                 case Again():
                     message, used = self._results(dict(self.kept)[request.number], request.most_bytes)
                 case Describe():
-                    message = _describe(request.sources)
+                    message = _describe(request)
         except BadResult as error:
             message = {"bad_result": str(error)}
         except Raised as error:
@@ -154,13 +154,13 @@ class Server:
         return {"results": described}, (0, end)
 
 
-def _describe(sources: tuple[str, ...]) -> dict[str, Any]:
+def _describe(asked: Describe) -> dict[str, Any]:
     """What is registered, as plain data; an error is one line for the user."""
-    from gaugeblock.conformance.engine.registry import RegistrationError, claims_of, load_candidates, load_entry_points
+    from gaugeblock.conformance.engine.registry import RegistrationError, claims_of, load_entry_points
 
     rows = []
     try:
-        loaded = [(source, load_candidates(source)) for source in sources] if sources else load_entry_points()
+        loaded = load_several(asked) if asked.sources else load_entry_points()
         for source, implementations in loaded:
             for each in implementations:
                 where = str(Path(source).resolve()) if source.endswith(".py") else source
@@ -168,6 +168,31 @@ def _describe(sources: tuple[str, ...]) -> dict[str, Any]:
     except RegistrationError as error:
         return {"wrong": str(error)}
     return {"rows": rows}
+
+
+def load_several(asked: Describe) -> list[tuple[str, list[Any]]]:
+    """Runs files that lie side by side, or imports modules, and returns what each registers.
+
+    What a neighbour registers is its own where it is one of the sources, whoever imported it first.
+
+    Raises:
+        RegistrationError: If one cannot be read, run or imported, or registers nothing.
+    """
+    from gaugeblock.conformance.engine.registry import registered_by_file, registers_nothing, run_candidate
+
+    files = {os.path.realpath(each): each for each in asked.sources if each.endswith(".py")}
+    others = {os.path.realpath(each) for each in asked.others}
+    found: dict[str, list[Any]] = {each: [] for each in asked.sources}
+    for source in asked.sources:
+        before = set(registered_by_file())
+        run_candidate(source)
+        for key, (implementation, file) in registered_by_file().items():
+            if key not in before and file not in others:
+                found[files.get(file, source)].append(implementation)
+    empty = [source for source, rows in found.items() if not rows and source not in asked.optional]
+    if empty:
+        raise registers_nothing(empty[0])
+    return list(found.items())
 
 
 def _join(group: Group, device: str) -> None:

@@ -18,12 +18,14 @@ from typing import Any, Generic, TypeVar
 Task = TypeVar("Task")
 
 
-def get_ready(module: str) -> None:
-    """Has a server process import a module, meanwhile; workers are forked from it, in milliseconds each.
-
-    There is one for each core, so that none needs a thread for every core.
-    """
+def use_one_thread() -> None:
+    """Has this process, and those that come from it, compute in one thread: there is one process for each core."""
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+def get_ready(module: str) -> None:
+    """Has a server process import a module, meanwhile; workers are forked from it, in milliseconds each."""
+    use_one_thread()
     forkserver.set_forkserver_preload([module])
     forkserver.ensure_running()
 
