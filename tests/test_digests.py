@@ -170,7 +170,7 @@ def test_nothing_that_is_loaded_where_a_kernel_is_judged_is_forgotten():
 
 @pytest.fixture
 def digest_of(tmp_path):
-    """The digest of `kernels.py` in a folder that holds these files."""
+    """The digest of a kernel in a folder that holds these files."""
 
     def of(**files: str) -> str | None:
         for name, text in files.items():
