@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch.optim.adamw import adamw
 
 from gaugeblock.reference import purposes, validation
 from gaugeblock.reference.configs import ImageDiffusionConfig
@@ -189,20 +190,23 @@ def adamw_update(
         {name: tensor.detach().clone() for name, tensor in part_of_state(state, part).items()}
         for part in ("model", "exp_avg", "exp_avg_sq")
     )
-    optimizer = torch.optim.AdamW(
-        parameters.values(),
+    step = torch.tensor(float(state["step"]), dtype=torch.float64, device="cpu")
+    adamw(  # in place, in the clones
+        list(parameters.values()),
+        [gradients[name] * clipping_factor for name in parameters],
+        list(exp_avg.values()),
+        list(exp_avg_sq.values()),
+        max_exp_avg_sqs=[],
+        state_steps=[step.clone() for _ in parameters],
+        foreach=False,
+        amsgrad=False,
+        maximize=False,
         lr=config.learning_rate,
-        betas=(config.beta1, config.beta2),
+        beta1=config.beta1,
+        beta2=config.beta2,
         eps=config.adam_epsilon,
         weight_decay=config.weight_decay,
-        foreach=False,
     )
-    step = torch.tensor(float(state["step"]), dtype=torch.float64, device="cpu")
-    for name, parameter in parameters.items():
-        parameter.grad = gradients[name] * clipping_factor
-        moments = {"exp_avg": exp_avg[name], "exp_avg_sq": exp_avg_sq[name]}
-        optimizer.state[parameter] = {"step": step.clone(), **moments}
-    optimizer.step()  # in place, in the clones
     return join_state(parameters, exp_avg, exp_avg_sq, state["step"] + 1)
 
 
