@@ -2,9 +2,10 @@
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALL := $(BIN)/pip install --constraint constraints.txt
+N ?= 5
 
 .DEFAULT_GOAL := help
-.PHONY: help setup check machines lint demo dashboard browser test clean
+.PHONY: help setup check machines lint demo dashboard history browser test clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
@@ -33,10 +34,13 @@ lint: setup  ## ruff, mypy, and the direction of imports
 demo: setup  ## train a tiny DiT on digits, in PyTorch and in JAX from the same draws (some minutes): demo/*.png
 	OMP_NUM_THREADS=2 $(BIN)/python demo/train_digits.py
 
-dashboard: setup  ## asv over this commit, and a page of all results that needs no internet: .asv/html (a quarter of an hour)
-	$(BIN)/asv machine --yes
-	$(BIN)/asv run --environment existing:$(CURDIR)/$(BIN)/python --set-commit-hash HEAD --launch-method forkserver; \
+dashboard: setup  ## measure this commit, and a page of all commits' results that needs no internet: .asv/html (six minutes)
+	$(BIN)/gaugeblock bench --asv benchmarks/results; \
 	status=$$?; $(BIN)/python benchmarks/dashboard/publish.py && exit $$status
+
+history: setup  ## measure the last N=5 commits that changed an operation, but for times, and publish (a minute or two each)
+	$(BIN)/gaugeblock bench --asv benchmarks/results --history $(N)
+	$(BIN)/python benchmarks/dashboard/publish.py
 
 # tests/test_dashboard.py looks at the dashboard in Chromium; npm brings the dashboard's scripts. Both are Debian packages; where
 # they cannot be had, those tests say so and are skipped.

@@ -1,1 +1,1 @@
-"""What asv runs: one file per subject. `make dashboard` runs and publishes it; results/ holds those of lent hardware."""
+"""What asv lists, one file per subject. `make dashboard` measures it and publishes results/, which keeps every commit's."""

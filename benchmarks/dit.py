@@ -13,3 +13,7 @@ class Counters(history.Counters, subject="dit"):
 
 class Accuracy(history.Accuracy, subject="dit"):
     """rms and bias of the errors, in units of their limits."""
+
+
+class Determinism(history.Determinism, subject="dit"):
+    """Distinct bit patterns over several runs of one input: 1 is right."""

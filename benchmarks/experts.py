@@ -13,3 +13,7 @@ class Counters(history.Counters, subject="experts"):
 
 class Accuracy(history.Accuracy, subject="experts"):
     """rms and bias of the errors, in units of their limits."""
+
+
+class Determinism(history.Determinism, subject="experts"):
+    """Distinct bit patterns over several runs of one input: 1 is right."""

@@ -13,3 +13,7 @@ class Counters(history.Counters, subject="moe_layers"):
 
 class Accuracy(history.Accuracy, subject="moe_layers"):
     """rms and bias of the errors, in units of their limits."""
+
+
+class Determinism(history.Determinism, subject="moe_layers"):
+    """Distinct bit patterns over several runs of one input: 1 is right."""

@@ -13,3 +13,7 @@ class Counters(history.Counters, subject="objectives"):
 
 class Accuracy(history.Accuracy, subject="objectives"):
     """rms and bias of the errors, in units of their limits."""
+
+
+class Determinism(history.Determinism, subject="objectives"):
+    """Distinct bit patterns over several runs of one input: 1 is right."""

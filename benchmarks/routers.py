@@ -13,3 +13,7 @@ class Counters(history.Counters, subject="routers"):
 
 class Accuracy(history.Accuracy, subject="routers"):
     """rms and bias of the errors, in units of their limits."""
+
+
+class Determinism(history.Determinism, subject="routers"):
+    """Distinct bit patterns over several runs of one input: 1 is right."""

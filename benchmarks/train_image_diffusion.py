@@ -13,3 +13,7 @@ class Counters(history.Counters, subject="train_image_diffusion"):
 
 class Accuracy(history.Accuracy, subject="train_image_diffusion"):
     """rms and bias of the errors, in units of their limits."""
+
+
+class Determinism(history.Determinism, subject="train_image_diffusion"):
+    """Distinct bit patterns over several runs of one input: 1 is right."""

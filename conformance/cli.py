@@ -18,6 +18,16 @@ COMMANDS = (check, merge, machines, list, explain, reproduce, compare, selftest,
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a subcommand; nothing heavy is imported before it is known which."""
+    options = parser().parse_args(arguments)
+    try:
+        return int(options.run(options))
+    except ValueError as error:  # RegistrationError among them: the user's call, file or report is at fault
+        print(f"gaugeblock: {error}", file=sys.stderr)
+        return WRONG_CALL
+
+
+def parser() -> argparse.ArgumentParser:
+    """Of all subcommands, each with what runs it."""
     parser = argparse.ArgumentParser(prog="gaugeblock", description=gaugeblock.__doc__)
     parser.add_argument("--version", action="version", version=f"gaugeblock {gaugeblock.__version__}")
     subparsers = parser.add_subparsers(required=True, metavar="COMMAND")
@@ -25,12 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         command = subparsers.add_parser(module.__name__.rpartition(".")[2], help=module.HELP)
         module.add_arguments(command)
         command.set_defaults(run=module.run)
-    options = parser.parse_args(arguments)
-    try:
-        return int(options.run(options))
-    except ValueError as error:  # RegistrationError among them: the user's call, file or report is at fault
-        print(f"gaugeblock: {error}", file=sys.stderr)
-        return WRONG_CALL
+    return parser
 
 
 def command() -> NoReturn:

@@ -1,11 +1,11 @@
-"""The dashboard: asv runs every benchmark that the contracts give, and the page plots the results without internet."""
+"""The dashboard: what is asked of the contracts is kept by commit, and the page plots it without internet."""
 
 import argparse
 import functools
 import http.server
 import importlib.util
 import json
-import os
+import math
 import shutil
 import subprocess
 import sys
@@ -16,12 +16,14 @@ from typing import Any
 
 import pytest
 
+from gaugeblock.conformance import cli
 from gaugeblock.conformance.bench import asv_results, history
 from gaugeblock.conformance.engine.registry import contracts
 
 ROOT = Path(__file__).parents[1]
-SUBJECT, QUESTION = "objectives", "Counters"  # what is really run here: small functions, few of them
-BENCHMARK = f"{SUBJECT}.{QUESTION}.track_operations"
+KEPT = ROOT / "benchmarks/results"
+BENCHMARK = "objectives.Determinism.track_bit_patterns"  # what is really measured here: small functions, few of them
+POINTS = 3  # that the history has at least
 BROWSERS = ("chromium", "google-chrome")
 # No connection of the browser's own: the machine that tests may have no network, and the page must need none.
 OFFLINE = (
@@ -66,50 +68,35 @@ def git(folder: Path, *arguments: str) -> str:
     return subprocess.run(command, cwd=folder, check=True, capture_output=True, text=True).stdout.strip()
 
 
+def options_of(*arguments: str) -> argparse.Namespace:
+    return cli.parser().parse_args(["bench", *arguments])
+
+
 @pytest.fixture(scope="module")
 def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A repository of three commits, with this project's benchmarks."""
+    """This repository's commits, with the benchmarks and results of the working tree."""
     root = tmp_path_factory.mktemp("repository")
+    git(root, "clone", "--quiet", "--shared", "--no-checkout", str(ROOT), ".")
     shutil.copy(ROOT / "asv.conf.json", root)
-    shutil.copytree(ROOT / "benchmarks", root / "benchmarks", ignore=shutil.ignore_patterns("results", "__pycache__"))
-    git(root, "init", "--quiet")
-    for number in range(3):
-        git(root, "add", "--all")
-        git(root, "commit", "--quiet", "--allow-empty", "--message", f"commit {number}")
+    shutil.copytree(ROOT / "benchmarks", root / "benchmarks", ignore=shutil.ignore_patterns("__pycache__"))
     return root
 
 
 @pytest.fixture(scope="module")
-def asv_run(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """asv's own results of one benchmark at HEAD, on a machine called `here`."""
-    home = tmp_path_factory.mktemp("home")  # asv keeps machines there
-    environment = os.environ | {"HOME": str(home), "ASV_PYTHONPATH": str(ROOT)}
-    machine = {"machine": "here", "arch": "a", "cpu": "b", "num_cpu": "2", "os": "c", "ram": "d"}
-    (home / ".asv-machine.json").write_text(json.dumps({"here": machine, "version": 1}))
-    command = [sys.executable, "-m", "asv", "run", "--environment", f"existing:{sys.executable}", "--set-commit-hash", "HEAD"]
-    command += ["--machine", "here", "--launch-method", "forkserver", "--bench", BENCHMARK, "--show-stderr"]
-    run = subprocess.run(command, cwd=repository, env=environment, capture_output=True, text=True, check=False)
-    assert run.returncode == 0, run.stdout + run.stderr
-    discover = [*command[:3], "run", "--bench", "just-discover", *command[4:10], "--launch-method", "forkserver"]
-    subprocess.run(discover, cwd=repository, env=environment, capture_output=True, check=True)
-    return repository / ".asv/results"
+def measured(repository: Path) -> Path:
+    """HEAD's determinism of a few functions, really measured; and of a machine called `gpu` a number that nobody measured."""
+    commit = git(repository, "rev-parse", "HEAD")
+    results = repository / "measured"
+    options = options_of("--asv", str(results), "--commit", commit, "--contract", "objectives.x", "--question", "Determinism")
+    assert asv_results.main(options) == asv_results.MEASURED
+    (path,) = results.glob("*/*-existing*.json")
+    rows = json.loads(path.read_text())["results"]
+    asv_results.write(repository / "benchmarks/results", "gpu", commit, rows)
+    return path
 
 
 @pytest.fixture(scope="module")
-def lent(repository: Path) -> str:
-    """Results written without asv, of a machine called `gpu`, for the commit before HEAD; that commit."""
-    commit = git(repository, "rev-parse", "HEAD~1")
-    options = argparse.Namespace(
-        asv=repository / "benchmarks/results", machine="gpu", commit=commit, contract=[f"{SUBJECT}.rectified_flow_loss"]
-    )
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(history, "QUESTIONS", (history.Counters,))
-        assert asv_results.main(options) == asv_results.MEASURED
-    return commit
-
-
-@pytest.fixture(scope="module")
-def page(repository: Path, asv_run: Path, lent: str) -> Path:
+def page(repository: Path, measured: Path) -> Path:
     if shutil.which("npm") is None:
         pytest.skip("NOT TESTED: the dashboard, for its scripts come by npm: apt-get install npm")
     command = [sys.executable, "benchmarks/dashboard/publish.py"]  # asv forks there, which a process with JAX must not
@@ -151,36 +138,60 @@ def test_every_contract_has_a_workload_for_a_cpu():
 
 
 @pytest.mark.timeout(600)
-def test_asv_finds_what_the_machine_without_asv_measures(asv_run: Path):
-    found = json.loads((asv_run / "benchmarks.json").read_text())
+def test_asv_lists_what_is_measured_and_tells_set_ups_apart(page: Path):
+    found = json.loads((page / "index.json").read_text())["benchmarks"]
     expected = {
         f"{name}.track_{metric}": ([[repr(value) for value in values] for values in asked.params], asked.version, unit)
         for name, asked in history.benchmarks()
         for metric, unit in asked.metrics.items()
     }
-    assert {
-        name: (each["params"], each["version"], each["unit"]) for name, each in found.items() if name != "version"
-    } == expected
+    assert {name: (each["params"], each["version"], each["unit"]) for name, each in found.items()} == expected
+    set_ups = {each["setup_cache_key"] for each in found.values()}
+    assert len(set_ups) == len(history.subjects()) * len(history.QUESTIONS)
 
 
 @pytest.mark.timeout(600)
-def test_asv_keeps_numbers_of_several_implementations(asv_run: Path):
-    (path,) = (asv_run / "here").glob("*-existing*.json")
-    values, params, *_ = json.loads(path.read_text())["results"][BENCHMARK]
-    assert len(values) == len(params[0]) * len(params[1]) * len(params[2])
-    assert sum(value is not None and value == value for value in values) >= 4
+def test_the_same_call_gave_the_same_bits_in_every_implementation_and_dtype(measured: Path):
+    assert measured.parent.name == asv_results.kind()
+    values, params, *_ = json.loads(measured.read_text())["results"][BENCHMARK]
+    assert len(values) == math.prod(map(len, params))
+    assert {value for value in values if value is not None} == {1.0} and values.count(1.0) >= 6
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("machine", ["here", "gpu"])
-def test_the_page_plots_a_point_of_every_machine_without_internet(page: Path, server: Any, machine: str, tmp_path: Path):
-    (page / "probe.html").write_text(PROBE % f"{BENCHMARK}?machine={machine}")
+@pytest.mark.parametrize("name", ["experts.Counters.track_operations", "layers.Accuracy.track_rms", "dit.Accuracy.track_bias"])
+def test_the_history_has_points_of_several_commits(page: Path, name: str):
+    (path,) = page.glob(f"graphs/branch-HEAD/machine-cpu-*/python-*/{name}.json")
+    points = json.loads(path.read_text())
+    assert len({revision for revision, _ in points}) >= POINTS
+    assert all(any(value is not None for value in values) for _, values in points)
+
+
+@pytest.mark.timeout(600)
+def test_what_is_kept_is_small_and_of_this_repository(repository: Path):
+    kept = [path for path in KEPT.glob("*/*.json") if path.name != "machine.json"]
+    assert kept
+    for path in kept:
+        assert path.stat().st_size < 60_000
+        git(repository, "cat-file", "-e", json.loads(path.read_text())["commit_hash"])
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize(
+    ("machine", "name", "points"),
+    [("gpu", BENCHMARK, 1), (next(KEPT.glob("cpu-*"), KEPT).name, "experts.Counters.track_operations", POINTS)],
+)
+def test_the_page_plots_every_point_without_internet(
+    page: Path, server: Any, machine: str, name: str, points: int, tmp_path: Path
+):
+    (page / "probe.html").write_text(PROBE % f"{name}?machine={machine}")
     address = f"http://127.0.0.1:{server.server_port}/probe.html"
     command = [browser(), *OFFLINE, f"--user-data-dir={tmp_path}", "--dump-dom", address]
     shown = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
     answer = json.loads(shown.stdout.partition('<pre id="answer">')[2].partition("</pre>")[0] or "{}")
     assert answer, f"nothing was plotted; the page asked for {server.asked}"
-    assert answer["series"] >= 1 and answer["points"][0] > 0 and answer["coloured"] > 5
+    assert answer["series"] >= 1 and answer["coloured"] > 5
+    assert len(answer["points"]) >= points and all(each > 0 for each in answer["points"])
     assert not [path for path, status in server.asked if "error.html" in path or (status == "404" and "favicon" not in path)]
 
 
@@ -193,7 +204,9 @@ def test_the_page_names_nothing_outside_of_itself(page: Path):
 @pytest.mark.timeout(600)
 def test_the_machines_differ_in_nothing_but_their_names(page: Path):
     params = json.loads((page / "index.json").read_text())["params"]
-    assert params.keys() == {"machine", "python", "branch"} and params["machine"] == ["gpu", "here"]
+    assert params.keys() == {"machine", "python", "branch"} and {"gpu", *(each.name for each in KEPT.iterdir())} == set(
+        params["machine"]
+    )
 
 
 def test_a_script_that_no_package_brings_is_an_error(tmp_path: Path):
@@ -208,22 +221,97 @@ def test_a_missing_npm_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         load_publish().packages(tmp_path / "npm")
 
 
-def test_results_of_an_unknown_commit_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    options = argparse.Namespace(asv=tmp_path, machine="gpu", commit="574af97", contract=[])
+def test_a_wrong_call_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def main(*arguments: str) -> int:
+        return asv_results.main(options_of("--asv", str(tmp_path), *arguments))
+
     with pytest.raises(ValueError, match="--commit must be a full hash"):
-        asv_results.main(options)
+        main("--commit", "574af97")
+    with pytest.raises(ValueError, match="--question must be one of Cost, Counters"):
+        main("--question", "Costs")
+    with pytest.raises(ValueError, match="unknown subject 'expert'"):
+        main("--contract", "expert.x", "--commit", "0" * 40)
+    with pytest.raises(ValueError, match="--history must be a number of commits"):
+        main("--history", "0")
+    with pytest.raises(ValueError, match="--history: Cost is timed"):
+        main("--history", "1", "--question", "Cost")
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match="--commit HASH"):
-        asv_results.head()
+        main()
 
 
 def test_nothing_measured_is_no_success(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    class Nothing(history.Counters):
-        subject = SUBJECT
+    monkeypatch.setattr(asv_results, "asked", lambda *_: ({}, 0))
+    assert asv_results.main(options_of("--asv", str(tmp_path), "--commit", "0" * 40)) == asv_results.NOTHING_MEASURED
 
-        def setup_cache(self) -> history.Answers:
-            return {}
 
-    monkeypatch.setattr(history, "benchmarks", lambda: [(f"{SUBJECT}.Nothing", Nothing)])
-    options = argparse.Namespace(asv=tmp_path, machine="gpu", commit="0" * 40, contract=[])
-    assert asv_results.main(options) == asv_results.NOTHING_MEASURED
+def test_what_was_measured_before_at_a_commit_stays(tmp_path: Path):
+    asv_results.write(tmp_path, "m", "0" * 40, {"a": [1], "b": [2]})
+    path = asv_results.write(tmp_path, "m", "0" * 40, {"b": [3]})
+    assert json.loads(path.read_text())["results"] == {"a": [1], "b": [3]}
+
+
+# ------------------------------------------------------------------------------------------------------------ earlier commits
+
+OLD_HISTORY = """
+class Counters:
+    metrics = {{"operations": "operations"}}
+    params = [["one", "two"]]
+    version = "1"
+
+    def setup_cache(self):
+        return {{("one",): {{"operations": {number}}}, ("two",): "failed there"}}
+
+
+def benchmarks():
+    yield "objectives.Counters", Counters
+"""
+OLD_COUNTERS = "from contextlib import nullcontext as watch"
+
+
+@pytest.fixture
+def old(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    """A repository whose commits have benchmarks of their own, the first none, and the third no change of an operation."""
+    root = tmp_path / "old"
+    (root / "gaugeblock").mkdir(parents=True)
+    (root / "gaugeblock/__init__.py").touch()
+    (root / "gaugeblock/conformance").symlink_to("../conformance")
+    (root / "optimized").mkdir()
+    git(root, "init", "--quiet")
+    commits = {}
+    for name, number in (("before", None), ("first", 7), ("words", 8), ("last", 9)):
+        if number is not None:
+            bench = root / "conformance/bench"
+            bench.mkdir(parents=True, exist_ok=True)
+            (bench / "history.py").write_text(OLD_HISTORY.format(number=number))
+            (bench / "counters.py").write_text(OLD_COUNTERS)
+        if name != "words":
+            (root / "optimized" / "kernel.py").write_text(f"NUMBER = {number}")
+        git(root, "add", "--all")
+        git(root, "commit", "--quiet", "--message", name)
+        commits[name] = git(root, "rev-parse", "HEAD")
+    monkeypatch.chdir(root)
+    return commits
+
+
+def test_earlier_commits_are_measured_by_their_own_code_once_each(old: dict[str, str], tmp_path: Path, capfd: Any):
+    options = options_of("--asv", str(tmp_path / "results"), "--history", "5", "--contract", "objectives.x")
+    assert asv_results.main(options) == asv_results.MEASURED
+    found = {}
+    for path in (tmp_path / "results" / asv_results.kind()).glob("*-existing*.json"):
+        document = json.loads(path.read_text())
+        found[document["commit_hash"]] = document["results"]["objectives.Counters.track_operations"][0]
+    assert found == {old["first"]: [7, None], old["last"]: [9, None]}
+    said = capfd.readouterr().out
+    assert "has no benchmarks" in said and "two: failed there" in said
+    assert asv_results.main(options) == asv_results.MEASURED
+    assert capfd.readouterr().out.count("is there already") == 2
+
+
+def test_answers_that_failed_are_counted_and_told(old: dict[str, str]):
+    rows, failures = asv_results.asked(["Counters", "Determinism"], ["objectives"], 1, Path.cwd())
+    assert failures == 1 and rows.keys() == {"objectives.Counters.track_operations"}
+    assert asv_results.count(rows) == 1
+    Path("conformance/bench/history.py").write_text("raise SystemError")
+    with pytest.raises(ValueError, match="could not be asked"):
+        asv_results.asked(["Counters"], ["objectives"], 1, Path.cwd())

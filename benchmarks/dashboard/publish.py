@@ -1,23 +1,26 @@
-"""Publishes all results as a page that works without internet: those of this machine (.asv/results) and those kept in
-benchmarks/results.
+"""Publishes all results as a page that works without internet: those kept in benchmarks/results, and what `asv run` left here.
 
 asv's own page loads ten files from three CDNs and shows nothing without them. They come from the npm registry instead, at the
 versions and checksums of package-lock.json beside this file. Call it from the repository's root.
 """
 
 import json
+import os
 import platform
 import re
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 from asv.commands.publish import Publish
 from asv.config import Config
+from asv.runner import BENCHMARK_RUN_SCRIPT
 
 HERE = Path(__file__).parent
-LENT = Path("benchmarks/results")
+KEPT = Path("benchmarks/results")
+BENCHMARKS_VERSION = 2  # of asv's list of benchmarks
 ELSEWHERE = re.compile(r'(?P<attribute>src|href)="https://[^"]*/(?P<name>[\w.-]+\.(?:js|css))"(?P<rest>[^>]*)')
 PACKAGES = {
     "jquery-3.3.1.min.js": "jquery/dist/jquery.min.js",
@@ -37,17 +40,32 @@ def publish(root: Path) -> Path:
     """Makes the dashboard of the repository at `root`; returns the folder of the page.
 
     Raises:
-        RuntimeError: If there is no npm, or asv's page loads something unknown.
-        FileNotFoundError: If asv never ran here, so that it is not known what the benchmarks are.
+        RuntimeError: If there is no npm, the benchmarks cannot be imported, or asv's page loads something unknown.
     """
     config = Config.load(str(root / "asv.conf.json"))
     own, merged, html = (root / config.results_dir, root / ".asv/merged", root / config.html_dir)
-    merge([own, root / LENT], merged, root)
+    merge([own, root / KEPT], merged, root)
     config.repo, config.results_dir, config.html_dir = str(root), str(merged), str(html)
     config.benchmark_dir = str(root / config.benchmark_dir)
+    discover(Path(config.benchmark_dir), merged / "benchmarks.json")
     Publish.run(config, pull=False)
     bring_home(html, packages(root / ".asv/npm"))
     return html
+
+
+def discover(folder: Path, listed: Path) -> None:
+    """Has asv list the benchmarks in a folder, as `asv run` would before it runs them.
+
+    Raises:
+        RuntimeError: If they cannot be imported.
+    """
+    command = [sys.executable, BENCHMARK_RUN_SCRIPT, "discover", str(folder), str(listed)]
+    paths = {"ASV_PYTHONPATH": os.environ["PYTHONPATH"]} if "PYTHONPATH" in os.environ else {}  # which asv would ignore
+    run = subprocess.run(command, env=os.environ | paths, capture_output=True, text=True, check=False)
+    if run.returncode:
+        raise RuntimeError(f"asv finds no benchmarks in {folder}:\n{run.stderr}")
+    found = {each["name"]: each for each in json.loads(listed.read_text())}
+    listed.write_text(json.dumps(found | {"version": BENCHMARKS_VERSION}))
 
 
 def merge(sources: list[Path], merged: Path, root: Path) -> None:
@@ -57,7 +75,6 @@ def merge(sources: list[Path], merged: Path, root: Path) -> None:
     """
     shutil.rmtree(merged, ignore_errors=True)
     merged.mkdir(parents=True)
-    shutil.copy(sources[0] / "benchmarks.json", merged)
     for path in _json_files(sources):
         result = json.loads(path.read_text())
         if path.name != "machine.json":

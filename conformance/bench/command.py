@@ -3,8 +3,10 @@
 import argparse
 import difflib
 import json
+import math
+import time
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from fnmatch import fnmatch
 
 from tabulate import tabulate
@@ -43,6 +45,10 @@ def main(options: argparse.Namespace) -> int:
     interpret_without_gpu()  # before any candidate imports triton
     load_entry_points()
     own = {each.contract for source in options.candidates for each in load_candidates(source)}
+    if options.seconds is not None and (options.against or options.asv):
+        raise ValueError("--seconds bounds the tables; it cannot be had with --against or --asv, which measure all or nothing")
+    if options.history is not None and not options.asv:
+        raise ValueError("--history N must come with --asv DIR, where the results are kept")
     if options.against:
         from gaugeblock.conformance.bench.against import main as against
 
@@ -52,6 +58,7 @@ def main(options: argparse.Namespace) -> int:
 
         return write_asv_results(options)
 
+    until = math.inf if options.seconds is None else time.monotonic() + options.seconds
     effort = Effort(QUICK, 0.3) if options.quick else Effort(FULL, 3.0)
     selected = list(select(options.contract or sorted(own), options.workload))
     machines = {contract.name: this_machine(contract.dtypes, quick=options.quick) for contract, _ in selected}
@@ -63,19 +70,20 @@ def main(options: argparse.Namespace) -> int:
 
     rows: list[Row] = []
     counted: dict[tuple[str, Direction], list[CounterRow]] = {}
-    for contract, workload in selected:
+    asked = [(each, workload, direction) for each, workload in selected for direction in DIRECTIONS[options.direction]]
+    for number, (contract, workload, direction) in enumerate(asked):
         competing, machine = list(chosen(contract, options.implementation)), machines[contract.name]
-        for direction in directions(contract):
-            if direction not in DIRECTIONS[options.direction] or not competing:
-                continue
-            table = bench(contract, workload, direction, competing, machine, effort)
-            print(f"\n{contract.name}, {workload.name} ({table[0].scale}), {TITLES[direction]}")
-            print(render(table))
-            rows += table
-            if options.counters and (contract.name, direction) not in counted:
-                counted[contract.name, direction] = count_calls(contract, direction, competing, machine)
-                print(f"\n{contract.name}, first landmark, {TITLES[direction]}")
-                print(render_counters(counted[contract.name, direction]))
+        if direction not in directions(contract) or not competing:
+            continue
+        effort = replace(effort, until=share(until, len(asked) - number))
+        table = bench(contract, workload, direction, competing, machine, effort)
+        print(f"\n{contract.name}, {workload.name} ({table[0].scale}), {TITLES[direction]}")
+        print(render(table))
+        rows += table
+        if options.counters and (contract.name, direction) not in counted:
+            counted[contract.name, direction] = count_calls(contract, direction, competing, machine, until)
+            print(f"\n{contract.name}, first landmark, {TITLES[direction]}")
+            print(render_counters(counted[contract.name, direction]))
     if options.json:
         document = {
             "machines": [asdict(each) for each in set(machines.values())],
@@ -103,6 +111,12 @@ def select(contract_names: Sequence[str], workload_names: Sequence[str]) -> Iter
         for workload in contract.workloads:
             if not workload_names or workload.name in workload_names:
                 yield contract, workload
+
+
+def share(until: float, tables: int) -> float:
+    """The end of the time of the first of several tables, which share what is left."""
+    now = time.monotonic()
+    return now + (until - now) / tables
 
 
 def chosen(contract: Contract, patterns: Sequence[str]) -> Iterator[Competitor]:

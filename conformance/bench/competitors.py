@@ -1,7 +1,7 @@
 """Who takes part: every registered implementation, and for some contracts what public libraries offer."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -37,12 +37,20 @@ class JaxCall:
     arrays: Results
     is_one_program: bool
     """It can be compiled as a whole; a training step cannot, since it looks at its loss on the host."""
+    program: Any = None
+    """The whole, compiled before the first call; None where JAX is to compile parts as it meets them."""
 
     def __call__(self) -> Results:
         """Outputs, and gradients if the problem has them."""
         import jax
 
-        return jax.block_until_ready(self.function(self.arrays))
+        return jax.block_until_ready((self.program or self.function)(self.arrays))
+
+    def compiled(self) -> Any:
+        """The program, whose analyses exist on every backend of ours; None where there cannot be one."""
+        import jax
+
+        return self.program or (jax.jit(self.function).lower(self.arrays).compile() if self.is_one_program else None)
 
 
 def competitors(contract: Contract) -> list[Competitor]:
@@ -91,9 +99,8 @@ def _jax_call(problem: Problem, function: Callable[..., Any], *, whole: bool) ->
 
     arrays = {key: _to_jax(tensor) for key, tensor in call.inputs.items()}
     cotangents = {key: _to_jax(tensor) for key, tensor in (call.cotangents or {}).items()}
-    step = both if cotangents else forward
-    is_one_program = contract.recurrence is None
-    return JaxCall(jax.jit(step) if whole and is_one_program else step, arrays, is_one_program)
+    prepared = JaxCall(both if cotangents else forward, arrays, is_one_program=contract.recurrence is None)
+    return replace(prepared, program=prepared.compiled()) if whole else prepared
 
 
 def _to_jax(tensor: torch.Tensor) -> Any:

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.profiler import ProfilerActivity, profile
 
 from gaugeblock.conformance.bench.competitors import JaxCall
 from gaugeblock.conformance.engine.triton.interpreter import watch
@@ -33,13 +32,14 @@ class Counters:
     """Launched: on a GPU all of them, on a CPU those of Triton."""
 
 
-def count(call: Callable[[], object], device: str) -> Counters:
-    """Counts one call, after some that do not count."""
+def count(call: Callable[[], object], device: str, *, called: int = 0) -> Counters:
+    """Counts one call, after `WARM_UP` that do not count; `called` says how many of those have been made."""
     if isinstance(call, JaxCall):
         return _count_jax(call)
-    for _ in range(WARM_UP):
-        call()
-    gc.collect()
+    with _watched():
+        for _ in range(WARM_UP - called):
+            call()
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler would tell of every start and stop
     gc.disable()  # what a cycle holds would be freed at any time
     try:
         return _count_cuda(call) if device == "cuda" else _count_cpu(call)
@@ -48,10 +48,10 @@ def count(call: Callable[[], object], device: str) -> Counters:
 
 
 def _count_cpu(call: Callable[[], object]) -> Counters:
-    launches: Any = watch() if "triton" in sys.modules else nullcontext()
-    with launches as seen, _profiled(ProfilerActivity.CPU, profile_memory=True) as profiler:
+    # not by torch.profiler, which imports torch's compiler: two seconds
+    with _watched() as seen, torch.autograd.profiler.profile(profile_memory=True) as profiler:
         results = call()
-    events = profiler.profiler.kineto_results.events()
+    events = profiler.kineto_results.events()
     changes = [each.nbytes() for each in sorted(events, key=lambda each: each.start_ns()) if each.name() == "[memory]"]
     held = peak = 0
     for change in changes:
@@ -62,7 +62,14 @@ def _count_cpu(call: Callable[[], object]) -> Counters:
     return Counters(sum(each for each in changes if each > 0), peak, operations, seen.launches.total() if seen else 0)
 
 
+def _watched() -> Any:
+    """Where there are kernels, has them interpreted quickly and their launches counted."""
+    return watch() if "triton" in sys.modules else nullcontext()
+
+
 def _count_cuda(call: Callable[[], object]) -> Counters:
+    from torch.profiler import ProfilerActivity, profile
+
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     held, allocated = torch.cuda.memory_allocated(), _allocated_so_far()
@@ -70,7 +77,7 @@ def _count_cuda(call: Callable[[], object]) -> Counters:
     torch.cuda.synchronize()
     bytes_allocated, peak = _allocated_so_far() - allocated, torch.cuda.max_memory_allocated() - held
     del results
-    with _profiled(ProfilerActivity.CPU, ProfilerActivity.CUDA) as profiler:
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
         call()
         torch.cuda.synchronize()
     events = profiler.events()
@@ -83,18 +90,11 @@ def _allocated_so_far() -> int:
     return torch.cuda.memory_stats()["allocated_bytes.all.allocated"]
 
 
-def _profiled(*activities: ProfilerActivity, **options: Any) -> profile:
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # it would tell of every start and stop
-    return profile(activities=activities, **options)
-
-
 def _count_jax(call: JaxCall) -> Counters:
     """Read from the compiled program, where there is one."""
-    import jax
-
-    if not call.is_one_program:
+    program = call.compiled()
+    if program is None:
         return Counters(None, None, None, None)
-    program: Any = jax.jit(call.function).lower(call.arrays).compile()  # whose analyses exist on every backend of ours
     memory = program.memory_analysis()
     needed = memory.temp_size_in_bytes + memory.output_size_in_bytes
     entry = program.as_text().rpartition("ENTRY ")[2].partition("\n}")[0].splitlines()[1:]

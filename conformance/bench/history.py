@@ -1,4 +1,5 @@
-"""The questions whose answers asv keeps: cost at published sizes, counters, accuracy; asked of every contract of a subject.
+"""The questions whose answers asv keeps: cost at published sizes, counters, accuracy, determinism; asked of every contract of a
+subject.
 
 asv takes a larger number for a worse one, so throughput is kept as time over roofline time. A file of `benchmarks/` asks the
 questions about one subject; `gaugeblock bench --asv` asks them on a machine that has no asv. Both read what is asked from the
@@ -10,15 +11,17 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from types import FunctionType
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from gaugeblock.conformance.bench.problem import FULL, directions, fits
 from gaugeblock.conformance.engine.contract import Contract, Workload
 from gaugeblock.conformance.engine.registry import contracts
 
+if TYPE_CHECKING:
+    from gaugeblock.conformance.engine.registry import Implementation
+
 CPU = "two-cores/"  # how the names of workloads begin that are made for a CPU
-SECONDS = 0.3  # for each competitor on each workload
-SEEDS = 3  # cases whose errors are pooled
+SECONDS = 0.2  # for each competitor on each workload
 
 Point = tuple[str, ...]  # a value of each parameter
 Answers = dict[Point, dict[str, float] | str]  # a number for each metric, or why there is none
@@ -112,12 +115,13 @@ class Cost(Question):
         from gaugeblock.conformance.bench.timing import keep_freed_memory
 
         keep_freed_memory()
+        effort = Effort(FULL, SECONDS, thrifty=True)
         found: Answers = {}
         for contract in subjects()[self.subject]:
-            machine = this_machine(contract.dtypes)
+            machine, competing = this_machine(contract.dtypes), competitors(contract)
             for workload in contract.workloads if machine.device == "cuda" else for_cpu(contract, machine.dtype):
                 for direction in directions(contract):
-                    for row in bench(contract, workload, direction, competitors(contract), machine, Effort(FULL, SECONDS)):
+                    for row in bench(contract, workload, direction, competing, machine, effort):
                         point = (f"{_operation(contract)} {workload.name}", direction, row.implementation)
                         if row.status in ("failed", "wrong"):
                             found[point] = row.reason
@@ -163,13 +167,10 @@ class Counters(Question):
         return found
 
 
-class Accuracy(Question):
-    """The rms and bias of the errors in units of their limits (1 is the limit), at the contract's first landmark."""
+class AtLandmark(Question):
+    """Something asked of every dtype of every implementation, at the contract's first landmark."""
 
     param_names: ClassVar[list[str]] = ["operation", "dtype", "implementation"]
-    metrics: ClassVar[dict[str, str]] = {"rms": "limits", "bias": "limits"}
-    track_rms = _tracker("rms", "limits")
-    track_bias = _tracker("bias", "limits")
 
     @classmethod
     def points(cls, asked: list[Contract]) -> list[list[str]]:
@@ -180,21 +181,48 @@ class Accuracy(Question):
         names = [each.name for contract in asked for each in implementations(contract.name)]
         return [[_operation(contract) for contract in asked], _unique(dtypes), _unique(names)]
 
-    def setup_cache(self) -> Answers:
-        """The worst output or gradient of each implementation."""
+    def ask(self, question: Callable[[Contract, "Implementation", str], dict[str, float]]) -> Answers:
+        """The answers; Triton's kernels are interpreted where there is no GPU."""
         from gaugeblock.conformance.engine.devices import interpret_without_gpu
 
         interpret_without_gpu()
-        from gaugeblock.conformance.bench.accuracy import accuracies
+        from gaugeblock.conformance.bench.landmark import answers
 
         return {
             (_operation(contract), dtype, name): answer
             for contract in subjects()[self.subject]
-            for (dtype, name), answer in accuracies(contract, SEEDS)
+            for (dtype, name), answer in answers(contract, question)
         }
 
 
-QUESTIONS: tuple[type[Question], ...] = (Cost, Counters, Accuracy)
+class Accuracy(AtLandmark):
+    """The rms and bias of the errors of the worst output or gradient, in units of their limits (1 is the limit)."""
+
+    metrics: ClassVar[dict[str, str]] = {"rms": "limits", "bias": "limits"}
+    track_rms = _tracker("rms", "limits")
+    track_bias = _tracker("bias", "limits")
+
+    def setup_cache(self) -> Answers:
+        """Both, pooled over a few cases."""
+        from gaugeblock.conformance.bench.accuracy import accuracy
+
+        return self.ask(accuracy)
+
+
+class Determinism(AtLandmark):
+    """Distinct bit patterns over several runs of one input: 1 is right."""
+
+    metrics: ClassVar[dict[str, str]] = {"bit_patterns": "patterns"}
+    track_bit_patterns = _tracker("bit_patterns", "patterns")
+
+    def setup_cache(self) -> Answers:
+        """Their number."""
+        from gaugeblock.conformance.bench.determinism import bit_patterns
+
+        return self.ask(bit_patterns)
+
+
+QUESTIONS: tuple[type[Question], ...] = (Cost, Counters, Accuracy, Determinism)
 
 
 def benchmarks() -> Iterator[tuple[str, type[Question]]]:

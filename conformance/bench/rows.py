@@ -1,31 +1,55 @@
 """What a bench finds out: a row of times for each workload and competitor, a row of counters for each competitor."""
 
 import math
-from collections.abc import Callable, Iterable
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 import torch
 
-from gaugeblock.conformance.bench.competitors import Competitor
-from gaugeblock.conformance.bench.counters import Counters, count
+from gaugeblock.conformance.bench.competitors import Competitor, JaxCall
+from gaugeblock.conformance.bench.counters import WARM_UP, Counters, count
 from gaugeblock.conformance.bench.problem import Direction, Limits, Problem, Results, Unavailable, make_problem, scaled
 from gaugeblock.conformance.bench.roofline import Machine
 from gaugeblock.conformance.bench.timing import Timing, measure
-from gaugeblock.conformance.engine.contract import Contract, Workload
+from gaugeblock.conformance.engine.contract import Contract, Cost, Workload
 
 LONGEST_REASON = 100  # characters
+# A call is hopeless that takes so many times as long as the shortest, and a second at least; or a compiled program whose
+# operations alone would take so many times the roofline time (of the rows that we know at most 1.7, or 32).
+HOPELESS, HOPELESS_PROGRAM = 20, 10
+NOT_HOPELESS = 1.0  # seconds
 
-# absent: it cannot or does not claim to take part here; failed: it raised; wrong: its results are
-Status = Literal["measured", "absent", "failed", "wrong"]
+Call = Callable[[], Results]
+
+# absent: it cannot or does not claim to take part here; late: the time was up; failed: it raised; wrong: its results are
+Status = Literal["measured", "absent", "late", "failed", "wrong"]
+
+
+class Late(Exception):
+    """There was no time left."""
+
+    def __str__(self) -> str:
+        return "not measured: the time was up"
 
 
 @dataclass(frozen=True)
 class Effort:
-    """How much a bench may cost: the size of problems on the CPU, and seconds for each competitor."""
+    """How much a bench may cost.
+
+    Attributes:
+        limits: The size of problems on the CPU.
+        seconds: For each competitor.
+        until: The end of all the time, as `time.monotonic` counts.
+        thrifty: A program that is hopeless by its operations is not called at all, and none is compiled to learn its memory.
+    """
 
     limits: Limits
     seconds: float
+    until: float = math.inf
+    thrifty: bool = False
 
 
 @dataclass(frozen=True)
@@ -81,7 +105,7 @@ def bench(
     machine: Machine,
     effort: Effort,
 ) -> list[Row]:
-    """Lets all competitors run one workload, checks their results, and times them in turn.
+    """Lets all competitors run one workload, checks their results, and times them in turn; the hopeless by one call, and last.
 
     Returns:
         A row for every competitor: those measured, fastest first, then the others.
@@ -89,69 +113,160 @@ def bench(
     parameters, scale = workload.parameters, "full size"
     if machine.device == "cpu":
         parameters, scale = scaled(contract, workload, effort.limits, machine.dtype)
-    problem = make_problem(contract, parameters, direction, machine)
-    expected = problem.expected()
-    # half of the digits must be right: what is timed is the operation; its precision is the gate's business
-    tolerated = math.sqrt(torch.finfo(getattr(torch, machine.dtype)).eps)
-
-    calls: dict[str, Callable[[], object]] = {}
-    rows: dict[str, Row] = {}
-    for each in competing:
-        row = Row(contract.name, workload.name, scale, direction, each.name)
-        try:
-            if each.interpreted and machine.device == "cpu":
-                raise Unavailable("needs a GPU: the interpreter's time says nothing")
-            call = each.prepare(problem)
-            deviation = problem.deviation(call(), expected)
-            peak = count(call, machine.device).peak_bytes if deviation <= tolerated else None
-        except Exception as error:
-            rows[each.name] = replace(row, status=_status(error), reason=_one_line(error))
-            continue
-        rows[each.name] = replace(row, deviation=deviation, peak_bytes=peak)
-        if deviation <= tolerated:
-            calls[each.name] = call
-        else:
-            reason = f"WRONG: deviates by more than {tolerated:.0e}"
-            rows[each.name] = replace(rows[each.name], status="wrong", reason=reason)
-    del expected
-    for name, timing in measure(calls, machine.device, effort.seconds).items():
-        rows[name] = _with_times(rows[name], timing, problem, machine)
+    named = {each.name: each for each in competing}
+    rows = {name: Row(contract.name, workload.name, scale, direction, name) for name in named}
+    if time.monotonic() >= effort.until:
+        return [_without(row, Late()) for row in rows.values()]
+    race = _Race(make_problem(contract, parameters, direction, machine), effort, rows)
+    calls = race.prepare(named)
+    hopeless = {name for name, call in calls.items() if race.least_ratio(call) > HOPELESS_PROGRAM}
+    race.run({name: call for name, call in calls.items() if name not in hopeless})
+    race.run({name: call for name, call in calls.items() if name in hopeless})
     return sorted(rows.values(), key=lambda row: math.inf if row.roofline is None else row.roofline)
 
 
-def count_calls(contract: Contract, direction: Direction, competing: Iterable[Competitor], machine: Machine) -> list[CounterRow]:
+class _Race:
+    """One problem, and the rows that fill as its competitors run."""
+
+    def __init__(self, problem: Problem, effort: Effort, rows: dict[str, Row]) -> None:
+        self.problem, self.effort, self.rows = problem, effort, rows
+        self.machine, self.expected = problem.machine, problem.expected()
+        self.first = ("", math.inf)  # whose first call was the shortest, and seconds
+
+    def prepare(self, competing: Mapping[str, Competitor]) -> dict[str, Call]:
+        """The calls of those that can take part."""
+        calls: dict[str, Call] = {}
+        for name, each in competing.items():
+            with self._fills(name):
+                if each.interpreted and self.machine.device == "cpu":
+                    raise Unavailable("needs a GPU: the interpreter's time says nothing")
+                self._need_time()
+                call = each.prepare(self.problem)
+                if self.effort.thrifty and (ratio := self.least_ratio(call)) > HOPELESS_PROGRAM:
+                    raise Unavailable(f"hopeless: its program's operations take {ratio:.0f} times the roofline time")
+                calls[name] = call
+        return calls
+
+    def run(self, calls: Mapping[str, Call]) -> None:
+        """Calls each once, and times in turn those whose results are right and whom it is worth while."""
+        right = {name: seconds for name, call in calls.items() if (seconds := self._first_call(name, call)) is not None}
+        self.first = min([self.first, *right.items()], key=lambda each: each[1])
+        timed = {name: calls[name] for name, seconds in right.items() if self._is_worth_while(name, calls[name], seconds)}
+        timings = measure(timed, self.machine.device, self.effort.seconds, self.effort.until)
+        for name, timing in timings.items():
+            self._add_times(name, timing)
+        for name in timed.keys() - timings.keys():
+            self._add_one_time(name, right[name], "the time was up: its first call")
+
+    def least_ratio(self, call: Call) -> float:
+        """What a compiled program's operations take at the machine's ceiling, over the roofline time; 0 without a program."""
+        if not isinstance(call, JaxCall) or call.program is None:
+            return 0.0
+        operations = Cost(flops=(call.program.cost_analysis() or {}).get("flops", 0.0), bytes=0.0)
+        return self.machine.seconds(operations) / self.machine.seconds(self.problem.cost)
+
+    def _first_call(self, name: str, call: Call) -> float | None:
+        """Its seconds, if it is right."""
+        with self._fills(name):
+            self._need_time(self.least_ratio(call) * self.machine.seconds(self.problem.cost))
+            seconds, results = self._timed(call)
+            deviation, tolerated = self.problem.deviation(results, self.expected), _tolerated(self.machine)
+            self.rows[name] = replace(self.rows[name], deviation=deviation)
+            if deviation <= tolerated:
+                return seconds
+            self.rows[name] = replace(self.rows[name], status="wrong", reason=f"WRONG: deviates by more than {tolerated:.0e}")
+        return None
+
+    def _is_worth_while(self, name: str, call: Call, seconds: float) -> bool:
+        """Whether to time further calls; the hopeless have their times by then, the others their memory."""
+        with self._fills(name):
+            fastest, shortest = self.first
+            longest = max(HOPELESS * shortest, NOT_HOPELESS)
+            if seconds > longest and not (isinstance(call, JaxCall) and call.program):
+                seconds = self._timed(call)[0]  # the first one may have compiled what it called
+            if seconds > longest:
+                reason = f"hopeless: {seconds / shortest:.0f} times as long as {fastest}, so timed once"
+                self._add_one_time(name, seconds, reason)
+                return False
+            to_compile = self.effort.thrifty and isinstance(call, JaxCall) and not call.program
+            if time.monotonic() < self.effort.until and not to_compile:
+                peak = count(call, self.machine.device, called=WARM_UP).peak_bytes
+                self.rows[name] = replace(self.rows[name], peak_bytes=peak)
+            return True
+        return False
+
+    def _add_one_time(self, name: str, seconds: float, reason: str) -> None:
+        self.rows[name] = replace(self.rows[name], reason=reason)
+        self._add_times(name, Timing(seconds, seconds, samples=1, quiet=0))
+
+    def _add_times(self, name: str, timing: Timing) -> None:
+        cost = self.problem.cost
+        self.rows[name] = replace(
+            self.rows[name],
+            roofline=timing.median / self.machine.seconds(cost),
+            median=timing.median,
+            best=timing.best,
+            flops_per_second=cost.flops / timing.median,
+            bytes_per_second=cost.bytes / timing.median,
+            samples=(timing.samples, timing.quiet),
+        )
+
+    def _timed(self, call: Call) -> tuple[float, Results]:
+        start = time.perf_counter()
+        results = call()
+        if self.machine.device == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - start, results
+
+    def _need_time(self, seconds: float = 0.0) -> None:
+        if time.monotonic() + seconds >= self.effort.until:
+            raise Late
+
+    @contextmanager
+    def _fills(self, name: str) -> Iterator[None]:
+        """Has a row say why its competitor is not measured."""
+        try:
+            yield
+        except Exception as error:
+            self.rows[name] = replace(self.rows[name], status=_status(error), reason=_one_line(error))
+
+
+def count_calls(
+    contract: Contract, direction: Direction, competing: Iterable[Competitor], machine: Machine, until: float = math.inf
+) -> list[CounterRow]:
     """Counts what one call of each competitor needs at the contract's first landmark, small enough for an interpreter."""
     problem = make_problem(contract, contract.landmarks[0], direction, machine)
     rows = []
     for each in competing:
         row = CounterRow(contract.name, direction, each.name)
         try:
-            call: Callable[[], Results] = each.prepare(problem)
-            rows.append(replace(row, counters=count(call, machine.device)))
+            if time.monotonic() >= until:
+                raise Late
+            rows.append(replace(row, counters=count(each.prepare(problem), machine.device)))
         except Exception as error:
             rows.append(replace(row, status=_status(error), reason=_one_line(error)))
     return rows
 
 
-def _with_times(row: Row, timing: Timing, problem: Problem, machine: Machine) -> Row:
-    return replace(
-        row,
-        roofline=timing.median / machine.seconds(problem.cost),
-        median=timing.median,
-        best=timing.best,
-        flops_per_second=problem.cost.flops / timing.median,
-        bytes_per_second=problem.cost.bytes / timing.median,
-        samples=(timing.samples, timing.quiet),
-    )
+def _tolerated(machine: Machine) -> float:
+    """Half of the digits must be right: what is timed is the operation; its precision is the gate's business."""
+    return math.sqrt(torch.finfo(getattr(torch, machine.dtype)).eps)
+
+
+def _without(row: Row, error: Exception) -> Row:
+    """The row of a competitor that was not measured."""
+    return replace(row, status=_status(error), reason=_one_line(error))
 
 
 def _status(error: Exception) -> Status:
+    if isinstance(error, Late):
+        return "late"
     return "absent" if isinstance(error, Unavailable | ImportError) else "failed"
 
 
 def _one_line(error: Exception) -> str:
     text = next(iter(str(error).splitlines()), "")
-    if isinstance(error, Unavailable):
+    if isinstance(error, Unavailable | Late):
         return text
     if isinstance(error, ImportError):
         return f"not installed: {text}"

@@ -1,6 +1,7 @@
 """Times of several calls, taken in turn, with the samples left out during which other processes were busy."""
 
 import ctypes
+import math
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -13,7 +14,7 @@ import torch
 SHORTEST_SAMPLE = 0.1  # seconds: /proc/stat counts in hundredths
 QUIET_SAMPLES = 15
 QUIET = 0.1  # of the cores' time, taken by other processes
-PATIENCE = 5
+PATIENCE = 3
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # options of glibc's mallopt
 
 
@@ -48,21 +49,26 @@ class Timing:
     """How many other processes hardly disturbed."""
 
 
-def measure(calls: Mapping[str, Callable[[], object]], device: str, seconds: float) -> dict[str, Timing]:
+def measure(calls: Mapping[str, Callable[[], object]], device: str, seconds: float, until: float = math.inf) -> dict[str, Timing]:
     """Times each call, all of them in turn, so that a slow minute of the machine falls on all alike.
 
     Args:
         calls: What to time, warmed up; each returns when its work is done, or has queued it on the GPU.
         device: On `"cuda"` the GPU's own clock times each call, with a cold cache.
         seconds: For each call; `PATIENCE` times as long while none of its samples is quiet.
+        until: The end of the time, as `time.monotonic` counts.
+
+    Returns:
+        Those of which there is a sample.
     """
     if device == "cuda":
-        return {name: _on_gpu(call, seconds) for name, call in calls.items()}
+        return {name: _on_gpu(call, seconds) for name, call in calls.items() if time.monotonic() < until}
     samples: dict[str, list[Sample]] = {name: [] for name in calls}
-    while pending := [name for name in calls if not _is_enough(samples[name], seconds)]:
+    while pending := [name for name in calls if time.monotonic() < until and not _is_enough(samples[name], seconds)]:
         for name in pending:
-            samples[name].append(_sample(calls[name]))
-    return {name: _summary(each) for name, each in samples.items()}
+            if time.monotonic() < until:
+                samples[name].append(_sample(calls[name]))
+    return {name: _summary(each) for name, each in samples.items() if each}
 
 
 def keep_freed_memory() -> bool:

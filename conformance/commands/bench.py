@@ -23,8 +23,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--against", metavar="REVISION", help="fail if this working tree is slower, or counts more, than that git revision"
     )
-    parser.add_argument("--asv", type=Path, metavar="DIR", help="write results of this machine there as asv would")
-    parser.add_argument("--machine", metavar="NAME", help="this machine's name in those results (default: the host's)")
+    parser.add_argument("--seconds", type=float, metavar="S", help="end after S seconds; what is not measured by then says so")
+    parser.add_argument("--asv", type=Path, metavar="DIR", help="write what asv keeps of a commit there, as asv would")
+    parser.add_argument("--question", action="append", default=[], metavar="NAME", help="of that only this, such as Counters")
+    parser.add_argument("--machine", metavar="NAME", help="this machine's name in those results (default: host and processor)")
+    parser.add_argument("--history", type=int, metavar="N", help="instead measure the last N commits that changed an operation")
     parser.add_argument("--commit", metavar="HASH", help="the commit that is measured (default: that of the working tree)")
 
 
