@@ -2,10 +2,12 @@
 
 import argparse
 import json
+import math
 import os
-import random
-import subprocess
-import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -14,10 +16,9 @@ os.environ.setdefault("TRITON_INTERPRET", "1")  # read when kernels are decorate
 import pytest
 
 from gaugeblock.conformance import cli
-from gaugeblock.conformance.bench import against, command
-from gaugeblock.conformance.bench.against import chance, is_slower
+from gaugeblock.conformance.bench import command
 from gaugeblock.conformance.bench.command import exit_status, render, select
-from gaugeblock.conformance.bench.competitors import Competitor, competitors
+from gaugeblock.conformance.bench.competitors import Competitor, JaxCall, competitors
 from gaugeblock.conformance.bench.problem import FULL, QUICK, Problem, Results, Unavailable, make_problem, scaled
 from gaugeblock.conformance.bench.roofline import Machine, this_machine
 from gaugeblock.conformance.bench.rows import Effort, Row, bench, count_calls
@@ -100,6 +101,106 @@ def test_a_competitor_that_cannot_run_has_a_one_line_reason():
     assert lines[2].startswith("right")
     assert "not installed: No module named 'absent'" in render(table) and "51 GiB" in render(table)
     assert len(lines) == 2 + len(table)
+
+
+# ------------------------------------------------------------------------------------------------------ hopeless, and in time
+
+
+def sleeping(seconds: float, problem: Problem):
+    def call() -> Results:
+        time.sleep(seconds)
+        calls[problem.machine.name] += 1
+        return call_torch(problem.contract, problem.contract.reference, problem.call)
+
+    return call
+
+
+calls: Counter[str] = Counter()
+
+
+@pytest.fixture
+def counted_calls() -> Iterator[Counter[str]]:
+    """How often a sleeping competitor was called."""
+    calls.clear()
+    yield calls
+
+
+def test_the_hopeless_are_timed_once_and_say_so(counted_calls):
+    slow = Competitor("slow", partial(sleeping, 1.1))
+    fast, hopeless = bench_router(slow, RIGHT)
+    assert (fast.implementation, fast.reason) == ("right", "")
+    assert hopeless.samples == (1, 0) and hopeless.median > 1.1 and hopeless.roofline > fast.roofline
+    assert hopeless.reason.startswith("hopeless: ") and hopeless.reason.endswith(" times as long as right, so timed once")
+    assert calls.total() == 2  # the first may have compiled what it called
+
+
+def test_a_slow_first_call_alone_is_not_hopeless():
+    def prepare(problem: Problem):
+        call = as_it_is(problem)
+        waits = [1.1]
+
+        def first_slowly() -> Results:
+            time.sleep(waits.pop() if waits else 0)
+            return call()
+
+        return first_slowly
+
+    for row in bench_router(Competitor("compiles", prepare), RIGHT):
+        assert row.reason == "" and row.median < 0.1
+
+
+def test_a_program_that_does_many_times_the_work_comes_last_or_is_not_called(monkeypatch):
+    contract = find_contract("experts.fused_swiglu")
+    parameters = contract.landmarks[1] | {"num_tokens": 64, "num_experts": 32, "hidden_size": 128, "intermediate_size": 128}
+    workload = Workload("many experts", parameters, "jax.lax.ragged_dot multiplies with all of them on a CPU")
+    twin = next(each for each in competitors(contract) if each.name == "reference-jax")
+    machine = replace(MACHINE, bytes=1e12)
+    order = []
+    called = JaxCall.__call__
+    monkeypatch.setattr(JaxCall, "__call__", lambda self: order.append("twin") or called(self))
+
+    def prepare(problem: Problem):
+        call = as_it_is(problem)
+        return lambda: order.append("right") or call()
+
+    def bench_both(*, thrifty: bool) -> dict[str, Row]:
+        effort = replace(BRIEF, thrifty=thrifty)
+        found = bench(contract, workload, "forward", [twin, Competitor("right", prepare)], machine, effort)
+        return {row.implementation: row for row in found}
+
+    left_out = bench_both(thrifty=True)["reference-jax"]
+    assert "twin" not in order
+    assert left_out.status == "absent" and "operations take 32 times the roofline time" in left_out.reason
+    rows = bench_both(thrifty=False)
+    assert {row.status for row in rows.values()} == {"measured"}
+    assert order.index("twin") == order.count("right")
+
+
+def test_every_row_says_what_became_of_it_when_the_time_is_up():
+    def ends_in(seconds: float) -> list[Row]:
+        effort = replace(BRIEF, until=time.monotonic() + seconds)
+        return bench(ROUTER, tiny(ROUTER), "forward", [Competitor("slow", partial(sleeping, 0.3)), RIGHT], MACHINE, effort)
+
+    late = ends_in(0)
+    assert [(row.status, row.reason) for row in late] == [("late", "not measured: the time was up")] * 2
+    assert exit_status(late) == command.NOTHING_MEASURED
+    slow, right = ends_in(0.2)
+    assert slow.samples == (1, 0) and slow.median > 0.3 and slow.reason == "the time was up: its first call"
+    assert right.status == "late"
+    counted = count_calls(ROUTER, "forward", [RIGHT], MACHINE, until=0.0)
+    assert [(row.status, row.counters) for row in counted] == [("late", None)]
+
+
+def test_tables_share_what_time_is_left():
+    now = time.monotonic()
+    assert command.share(now + 10, 4) == pytest.approx(now + 2.5, abs=0.1)
+    assert command.share(math.inf, 4) == math.inf
+
+
+@pytest.mark.parametrize("arguments", [("--against", "HEAD"), ("--asv", "results")])
+def test_a_bound_on_what_measures_all_or_nothing_is_refused(arguments):
+    with pytest.raises(ValueError, match="--seconds bounds the tables"):
+        command.main(options_of("--seconds", "1", *arguments))
 
 
 def test_nothing_measured_is_no_success():
@@ -198,123 +299,3 @@ def test_choices_in_another_order_do_not_deviate():
     expected = problem.expected()
     assert problem.deviation({key: each.flip(-1) for key, each in expected.items()}, expected) == 0
     assert problem.deviation({key: each[:, :-1] for key, each in expected.items()}, expected) == float("inf")
-
-
-# ------------------------------------------------------------------------------------------------- the gate against a revision
-
-KERNELS = """
-import time
-import torch
-from gaugeblock.conformance import implements
-
-def route(router_logits, top_k, renormalize):
-    topk_weights, topk_ids = torch.softmax(router_logits.float(), -1).topk(top_k)
-    return (topk_weights / topk_weights.sum(-1, keepdim=True) if renormalize else topk_weights), topk_ids
-
-@implements("routers.softmax_topk", name="steady")
-def steady(router_logits, *, top_k, renormalize):
-    return route(router_logits, top_k, renormalize)
-
-@implements("routers.softmax_topk", name="slower")
-def slower(router_logits, *, top_k, renormalize):
-    {delay}
-    return route(router_logits, top_k, renormalize)
-
-@implements("routers.softmax_topk", name="greedy")
-def greedy(router_logits, *, top_k, renormalize):
-    return route(router_logits{copy}, top_k, renormalize)
-"""
-OWN = [text for name in ("steady", "slower", "greedy") for text in ("--implementation", name)]
-
-
-@pytest.fixture
-def repository(tmp_path, monkeypatch):
-    """A user's repository with one commit, its kernels in the current folder."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    (tmp_path / "kernels.py").write_text(KERNELS.format(delay="pass", copy=""))
-    for command_line in (["init", "--quiet"], ["add", "--all"], ["commit", "--quiet", "--message", "kernels"]):
-        subprocess.run(["git", "-c", "user.name=test", "-c", "user.email=test@localhost", *command_line], check=True)
-    return tmp_path
-
-
-def gate(*arguments: str) -> int:
-    return against.main(
-        options_of("kernels.py", "--against", "HEAD", "--workload", WORKLOAD, "--direction", "forward", *arguments)
-    )
-
-
-@pytest.mark.timeout(900)
-def test_a_planted_delay_and_a_planted_copy_are_found_and_equal_code_is_not(repository, capsys):
-    (repository / "kernels.py").write_text(KERNELS.format(delay="time.sleep(0.03)", copy=".clone()"))
-    assert gate("--contract", ROUTER.name, *OWN) == against.WORSE
-    printed = capsys.readouterr().out
-    lines = [line.split() for line in printed.splitlines() if line.endswith("WORSE")]
-    assert {name for line in lines for name in line if name in ("steady", "slower", "greedy")} == {"slower", "greedy"}, printed
-    assert all("time" in line for line in lines if "slower" in line), printed
-    assert {"bytes_allocated", "operations"} <= {word for line in lines if "greedy" in line for word in line}, printed
-
-
-@pytest.mark.timeout(600)
-def test_the_gate_says_when_there_was_nothing_to_compare(repository, monkeypatch, capsys):
-    monkeypatch.setattr(against, "ROUNDS", 1)
-    assert gate("--contract", ROUTER.name, "--implementation", "nobody") == against.NOTHING_COMPARED
-    with pytest.raises(ValueError, match="unknown contract"):
-        gate("--contract", "routers.nothing")
-    with pytest.raises(ValueError, match="no-such-branch"):
-        against.lay_out("no-such-branch", repository)
-
-
-def test_a_new_failure_is_worse():
-    row = {"contract": "c", "workload": "w", "direction": "forward", "implementation": "i", "reason": "WRONG"}
-    before, after = against.Measured(), against.Measured()
-    before.add({"rows": [row | {"status": "measured", "median": 1.0}], "counters": []})
-    after.add({"rows": [row | {"status": "wrong", "median": None}], "counters": []})
-    (change,) = against.compare(before, after)
-    assert change.worse and "WRONG" in against.render([change])
-
-
-def test_times_must_be_longer_by_ratio_and_difference_and_rank():
-    steady = [1e-3, 1.01e-3, 0.99e-3, 1.02e-3, 0.98e-3]
-    assert is_slower(steady, [1.3 * each for each in steady])
-    assert not is_slower(steady, [1.05 * each for each in steady])  # the ratio
-    assert not is_slower([1e-2 * each for each in steady], [1.5e-2 * each for each in steady])  # 5 us
-    assert not is_slower(steady, [1.3e-3, 1.3e-3, 1.3e-3, 0.9e-3, 0.9e-3])  # the rank
-    noisy = [1e-3, 2e-3, 0.5e-3, 1.5e-3, 0.7e-3]
-    assert not is_slower(noisy, [1.2 * each for each in noisy])  # the revision's own spread
-
-
-def test_the_rank_test_is_exact():
-    assert chance([1, 2, 3, 4, 5], [6, 7, 8, 9, 10]) == pytest.approx(1 / 252)
-    assert chance([1, 2, 3, 4, 5], [6, 7, 8, 9, 10]) < against.CHANCE < chance([1, 2, 3, 4, 6], [5, 7, 8, 9, 10])
-    assert chance([1, 1, 1], [1, 1, 1]) == 1
-
-
-def test_equal_times_are_hardly_ever_flagged_twice():
-    generator = random.Random(0)
-
-    def flagged() -> bool:
-        before, after = ([generator.lognormvariate(-7, 0.1) for _ in range(against.ROUNDS)] for _ in range(2))
-        return is_slower(before, after)
-
-    assert sum(flagged() for _ in range(1000)) <= 10
-    assert not any(flagged() and flagged() for _ in range(1000))
-
-
-# ------------------------------------------------------------------------------------------------------- pytest-benchmark
-
-
-@pytest.mark.timeout(300)
-def test_pytest_benchmark_compares_a_kernel_with_the_others_before_and_after(repository):
-    def run(*arguments: str) -> str:
-        command_line = [sys.executable, "-m", "pytest", "-p", "gaugeblock.conformance.plugin", "-p", "no:cacheprovider"]
-        chosen = ["--candidate", "kernels.py", "-k", f"{WORKLOAD}/forward and (steady or reference and not jax)"]
-        least = ["--benchmark-min-rounds=1", "--benchmark-max-time=0.01", "--override-ini=addopts="]
-        everything = [*command_line, "--pyargs", "gaugeblock.conformance.bench.speed", *chosen, *least, *arguments]
-        alone = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
-        return subprocess.run(everything, capture_output=True, text=True, check=True, env=alone).stdout
-
-    first = run("--benchmark-save=before")
-    assert "2 passed" in first and f"'{ROUTER.name}/{WORKLOAD}/forward': 2 tests" in first
-    second = run("--benchmark-compare")
-    assert "4 tests" in second and "(0001_before)" in second
