@@ -34,7 +34,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def options_of(*arguments: str) -> argparse.Namespace:
-    return cli._parser().parse_args(["bench", *arguments])
+    return cli.parser().parse_args(["bench", *arguments])
 
 
 def tiny(contract: Contract) -> Workload:

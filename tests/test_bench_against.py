@@ -53,7 +53,7 @@ def repository(tmp_path, monkeypatch):
 
 
 def options_of(*arguments: str) -> argparse.Namespace:
-    return cli._parser().parse_args(["bench", *arguments])
+    return cli.parser().parse_args(["bench", *arguments])
 
 
 def gate(*arguments: str) -> int:

@@ -116,7 +116,7 @@ def asked(
 
 
 def write(folder: Path, machine: str, commit: str, rows: ask.Rows) -> Path:
-    """Writes one commit's results, and `machine.json`, in the folder `machine` of `folder`, beside what was there; returns their path."""
+    """Writes one commit's results and `machine.json` in the folder `machine`, beside what was there; returns their path."""
     python = ".".join(platform.python_version_tuple()[:2])
     described = {"machine": machine, "arch": platform.machine()}
     if machine != kind():
