@@ -117,7 +117,11 @@ def _all(value: float, name: str) -> Callable[[Tensors], Tensors]:
     return lambda tensors: {name: torch.full_like(tensors[name], value)}
 
 
-TIME_TRAITS = (Trait("0", "values of times", _all(0.0, "times")), Trait("1", "values of times", _all(1.0, "times")))
+TIME_TRAITS = (
+    Trait("0", "values of times", _all(0.0, "times")),
+    Trait("1", "values of times", _all(1.0, "times")),
+    Trait("bfloat16", "dtype of times", dtypes={"times": "bfloat16"}),
+)
 DATA_TRAITS = (Trait("0", "values of data", _all(0.0, "data")),)
 
 
@@ -177,7 +181,11 @@ def _regimes(*names: str, exact: bool) -> tuple[Regime, ...]:
     )
 
 
-NO_BATCH = Rejection("data without a batch", "data", lambda call: {"data": call["data"][:, 0, 0]})
+NO_BATCH = Rejection(
+    "nothing but a batch",
+    "data",
+    lambda call: {name: call[name][:, 0, 0] for name in ("prediction", "data", "noise") if name in call},
+)
 NO_SIGN = Rejection("a sign without a name", "velocity", lambda call: {"velocity": "negative"})
 
 

@@ -292,10 +292,12 @@ def tied(draw: Draw, parameters: Parameters) -> Tensors:
 
 
 def extreme(draw: Draw, parameters: Parameters) -> Tensors:
-    """Logits near ±10^4 with a common offset: exponentials overflow unless the maximum is subtracted."""
+    """Logits near ±10^4 with a common offset: exponentials overflow unless the maximum is subtracted; some lie 8 units of float32
+    apart, which a comparison must see."""
     tokens, experts = _shape(parameters)
     offset = torch.tensor([0.0, 1e4, -1e4, 200.0], dtype=torch.float64)[draw.integers(0, 4, tokens, 1)]
-    return {"router_logits": offset + 30 * draw.normal(tokens, experts)}
+    wide, near = 30 * draw.normal(tokens, experts), draw.integers(0, 16, tokens, experts) * 2.0**-7
+    return {"router_logits": offset + torch.where(draw.uniform(tokens, 1) < 0.25, near, wide)}
 
 
 def lattice(draw: Draw, parameters: Parameters) -> Tensors:
@@ -361,6 +363,8 @@ def _no_divisor(number: int) -> int:
 SOFTMAX_REJECTIONS = (
     Rejection("top_k above num_experts", "top_k", _set(top_k=lambda call: call["router_logits"].shape[1] + 1)),
     Rejection("top_k of zero", "top_k", _set(top_k=0)),
+    Rejection("top_k of 1.5", "top_k", _set(top_k=1.5)),
+    Rejection("a truth value for top_k", "top_k", _set(top_k=True)),
 )
 GROUPED_REJECTIONS = (
     *SOFTMAX_REJECTIONS,

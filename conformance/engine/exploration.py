@@ -207,9 +207,10 @@ def explore(subject: Subject, prop: Property, profile: Profile, ledger: Ledger) 
             if examples and not sparing and time.monotonic() < time_is_up:
                 _search(in_memory(drawn, layouts), attempt, profile, examples)
         except Violation:
-            with suppress(Violation):  # look for something smaller: without landmarks, across which Hypothesis cannot shrink
-                drawn = cases(contract, regime, "landmarks" if jax else "free")
-                _search(in_memory(drawn, layouts), attempt, profile, SHRINK_EXAMPLES)
+            if profile.shrink_seconds:
+                with suppress(Violation):  # look for something smaller: without landmarks, across which Hypothesis cannot shrink
+                    drawn = cases(contract, regime, "landmarks" if jax else "free")
+                    _search(in_memory(drawn, layouts), attempt, profile, SHRINK_EXAMPLES)
             failed = {case: violation for case, violation in outcomes.items() if violation is not None}
             smallest = min(failed, key=size_of)
             ledger.cases.append(smallest)

@@ -1,0 +1,87 @@
+"""Mutants that are right too: listed with the reason in `equivalents.toml`, and checked there and back.
+
+An entry names no line number: a module, a function, the rule, the text of the line, and what becomes of what in it.
+"""
+
+import tomllib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+
+from gaugeblock.conformance.selftest.mutants.judging import Outcome
+from gaugeblock.conformance.selftest.mutants.sources import Mutant, source_of
+
+FILE = Path(__file__).with_name("equivalents.toml")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Equivalent:
+    """One change that no property can see, or several of one line.
+
+    Attributes:
+        module: Without `gaugeblock.`.
+        function: In which it stands; empty for the module itself.
+        line: Its text, as `Mutant.text`.
+        changes: As `rule: before -> after`.
+        reason: Why it is right, in a sentence.
+    """
+
+    module: str
+    function: str
+    line: str
+    changes: tuple[str, ...]
+    reason: str
+
+    def is_about(self, mutant: Mutant) -> bool:
+        """Whether it lists this mutant."""
+        place = mutant.module.removeprefix("gaugeblock."), mutant.function, mutant.text
+        return place == (self.module, self.function, self.line) and change_of(mutant) in self.changes
+
+    def __str__(self) -> str:
+        return f"{self.module} ({self.function}), {self.line!r}"
+
+
+def change_of(mutant: Mutant) -> str:
+    """A mutant's change as entries tell it."""
+    return f"{mutant.rule}: {mutant.change}"
+
+
+def load_equivalents(file: Path = FILE) -> tuple[Equivalent, ...]:
+    """The entries of a file.
+
+    Raises:
+        ValueError: If one lacks something, or has what none has.
+    """
+    entries = tomllib.loads(file.read_text()).get("equivalent", [])
+    names = {each.name for each in fields(Equivalent)}
+    for number, entry in enumerate(entries):
+        if set(entry) != names or not entry["reason"] or not entry["changes"]:
+            raise ValueError(
+                f"{file.name}: entry {number + 1} must have {', '.join(sorted(names))}, got {', '.join(sorted(entry))}"
+            )
+    return tuple(Equivalent(**entry | {"changes": tuple(entry["changes"])}) for entry in entries)
+
+
+def is_listed(listed: Iterable[Equivalent], mutant: Mutant) -> bool:
+    """Whether an entry is about it."""
+    return any(each.is_about(mutant) for each in listed)
+
+
+def wrong(listed: Iterable[Equivalent], outcomes: Sequence[Outcome]) -> list[str]:
+    """Entries of which a mutant was killed."""
+    return [
+        f"listed as equivalent, but killed by {outcome.killed_by}: {outcome.mutant}"
+        for each in listed
+        for outcome in outcomes
+        if outcome.killed_by and each.is_about(outcome.mutant)
+    ]
+
+
+def stale(listed: Iterable[Equivalent]) -> list[str]:
+    """Changes that are listed and that no rule makes any more."""
+    return [
+        f"listed as equivalent, but made by no rule: {each}: {change}"
+        for each in listed
+        for change in each.changes
+        if not any(replace(each, changes=(change,)).is_about(mutant) for mutant in source_of(f"gaugeblock.{each.module}").mutants)
+    ]
