@@ -87,7 +87,9 @@ def sampled(mutants: Planned, count: int) -> Planned:
 
 
 def second_chance(outcomes: list[Outcome], listed: Iterable[Equivalent], run: "Workers") -> list[Outcome]:
-    """Survivors that are not listed, judged under all else that runs them."""
+    """Survivors that are not listed, judged under all else that runs them, if they have not died there."""
+    killed = {each.mutant: each for each in outcomes if each.killed_by}
+    outcomes = [killed.get(each.mutant, each) for each in outcomes]
     again = run.judge_elsewhere(each for each in table.survivors(outcomes, listed) if not each.unsound)
     return [again.get(each, each) for each in outcomes]
 

@@ -180,7 +180,7 @@ def constant(site: Site) -> Iterator[Replacement]:
 @rule
 def dimension(site: Site) -> Iterator[Replacement]:
     """A neighbouring dimension, or a new one at another place, or what is transposed as it was."""
-    if _is_dimension(site):
+    if _is_dimension(site) and not isinstance(site.parent, ast.UnaryOp):
         yield ast.Constant({0: 1, -2: -1}.get(_number(site.node), _number(site.node) - 1))
     match site.node:
         case ast.Subscript(value, ast.Tuple(elts)) if any(_is_none(each) for each in elts):

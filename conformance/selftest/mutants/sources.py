@@ -25,7 +25,7 @@ class Mutant:
         function: In which it stands, `Class.method`; empty for the module itself.
         line: Of the file, counted from 1.
         text: The line as it stands there.
-        before, after: The piece that is changed.
+        before, after: The piece that is changed; of a statement that holds others, what it begins with.
     """
 
     module: str
@@ -83,7 +83,7 @@ class Source:
         self.regions.append(_region(_statement(site)))
         self._changes.append(change)
         function = ".".join(each.name for each in site.parents if isinstance(each, ast.FunctionDef | ast.ClassDef))
-        before, after = ast.unparse(site.node), ast.unparse(change.replacement)
+        before, after = _in_one_line(site.node), _in_one_line(change.replacement)
         text = self.lines[line - 1].strip()
         self.mutants.append(Mutant(self.module, len(self.mutants), change.rule, function, line, text, before, after))
 
@@ -100,9 +100,8 @@ class Source:
 
 
 def shortened(text: str) -> str:
-    """The same in one line, not too long."""
-    line = " ".join(text.split())
-    return line if len(line) <= LONGEST else f"{line[: LONGEST - 3]}..."
+    """The same, not too long."""
+    return text if len(text) <= LONGEST else f"{text[: LONGEST - 3]}..."
 
 
 def file_of(module: str) -> Path:
@@ -130,6 +129,11 @@ def _sites(node: ast.AST, parents: tuple[ast.AST, ...], framework: str) -> Itera
             for each in value if isinstance(value, list) else [value]:
                 if isinstance(each, ast.AST):
                     yield from _sites(each, (*parents, node), framework)
+
+
+def _in_one_line(node: ast.AST) -> str:
+    lines = ast.unparse(node).splitlines()
+    return lines[0] if isinstance(node, ast.stmt) else " ".join(each.strip() for each in lines)
 
 
 def _only_raises(branch: object) -> bool:
