@@ -19,16 +19,16 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from gaugeblock.conformance.engine.devices import cache_compilations, compile_quickly, set_up_process
+from gaugeblock.conformance.engine.processes import nursery, seats
+from gaugeblock.conformance.engine.processes.workers import Died, run_tasks
+from gaugeblock.conformance.engine.registry import contracts, find_contract
+from gaugeblock.conformance.engine.suggestion import one_line
 from gaugeblock.conformance.exit_status import CONFORM, FAILS, NOTHING_TESTED
 from gaugeblock.conformance.selftest.mutants import table
 from gaugeblock.conformance.selftest.mutants.equivalents import Equivalent, load_equivalents, stale, wrong
 from gaugeblock.conformance.selftest.mutants.judging import Outcome, judge, judge_elsewhere
 from gaugeblock.conformance.selftest.mutants.sources import Mutant
 from gaugeblock.conformance.selftest.mutants.tracing import mutants_of, rows_of, trace
-from gaugeblock.conformance.engine.registry import contracts, find_contract
-from gaugeblock.conformance.engine.suggestion import one_line
-from gaugeblock.conformance.engine.processes import nursery, seats
-from gaugeblock.conformance.engine.processes.workers import Died, run_tasks
 
 FEWEST = 60  # mutants of a contract, shared ones among them
 MUTANT_SECONDS = 900  # a survivor goes through every property in two dtypes
@@ -65,7 +65,7 @@ def run_mutants(options: argparse.Namespace) -> int:
 def shared_out(found: Mapping[str, Planned]) -> dict[str, Planned]:
     """Each mutant under the smallest contract that runs it; under one that has few, others' too."""
     taken: set[Mutant] = set()
-    planned = dict.fromkeys(found, list[tuple[Mutant, str]]())
+    planned: dict[str, Planned] = {name: [] for name in found}
     for name in sorted(found, key=lambda each: len(found[each])):
         own = [each for each in found[name] if each[0] not in taken]
         others = [each for each in found[name] if each[0] in taken]

@@ -9,18 +9,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 
-from gaugeblock.conformance.engine.inputs.cases import Case
-from gaugeblock.conformance.engine.inputs.coverage import landmarks
 from gaugeblock.conformance.engine.contract import Contract
 from gaugeblock.conformance.engine.exploration import PROFILES, check, explore, pooled_violation
+from gaugeblock.conformance.engine.implementation import Implementation
+from gaugeblock.conformance.engine.inputs.cases import Case
+from gaugeblock.conformance.engine.inputs.coverage import landmarks
+from gaugeblock.conformance.engine.judging.violation import Violation
+from gaugeblock.conformance.engine.properties import properties
+from gaugeblock.conformance.engine.registry import contracts, find_contract
+from gaugeblock.conformance.engine.trial import Ledger, Property, Subject
 from gaugeblock.conformance.selftest.mutants.copies import between, path_of, reached
 from gaugeblock.conformance.selftest.mutants.sources import Mutant
 from gaugeblock.conformance.selftest.mutants.tracing import entry_of, module_of, rows_of
-from gaugeblock.conformance.engine.properties import properties
-from gaugeblock.conformance.engine.implementation import Implementation
-from gaugeblock.conformance.engine.registry import contracts, find_contract
-from gaugeblock.conformance.engine.trial import Ledger, Property, Subject
-from gaugeblock.conformance.engine.judging.violation import Violation
 
 PROFILE = replace(PROFILES["quick"], shrink_seconds=0.0)
 DTYPES = ("bfloat16", "float16", "float32")  # the hardest first

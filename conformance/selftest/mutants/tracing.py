@@ -8,16 +8,16 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
-from gaugeblock.conformance.engine.inputs.cases import Case
 from gaugeblock.conformance.engine.contract import Contract
-from gaugeblock.conformance.engine.inputs.coverage import array
-from gaugeblock.conformance.selftest.mutants.copies import GENUINE, MUTABLE, reached
-from gaugeblock.conformance.selftest.mutants.sources import Mutant, file_of, source_of
-from gaugeblock.conformance.engine.properties import properties
 from gaugeblock.conformance.engine.implementation import Implementation
+from gaugeblock.conformance.engine.inputs.cases import Case
+from gaugeblock.conformance.engine.inputs.coverage import array
+from gaugeblock.conformance.engine.judging.violation import Violation
+from gaugeblock.conformance.engine.properties import properties
 from gaugeblock.conformance.engine.registry import builtin_implementations, load
 from gaugeblock.conformance.engine.trial import Subject, Trial
-from gaugeblock.conformance.engine.judging.violation import Violation
+from gaugeblock.conformance.selftest.mutants.copies import GENUINE, MUTABLE, reached
+from gaugeblock.conformance.selftest.mutants.sources import Mutant, file_of, source_of
 
 COVERING = 3  # cases besides the landmarks
 Lines = dict[str, set[int]]  # by module
