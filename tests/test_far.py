@@ -18,6 +18,8 @@ def test_the_last_row_is_beyond_32_bits(shape, dtype):
     dimension = next(each for each, size in enumerate(shape) if size > 1)
     assert far.stride(dimension) * (shape[dimension] - 1) >= FAR
     assert (far.stride(dimension) < FAR) == (shape[dimension] > 2)
+    last = max(each for each, size in enumerate(shape) if size > 1)
+    assert far.stride(last) * (shape[last] - 1) >= FAR and (far.stride(last) < FAR) == (shape[last] > 2)
     assert is_far(far) and is_far(far.detach()) and is_far(far[-1:]) and not is_far(values) and not is_far(far.contiguous())
 
 
@@ -25,6 +27,11 @@ def test_the_last_row_is_beyond_32_bits(shape, dtype):
 def test_what_has_no_rows_is_copied(shape):
     values = torch.ones(shape)
     assert torch.equal(lay_out(values, "far"), values) and not is_far(lay_out(values, "far"))
+
+
+def test_of_many_elements_the_rows_alone_lie_apart():
+    far = far_view(torch.rand(64, 256))
+    assert far.stride(0) * 63 >= FAR and far.stride(1) == 1
 
 
 def test_it_takes_no_memory_but_that_of_its_values():

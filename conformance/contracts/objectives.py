@@ -181,11 +181,11 @@ def _regimes(*names: str, exact: bool) -> tuple[Regime, ...]:
     )
 
 
-NO_BATCH = Rejection(
-    "nothing but a batch",
-    "data",
-    lambda call: {name: call[name][:, 0, 0] for name in ("prediction", "data", "noise") if name in call},
-)
+def _batches_alone(call: dict[str, Any]) -> dict[str, torch.Tensor]:
+    return {name: call[name][:, 0, 0] for name in ("prediction", "data", "noise") if name in call}
+
+
+NO_BATCH = Rejection("nothing but a batch", "data", _batches_alone)
 NO_SIGN = Rejection("a sign without a name", "velocity", lambda call: {"velocity": "negative"})
 
 

@@ -210,6 +210,11 @@ def _negative(tensors: Tensors) -> Tensors:
     return {"router_logits": -tensors["router_logits"].abs()}
 
 
+def _large(tensors: Tensors) -> Tensors:
+    """Exponentials overflow, forward and backward, unless the maximum is subtracted."""
+    return {"router_logits": tensors["router_logits"] + 128}
+
+
 def _each_expert(sizes: Parameters) -> bool:
     return sizes["num_tokens"] >= sizes["num_experts"]
 
@@ -217,10 +222,11 @@ def _each_expert(sizes: Parameters) -> bool:
 SOFTMAX_TRAITS = (
     Trait("each expert in turn", "router_logits", _in_turn, fits=_each_expert),
     Trait("negative", "router_logits", _negative),
+    Trait("about 128", "router_logits", _large),
 )
 GROUPED_TRAITS = (
     Trait("each expert in turn", "router_logits", _in_turn_among_groups, fits=_each_expert),
-    *SOFTMAX_TRAITS[1:],
+    Trait("negative", "router_logits", _negative),
 )
 TOKENS = edges("num_tokens", 1, 2, 15, 16, 17, 33)
 CHOSEN = edges("top_k", 1, 2, 3, 4, option=True)

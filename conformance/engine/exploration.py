@@ -37,7 +37,7 @@ class Profile:
     compiled_examples: int
     """The same for JAX, which compiles for every new shape and so draws other values for the same shapes."""
     shrink_seconds: float
-    """How long a failure may be shrunk."""
+    """How long a failure may be shrunk; with 0 the first is taken."""
     verdict_seconds: float
     """How long one property of one subject may take before its process is killed."""
     more: int = 0

@@ -56,9 +56,8 @@ def load_equivalents(file: Path = FILE) -> tuple[Equivalent, ...]:
     names = {each.name for each in fields(Equivalent)}
     for number, entry in enumerate(entries):
         if set(entry) != names or not entry["reason"] or not entry["changes"]:
-            raise ValueError(
-                f"{file.name}: entry {number + 1} must have {', '.join(sorted(names))}, got {', '.join(sorted(entry))}"
-            )
+            expected, got = ", ".join(sorted(names)), ", ".join(sorted(entry))
+            raise ValueError(f"{file.name}: entry {number + 1} must have {expected}, got {got}")
     return tuple(Equivalent(**entry | {"changes": tuple(entry["changes"])}) for entry in entries)
 
 

@@ -5,10 +5,10 @@ docstrings, annotations, decorators, defaults, what is raised and said, and the 
 """
 
 import ast
-import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 
 HINTS = ("num_warps", "num_stages", "input_precision", "allow_tf32")  # keywords that the interpreter does not look at
 COMMUTATIVE = ("min", "max", "maximum", "minimum", "isinstance", "hasattr", "getattr", "arange", "promote_types", "zip")
@@ -24,6 +24,7 @@ CASTS = ("float", "double", "half", "long", "int", "to", "astype", *COPIES)
 CAST_FUNCTIONS = ("at_least_float32", "cast", "float", "int", "asarray", "as_tensor")
 LOADS_AND_STORES = ("load", "store", "atomic_add")
 REDUCTIONS = ("sum", "mean")
+FILLED = ("zeros", "full")  # to which a kernel adds, in the dtype of what is added
 LOW = "bfloat16"
 
 OPERATORS: dict[type[ast.operator], type[ast.operator]] = {
@@ -315,15 +316,12 @@ def accumulator(site: Site) -> Iterator[Replacement]:
                 yield _as_before(site, ast.Call(ast.Attribute(low, name, ast.Load()), given, keywords), value)
         case ast.BinOp(left, ast.MatMult(), right):
             yield _as_before(site, ast.BinOp(_low(site, left), ast.MatMult(), _low(site, right)), left)
-        case ast.Attribute(ast.Name(("torch" | "tl" | "jnp") as library), "float32") if name_of(site.parent) not in (
-            "zeros",
-            "full",
-        ):
+        case ast.Attribute(ast.Name(("torch" | "tl" | "jnp") as library), "float32") if name_of(site.parent) not in FILLED:
             yield ast.Attribute(ast.Name(library), LOW)
 
 
 def _swapped(elements: list[ast.expr]) -> Iterator[list[ast.expr]]:
-    for place, (left, right) in enumerate(itertools.pairwise(elements)):
+    for place, (left, right) in enumerate(pairwise(elements)):
         if ast.unparse(left) != ast.unparse(right):
             yield [*elements[:place], right, left, *elements[place + 2 :]]
 
@@ -373,11 +371,9 @@ def _has_value(site: Site, target: ast.expr) -> bool:
 
 def _starts_as_float32(site: Site, target: ast.expr) -> bool:
     """Whether what is added to was made in a kernel as zeros in float32, or in the dtype that it computes in."""
-    name = ast.unparse(target)
-    made = [
-        each for each in ast.walk(site.functions[-1]) if isinstance(each, ast.Assign) and name_of(each.value) in ("full", "zeros")
-    ]
-    return any(ast.unparse(each.targets[0]) == name and "int" not in ast.unparse(each.value) for each in made)
+    name, made = ast.unparse(target), [each for each in ast.walk(site.functions[-1]) if isinstance(each, ast.Assign)]
+    values = [ast.unparse(each.value) for each in made if ast.unparse(each.targets[0]) == name and name_of(each.value) in FILLED]
+    return any("int" not in each for each in values)
 
 
 def _narrowed(value: ast.expr, library: str) -> ast.expr:
