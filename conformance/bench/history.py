@@ -34,9 +34,10 @@ def subjects() -> dict[str, list[Contract]]:
 
 
 def for_cpu(contract: Contract, dtype: str) -> list[Workload]:
-    """The workloads that a CPU runs in full size: of those that are not too large the ones made for it, or else all."""
+    """The workloads that a CPU runs in full size: those made for it, or else the smallest and the largest that fit."""
     fitting = [workload for workload in contract.workloads if fits(contract, workload, FULL, dtype)]
-    return [workload for workload in fitting if workload.name.startswith(CPU)] or fitting
+    by_size = sorted(fitting, key=lambda each: contract.cost(each.parameters, 1).bytes)
+    return [workload for workload in fitting if workload.name.startswith(CPU)] or by_size[:1] + by_size[1:][-1:]
 
 
 class Question(ABC):

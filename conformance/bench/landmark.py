@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from gaugeblock.conformance.engine.budget.oracle import rounded_cotangents
 from gaugeblock.conformance.engine.contract import Contract, Tensors
 from gaugeblock.conformance.engine.devices import available_devices
-from gaugeblock.conformance.engine.frameworks import Call
+from gaugeblock.conformance.engine.frameworks import Call, Raised
 from gaugeblock.conformance.engine.inputs.cases import Case, make_inputs, options
 from gaugeblock.conformance.engine.processes.perform import USUAL, perform
 from gaugeblock.conformance.engine.registry import Implementation, implementations, one_line
@@ -27,8 +27,10 @@ def answers(
                 continue
             try:
                 answer = ask(contract, implementation, dtype)
-            except ImportError:
-                continue
+            except Raised as error:
+                if "ImportError" in error.kinds:
+                    continue
+                answer = str(error)
             except Exception as error:
                 answer = f"{type(error).__name__}: {one_line(error)}"
             yield (dtype, implementation.name), answer

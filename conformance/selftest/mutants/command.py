@@ -38,7 +38,7 @@ Task = tuple[Any, ...]
 
 
 def run_mutants(options: argparse.Namespace) -> int:
-    """Judges mutants, prints the table, and writes the outcomes to `options.json`; 0 if what survives is what is listed.
+    """Judges mutants, prints the table, and writes the outcomes to the file that they name; 0 if what survives is what is listed.
 
     Args:
         options: `mutants`: a contract's name, or "all"; `sample`: how many of each contract, or None; `workers`: how many
