@@ -113,7 +113,7 @@ def _share(parameters: Parameters) -> str:
 FACTORS = (
     edges("num_tokens", 1, 2, 17, 64, 65, 130),
     kinds("num_experts", kind_of_count, 1, 2, 8, 32, 5, 13, 257),
-    Factor("capacity_factor", _side_of_1, values=(0.5, 2**-6, 1.0, 1.1, 1.25, 300.0), option=True),
+    Factor("capacity_factor", _side_of_1, values=(0.5, 2**-6, 1.0, 1.1, 1.25, 2, 300.0), option=True),
     Factor("room", str, of=_room),
     Factor("num_tokens * capacity_factor / num_experts", str, of=_share),
 )
@@ -142,6 +142,9 @@ REJECTIONS = (
     Rejection("no experts", "router_logits", lambda call: {"router_logits": call["router_logits"][:, :0]}),
     Rejection("no capacity", "capacity_factor", lambda call: {"capacity_factor": 0.0}),
     Rejection("a negative capacity", "capacity_factor", lambda call: {"capacity_factor": -1.0}),
+    Rejection("room without end", "capacity_factor", lambda call: {"capacity_factor": math.inf}),
+    Rejection("a capacity as text", "capacity_factor", lambda call: {"capacity_factor": "1.25"}),
+    Rejection("a truth value for the capacity", "capacity_factor", lambda call: {"capacity_factor": True}),
     Rejection("a capacity that is no number", "capacity_factor", lambda call: {"capacity_factor": math.nan}),
 )
 

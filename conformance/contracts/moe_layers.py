@@ -120,7 +120,7 @@ def load_balancing_loss() -> Contract:
             loss_sizes(513, 513, 1),  # each of 512 programs goes on to a second tile of a token
             loss_sizes(17, 128, 8),  # Qwen3
         ),
-        factors=LOSS_FACTORS,
+        factors=(edges("num_tokens", 1, 2, 15, 16, 17, 33, 257), *LOSS_FACTORS[1:]),  # more than bfloat16 can count, or a byte
         build=loss_point,
         traits=BALANCE_TRAITS,
         regimes=BALANCE_REGIMES,
