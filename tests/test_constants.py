@@ -57,7 +57,7 @@ def scaling(factor: float) -> Contract:
     """One product with a constant, of many elements."""
     return replace(
         find_contract("routers.softmax_topk"),
-        name=f"scaling.by_{factor}",
+        name=f"scaling.by_{round(1e6 * factor)}_millionths",
         reference=scaled_by(factor),
         inputs=(Input("x", ("num_tokens",)),),
         outputs=(Output("y", ("num_tokens",), dtype="float32"),),

@@ -212,7 +212,8 @@ def _negative(tensors: Tensors) -> Tensors:
 
 def _large(tensors: Tensors) -> Tensors:
     """Exponentials overflow, forward and backward, unless the maximum is subtracted."""
-    return {"router_logits": tensors["router_logits"] + 128}
+    logits = tensors["router_logits"]
+    return {"router_logits": torch.where(logits > 64, logits, logits + 128)}
 
 
 def _each_expert(sizes: Parameters) -> bool:
