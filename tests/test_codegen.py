@@ -119,6 +119,7 @@ def test_refuses_to_compile_where_triton_interprets(monkeypatch):
         codegen.compile_all([], ["sm_90"])
 
 
+@pytest.mark.timeout(600)  # where no kernel was compiled before, two minutes on two quiet cores
 def test_our_kernels_have_no_problems_on_hopper(capsys):
     status = codegen.main(["--target", "sm_90"])
     assert status == codegen.PASSED, capsys.readouterr().out

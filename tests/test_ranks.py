@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from gaugeblock.conformance.contracts.experts import FUSED_SWIGLU
 from gaugeblock.conformance.engine.contract import Input
 from gaugeblock.conformance.engine.exploration import PROFILES, examine
 from gaugeblock.conformance.engine.implementation import CLAIMS, Implementation
@@ -22,7 +21,7 @@ from gaugeblock.conformance.engine.processes.loading import describe_candidates
 from gaugeblock.conformance.engine.processes.ranks import fit, join
 from gaugeblock.conformance.engine.processes.seats import Seat
 from gaugeblock.conformance.engine.properties import properties
-from gaugeblock.conformance.engine.registry import RegistrationError, implements
+from gaugeblock.conformance.engine.registry import RegistrationError, find_contract, implements
 from gaugeblock.conformance.engine.trial import Subject
 
 CANDIDATES = Path(__file__).parent / "distributed_candidates.py"
@@ -97,7 +96,10 @@ def test_what_ranks_must_have_alike_must_be_alike():
 
 
 def test_sizes_that_must_divide_are_rounded_up():
-    assert fit(FUSED_SWIGLU, {"num_tokens": 5, "num_experts": 5}, 4) == {"num_tokens": 5, "num_experts": 8}
+    assert fit(find_contract("experts.fused_swiglu"), {"num_tokens": 5, "num_experts": 5}, 4) == {
+        "num_tokens": 5,
+        "num_experts": 8,
+    }
 
 
 @pytest.mark.parametrize("sizes", [(0,), "2", (1.5,)])
@@ -107,7 +109,7 @@ def test_world_sizes_are_positive_integers(sizes):
 
 
 def test_world_sizes_need_a_mesh_and_a_contract_that_shards():
-    assert "world_sizes" in CLAIMS and isinstance(FUSED_SWIGLU.inputs[0], Input)
+    assert "world_sizes" in CLAIMS and isinstance(find_contract("experts.fused_swiglu").inputs[0], Input)
     with pytest.raises(RegistrationError, match="with mesh="):
         implements("experts.fused_swiglu", name="odd", world_sizes=(1, 2))(lambda a, b, c, d, e: None)
     with pytest.raises(RegistrationError, match="does not shard"):

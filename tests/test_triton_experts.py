@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from gaugeblock.conformance.contracts.experts import FUSED_SWIGLU
+from gaugeblock.conformance.engine.registry import find_contract
 from gaugeblock.conformance.engine.triton.interpreter import watch
 from gaugeblock.optimized.triton import grouped_matmul, launch
 from gaugeblock.optimized.triton.dispatch import sort_by_expert, split_into_blocks, sum_rows
@@ -175,7 +175,7 @@ def test_any_size_may_be_0(size):
 @pytest.mark.parametrize(("dtype", "rows"), [(torch.float32, {32}), (torch.float16, {64, 128}), (torch.bfloat16, {64, 128})])
 def test_landmarks_reach_every_line_of_the_table_but_amd_s(dtype, rows):
     reached = set()
-    for landmark in FUSED_SWIGLU.landmarks:
+    for landmark in find_contract("experts.fused_swiglu").landmarks:
         sizes = (landmark[name] for name in ("num_tokens", "hidden_size", "intermediate_size", "num_experts", "top_k"))
         hidden_states, w13, w2, *_ = arguments(*sizes, dtype=dtype)
         reached.add(grouped_matmul.choose_tiles(hidden_states, w13, w2).rows)

@@ -117,11 +117,7 @@ def _all(value: float, name: str) -> Callable[[Tensors], Tensors]:
     return lambda tensors: {name: torch.full_like(tensors[name], value)}
 
 
-TIME_TRAITS = (
-    Trait("0", "values of times", _all(0.0, "times")),
-    Trait("1", "values of times", _all(1.0, "times")),
-    Trait("bfloat16", "dtype of times", dtypes={"times": "bfloat16"}),
-)
+TIME_TRAITS = (Trait("0", "values of times", _all(0.0, "times")), Trait("1", "values of times", _all(1.0, "times")))
 DATA_TRAITS = (Trait("0", "values of data", _all(0.0, "data")),)
 
 
