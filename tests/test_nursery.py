@@ -9,6 +9,7 @@ import pytest
 
 from gaugeblock.conformance.engine.processes import nursery
 from gaugeblock.conformance.engine.processes.handle import Lost, Process
+from gaugeblock.conformance.engine.processes.messages import Describe
 
 CANDIDATE = """\
 import os, signal, subprocess, sys, time
@@ -31,7 +32,7 @@ def describing(tmp_path, what: str) -> Process:
 def told(tmp_path, what: str) -> dict:
     process = describing(tmp_path, what)
     try:
-        return process.describe((str(tmp_path / "candidate.py"),))
+        return process.describe(Describe((str(tmp_path / "candidate.py"),)))
     finally:
         process.stop()
 
@@ -87,5 +88,5 @@ def test_a_nursery_that_is_gone_takes_its_children_along():
     soon = time.monotonic() + 5  # its keeper looks now and then whether the nursery is there
     with pytest.raises(Lost, match="died"):
         while time.monotonic() < soon:
-            child.describe(())
+            child.describe(Describe(()))
     nursery._known.clear()  # the next one starts another

@@ -59,13 +59,10 @@ class Again:
 
 @dataclass(frozen=True)
 class Describe:
-    """Asks what these files and modules register; or, with none, the modules of installed packages.
-
-    Attributes:
-        optional: Those of them that may register nothing.
-        others: Files that speak for themselves, though these may import them.
-    """
+    """Asks what these files and modules register; or, with none, the modules of installed packages."""
 
     sources: tuple[str, ...]
     optional: frozenset[str] = frozenset()
+    """Those of them that may register nothing."""
     others: frozenset[str] = frozenset()
+    """Files that speak for themselves, though these may import them."""
