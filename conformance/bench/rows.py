@@ -37,19 +37,16 @@ class Late(Exception):
 
 @dataclass(frozen=True)
 class Effort:
-    """How much a bench may cost.
-
-    Attributes:
-        limits: The size of problems on the CPU.
-        seconds: For each competitor.
-        until: The end of all the time, as `time.monotonic` counts.
-        thrifty: A program that is hopeless by its operations is not called at all, and none is compiled to learn its memory.
-    """
+    """How much a bench may cost."""
 
     limits: Limits
+    """The size of problems on the CPU."""
     seconds: float
+    """For each competitor."""
     until: float = math.inf
+    """The end of all the time, as `time.monotonic` counts."""
     thrifty: bool = False
+    """A program that is hopeless by its operations is not called at all, and none is compiled to learn its memory."""
 
 
 @dataclass(frozen=True)

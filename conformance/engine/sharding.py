@@ -71,16 +71,13 @@ def cut(work: Sequence[tuple[Subject, Property]], seconds: Sequence[float], whic
 
 @dataclass(frozen=True)
 class Part:
-    """Which part of a run is judged.
-
-    Attributes:
-        since: The revision, if what has not been touched since is left out; `untouched` is how many verdicts that are, `pins`
-            the files that say which packages are installed, if they were changed.
-        shard: Which shard, if it is one; `positions` are those of its verdicts in the whole of `total`.
-    """
+    """Which part of a run is judged."""
 
     since: dict[str, Any] | None = None
+    """The revision, if what has not been touched since is left out; `untouched` is how many verdicts that are, `pins` the files
+    that say which packages are installed, if they were changed."""
     shard: dict[str, Any] | None = None
+    """Which shard, if it is one; `positions` are those of its verdicts in the whole of `total`."""
 
     def to_json(self) -> dict[str, Any]:
         """As plain data."""

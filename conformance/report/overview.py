@@ -70,18 +70,15 @@ class Tile:
 
 @dataclass(frozen=True)
 class Column:
-    """Implementations of one kind on one device, of which no contract has two.
-
-    Attributes:
-        title: The implementation's name, where the column has but one; else empty: the cells have the names.
-        first: Whether it is the first of its kind.
-    """
+    """Implementations of one kind on one device, of which no contract has two."""
 
     kind: str
     device: str
     title: str
+    """The implementation's name, where the column has but one; else empty: the cells have the names."""
     names: frozenset[str]
     first: bool
+    """Whether it is the first of its kind."""
 
 
 @dataclass(frozen=True)

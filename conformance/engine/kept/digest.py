@@ -40,17 +40,14 @@ NOT_SOURCES = frozenset({"pyvenv.cfg", "CACHEDIR.TAG", "gaugeblock.json"})  # in
 
 @dataclass(frozen=True)
 class Part:
-    """Something that a verdict depends on.
-
-    Attributes:
-        digest: Of all its files; None if there are too many to look at.
-        files: Their paths.
-        dependencies: What it loads.
-    """
+    """Something that a verdict depends on."""
 
     digest: str | None
+    """Of all its files; None if there are too many to look at."""
     files: frozenset[str]
+    """Their paths."""
     dependencies: Dependencies
+    """What it loads."""
 
 
 @dataclass

@@ -35,17 +35,14 @@ IGNORED = (".py", ".pyc", ".pyo", ".pyi", ".md", ".rst", ".log")  # beside a mod
 
 @dataclass(frozen=True)
 class Told:
-    """What a module's text tells.
-
-    Attributes:
-        imports: Names as written, with the number of dots before them and what is imported from them.
-        strings: Its constants.
-        hides: Whether it loads or reads what only running it tells.
-    """
+    """What a module's text tells."""
 
     imports: tuple[tuple[str, int, tuple[str, ...]], ...] = ()
+    """Names as written, with the number of dots before them and what is imported from them."""
     strings: frozenset[str] = frozenset()
+    """Its constants."""
     hides: bool = False
+    """Whether it loads or reads what only running it tells."""
 
 
 @lru_cache(4096)
@@ -206,19 +203,16 @@ def package_of_file(path: str, tree: Tree) -> tuple[str, str]:
 
 @dataclass(frozen=True)
 class Dependencies:
-    """All that modules load, as far as it can be told.
-
-    Attributes:
-        files: Each with a name that is the same on every machine.
-        elsewhere: Top-level modules that were installed, belong to Python, or are missing.
-        strings: Constants of what is not ours: among them are the names of environment variables.
-        folders: Folders of which every file may matter.
-    """
+    """All that modules load, as far as it can be told."""
 
     files: frozenset[tuple[str, str]]
+    """Each with a name that is the same on every machine."""
     elsewhere: frozenset[str]
+    """Top-level modules that were installed, belong to Python, or are missing."""
     strings: frozenset[str]
+    """Constants of what is not ours: among them are the names of environment variables."""
     folders: frozenset[str]
+    """Folders of which every file may matter."""
 
 
 def dependencies(search: Search, starts: Iterable[Module], *, follow_strings: bool) -> Dependencies:

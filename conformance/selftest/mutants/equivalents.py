@@ -16,21 +16,18 @@ FILE = Path(__file__).with_name("equivalents.toml")
 
 @dataclass(frozen=True, kw_only=True)
 class Equivalent:
-    """One change that no property can see, or several of one line.
-
-    Attributes:
-        module: Without `gaugeblock.`.
-        function: In which it stands; empty for the module itself.
-        line: Its text, as `Mutant.text`.
-        changes: As `rule: before -> after`.
-        reason: Why it is right, in a sentence.
-    """
+    """One change that no property can see, or several of one line."""
 
     module: str
+    """Without `gaugeblock.`."""
     function: str
+    """In which it stands; empty for the module itself."""
     line: str
+    """Its text, as `Mutant.text`."""
     changes: tuple[str, ...]
+    """As `rule: before -> after`."""
     reason: str
+    """Why it is right, in a sentence."""
 
     def is_about(self, mutant: Mutant) -> bool:
         """Whether it lists this mutant."""

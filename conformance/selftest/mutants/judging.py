@@ -29,25 +29,22 @@ LIKELY = ("parity", "gradients", "rejections", "layout", "gradient_layout", "emp
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of a mutant.
-
-    Attributes:
-        contract, implementation: Under which it was judged.
-        dtype: In which it failed, or was judged last.
-        is_easier: Whether that is not its hardest dtype.
-        killed_by: The property that failed; empty if it survived.
-        reason: Of the failure.
-        unsound: Why nothing is known of it, or not all: the right implementation fails too, or the engine did.
-    """
+    """What came of a mutant."""
 
     mutant: Mutant
     contract: str
     implementation: str
+    """Under which it was judged."""
     dtype: str = ""
+    """In which it failed, or was judged last."""
     is_easier: bool = False
+    """Whether that is not its hardest dtype."""
     killed_by: str = ""
+    """The property that failed; empty if it survived."""
     reason: str = ""
+    """Of the failure."""
     unsound: str = ""
+    """Why nothing is known of it, or not all: the right implementation fails too, or the engine did."""
     seconds: float = 0.0
 
 

@@ -16,26 +16,23 @@ LONGEST = 100  # characters of a change that are shown
 
 @dataclass(frozen=True)
 class Mutant:
-    """One change of one module.
-
-    Attributes:
-        module: That is changed, by its import name.
-        number: Of the change among all of the module.
-        rule: That made it.
-        function: In which it stands, `Class.method`; empty for the module itself.
-        line: Of the file, counted from 1.
-        text: The line as it stands there.
-        before, after: The piece that is changed; of a statement that holds others, what it begins with.
-    """
+    """One change of one module."""
 
     module: str
+    """That is changed, by its import name."""
     number: int
+    """Of the change among all of the module."""
     rule: str
+    """That made it."""
     function: str
+    """In which it stands, `Class.method`; empty for the module itself."""
     line: int
+    """Of the file, counted from 1."""
     text: str
+    """The line as it stands there."""
     before: str
     after: str
+    """The piece that is changed; of a statement that holds others, what it begins with."""
 
     @property
     def place(self) -> str:
