@@ -1,1 +1,1 @@
-"""What asv lists, one file per subject. `make dashboard` measures it and publishes results/, which keeps every commit's."""
+"""What asv lists, one file per family. `make dashboard` measures it and publishes results/, which keeps every commit's."""

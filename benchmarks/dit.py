@@ -3,17 +3,17 @@
 from gaugeblock.conformance.bench import history
 
 
-class Cost(history.Cost, subject="dit"):
+class Cost(history.Cost, family="dit"):
     """Time over roofline time and peak memory, at published sizes."""
 
 
-class Counters(history.Counters, subject="dit"):
+class Counters(history.Counters, family="dit"):
     """Bytes allocated, operations dispatched, kernels launched."""
 
 
-class Accuracy(history.Accuracy, subject="dit"):
+class Accuracy(history.Accuracy, family="dit"):
     """rms and bias of the errors, in units of their limits."""
 
 
-class Determinism(history.Determinism, subject="dit"):
+class Determinism(history.Determinism, family="dit"):
     """Distinct bit patterns over several runs of one input: 1 is right."""

@@ -3,17 +3,17 @@
 from gaugeblock.conformance.bench import history
 
 
-class Cost(history.Cost, subject="experts"):
+class Cost(history.Cost, family="experts"):
     """Time over roofline time and peak memory, at published sizes."""
 
 
-class Counters(history.Counters, subject="experts"):
+class Counters(history.Counters, family="experts"):
     """Bytes allocated, operations dispatched, kernels launched."""
 
 
-class Accuracy(history.Accuracy, subject="experts"):
+class Accuracy(history.Accuracy, family="experts"):
     """rms and bias of the errors, in units of their limits."""
 
 
-class Determinism(history.Determinism, subject="experts"):
+class Determinism(history.Determinism, family="experts"):
     """Distinct bit patterns over several runs of one input: 1 is right."""

@@ -3,17 +3,17 @@
 from gaugeblock.conformance.bench import history
 
 
-class Cost(history.Cost, subject="moe_layers"):
+class Cost(history.Cost, family="moe_layers"):
     """Time over roofline time and peak memory, at published sizes."""
 
 
-class Counters(history.Counters, subject="moe_layers"):
+class Counters(history.Counters, family="moe_layers"):
     """Bytes allocated, operations dispatched, kernels launched."""
 
 
-class Accuracy(history.Accuracy, subject="moe_layers"):
+class Accuracy(history.Accuracy, family="moe_layers"):
     """rms and bias of the errors, in units of their limits."""
 
 
-class Determinism(history.Determinism, subject="moe_layers"):
+class Determinism(history.Determinism, family="moe_layers"):
     """Distinct bit patterns over several runs of one input: 1 is right."""

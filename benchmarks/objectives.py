@@ -3,17 +3,17 @@
 from gaugeblock.conformance.bench import history
 
 
-class Cost(history.Cost, subject="objectives"):
+class Cost(history.Cost, family="objectives"):
     """Time over roofline time and peak memory, at published sizes."""
 
 
-class Counters(history.Counters, subject="objectives"):
+class Counters(history.Counters, family="objectives"):
     """Bytes allocated, operations dispatched, kernels launched."""
 
 
-class Accuracy(history.Accuracy, subject="objectives"):
+class Accuracy(history.Accuracy, family="objectives"):
     """rms and bias of the errors, in units of their limits."""
 
 
-class Determinism(history.Determinism, subject="objectives"):
+class Determinism(history.Determinism, family="objectives"):
     """Distinct bit patterns over several runs of one input: 1 is right."""

@@ -3,17 +3,17 @@
 from gaugeblock.conformance.bench import history
 
 
-class Cost(history.Cost, subject="routers"):
+class Cost(history.Cost, family="routers"):
     """Time over roofline time and peak memory, at published sizes."""
 
 
-class Counters(history.Counters, subject="routers"):
+class Counters(history.Counters, family="routers"):
     """Bytes allocated, operations dispatched, kernels launched."""
 
 
-class Accuracy(history.Accuracy, subject="routers"):
+class Accuracy(history.Accuracy, family="routers"):
     """rms and bias of the errors, in units of their limits."""
 
 
-class Determinism(history.Determinism, subject="routers"):
+class Determinism(history.Determinism, family="routers"):
     """Distinct bit patterns over several runs of one input: 1 is right."""

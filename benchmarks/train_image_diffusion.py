@@ -3,17 +3,17 @@
 from gaugeblock.conformance.bench import history
 
 
-class Cost(history.Cost, subject="train_image_diffusion"):
+class Cost(history.Cost, family="train_image_diffusion"):
     """Time over roofline time and peak memory, at published sizes."""
 
 
-class Counters(history.Counters, subject="train_image_diffusion"):
+class Counters(history.Counters, family="train_image_diffusion"):
     """Bytes allocated, operations dispatched, kernels launched."""
 
 
-class Accuracy(history.Accuracy, subject="train_image_diffusion"):
+class Accuracy(history.Accuracy, family="train_image_diffusion"):
     """rms and bias of the errors, in units of their limits."""
 
 
-class Determinism(history.Determinism, subject="train_image_diffusion"):
+class Determinism(history.Determinism, family="train_image_diffusion"):
     """Distinct bit patterns over several runs of one input: 1 is right."""

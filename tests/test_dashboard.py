@@ -127,13 +127,13 @@ def browser() -> str:
     return found
 
 
-def test_every_subject_has_its_benchmarks():
+def test_every_family_has_its_benchmarks():
     families = {row.family for row in contracts().values()}
-    assert {path.stem for path in (ROOT / "benchmarks").glob("[a-z]*.py")} == families == set(history.subjects())
+    assert {path.stem for path in (ROOT / "benchmarks").glob("[a-z]*.py")} == families == set(history.families())
 
 
 def test_every_contract_has_a_workload_for_a_cpu():
-    none = [each.name for group in history.subjects().values() for each in group if not history.for_cpu(each, "float32")]
+    none = [each.name for group in history.families().values() for each in group if not history.for_cpu(each, "float32")]
     assert not none, f"no workload of {none} is small enough for a CPU: name one two-cores/..."
 
 
@@ -147,7 +147,7 @@ def test_asv_lists_what_is_measured_and_tells_set_ups_apart(page: Path):
     }
     assert {name: (each["params"], each["version"], each["unit"]) for name, each in found.items()} == expected
     set_ups = {each["setup_cache_key"] for each in found.values()}
-    assert len(set_ups) == len(history.subjects()) * len(history.QUESTIONS)
+    assert len(set_ups) == len(history.families()) * len(history.QUESTIONS)
 
 
 @pytest.mark.timeout(600)
@@ -229,7 +229,7 @@ def test_a_wrong_call_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         main("--commit", "574af97")
     with pytest.raises(ValueError, match="--question must be one of Cost, Counters"):
         main("--question", "Costs")
-    with pytest.raises(ValueError, match="unknown subject 'expert'"):
+    with pytest.raises(ValueError, match="unknown family 'expert'"):
         main("--contract", "expert.x", "--commit", "0" * 40)
     with pytest.raises(ValueError, match="--history must be a number of commits"):
         main("--history", "0")

@@ -1,6 +1,6 @@
 """Asks the questions of `history` about one tree, this one or an earlier commit's, in processes of their own.
 
-    python -P ask.py FILE --question Counters --question Accuracy --subject experts --workers 2
+    python -P ask.py FILE --question Counters --question Accuracy --family experts --workers 2
 
 It is run as a script, with the tree first in `PYTHONPATH`, and so uses nothing of it but what every commit has that has any
 questions. The answers go to FILE, as the rows of asv's results.
@@ -31,25 +31,25 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="ask.py", description=__doc__)
     parser.add_argument("file", type=Path)
     parser.add_argument("--question", action="append", required=True)
-    parser.add_argument("--subject", action="append", required=True)
+    parser.add_argument("--family", action="append", required=True)
     parser.add_argument("--workers", type=int, default=1)
     options = parser.parse_args(arguments)
-    subjects = sorted(options.subject, key=lambda name: (*LONGEST_FIRST, name).index(name))
+    families = sorted(options.family, key=lambda name: (*LONGEST_FIRST, name).index(name))
     rows: Rows = {}
     failures = 0
     with ProcessPoolExecutor(options.workers, multiprocessing.get_context("spawn")) as pool:
-        for answered in as_completed([pool.submit(answer, subject, options.question) for subject in subjects]):
+        for answered in as_completed([pool.submit(answer, family, options.question) for family in families]):
             some, failed = answered.result()
             rows, failures = rows | some, failures + failed
     options.file.write_text(json.dumps({"rows": rows, "failures": failures}))
 
 
-def answer(subject: str, questions: Sequence[str]) -> tuple[Rows, int]:
-    """The rows of some questions about one subject, and how many answers are failures; a tree may not have every question."""
+def answer(family: str, questions: Sequence[str]) -> tuple[Rows, int]:
+    """The rows of some questions about one family, and how many answers are failures; a tree may not have every question."""
     rows: Rows = {}
     failures = 0
     for name, question in importlib.import_module(HISTORY).benchmarks():
-        if name.partition(".")[0] != subject or name.partition(".")[2] not in questions:
+        if name.partition(".")[0] != family or name.partition(".")[2] not in questions:
             continue
         start = time.time()
         with nullcontext() if name.endswith(TIMED) else importlib.import_module(COUNTERS).watch():

@@ -34,7 +34,7 @@ WORKERS = 2  # for what is not timed
 
 
 def main(options: argparse.Namespace) -> int:
-    """Asks the questions about the subjects of the chosen contracts, and writes what `asv publish` reads.
+    """Asks the questions about the families of the chosen contracts, and writes what `asv publish` reads.
 
     Returns:
         0; 1 if an implementation failed; 3 if nothing was measured.
@@ -52,7 +52,7 @@ def main(options: argparse.Namespace) -> int:
     measured, failures = 0, 0
     for timed, questions in ((False, untimed(options)), (True, set(chosen(options)) - set(untimed(options)))):
         if questions:
-            rows, failed = asked(questions, subjects_of(options), None if timed else WORKERS)
+            rows, failed = asked(questions, families_of(options), None if timed else WORKERS)
             print(f"written: {write(options.asv, (options.machine or this()) if timed else kind(), commit, rows)}")
             measured, failures = measured + count(rows), failures + failed
     if not measured:
@@ -82,13 +82,13 @@ def measure_earlier(options: argparse.Namespace) -> int:
             if not (tree / "conformance/bench/history.py").exists():
                 print("  has no benchmarks")
                 continue
-            rows, _ = asked(untimed(options), subjects_of(options), WORKERS, tree)
+            rows, _ = asked(untimed(options), families_of(options), WORKERS, tree)
         print(f"written: {write(options.asv, kind(), commit, rows)}")
     return MEASURED if list(folder.glob("*-*.json")) else NOTHING_MEASURED
 
 
 def asked(
-    questions: Iterable[str], subjects: Iterable[str], workers: int | None, tree: Path | None = None
+    questions: Iterable[str], families: Iterable[str], workers: int | None, tree: Path | None = None
 ) -> tuple[ask.Rows, int]:
     """Answers as rows of results, and how many are failures.
 
@@ -106,7 +106,7 @@ def asked(
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "answers.json"
         named = [text for name in questions for text in ("--question", name)]
-        named += [text for name in subjects for text in ("--subject", name)]
+        named += [text for name in families for text in ("--family", name)]
         command = [sys.executable, "-P", ask.__file__, str(path), *named, "--workers", str(workers or 1)]
         status = subprocess.run(command, cwd=tree, env=environment, check=False).returncode
         if status:
@@ -165,17 +165,17 @@ def untimed(options: argparse.Namespace) -> list[str]:
     return [name for name in chosen(options) if name != ask.TIMED]
 
 
-def subjects_of(options: argparse.Namespace) -> list[str]:
-    """The subjects of the contracts asked for.
+def families_of(options: argparse.Namespace) -> list[str]:
+    """The families of the contracts asked for.
 
     Raises:
         ValueError: If one is not known.
     """
-    known = list(history.subjects())
-    subjects = {name.partition(".")[0] for name in options.contract} or set(known)
-    if unknown := subjects - set(known):
-        raise ValueError(f"unknown subject {min(unknown)!r}; known: {', '.join(known)}")
-    return [name for name in known if name in subjects]
+    known = list(history.families())
+    families = {name.partition(".")[0] for name in options.contract} or set(known)
+    if unknown := families - set(known):
+        raise ValueError(f"unknown family {min(unknown)!r}; known: {', '.join(known)}")
+    return [name for name in known if name in families]
 
 
 def kind() -> str:

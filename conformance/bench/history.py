@@ -1,8 +1,8 @@
 """The questions whose answers asv keeps: cost at published sizes, counters, accuracy, determinism; asked of every contract of a
-subject.
+family.
 
 asv takes a larger number for a worse one, so throughput is kept as time over roofline time. A file of `benchmarks/` asks the
-questions about one subject; `gaugeblock bench --asv` asks them on a machine that has no asv. Both read what is asked from the
+questions about one family; `gaugeblock bench --asv` asks them on a machine that has no asv. Both read what is asked from the
 contracts. A result is a number, NaN where an implementation does not take part, or the reason why it failed.
 """
 
@@ -27,10 +27,9 @@ Point = tuple[str, ...]  # a value of each parameter
 Answers = dict[Point, dict[str, float] | str]  # a number for each metric, or why there is none
 
 
-def subjects() -> dict[str, list[Contract]]:
-    """The contracts by subject: `experts` to those named `experts.…`."""
-    rows = sorted(contracts().values(), key=_subject)
-    return {subject: list(group) for subject, group in itertools.groupby(rows, _subject)}
+def families() -> dict[str, list[Contract]]:
+    """The contracts by family: `experts` to those named `experts.…`."""
+    return {family: list(group) for family, group in itertools.groupby(contracts().values(), lambda row: row.family)}
 
 
 def for_cpu(contract: Contract, dtype: str) -> list[Workload]:
@@ -41,7 +40,7 @@ def for_cpu(contract: Contract, dtype: str) -> list[Workload]:
 
 
 class Question(ABC):
-    """What asv asks about a subject; a subclass of a question is a benchmark class of `benchmarks/`.
+    """What asv asks about a family; a subclass of a question is a benchmark class of `benchmarks/`.
 
     Attributes:
         version: Changed by hand when numbers are no longer comparable; asv hides those of another version.
@@ -53,12 +52,12 @@ class Question(ABC):
     metrics: ClassVar[dict[str, str]] = {}
     param_names: ClassVar[list[str]] = []
     params: ClassVar[list[list[str]]] = []
-    subject: ClassVar[str] = ""
+    family: ClassVar[str] = ""
 
-    def __init_subclass__(cls, subject: str = "") -> None:
-        if subject:
-            cls.subject, cls.params = subject, cls.points(subjects()[subject])
-            # asv keeps what a set-up returned by the module and line in which it stands: each subject needs its own
+    def __init_subclass__(cls, family: str = "") -> None:
+        if family:
+            cls.family, cls.params = family, cls.points(families()[family])
+            # asv keeps what a set-up returned by the module and line in which it stands: each family needs its own
             own = FunctionType(cls.setup_cache.__code__, globals(), "setup_cache")
             own.__module__ = cls.__module__
             cls.setup_cache = own  # type: ignore[method-assign]
@@ -118,7 +117,7 @@ class Cost(Question):
         keep_freed_memory()
         effort = Effort(FULL, SECONDS, thrifty=True)
         found: Answers = {}
-        for contract in subjects()[self.subject]:
+        for contract in families()[self.family]:
             machine, competing = this_machine(contract.dtypes), competitors(contract)
             for workload in contract.workloads if machine.device == "cuda" else for_cpu(contract, machine.dtype):
                 for direction in directions(contract):
@@ -156,7 +155,7 @@ class Counters(Question):
         from gaugeblock.conformance.bench.rows import count_calls
 
         found: Answers = {}
-        for contract in subjects()[self.subject]:
+        for contract in families()[self.family]:
             for direction in directions(contract):
                 for row in count_calls(contract, direction, competitors(contract), this_machine(contract.dtypes, quick=True)):
                     point = (_operation(contract), direction, row.implementation)
@@ -191,7 +190,7 @@ class AtLandmark(Question):
 
         return {
             (_operation(contract), dtype, name): answer
-            for contract in subjects()[self.subject]
+            for contract in families()[self.family]
             for (dtype, name), answer in answers(contract, question)
         }
 
@@ -227,14 +226,10 @@ QUESTIONS: tuple[type[Question], ...] = (Cost, Counters, Accuracy, Determinism)
 
 
 def benchmarks() -> Iterator[tuple[str, type[Question]]]:
-    """Every question about every subject, with the name that asv gives its class."""
-    for subject in subjects():
+    """Every question about every family, with the name that asv gives its class."""
+    for family in families():
         for question in QUESTIONS:
-            yield f"{subject}.{question.__name__}", type(question.__name__, (question,), {}, subject=subject)
-
-
-def _subject(contract: Contract) -> str:
-    return contract.name.partition(".")[0]
+            yield f"{family}.{question.__name__}", type(question.__name__, (question,), {}, family=family)
 
 
 def _operation(contract: Contract) -> str:

@@ -22,6 +22,7 @@ from gaugeblock.conformance.engine.contract import (
 )
 from gaugeblock.conformance.engine.factors import Factor, Trait, edges, either
 from gaugeblock.conformance.engine.implementation import compiled, jax, triton
+from gaugeblock.conformance.engine.inputs.bad_calls import changed
 from gaugeblock.conformance.engine.inputs.draw import Draw
 from gaugeblock.reference.configs import DIT_PRESETS, DiTConfig
 from gaugeblock.reference.torch import dit as model
@@ -254,10 +255,6 @@ def special(draw: Draw, parameters: Parameters) -> Tensors:
     return tensors
 
 
-def _change(name: str, change: Callable[[torch.Tensor], Any]) -> Callable[[dict[str, Any]], dict[str, Any]]:
-    return lambda call: {name: change(call[name])}
-
-
 def _another_dtype(each: torch.Tensor) -> torch.Tensor:
     return each.to(torch.float16 if each.dtype == torch.float32 else torch.float32)
 
@@ -265,11 +262,11 @@ def _another_dtype(each: torch.Tensor) -> torch.Tensor:
 QKV = "state/blocks.0.attn.qkv.weight"
 REJECTIONS = (
     Rejection("a parameter too many", "blocks.99.attn.qkv.weight", lambda call: {"state/blocks.99.attn.qkv.weight": call[QKV]}),
-    Rejection("a parameter of another shape", "blocks.0.attn.qkv.weight", _change(QKV, lambda each: each[:-1])),
-    Rejection("a parameter transposed", "blocks.0.attn.qkv.weight", _change(QKV, lambda each: each.T)),
-    Rejection("a parameter of another dtype", "blocks.0.attn.qkv.weight", _change(QKV, _another_dtype)),
-    Rejection("latents of another size", "latents", _change("latents", lambda each: each[..., :-1])),
-    Rejection("times that cannot tell 998 from 999", "timesteps", _change("timesteps", lambda each: each.bfloat16())),
+    Rejection("a parameter of another shape", "blocks.0.attn.qkv.weight", changed(QKV, lambda each: each[:-1])),
+    Rejection("a parameter transposed", "blocks.0.attn.qkv.weight", changed(QKV, lambda each: each.T)),
+    Rejection("a parameter of another dtype", "blocks.0.attn.qkv.weight", changed(QKV, _another_dtype)),
+    Rejection("latents of another size", "latents", changed("latents", lambda each: each[..., :-1])),
+    Rejection("times that cannot tell 998 from 999", "timesteps", changed("timesteps", lambda each: each.bfloat16())),
     Rejection(
         "a label above num_classes",
         "class_labels",

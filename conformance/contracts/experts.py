@@ -1,6 +1,5 @@
 """Contracts of the experts."""
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,6 +19,7 @@ from gaugeblock.conformance.engine.contract import (
 )
 from gaugeblock.conformance.engine.factors import Trait, edges, kind_of_count, kind_of_width, kinds
 from gaugeblock.conformance.engine.implementation import compiled, distributed, jax, triton
+from gaugeblock.conformance.engine.inputs.bad_calls import changed
 from gaugeblock.conformance.engine.inputs.draw import Draw
 from gaugeblock.conformance.engine.vocabulary import DEVICES
 from gaugeblock.reference.torch import experts
@@ -275,17 +275,13 @@ def tiny(draw: Draw, parameters: Parameters) -> Tensors:
     return tensors | {"hidden_states": tensors["hidden_states"] * 2.0**-6, "w2": tensors["w2"] * 2.0**-5}
 
 
-def _change(name: str, change: Callable[[torch.Tensor], Any]) -> Callable[[dict[str, Any]], dict[str, Any]]:
-    return lambda call: {name: change(call[name])}
-
-
 REJECTIONS = (
     Rejection(
         "ids for more tokens",
         "topk_ids",
         lambda call: {name: torch.cat([call[name], call[name][:1]]) for name in ("topk_ids", "topk_weights")},
     ),
-    Rejection("w13 with an odd number of rows", "w13", _change("w13", lambda each: each[:, :-1])),
+    Rejection("w13 with an odd number of rows", "w13", changed("w13", lambda each: each[:, :-1])),
 )
 
 

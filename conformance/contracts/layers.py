@@ -20,6 +20,7 @@ from gaugeblock.conformance.engine.contract import (
 )
 from gaugeblock.conformance.engine.factors import Trait, edges, either, kind_of_width, kinds
 from gaugeblock.conformance.engine.implementation import compiled, triton
+from gaugeblock.conformance.engine.inputs.bad_calls import changed
 from gaugeblock.conformance.engine.inputs.draw import Draw
 from gaugeblock.reference.torch import layers
 
@@ -203,19 +204,15 @@ def _regimes(make: Callable[[Tokens], Callable[[Draw, Parameters], Tensors]]) ->
     )
 
 
-def _change(name: str, change: Callable[[torch.Tensor], Any]) -> Callable[[dict[str, Any]], dict[str, Any]]:
-    return lambda call: {name: change(call[name])}
-
-
 def _another_dtype(each: torch.Tensor) -> torch.Tensor:
     return each.to(torch.float16 if each.dtype == torch.float32 else torch.float32)
 
 
 def _rejections(tokens: str) -> tuple[Rejection, ...]:
     return (
-        Rejection("shift for another batch", "shift", _change("shift", lambda each: torch.cat([each, each]))),
-        Rejection("shift of another width", "shift", _change("shift", lambda each: each[:, :-1])),
-        Rejection("scale of another dtype", "scale", _change("scale", _another_dtype)),
+        Rejection("shift for another batch", "shift", changed("shift", lambda each: torch.cat([each, each]))),
+        Rejection("shift of another width", "shift", changed("shift", lambda each: each[:, :-1])),
+        Rejection("scale of another dtype", "scale", changed("scale", _another_dtype)),
         Rejection("eps of 0", "eps", lambda call: {"eps": 0.0}),
         Rejection("eps as text", "eps", lambda call: {"eps": "1e-6"}),
     )

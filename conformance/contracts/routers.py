@@ -1,8 +1,6 @@
 """Contracts of the routers."""
 
 import math
-from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,7 +19,7 @@ from gaugeblock.conformance.engine.contract import (
     Workload,
     row,
 )
-from gaugeblock.conformance.engine.factors import Factor, Trait, edges, either, kind_of_count, kinds
+from gaugeblock.conformance.engine.factors import Trait, edges, either, kind_of_count, kinds
 from gaugeblock.conformance.engine.implementation import jax, triton
 from gaugeblock.conformance.engine.inputs.draw import Draw
 from gaugeblock.reference.torch import routers
@@ -71,58 +69,7 @@ def softmax_topk() -> Contract:
     )
 
 
-@row
-def grouped_sigmoid_topk() -> Contract:
-    """The row of `routers.grouped_sigmoid_topk`."""
-    return Contract(
-        name="routers.grouped_sigmoid_topk",
-        summary="Each token goes to top_k experts of its best groups, chosen by sigmoid plus bias, weighted by sigmoid alone.",
-        formula=(
-            "s = sigmoid(router_logits); c = s + bias; a group's score is the sum of its two highest c; of the topk_groups best "
-            "groups ids = topk(c); weights = s[ids] (/ (sum + 1e-20) if renormalize) * routed_scaling_factor"
-        ),
-        source="DeepSeek-V3 Technical Report (arXiv:2412.19437) section 2.1.2; the 1e-20 is of the public model's MoEGate",
-        reference=routers.grouped_sigmoid_topk,
-        inputs=(LOGITS, BIAS),
-        outputs=OUTPUTS,
-        options=("top_k", "num_groups", "topk_groups", "renormalize", "routed_scaling_factor"),
-        batch="num_tokens",
-        parameters=grouped_parameters,
-        landmarks=(
-            grouped_sizes(33, 64, 8, 8, 4, True, 2.5),  # DeepSeek-V3's groups, fewer experts
-            grouped_sizes(17, 15, 4, 5, 3, False, 2.5),
-            grouped_sizes(5, 6, 2, 6, 3, True, 1.0),  # groups of one expert
-            grouped_sizes(3, 288, 8, 1, 1, True, 2.5),  # one group; ids above 255
-            grouped_sizes(9, 256, 8, 8, 4, True, 2.5),  # DeepSeek-V3
-        ),
-        factors=GROUPED_FACTORS,
-        build=grouped_point,
-        traits=GROUPED_TRAITS,
-        regimes=(
-            *(_with_bias(regime, _few if regime.name == "ties" else _smooth) for regime in SIGMOID_REGIMES),
-            _with_bias(Regime("lattice", saturated, "worst element", differentiable=False), _few),
-        ),
-        cost=cost,
-        workloads=(
-            Workload(
-                "deepseek-v3/prefill-4096",
-                grouped_sizes(4096, 256, 8, 8, 4, True, 2.5),
-                "deepseek-ai/DeepSeek-V3 config.json",
-            ),
-            Workload("deepseek-v3/decode-64", grouped_sizes(64, 256, 8, 8, 4, True, 2.5), "deepseek-ai/DeepSeek-V3 config.json"),
-        ),
-        selection=Selection("topk_ids", _biased_scores, "top_k", group_scores=_biased_group_scores, group_count="topk_groups"),
-        relabel=shuffled_groups,
-        rejections=GROUPED_REJECTIONS,
-        implementations=(
-            triton(),
-            jax("jax-jit"),
-        ),
-    )
-
-
 LOGITS = Input("router_logits", ("num_tokens", "num_experts"), differentiable=True)
-BIAS = Input("e_score_correction_bias", ("num_experts",), dtype="float32")
 OUTPUTS = (
     Output("topk_weights", ("num_tokens", "top_k"), dtype="float32", differentiable=True),
     Output("topk_ids", ("num_tokens", "top_k"), dtype="int64", indexes="num_experts"),
@@ -150,39 +97,12 @@ def softmax_parameters(draw: st.DrawFn) -> dict[str, Any]:
     }
 
 
-@st.composite
-def grouped_parameters(draw: st.DrawFn) -> dict[str, Any]:
-    """Groups of one expert, of odd sizes, all groups kept, and the published 8 groups."""
-    groups, members = draw(st.sampled_from([1, 2, 3, 4, 5, 8])), draw(st.sampled_from([1, 2, 3, 4, 7, 16, 33]))
-    kept = draw(st.integers(1, groups))
-    return {
-        "num_tokens": draw(st.sampled_from([1, 2, 3, 7, 16, 17, 33, 64])),
-        "num_experts": groups * members,
-        "top_k": draw(st.integers(1, min(kept * members, 9))),
-        "num_groups": groups,
-        "topk_groups": kept,
-        "renormalize": draw(st.booleans()),
-        "routed_scaling_factor": draw(st.sampled_from([1.0, 2.5])),
-    }
-
-
 def softmax_sizes(num_tokens: int, num_experts: int, top_k: int, renormalize: bool) -> dict[str, Any]:
     """One point of the input space."""
     return {"num_tokens": num_tokens, "num_experts": num_experts, "top_k": top_k, "renormalize": renormalize}
 
 
-def grouped_sizes(
-    num_tokens: int, num_experts: int, top_k: int, num_groups: int, topk_groups: int, renormalize: bool, factor: float
-) -> dict[str, Any]:
-    """One point of the input space."""
-    return softmax_sizes(num_tokens, num_experts, top_k, renormalize) | {
-        "num_groups": num_groups,
-        "topk_groups": topk_groups,
-        "routed_scaling_factor": factor,
-    }
-
-
-def _turns(logits: torch.Tensor) -> torch.Tensor:
+def turns(logits: torch.Tensor) -> torch.Tensor:
     """Whose turn it is: token t is for expert t, and so on again."""
     tokens, experts = logits.shape
     return torch.arange(experts) == (torch.arange(tokens) % experts)[:, None]
@@ -190,7 +110,7 @@ def _turns(logits: torch.Tensor) -> torch.Tensor:
 
 def _in_turn(tensors: Tensors) -> Tensors:
     """Each expert is the first choice of some token: it has the highest logit, which had another."""
-    logits, turn = tensors["router_logits"], _turns(tensors["router_logits"])
+    logits, turn = tensors["router_logits"], turns(tensors["router_logits"])
     if not logits.numel():
         return {}
     best = torch.zeros_like(turn).scatter(1, logits.argmax(1, keepdim=True), True)
@@ -198,15 +118,7 @@ def _in_turn(tensors: Tensors) -> Tensors:
     return {"router_logits": torch.where(turn, logits.amax(1, keepdim=True), torch.where(best, own, logits))}
 
 
-def _in_turn_among_groups(tensors: Tensors) -> Tensors:
-    """The same, whatever the other experts of its group are: their scores are small, and there is no bias."""
-    logits, turn = tensors["router_logits"], _turns(tensors["router_logits"])
-    high, low = torch.where(logits >= 3, logits, 3 + logits.abs()), torch.where(logits <= -3, logits, -3 - logits.abs())
-    bias = torch.zeros_like(tensors["e_score_correction_bias"])
-    return {"router_logits": torch.where(turn, high, low), "e_score_correction_bias": bias}
-
-
-def _negative(tensors: Tensors) -> Tensors:
+def negative(tensors: Tensors) -> Tensors:
     return {"router_logits": -tensors["router_logits"].abs()}
 
 
@@ -216,18 +128,14 @@ def _large(tensors: Tensors) -> Tensors:
     return {"router_logits": torch.where(logits > 64, logits, logits + 128)}
 
 
-def _each_expert(sizes: Parameters) -> bool:
+def each_expert(sizes: Parameters) -> bool:
     return sizes["num_tokens"] >= sizes["num_experts"]
 
 
 SOFTMAX_TRAITS = (
-    Trait("each expert in turn", "router_logits", _in_turn, fits=_each_expert),
-    Trait("negative", "router_logits", _negative),
+    Trait("each expert in turn", "router_logits", _in_turn, fits=each_expert),
+    Trait("negative", "router_logits", negative),
     Trait("about 128", "router_logits", _large),
-)
-GROUPED_TRAITS = (
-    Trait("each expert in turn", "router_logits", _in_turn_among_groups, fits=_each_expert),
-    Trait("negative", "router_logits", _negative),
 )
 TOKENS = edges("num_tokens", 1, 2, 15, 16, 17, 33)
 CHOSEN = edges("top_k", 1, 2, 3, 4, option=True)
@@ -237,16 +145,6 @@ SOFTMAX_FACTORS = (
     CHOSEN,
     either("renormalize", False, True),
 )
-GROUPED_FACTORS = (
-    TOKENS,
-    kinds("num_groups", kind_of_count, 1, 2, 4, 8, 3, 5),
-    edges("experts_of_a_group", 1, 2, 3, 33, of=lambda sizes: sizes["num_experts"] // sizes["num_groups"]),
-    Factor("num_experts", kind_of_count),  # it follows from the groups
-    edges("topk_groups", 1, 2, 3, option=True),
-    CHOSEN,
-    either("renormalize", False, True),
-    either("routed_scaling_factor", 1.0, 2.5),
-)
 
 
 def softmax_point(num_tokens: int, num_experts: int, top_k: int, renormalize: bool) -> dict[str, Any] | None:
@@ -254,46 +152,19 @@ def softmax_point(num_tokens: int, num_experts: int, top_k: int, renormalize: bo
     return softmax_sizes(num_tokens, num_experts, top_k, renormalize) if top_k <= num_experts else None
 
 
-def grouped_point(experts_of_a_group: int, num_groups: int, topk_groups: int, top_k: int, **others: Any) -> dict[str, Any] | None:
-    """The point with these values of the factors."""
-    if topk_groups > num_groups or top_k > topk_groups * experts_of_a_group:
-        return None
-    experts = num_groups * experts_of_a_group
-    return {"num_experts": experts, "top_k": top_k, "num_groups": num_groups, "topk_groups": topk_groups, **others}
-
-
-def _shape(parameters: Parameters) -> tuple[int, int]:
+def logits_shape(parameters: Parameters) -> tuple[int, int]:
     return parameters["num_tokens"], parameters["num_experts"]
-
-
-def _with_bias(regime: Regime, noise: Callable[[Draw, int], torch.Tensor]) -> Regime:
-    """The same logits, and a correction bias: small, and shifted so that many biased scores are negative."""
-
-    def make(draw: Draw, parameters: Parameters) -> Tensors:
-        tensors = regime.make(draw, parameters)
-        return tensors | {"e_score_correction_bias": noise(draw, parameters["num_experts"]) - 0.5}
-
-    return replace(regime, make=make)
-
-
-def _smooth(draw: Draw, experts: int) -> torch.Tensor:
-    return 0.3 * draw.normal(experts)
-
-
-def _few(draw: Draw, experts: int) -> torch.Tensor:
-    """One of three values, or the same for all: experts tie, and groups of experts too."""
-    return 0.25 * (draw.integers(-1, 2, experts) * draw.integers(0, 2, 1)).to(torch.float64)
 
 
 def dithered(draw: Draw, parameters: Parameters) -> Tensors:
     """Random logits; each token has its own scale, from flat to peaked."""
-    tokens, experts = _shape(parameters)
+    tokens, experts = logits_shape(parameters)
     return {"router_logits": draw.normal(tokens, experts) * 4 * draw.uniform(tokens, 1)}
 
 
 def tied(draw: Draw, parameters: Parameters) -> Tensors:
     """Few distinct logits, so that most choices are ties; some rows all equal, zeros of both signs."""
-    logits = draw.integers(-1, 2, *_shape(parameters)).to(torch.float64)
+    logits = draw.integers(-1, 2, *logits_shape(parameters)).to(torch.float64)
     logits[::3] = 0.5
     return {"router_logits": torch.where((logits == 0) & (draw.uniform(*logits.shape) < 0.5), -0.0, logits)}
 
@@ -301,7 +172,7 @@ def tied(draw: Draw, parameters: Parameters) -> Tensors:
 def extreme(draw: Draw, parameters: Parameters) -> Tensors:
     """Logits near ±10^4 with a common offset: exponentials overflow unless the maximum is subtracted; some lie 8 units of float32
     apart, which a comparison must see."""
-    tokens, experts = _shape(parameters)
+    tokens, experts = logits_shape(parameters)
     offset = torch.tensor([0.0, 1e4, -1e4, 200.0], dtype=torch.float64)[draw.integers(0, 4, tokens, 1)]
     wide, near = 30 * draw.normal(tokens, experts), draw.integers(0, 16, tokens, experts) * 2.0**-7
     return {"router_logits": offset + torch.where(draw.uniform(tokens, 1) < 0.25, near, wide)}
@@ -309,30 +180,20 @@ def extreme(draw: Draw, parameters: Parameters) -> Tensors:
 
 def lattice(draw: Draw, parameters: Parameters) -> Tensors:
     """A power of two of equal logits, all of them chosen, among -inf ones: every weight is a power of two, or 0."""
-    tokens, experts = _shape(parameters)
+    tokens, experts = logits_shape(parameters)
     finite = 2 ** int(math.log2(parameters["top_k"]))
     allowed = torch.zeros(tokens, experts, dtype=torch.bool).scatter(1, draw.distinct_rows(tokens, finite, experts), True)
     return {"router_logits": torch.where(allowed, draw.integers(-8, 9, tokens, 1).to(torch.float64), -math.inf)}
 
 
-def saturated(draw: Draw, parameters: Parameters) -> Tensors:
-    """Sigmoids of exactly one half: weights are powers of two where top_k is, and sums are exact."""
-    return {"router_logits": torch.zeros(_shape(parameters), dtype=torch.float64)}
-
-
 def special(draw: Draw, parameters: Parameters) -> Tensors:
     """Some rows hold NaN, some logits are -inf; the other rows are ordinary."""
-    tokens, experts = _shape(parameters)
+    tokens, experts = logits_shape(parameters)
     logits = draw.normal(tokens, experts)
     logits[draw.uniform(tokens, experts) < 0.1] = -math.inf
     logits[:, 0] = logits[:, 0].nan_to_num(neginf=0.0)  # no row of -inf alone: its softmax has no value
     logits[1::3, -1] = math.nan
     return {"router_logits": logits}
-
-
-def vanishing(draw: Draw, parameters: Parameters) -> Tensors:
-    """Sigmoids near 10^-20, beside which the epsilon of the renormalization shows."""
-    return {"router_logits": -46 + 2 * draw.normal(*_shape(parameters))}
 
 
 SOFTMAX_REGIMES = (
@@ -342,7 +203,6 @@ SOFTMAX_REGIMES = (
     Regime("adversarial", extreme, "worst element", differentiable=False),
     Regime("special", special, "worst element", differentiable=False),
 )
-SIGMOID_REGIMES = (*SOFTMAX_REGIMES, Regime("constant-probing", vanishing, "worst element"))
 
 
 def shuffled_experts(draw: Draw, parameters: Parameters) -> torch.Tensor:
@@ -350,41 +210,11 @@ def shuffled_experts(draw: Draw, parameters: Parameters) -> torch.Tensor:
     return draw.permutation(parameters["num_experts"])
 
 
-def shuffled_groups(draw: Draw, parameters: Parameters) -> torch.Tensor:
-    """Any order of the groups, and of the experts inside each."""
-    groups = parameters["num_groups"]
-    members = parameters["num_experts"] // groups
-    order = torch.stack([draw.permutation(members) for _ in range(groups)])
-    return (draw.permutation(groups)[:, None] * members + order).flatten()
-
-
-def _set(**changes: Any) -> Any:
-    """Replaces arguments; a callable value is given the good call's arguments."""
-    return lambda call: {name: change(call) if callable(change) else change for name, change in changes.items()}
-
-
-def _no_divisor(number: int) -> int:
-    return number - 1 if number > 2 else number + 1
-
-
 SOFTMAX_REJECTIONS = (
-    Rejection("top_k above num_experts", "top_k", _set(top_k=lambda call: call["router_logits"].shape[1] + 1)),
-    Rejection("top_k of zero", "top_k", _set(top_k=0)),
-    Rejection("top_k of 1.5", "top_k", _set(top_k=1.5)),
-    Rejection("a truth value for top_k", "top_k", _set(top_k=True)),
-)
-GROUPED_REJECTIONS = (
-    *SOFTMAX_REJECTIONS,
-    Rejection(
-        "groups that do not divide", "num_groups", _set(num_groups=lambda call: _no_divisor(call["router_logits"].shape[1]))
-    ),
-    Rejection("no groups", "num_groups", _set(num_groups=0)),
-    Rejection("more groups kept than there are", "topk_groups", _set(topk_groups=lambda call: call["num_groups"] + 1)),
-    Rejection(
-        "top_k above what the kept groups hold",
-        "top_k",
-        lambda call: {"topk_groups": 1, "top_k": call["router_logits"].shape[1] // call["num_groups"] + 1},
-    ),
+    Rejection("top_k above num_experts", "top_k", lambda call: {"top_k": call["router_logits"].shape[1] + 1}),
+    Rejection("top_k of zero", "top_k", lambda call: {"top_k": 0}),
+    Rejection("top_k of 1.5", "top_k", lambda call: {"top_k": 1.5}),
+    Rejection("a truth value for top_k", "top_k", lambda call: {"top_k": True}),
 )
 
 
@@ -399,13 +229,3 @@ def _softmax_of_chosen(router_logits: torch.Tensor, *, top_k: int, renormalize: 
     if renormalize:
         return chosen.softmax(-1), topk_ids
     return torch.softmax(router_logits, -1).gather(-1, topk_ids), topk_ids
-
-
-def _biased_scores(router_logits: torch.Tensor, e_score_correction_bias: torch.Tensor, **_: Any) -> torch.Tensor:
-    return routers.sigmoid_choice_scores(router_logits, e_score_correction_bias)
-
-
-def _biased_group_scores(
-    router_logits: torch.Tensor, e_score_correction_bias: torch.Tensor, *, num_groups: int, **_: Any
-) -> torch.Tensor:
-    return routers.group_scores(_biased_scores(router_logits, e_score_correction_bias), num_groups)

@@ -21,6 +21,7 @@ from gaugeblock.conformance.engine.contract import (
 )
 from gaugeblock.conformance.engine.factors import Trait, edges, either
 from gaugeblock.conformance.engine.implementation import distributed
+from gaugeblock.conformance.engine.inputs.bad_calls import changed
 from gaugeblock.conformance.engine.inputs.draw import Draw
 from gaugeblock.conformance.engine.vocabulary import DEVICES
 from gaugeblock.reference.configs import DiTConfig, ImageDiffusionConfig
@@ -273,10 +274,6 @@ def converged(draw: Draw, parameters: Parameters) -> Tensors:
     return tensors
 
 
-def _change(key: str, change: Callable[[torch.Tensor], torch.Tensor | None]) -> Callable[[dict[str, Any]], dict[str, Any]]:
-    return lambda call: {key: change(call[key])}
-
-
 def _one(value: float) -> Callable[[torch.Tensor], torch.Tensor]:
     """With one element, the last, of that value."""
 
@@ -290,19 +287,19 @@ def _one(value: float) -> Callable[[torch.Tensor], torch.Tensor]:
 
 BIAS = "state/model.final_layer.linear.bias"
 REJECTIONS = (
-    Rejection("a NaN in an image", "loss", _change("images", _one(torch.nan)), raises=(FloatingPointError,)),
-    Rejection("an infinite parameter", "loss", _change(BIAS, _one(torch.inf)), raises=(FloatingPointError,)),
-    Rejection("images of another size", "images", _change("images", lambda each: each[..., :-1])),
+    Rejection("a NaN in an image", "loss", changed("images", _one(torch.nan)), raises=(FloatingPointError,)),
+    Rejection("an infinite parameter", "loss", changed(BIAS, _one(torch.inf)), raises=(FloatingPointError,)),
+    Rejection("images of another size", "images", changed("images", lambda each: each[..., :-1])),
     Rejection("a batch without examples", "images", lambda call: {
         name: call[name][:, :0] for name in ("images", "labels", "example_ids")
     }),
-    Rejection("a negative label", "labels", _change("labels", lambda each: each * 0 - 1)),
+    Rejection("a negative label", "labels", changed("labels", lambda each: each * 0 - 1)),
     Rejection("the label that stands for none", "labels", lambda call: {
         "labels": call["labels"] * 0 + call["config"].model.num_classes
     }),
-    Rejection("a state without its step", "step", _change("state/step", lambda each: None)),
-    Rejection("a floating step", "step", _change("state/step", torch.Tensor.float)),
-    Rejection("a parameter of another shape", "model.final_layer.linear.bias", _change(BIAS, lambda each: each[:-1])),
+    Rejection("a state without its step", "step", changed("state/step", lambda each: None)),
+    Rejection("a floating step", "step", changed("state/step", torch.Tensor.float)),
+    Rejection("a parameter of another shape", "model.final_layer.linear.bias", changed(BIAS, lambda each: each[:-1])),
     Rejection("integer moments", "exp_avg.final_layer.linear.bias", lambda call: {
         "state/exp_avg.final_layer.linear.bias": call[BIAS].long()
     }),

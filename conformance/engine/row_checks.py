@@ -27,7 +27,7 @@ def check_row(row: "Contract") -> None:
     Raises:
         ContractError: With the row's name, the field, what was expected and what stands there.
     """
-    for check in (names, landmarks, shapes, dimensions, choice, steps, values, classes, bad_calls, exceptions):
+    for check in (names, landmarks, shapes, dimensions, choice, steps, values, classes, rejections, exceptions):
         for wrong in check(row):
             raise ContractError(f"{row.name}: {wrong}")
 
@@ -149,7 +149,7 @@ def classes(row: "Contract") -> Iterator[str]:
         yield "parameters: expected a strategy, or factors with values, got None"
 
 
-def bad_calls(row: "Contract") -> Iterator[str]:
+def rejections(row: "Contract") -> Iterator[str]:
     """What a bad call's error must name is something that the caller gave, or something inside of it."""
     for rejection in row.rejections:
         if not all(rejection.names):

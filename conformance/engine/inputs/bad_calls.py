@@ -20,26 +20,31 @@ def bad_calls(contract: Contract, parameters: Parameters) -> list[Rejection]:
     return [*_of_tensors(contract, parameters), *_of_entries(contract, parameters), *contract.rejections]
 
 
+def changed(key: str, change: Callable[[Any], Any]) -> Spoil:
+    """The call with one input or option replaced by a function of itself."""
+    return lambda call: {key: change(call[key])}
+
+
 def _of_tensors(contract: Contract, parameters: Parameters) -> Iterator[Rejection]:
     tensors = [spec for spec in contract.inputs if not spec.leaves]
     for position, spec in enumerate(tensors):
         lead = int(contract.recurrence is not None and spec.shape[:1] == (contract.recurrence.steps,))
-        yield Rejection(f"{spec.name} of a rank more", spec.name, _change(spec.name, partial(torch.unsqueeze, dim=lead)))
+        yield Rejection(f"{spec.name} of a rank more", spec.name, changed(spec.name, partial(torch.unsqueeze, dim=lead)))
         if len(spec.shape) > lead:
-            yield Rejection(f"{spec.name} of a rank less", spec.name, _change(spec.name, partial(_first, dim=lead)))
-        yield Rejection(f"{spec.name} of {_other_kind(spec)}", spec.name, _change(spec.name, _of_other_kind))
+            yield Rejection(f"{spec.name} of a rank less", spec.name, changed(spec.name, partial(_first, dim=lead)))
+        yield Rejection(f"{spec.name} of {_other_kind(spec)}", spec.name, changed(spec.name, _of_other_kind))
         before = tensors[:position]
         for axis, dimension in enumerate(spec.shape[lead:], lead):
             sharing = tuple(other.name for other in before if isinstance(dimension, str) and dimension in other.shape)
             if sharing:
-                longer, shorter = (_change(spec.name, partial(change, dim=axis)) for change in (_one_more, _one_less))
+                longer, shorter = (changed(spec.name, partial(change, dim=axis)) for change in (_one_more, _one_less))
                 yield Rejection(f"{spec.name} with a {dimension} of one more", (spec.name, *sharing), longer)
                 if parameters[str(dimension)] > 1:
                     yield Rejection(f"{spec.name} with a {dimension} of one less", (spec.name, *sharing), shorter)
         if spec.indexes:
             for id_, what in ((-1, "a negative id"), (parameters[spec.indexes], f"an id of {spec.indexes}")):
                 ids = partial(torch.full_like, fill_value=id_)
-                yield Rejection(f"{spec.name} with {what}", spec.name, _change(spec.name, ids))
+                yield Rejection(f"{spec.name} with {what}", spec.name, changed(spec.name, ids))
         if before or contract.state:
             names = (spec.name, *(other.name for other in contract.inputs if other is not spec))
             yield Rejection(f"{spec.name} on another device", names, lambda call: {}, elsewhere=spec.name)
@@ -57,15 +62,11 @@ def _of_entries(contract: Contract, parameters: Parameters) -> Iterator[Rejectio
         dimensions = {each for each in leaves[name].shape if isinstance(each, str)}
         others = {**leaves, **{spec.name: spec for spec in contract.inputs}}
         sharing = (other for other, leaf in others.items() if dimensions & set(leaf.shape) and other != name)
-        yield Rejection(f"{name} of another size", (name, *sharing), _change(key, partial(_one_more, dim=-1)))
-        yield Rejection(f"{name} of a rank more", name, _change(key, partial(torch.unsqueeze, dim=0)))
-        yield Rejection(f"{name} of integers", name, _change(key, _of_other_kind))
+        yield Rejection(f"{name} of another size", (name, *sharing), changed(key, partial(_one_more, dim=-1)))
+        yield Rejection(f"{name} of a rank more", name, changed(key, partial(torch.unsqueeze, dim=0)))
+        yield Rejection(f"{name} of integers", name, changed(key, _of_other_kind))
     copied = f"{state.name}/{floating[0]}"
     yield Rejection("an entry too many", UNKNOWN, lambda call: {f"{state.name}/{UNKNOWN}": call[copied]})
-
-
-def _change(key: str, change: Callable[[torch.Tensor], torch.Tensor]) -> Spoil:
-    return lambda call: {key: change(call[key])}
 
 
 def _replaced(key: str, value: Any, call: dict[str, Any]) -> Mapping[str, Any]:
