@@ -73,6 +73,7 @@ def test_jax_objectives_are_those_of_torch(velocity):
         jax_results = results(jax_objectives, *(jnp.asarray(each.numpy()) for each in (data, noise, times)))
     for actual, expected in zip(jax_results, results(objectives, data, noise, times), strict=True):
         assert actual.dtype == np.float64
+        # the frameworks add up in other orders: of sums this short some roundings, where a wrong term is off by all of itself
         np.testing.assert_allclose(actual, expected, rtol=16 * EPS, atol=4 * EPS)
 
 
