@@ -16,6 +16,7 @@ from gaugeblock.conformance.engine.budget.oracle import gradient_key
 from gaugeblock.conformance.engine.budget.rounding_noise import MATRIX_PRODUCTS, SUMS, ULPS
 from gaugeblock.conformance.engine.calls import ResultCount, apply
 from gaugeblock.conformance.engine.contract import Contract, Tensors
+from gaugeblock.conformance.engine.pull_back import pull_back
 
 UNSAID = "(no message"  # begins what stands for a text that could not be had
 KEPT_TEXT = 64 << 10  # characters of what an error says
@@ -106,11 +107,12 @@ def call_torch(contract: Contract, function: Callable[..., Any], call: Call) -> 
     if not through:
         without = ", ".join(contract.differentiable(outputs))
         raise BadResult(f"{without} has no gradient function, so no gradient reaches {', '.join(wanted)}")
+    for key in through:
+        if outputs[key].shape != call.cotangents[key].shape:
+            raise BadResult(f"{key} has shape {tuple(outputs[key].shape)}, expected {tuple(call.cotangents[key].shape)}")
     cotangents = [call.cotangents[key].to(outputs[key].dtype) for key in through]
     with candidates_own():
-        gradients = torch.autograd.grad(
-            [outputs[key] for key in through], [leaves[key] for key in wanted], cotangents, allow_unused=True
-        )
+        gradients = pull_back([outputs[key] for key in through], [leaves[key] for key in wanted], cotangents)
     for key, gradient in zip(wanted, gradients, strict=True):
         if gradient is None:
             raise BadResult(f"{key} gets no gradient")

@@ -17,6 +17,7 @@ from gaugeblock.conformance.engine.budget.runs import values_of
 from gaugeblock.conformance.engine.calls import apply, nest
 from gaugeblock.conformance.engine.contract import Contract, Tensors
 from gaugeblock.conformance.engine.inputs.cases import Case, cotangents, dtypes_of, make_inputs, options, value_case
+from gaugeblock.conformance.engine.pull_back import pull_back
 
 GRADIENT = "gradient of "  # begins the key of a gradient among results
 CACHED = 512  # cases; a budget with gradients takes about a megabyte
@@ -34,11 +35,11 @@ def reference_run(
     if not cotangent:
         return {key: tensor.detach() for key, tensor in outputs.items()}
     through = [key for key in contract.differentiable(outputs) if outputs[key].requires_grad]
-    gradients = torch.autograd.grad(
+    gradients = pull_back(
         [outputs[key] for key in through],
         [leaves[key] for key in wanted],
         [cotangent[key] for key in through],
-        materialize_grads=True,
+        materialize=True,
     )
     return {key: tensor.detach() for key, tensor in outputs.items()} | {
         gradient_key(key): gradient for key, gradient in zip(wanted, gradients, strict=True)
