@@ -38,9 +38,9 @@ def run(options: argparse.Namespace) -> int:
 
     workers.use_one_thread()
     all_may_be_kept = not options.fresh and holds_something(folder_of(options.kept))
-    if not all_may_be_kept:  # both import torch while this process does
+    if not all_may_be_kept:  # it imports torch while this process does
         workers.get_ready("gaugeblock.conformance.gate")
-    if not all_may_be_kept or options.candidates:
+    elif options.candidates:
         nursery.start()
     from gaugeblock.conformance.engine.processes import torchrun
     from gaugeblock.conformance.gate import run_gate

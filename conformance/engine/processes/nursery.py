@@ -7,6 +7,7 @@ came from that, ends with it, and with whoever asked for it.
 
 import importlib
 import json
+import multiprocessing
 import os
 import resource
 import select
@@ -90,7 +91,7 @@ def _connect() -> socket.socket:
 
 
 _known: list[str] = []  # the address of this process's nursery
-_started: list[tuple[subprocess.Popen, tempfile.TemporaryDirectory]] = []
+_held: list[Any] = []  # its folder, and its process where that is ours
 _starting = threading.Lock()
 
 
@@ -99,8 +100,13 @@ def share(address: str) -> None:
     _known[:] = [address]
 
 
-def start() -> str:
-    """Starts the nursery of this process if there is none yet, and does not wait for it; returns its address."""
+def start(*, from_server: bool = False) -> str:
+    """Starts the nursery of this process if there is none yet, and does not wait for it; returns its address.
+
+    Args:
+        from_server: Whether multiprocessing's fork server has imported, or soon will have, all that the nursery needs: it is
+            forked from there, and imports nothing.
+    """
     with _starting:
         if _known:
             return _known[0]
@@ -109,14 +115,18 @@ def start() -> str:
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         listener.bind(address)
         listener.listen(64)
-        paths = os.pathsep.join(filter(None, sys.path))
-        process = subprocess.Popen(
-            [sys.executable, "-m", "gaugeblock.conformance.engine.processes.nursery", str(listener.fileno())],
-            pass_fds=[listener.fileno()], stdin=subprocess.DEVNULL, env=os.environ | {"PYTHONPATH": paths},
-            start_new_session=True,
-        )  # fmt: skip
-        listener.close()
-        _started.append((process, folder))
+        if from_server:
+            forked = multiprocessing.get_context("forkserver").Process(target=main, args=(listener,), daemon=True)
+            threading.Thread(target=forked.start, daemon=True).start()  # which waits for the server
+        else:
+            paths = os.pathsep.join(filter(None, sys.path))
+            process = subprocess.Popen(
+                [sys.executable, "-m", "gaugeblock.conformance.engine.processes.nursery", str(listener.fileno())],
+                pass_fds=[listener.fileno()], stdin=subprocess.DEVNULL, env=os.environ | {"PYTHONPATH": paths},
+            )  # fmt: skip
+            listener.close()
+            _held.append(process)
+        _held.append(folder)
         _known.append(address)
         return address
 
@@ -238,10 +248,15 @@ def _become(request: dict[str, Any], files: list[int]) -> None:
         os._exit(status)
 
 
-def main(listener: str) -> None:
+def main(listener: socket.socket) -> None:
     """The nursery's own process."""
     import ctypes
 
+    os.setsid()
+    inherited = {int(each) for each in os.listdir("/proc/self/fd")} - {0, 1, 2, listener.fileno()}
+    for file in inherited:  # of the server: it ends when nobody holds them any more
+        with suppress(OSError):
+            os.close(file)
     libc = ctypes.CDLL(None)
     libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     libc.prctl(PR_SET_CHILD_SUBREAPER, 1)
@@ -250,8 +265,8 @@ def main(listener: str) -> None:
 
     importlib.import_module("gaugeblock.conformance.engine.processes.perform")
     contracts()
-    Nursery(socket.socket(fileno=int(listener))).serve()
+    Nursery(listener).serve()
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main(socket.socket(fileno=int(sys.argv[1])))

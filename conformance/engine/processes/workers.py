@@ -15,6 +15,8 @@ from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
 from typing import Any, Generic, TypeVar
 
+from gaugeblock.conformance.engine.processes import nursery
+
 Task = TypeVar("Task")
 
 
@@ -24,10 +26,11 @@ def use_one_thread() -> None:
 
 
 def get_ready(module: str) -> None:
-    """Has a server process import a module, meanwhile; workers are forked from it, in milliseconds each."""
+    """Has a server process import a module, meanwhile; workers and the nursery are forked from it, in milliseconds each."""
     use_one_thread()
     forkserver.set_forkserver_preload([module])
     forkserver.ensure_running()
+    nursery.start(from_server=True)
 
 
 @dataclass(frozen=True)
