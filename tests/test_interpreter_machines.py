@@ -16,11 +16,12 @@ from gaugeblock.conformance.engine.triton.interpreter import functions
 
 # What libraries ask when they choose their code.
 PRETENDED = [
-    {"OPENBLAS_CORETYPE": "Haswell"},
-    {"ATEN_CPU_CAPABILITY": "default"},
-    {"MKL_ENABLE_INSTRUCTIONS": "SSE4_2"},
-    {"OMP_NUM_THREADS": "2"},
-    {"NPY_DISABLE_CPU_FEATURES": " ".join(name for name in __cpu_dispatch__ if __cpu_features__[name])},
+    {"OPENBLAS_CORETYPE": "Haswell", "OMP_NUM_THREADS": "2"},
+    {
+        "ATEN_CPU_CAPABILITY": "default",
+        "MKL_ENABLE_INSTRUCTIONS": "SSE4_2",
+        "NPY_DISABLE_CPU_FEATURES": " ".join(name for name in __cpu_dispatch__ if __cpu_features__[name]),
+    },
 ]
 SCRIPT = """
 import hashlib, warnings

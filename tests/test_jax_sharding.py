@@ -192,13 +192,12 @@ def assert_same_step(actual, expected) -> None:
     assert_equal_to_rounding(actual_metrics.gradient_norm, expected_metrics.gradient_norm)
 
 
-@pytest.mark.parametrize("num_ranks", [1, 2, 4])
-def test_training_on_any_number_of_ranks_is_the_reference(num_ranks):
+def test_batches_of_any_size_are_trained_on_four_ranks_by_one_compilation():
     state, batch = state_and_batch()
-    mesh = mesh_of(num_ranks)
+    mesh = mesh_of(4)
     jax_state = sharded.shard_state(to_jax(state), mesh)
     compilations = sharded.sharded_step._cache_size()
-    for batch_size in (6, 5, 6):  # padded to the same size on 4 ranks, and on 2
+    for batch_size in (6, 5, 6):  # padded to the same size
         expected = trainer.train_step(state, *(each[:batch_size] for each in batch), config=CONFIG)
         actual = sharded.train_step(jax_state, *to_jax([each[:batch_size] for each in batch]), config=CONFIG, mesh=mesh)
         assert_same_step(actual, expected)

@@ -23,7 +23,7 @@ from gaugeblock.conformance.engine.contract import (
     row,
 )
 from gaugeblock.conformance.engine.factors import Trait, edges, kind_of_count, kinds
-from gaugeblock.conformance.engine.implementation import jax, triton
+from gaugeblock.conformance.engine.implementation import triton
 from gaugeblock.conformance.engine.inputs.bad_calls import changed
 from gaugeblock.conformance.engine.inputs.draw import Draw
 from gaugeblock.reference.torch import moe_layers
@@ -63,10 +63,7 @@ def load_balancing_loss() -> Contract:
         relabel=of_experts.shuffled,
         rejections=BALANCE_REJECTIONS,
         without=MEAN,
-        implementations=(
-            triton(),
-            jax("jax-jit"),
-        ),
+        implementations=(triton(),),
     )
 
 
@@ -102,10 +99,7 @@ def router_z_loss() -> Contract:
         relabel=of_experts.shuffled,
         rejections=Z_REJECTIONS,
         without=MEAN,
-        implementations=(
-            triton(),
-            jax("jax-jit"),
-        ),
+        implementations=(triton(),),
     )
 
 

@@ -19,7 +19,7 @@ from gaugeblock.conformance.engine.contract import (
     row,
 )
 from gaugeblock.conformance.engine.factors import Factor, edges, kind_of_count, kinds
-from gaugeblock.conformance.engine.implementation import jax, triton
+from gaugeblock.conformance.engine.implementation import triton
 from gaugeblock.conformance.engine.inputs.draw import Draw
 from gaugeblock.reference.torch import routers
 
@@ -74,10 +74,7 @@ def switch_top1() -> Contract:
             "permutation_equivariance": IN_ORDER,
             "nan_containment": "a token of NaN goes to any expert, and takes its room",
         },
-        implementations=(
-            triton("capacity:switch_top1"),
-            jax("jax-jit"),
-        ),
+        implementations=(triton("capacity:switch_top1"),),
     )
 
 

@@ -20,7 +20,7 @@ from gaugeblock.conformance.engine.contract import (
     row,
 )
 from gaugeblock.conformance.engine.factors import Factor, Trait, edges, either, kind_of_count, kinds
-from gaugeblock.conformance.engine.implementation import jax, triton
+from gaugeblock.conformance.engine.implementation import triton
 from gaugeblock.conformance.engine.inputs.draw import Draw
 from gaugeblock.reference.torch import routers
 
@@ -68,10 +68,7 @@ def grouped_sigmoid_topk() -> Contract:
         selection=Selection("topk_ids", _biased_scores, "top_k", group_scores=_biased_group_scores, group_count="topk_groups"),
         relabel=shuffled_groups,
         rejections=GROUPED_REJECTIONS,
-        implementations=(
-            triton(),
-            jax("jax-jit"),
-        ),
+        implementations=(triton(),),
     )
 
 

@@ -20,7 +20,7 @@ from gaugeblock.conformance.engine.contract import (
     row,
 )
 from gaugeblock.conformance.engine.factors import Trait, edges, either, kind_of_count, kinds
-from gaugeblock.conformance.engine.implementation import jax, triton
+from gaugeblock.conformance.engine.implementation import triton
 from gaugeblock.conformance.engine.inputs.draw import Draw
 from gaugeblock.reference.torch import routers
 
@@ -62,10 +62,7 @@ def softmax_topk() -> Contract:
         selection=Selection("topk_ids", _softmax_scores, "top_k"),
         relabel=shuffled_experts,
         rejections=SOFTMAX_REJECTIONS,
-        implementations=(
-            triton(),
-            jax("jax-jit"),
-        ),
+        implementations=(triton(),),
     )
 
 

@@ -1,4 +1,4 @@
-"""MoE layers in JAX: the router compiled, the experts grouped; and their losses, the references, compiled."""
+"""MoE layers in JAX: the router compiled, the experts grouped."""
 
 from collections.abc import Mapping
 
@@ -7,7 +7,6 @@ import jax.numpy as jnp
 
 from gaugeblock.optimized.jax.experts import fused_swiglu
 from gaugeblock.reference import validation
-from gaugeblock.reference.jax import moe_layers as reference
 from gaugeblock.reference.jax.precision import at_least_float32
 from gaugeblock.reference.jax.routers import softmax_topk
 
@@ -43,14 +42,3 @@ def _route(hidden_states: jax.Array, gate: jax.Array, *, top_k: int) -> tuple[ja
     """Return router_logits, topk_weights and topk_ids."""
     logits_TE = jnp.matmul(at_least_float32(hidden_states), at_least_float32(gate).mT, precision="highest")
     return logits_TE, *softmax_topk(logits_TE, top_k=top_k, renormalize=True)
-
-
-def load_balancing_loss(router_logits: jax.Array, topk_ids: jax.Array, attention_mask: jax.Array) -> jax.Array:
-    """Return `gaugeblock.reference.jax.moe_layers.load_balancing_loss`, compiled; ids are checked before."""
-    validation.load_balancing_loss(router_logits, topk_ids, attention_mask)
-    validation.expert_ids_in_range(topk_ids, num_experts=router_logits.shape[1])
-    return _load_balancing_loss(router_logits, topk_ids, attention_mask)
-
-
-_load_balancing_loss = jax.jit(reference.load_balancing_loss)
-router_z_loss = jax.jit(reference.router_z_loss)
