@@ -68,7 +68,7 @@ def _budget(value: torch.Tensor, runs: torch.Tensor) -> Budget:
     # Errors of one sign in every run are squares of errors (the square of a gradient that is 0 but for rounding): KAPPA
     # deviations of what is squared are KAPPA² of their mean. By chance it happens to one element of 2048. Where values are
     # rounded in earnest, some are 0.
-    least, most = torch.aminmax(errors, dim=0)
+    least, most = errors.amin(0), errors.amax(0)  # `aminmax` along rows takes ten times as long
     variance = torch.where((least >= 0) | (most <= 0), (KAPPA * mean).square(), variance)
     scaled = (errors * torch.where(variance > 0, variance.rsqrt(), 0.0)).reshape(len(runs), value.numel())
     if not mean.isfinite().all():

@@ -5,7 +5,7 @@ follow from others, of values that only a landmark has, of landmarks to begin wi
 """
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import combinations
@@ -49,7 +49,8 @@ class Space:
             self.traits.setdefault(trait.factor, []).append(trait.name)
         self.names = (*(factor.name for factor in contract.factors), *self.traits)
         self.pool = self._built()
-        self._bits: dict[tuple[tuple[int, str], ...], int] = {}
+        self._numbers: dict[object, int] = {}  # of classes, each with its place, and of layouts
+        self._bits: dict[tuple[int, ...], int] = {}
         self._masks: dict[tuple[Case, Demand], int] = {}
 
     def classes(self, case: Case) -> tuple[str, ...]:
@@ -63,22 +64,26 @@ class Space:
         """What of a demand a case visits, a bit for each tuple of classes."""
         found = self._masks.get((case, demand))
         if found is None:
-            numbered = list(enumerate(self.classes(case)))
             found = 0
-            visited = [tuple(numbered[place] for place in places) for places in self._places(demand)]
-            if demand.layouts:
-                visited.append(((-1, f"{case.layout} {case.laid_out}"),))
-            for each in visited:
+            for each in self._visited(case, demand):
                 found |= 1 << self._bits.setdefault(each, len(self._bits))
             self._masks[case, demand] = found
         return found
 
-    def _places(self, demand: Demand) -> list[tuple[int, ...]]:
-        places = range(len(self.names))
-        if not demand.compiled:
-            return list(combinations(places, min(demand.strength, len(places))))
-        options = [place for place, factor in enumerate(self.contract.factors) if factor.option]
-        return [*combinations(places, 1), *combinations(options, 2)]
+    def _visited(self, case: Case, demand: Demand) -> Iterator[tuple[int, ...]]:
+        """The tuples of classes, each class as a number."""
+        numbers = [self._number(each) for each in enumerate(self.classes(case))]
+        if demand.compiled:
+            options = [number for number, factor in zip(numbers, self.contract.factors, strict=False) if factor.option]
+            yield from combinations(numbers, 1)
+            yield from combinations(options, 2)
+        else:
+            yield from combinations(numbers, min(demand.strength, len(numbers)))
+        if demand.layouts:
+            yield (self._number((case.layout, case.laid_out)),)
+
+    def _number(self, what: object) -> int:
+        return self._numbers.setdefault(what, len(self._numbers))
 
     def _built(self) -> list[Case]:
         """Points of random classes that can be built, each with random traits that fit."""
