@@ -6,6 +6,7 @@ import http.server
 import importlib.util
 import json
 import math
+import os
 import shutil
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from typing import Any
 import pytest
 
 from gaugeblock.conformance import cli
-from gaugeblock.conformance.bench import asv_results, history
+from gaugeblock.conformance.bench import ask, asv_results, history
 from gaugeblock.conformance.engine.registry import contracts
 
 ROOT = Path(__file__).parents[1]
@@ -243,6 +244,23 @@ def test_a_wrong_call_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 def test_nothing_measured_is_no_success(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(asv_results, "asked", lambda *_: ({}, 0))
     assert asv_results.main(options_of("--asv", str(tmp_path), "--commit", "0" * 40)) == asv_results.NOTHING_MEASURED
+
+
+def answer_or_die(family: str, questions: list[str]) -> tuple[dict, int]:
+    if family == "dit":
+        os._exit(1)
+    return {f"{family}.Counters": [questions]}, 0
+
+
+def test_a_family_whose_process_dies_has_failed_and_the_others_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
+    monkeypatch.setattr(ask, "answer", answer_or_die)
+    asked = [word for family in ("experts", "dit", "routers") for word in ("--family", family)]
+    ask.main([str(tmp_path / "answers"), "--question", "Counters", *asked])
+    assert "dit: the process that measures has died" in capsys.readouterr().out
+    assert json.loads((tmp_path / "answers").read_text()) == {
+        "rows": {"experts.Counters": [["Counters"]], "routers.Counters": [["Counters"]]},
+        "failures": 1,
+    }
 
 
 def test_what_was_measured_before_at_a_commit_stays(tmp_path: Path):

@@ -12,16 +12,21 @@ import itertools
 import json
 import math
 import multiprocessing
+import threading
 import time
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 HISTORY, COUNTERS = "gaugeblock.conformance.bench.history", "gaugeblock.conformance.bench.counters"
 TIMED = "Cost"  # nothing watches kernels then; in all else they are interpreted alike in every tree
 LONGEST_FIRST = ("experts", "dit", "moe_layers", "routers")
+
+_own = threading.local()  # a thread's process
 
 Rows = dict[str, list[Any]]  # by the names of asv's benchmarks: values, parameters, version, when it began, how long it took
 
@@ -37,11 +42,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
     families = sorted(options.family, key=lambda name: (*LONGEST_FIRST, name).index(name))
     rows: Rows = {}
     failures = 0
-    with ProcessPoolExecutor(options.workers, multiprocessing.get_context("spawn")) as pool:
-        for answered in as_completed([pool.submit(answer, family, options.question) for family in families]):
-            some, failed = answered.result()
+    with ThreadPoolExecutor(options.workers) as threads:
+        for some, failed in threads.map(partial(answer_elsewhere, questions=options.question), families):
             rows, failures = rows | some, failures + failed
     options.file.write_text(json.dumps({"rows": rows, "failures": failures}))
+
+
+def answer_elsewhere(family: str, questions: Sequence[str]) -> tuple[Rows, int]:
+    """The same as `answer`, of this thread's process; one that dies has failed, and the next family gets another."""
+    pool = getattr(_own, "pool", None) or ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
+    _own.pool = pool
+    try:
+        return pool.submit(answer, family, questions).result()
+    except BrokenProcessPool:
+        print(f"{family}: the process that measures has died", flush=True)
+        _own.pool = None
+        return {}, 1
 
 
 def answer(family: str, questions: Sequence[str]) -> tuple[Rows, int]:
