@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 import time
 
 import psutil
@@ -90,3 +92,21 @@ def test_a_nursery_that_is_gone_takes_its_children_along():
         while time.monotonic() < soon:
             child.describe(Describe(()))
     nursery._known.clear()  # the next one starts another
+
+
+def test_forked_from_the_judges_server_it_imports_nothing_and_ends_with_whoever_started_it():
+    code = (
+        "from gaugeblock.conformance.engine.processes import handle, workers;"
+        "workers.get_ready('gaugeblock.conformance.engine.processes.perform');"
+        "p = handle.Process('cpu', None); p.await_ready(); print(p.process.pid, flush=True); input()"
+    )
+    starter = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert starter.stdout is not None
+    keeper = psutil.Process(int(starter.stdout.readline()))
+    own = keeper.parent()
+    server = own.parent()
+    assert server.ppid() == starter.pid and "forkserver" in " ".join(own.cmdline())  # a fork has its parent's command
+    starter.kill()
+    starter.wait()
+    _, alive = psutil.wait_procs([keeper, own, server], timeout=20)
+    assert not alive
