@@ -125,7 +125,7 @@ def parameters(draw: st.DrawFn) -> dict[str, Any]:
 
 FACTORS = (
     edges("batch_size", 1, 2, 3),
-    edges("num_tokens", 1, 2, 15, 16, 17),
+    edges("num_tokens", 1, 2, 15, 16, 17, 33),
     kinds("hidden_size", kind_of_width, 2, 16, 31, 100),
     either("eps", 1e-6, 1e-5, 1e-3),
 )
@@ -222,6 +222,7 @@ LANDMARKS = (
     sizes(2, 17, 100),  # tails everywhere
     sizes(3, 4, 320, 1e-5),  # long sums
     sizes(1, 4, 1152),  # DiT-XL/2
+    sizes(1, 1025, 4),  # gradients of the steering are sums over many tiles of tokens
 )
 WORKLOADS = (
     Workload("dit-xl-2/256px-batch-32", sizes(32, 256, 1152), "facebookresearch/DiT models.py, DiT_XL_2"),
