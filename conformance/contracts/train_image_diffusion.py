@@ -285,7 +285,7 @@ def _one(value: float) -> Callable[[torch.Tensor], torch.Tensor]:
     return change
 
 
-BIAS = "state/model.final_layer.linear.bias"
+FIRST, BIAS = "state/model.x_embedder.proj.weight", "state/model.final_layer.linear.bias"
 REJECTIONS = (
     Rejection("a NaN in an image", "loss", changed("images", _one(torch.nan)), raises=(FloatingPointError,)),
     Rejection("an infinite parameter", "loss", changed(BIAS, _one(torch.inf)), raises=(FloatingPointError,)),
@@ -300,6 +300,7 @@ REJECTIONS = (
     Rejection("a state without its step", "step", changed("state/step", lambda each: None)),
     Rejection("a floating step", "step", changed("state/step", torch.Tensor.float)),
     Rejection("a parameter of another shape", "model.final_layer.linear.bias", changed(BIAS, lambda each: each[:-1])),
+    Rejection("a parameter on another device", "model.x_embedder.proj.weight", lambda call: {}, elsewhere=FIRST),
     Rejection("integer moments", "exp_avg.final_layer.linear.bias", lambda call: {
         "state/exp_avg.final_layer.linear.bias": call[BIAS].long()
     }),
