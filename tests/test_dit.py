@@ -1,5 +1,6 @@
 """DiT and its layers against diffusers' and torch's own modules, against their twins, and by themselves."""
 
+import inspect
 import math
 import re
 
@@ -334,6 +335,52 @@ def test_the_position_table_is_that_of_diffusers(grid_size, hidden_size):
     table = layers.sincos_position_embedding(grid_size, like=torch.zeros(hidden_size))
     assert torch.equal(table, actual.float())
     np.testing.assert_array_max_ulp(jax_layers.sincos_position_embedding(grid_size, like=jnp.zeros(hidden_size)), table, 1)
+
+
+@pytest.mark.parametrize("module", [layers, jax_layers])
+@pytest.mark.parametrize("name", CALLS)
+def test_bad_calls_of_layers_name_the_argument(name, module):
+    function, (tensors, options) = getattr(module, name), CALLS[name]
+    arrays = to_jax(tensors) if module is jax_layers else tensors
+    for place, argument in enumerate([*inspect.signature(function).parameters][: len(arrays)]):
+        array = arrays[place]
+        for wrong in (array[0], array > 0, None):
+            with pytest.raises((TypeError, ValueError), match=rf"^{argument} must "):
+                function(*arrays[:place], wrong, *arrays[place + 1 :], **options)
+    for option in options:
+        with pytest.raises(TypeError, match=rf"^{option} must "):
+            function(*arrays, **options | {option: "2"})
+
+
+@pytest.mark.parametrize("module", [layers, jax_layers])
+def test_a_position_table_is_like_an_array_whose_width_is_a_multiple_of_4(module):
+    for shape in ((), (6,)):
+        with pytest.raises(ValueError, match=r"^like must "):
+            module.sincos_position_embedding(2, like=jnp.zeros(shape) if module is jax_layers else torch.zeros(shape))
+
+
+@pytest.mark.parametrize("module", [layers, jax_layers])
+@pytest.mark.parametrize("name", [each for each in CALLS if each != "timestep_embedding"])
+def test_layers_compute_in_float32_and_round_once(name, module):
+    function, (tensors, options) = getattr(module, name), CALLS[name]
+    wide = [each.bfloat16().float() for each in tensors]
+    arrays = to_jax(wide) if module is jax_layers else wide
+    dtype = jnp.bfloat16 if module is jax_layers else torch.bfloat16
+    narrow = [each.astype(dtype) if module is jax_layers else each.to(dtype) for each in arrays]
+    actual, expected = function(*narrow, **options), function(*arrays, **options)
+    assert actual.dtype == dtype and expected.dtype == arrays[0].dtype
+    assert bool((actual == (expected.astype(dtype) if module is jax_layers else expected.to(dtype))).all())
+
+
+@pytest.mark.parametrize("module", [dit, jax_dit])
+def test_a_block_computes_in_float32_and_rounds_once(module):
+    state = dit.block_state(random_state(SMALL, torch.bfloat16), 0)
+    wide = [{name: each.float() for name, each in state.items()}, *(each.bfloat16().float() for each in (TOKENS[0], STEERING[0]))]
+    arrays = to_jax(wide) if module is jax_dit else wide
+    narrow = jax.tree.map(lambda each: each.astype(jnp.bfloat16) if module is jax_dit else each.bfloat16(), arrays)
+    actual, expected = module.block(*narrow, config=SMALL), module.block(*arrays, config=SMALL)
+    assert "bfloat16" in str(actual.dtype) and "float32" in str(expected.dtype)
+    assert bool((actual == (expected.astype(jnp.bfloat16) if module is jax_dit else expected.bfloat16())).all())
 
 
 def test_times_of_low_precision_are_refused():

@@ -242,11 +242,7 @@ def test_a_mutant_belongs_to_the_smallest_contract_that_runs_it() -> None:
     assert planned["large"][:30] == shared[70:] and len(planned["large"]) == command.FEWEST
 
 
-# Of these, what survives is not worked through yet.
-OPEN = {"experts.fused_swiglu", "train_image_diffusion.train_step"}
-
-
-@pytest.mark.parametrize("name", [each for each in contracts() if each not in OPEN])
+@pytest.mark.parametrize("name", contracts())
 def test_two_mutants_of_each_contract_are_killed(name: str) -> None:
     contract, listed = find_contract(name), equivalents.load_equivalents()
     rows = (

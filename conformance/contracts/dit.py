@@ -265,6 +265,7 @@ REJECTIONS = (
     Rejection("a parameter of another shape", "blocks.0.attn.qkv.weight", changed(QKV, lambda each: each[:-1])),
     Rejection("a parameter transposed", "blocks.0.attn.qkv.weight", changed(QKV, lambda each: each.T)),
     Rejection("a parameter of another dtype", "blocks.0.attn.qkv.weight", changed(QKV, _another_dtype)),
+    Rejection("a parameter on another device", "blocks.0.attn.qkv.weight", lambda call: {}, elsewhere=QKV),
     Rejection("latents of another size", "latents", changed("latents", lambda each: each[..., :-1])),
     Rejection("times that cannot tell 998 from 999", "timesteps", changed("timesteps", lambda each: each.bfloat16())),
     Rejection(

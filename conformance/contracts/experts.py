@@ -262,10 +262,13 @@ def cancelling(draw: Draw, parameters: Parameters) -> Tensors:
 
 
 def special(draw: Draw, parameters: Parameters) -> Tensors:
-    """A token of NaN and one with an infinity."""
+    """A token of NaN and one with an infinity; where most tokens are of other experts, the last one's weights are NaN."""
     tensors = dithered(draw, parameters)
     tensors["hidden_states"][parameters["num_tokens"] // 2] = torch.nan
     tensors["hidden_states"][-1, 0] = torch.inf
+    if parameters["num_experts"] > 2 * parameters["top_k"]:
+        tensors["w13"][-1] = torch.nan
+        tensors["w2"][-1] = torch.nan
     return tensors
 
 

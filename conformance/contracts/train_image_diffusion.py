@@ -285,10 +285,23 @@ def _one(value: float) -> Callable[[torch.Tensor], torch.Tensor]:
     return change
 
 
-BIAS = "state/model.final_layer.linear.bias"
+def _steep(call: Mapping[str, Any]) -> Tensors:
+    """A last layer with a finite loss and weights so large that a gradient is not: its modulation multiplies them by 0."""
+    layer = "state/model.final_layer"
+    shift, scale = call[f"{layer}.adaLN_modulation.1.bias"].chunk(2)
+    return {
+        f"{layer}.adaLN_modulation.1.weight": torch.zeros_like(call[f"{layer}.adaLN_modulation.1.weight"]),
+        f"{layer}.adaLN_modulation.1.bias": torch.cat([0 * shift, 0 * scale - 1]),
+        f"{layer}.linear.weight": torch.full_like(call[f"{layer}.linear.weight"], 2.0**127),
+        f"{layer}.linear.bias": torch.full_like(call[BIAS], 2.0**40),
+    }
+
+
+FIRST, BIAS = "state/model.x_embedder.proj.weight", "state/model.final_layer.linear.bias"
 REJECTIONS = (
     Rejection("a NaN in an image", "loss", changed("images", _one(torch.nan)), raises=(FloatingPointError,)),
     Rejection("an infinite parameter", "loss", changed(BIAS, _one(torch.inf)), raises=(FloatingPointError,)),
+    Rejection("a finite loss with an infinite gradient", "gradient", _steep, raises=(FloatingPointError,)),
     Rejection("images of another size", "images", changed("images", lambda each: each[..., :-1])),
     Rejection("a batch without examples", "images", lambda call: {
         name: call[name][:, :0] for name in ("images", "labels", "example_ids")
@@ -300,6 +313,7 @@ REJECTIONS = (
     Rejection("a state without its step", "step", changed("state/step", lambda each: None)),
     Rejection("a floating step", "step", changed("state/step", torch.Tensor.float)),
     Rejection("a parameter of another shape", "model.final_layer.linear.bias", changed(BIAS, lambda each: each[:-1])),
+    Rejection("a parameter on another device", "model.x_embedder.proj.weight", lambda call: {}, elsewhere=FIRST),
     Rejection("integer moments", "exp_avg.final_layer.linear.bias", lambda call: {
         "state/exp_avg.final_layer.linear.bias": call[BIAS].long()
     }),

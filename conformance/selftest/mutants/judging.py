@@ -97,7 +97,7 @@ def _rejected(contract: Contract, row: Implementation, mutant: Mutant) -> Outcom
 
 def is_validation(mutant: Mutant) -> bool:
     """Whether it is about bad calls."""
-    return ".validation" in mutant.module
+    return ".validation" in mutant.module or mutant.text.startswith("validation.")
 
 
 def hardest_first(row: Implementation) -> list[str]:

@@ -294,7 +294,8 @@ def rounding(site: Site) -> Iterator[Replacement]:
     match site.node:
         case ast.Call(function, [pointers, value, *others], keywords) if name_of(site.node) == "store" and site.is_in_kernel:
             if "tl.int" not in ast.unparse(value) and not isinstance(pointers, ast.Name):
-                base = next(each for each in ast.walk(pointers) if isinstance(each, ast.Name))
+                names = (each for each in ast.walk(pointers) if isinstance(each, ast.Name))
+                base = min(names, key=lambda name: (name.lineno, name.col_offset))  # a pointer stands first
                 low = ast.Attribute(ast.Attribute(base, "dtype"), "element_ty")
                 cut = ast.Call(ast.Attribute(value, "to"), [low], [ast.keyword("fp_downcast_rounding", ast.Constant("rtz"))])
                 yield ast.Call(function, [pointers, cut, *others], keywords)
