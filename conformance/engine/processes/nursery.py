@@ -5,6 +5,7 @@ it has no threads that a fork would lose, and no driver of a GPU that would refu
 came from that, ends with it, and with whoever asked for it.
 """
 
+import gc
 import importlib
 import json
 import multiprocessing
@@ -265,6 +266,7 @@ def main(listener: socket.socket) -> None:
 
     importlib.import_module("gaugeblock.conformance.engine.processes.perform")
     contracts()
+    gc.freeze()  # else a fork's first collection would touch, and so copy, all that it shares with the others
     Nursery(listener).serve()
 
 
