@@ -21,6 +21,10 @@ def pytest_configure(config: pytest.Config) -> None:
     config.args[:] = [_through_package(arg) for arg in config.args]
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.get_closest_marker("long") is None)
+
+
 def _through_package(arg: str) -> str:
     path, separator, test = arg.partition("::")
     inside = os.path.relpath(path, ROOT)

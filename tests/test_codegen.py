@@ -120,6 +120,7 @@ def test_refuses_to_compile_where_triton_interprets(monkeypatch):
         codegen.compile_all([], ["sm_90"])
 
 
+@pytest.mark.long
 def test_our_kernels_have_no_problems_on_hopper(capsys):
     """A sample of each kernel's versions: `gaugeblock codegen` compiles all of them, for every chip, in minutes."""
     status = codegen.main(["--target", "sm_90", "--launches", "gaugeblock.conformance.codegen.launches:SAMPLE"])

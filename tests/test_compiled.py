@@ -9,6 +9,7 @@ from gaugeblock.conformance.engine.registry import contracts, implementations
 from gaugeblock.conformance.engine.trial import Ledger, Subject
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["layers.layer_norm_modulate", "layers.gated_residual_layer_norm_modulate"])
 def test_compiled_layers_have_the_oracles_values_and_gradients(name):
     compiled = next(each for each in implementations(name) if each.name == "compiled")

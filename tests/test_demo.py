@@ -5,9 +5,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[1]
 
 
+@pytest.mark.long
 def test_both_frameworks_learn_digits_along_the_same_curve(tmp_path):
     command = [sys.executable, str(ROOT / "demo" / "train_digits.py"), "--steps", "40", "--folder", str(tmp_path)]
     run = subprocess.run(command, capture_output=True, text=True, timeout=170)

@@ -63,6 +63,7 @@ def test_the_exit_status_says_whether_all_conform_alike(monkeypatch, tmp_path, s
     assert machines.run_machines(options) == (exit_status.CONFORM if statuses[0] == statuses[1] else exit_status.FAILS)
 
 
+@pytest.mark.long
 def test_the_properties_of_bits_hold_on_another_cpu(tmp_path):
     arguments = [word for name in OF_BITS for word in ("--property", name)]
     run = machines.run_gate_on(BY_NAME["avx2"], tmp_path, arguments)

@@ -119,6 +119,7 @@ def test_world_sizes_need_a_mesh_and_a_contract_that_shards():
 # ------------------------------------------------------------------------------------------------------------- torchrun
 
 
+@pytest.mark.long
 def test_torchrun_on_two_nodes_gives_the_verdicts_of_one_machine(tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

@@ -99,6 +99,7 @@ def test_enough_is_shown():
     assert kinds["README.md"] >= {"save", "command"} and set.union(*kinds.values()) == {"save", "python", "command"}
 
 
+@pytest.mark.long
 @pytest.mark.timeout(400)
 @pytest.mark.parametrize("document", SHOWN)
 def test_every_block_works(document: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -159,7 +159,8 @@ def test_budgets_at_once_and_one_by_one(name: str, rounding: str) -> None:
     """Every shipped reference can be done at once, and its errors are as large: in the mean over its elements and cases."""
     contract, dtype = contracts()[name], contracts()[name].dtypes[-1]
     logarithms: dict[str, list[float]] = {}
-    for case in array(contract, 1)[:FEW]:
+    count = FEW if contract.cases == 1 else 2  # a step or a model has hundreds of gradients in each
+    for case in array(contract, 1)[:count]:
         run = partial(
             reference_run,
             contract,
