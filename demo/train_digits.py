@@ -182,6 +182,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--steps", type=int, default=STEPS, help=f"of each run (default: {STEPS})")
     parser.add_argument("--folder", type=Path, default=Path(__file__).parent, help="for the pictures (default: this one)")
     options = parser.parse_args(arguments)
+    options.folder.mkdir(parents=True, exist_ok=True)  # before minutes of training
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("loss {task.fields[loss]:.4f}"))
     with Progress(*columns, TimeRemainingColumn()) as progress:
