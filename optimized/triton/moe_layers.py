@@ -104,9 +104,11 @@ def _balance_sums(
         logits = _load_logits(logits_ptr, row_stride, column_stride, rows, is_counted, experts, exists, dtype)
         exponentials, total, _ = _exponentials(logits)
         probabilities += tl.where(is_counted, divide(exponentials, total), 0.0)
-        for column in range(top_k):
-            ids = tl.load(ids_ptr + rows * ids_row_stride + column * ids_column_stride, mask=is_counted, other=0)
+        chosen_ptr = ids_ptr + rows * ids_row_stride
+        for _ in range(top_k):
+            ids = tl.load(chosen_ptr, mask=is_counted, other=0)
             assignments += (is_counted & (ids.to(tl.int32) == experts)).to(tl.int32)
+            chosen_ptr += ids_column_stride  # step by step: a column times its stride may pass 2^31
     offsets = tl.program_id(0) * num_experts + tl.arange(0, BLOCK_EXPERTS)
     mask = tl.arange(0, BLOCK_EXPERTS) < num_experts
     tl.store(probabilities_ptr + offsets, tl.sum(probabilities, axis=0), mask=mask)
