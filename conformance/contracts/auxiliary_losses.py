@@ -47,8 +47,8 @@ def load_balancing_loss() -> Contract:
         batch="num_tokens",
         parameters=loss_parameters,
         landmarks=(
-            loss_sizes(33, 8, 3),  # the last of three columns that are far apart lies beyond 2^31
-            loss_sizes(100, 5, 3),
+            loss_sizes(100, 5, 3),  # where columns lie far apart, the last of three is beyond 2^31
+            loss_sizes(33, 8, 2),  # Mixtral
             loss_sizes(17, 300, 8),  # ids above 255
             loss_sizes(513, 513, 1),  # each of 512 programs goes on to a second tile of a token
             loss_sizes(17, 128, 8),  # Qwen3
