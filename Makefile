@@ -49,7 +49,7 @@ browser:
 	-@command -v npm >/dev/null || { apt-get update && apt-get install --yes --no-install-recommends npm; }
 
 # One OpenMP thread per process: two workers fill two cores, more threads only wait for each other.
-test: lint browser check  ## the linters, the gate over all that is built in, and all tests (ten minutes)
+test: lint browser check  ## the linters, the gate over all that is built in, and all tests (ten to twelve minutes)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist worksteal
 
 clean:  ## remove .venv, reports and caches

@@ -210,8 +210,8 @@ def state_and_batch(num_examples: int) -> tuple[dict[str, torch.Tensor], list[to
     return state, [draw(num_examples, 1, 4, 4, seed=9), ids % 3, 7 * ids]
 
 
-def check_trainer(ranks: int) -> None:
-    mesh, sizes = mesh_of(ranks), TOKENS[ranks]
+def check_trainer() -> None:
+    mesh, sizes = mesh_of(RANKS), TOKENS[RANKS]
     expected, batch = state_and_batch(sum(sizes))
     trainer = ShardedTrainer(expected, config=CONFIG, mesh=mesh)
     for _ in range(2):
@@ -233,7 +233,7 @@ def check_trainer(ranks: int) -> None:
 
 
 def test_the_sharded_trainer_makes_the_steps_of_the_reference_and_holds_a_part(on_ranks):
-    assert on_ranks(check_trainer, RANKS) == [None] * RANKS
+    assert on_ranks(check_trainer) == [None] * RANKS
 
 
 def train_badly(change: str) -> str:

@@ -219,6 +219,7 @@ def detached_weight(x, state):
             "y has no gradient function, so no gradient reaches x, state/weight",
         ),
         (detached_weight, "state/weight gets no gradient"),
+        (lambda x, state: product(x, state)[:1], "y has shape (1, 64), expected (48, 64)"),
     ],
 )
 def test_what_is_no_result_is_named(function, message):
