@@ -12,12 +12,12 @@ ROOT = Path(__file__).parents[1]
 
 @pytest.mark.long
 def test_both_frameworks_learn_digits_along_the_same_curve(tmp_path):
-    command = [sys.executable, str(ROOT / "demo" / "train_digits.py"), "--steps", "40", "--folder", str(tmp_path / "new")]
+    command = [sys.executable, str(ROOT / "demo" / "train_digits.py"), "--steps", "20", "--folder", str(tmp_path / "new")]
     run = subprocess.run(command, capture_output=True, text=True, timeout=170)
     assert run.returncode == 0, run.stdout + run.stderr
     losses = re.findall(r"(PyTorch|JAX): final loss ([\d.]+)", run.stdout)
     assert [name for name, _ in losses] == ["PyTorch", "JAX"]
-    assert all(float(loss) < 1.1 for _, loss in losses), "the loss does not fall: it begins at 1.7"
+    assert all(float(loss) < 1.25 for _, loss in losses), "the loss does not fall: it begins at 1.7"
     assert "curves: within the growth of rounding errors" in run.stdout
     for picture in ("digits.png", "loss.png"):
         assert (tmp_path / "new" / picture).read_bytes().startswith(b"\x89PNG")

@@ -6,14 +6,7 @@ import os
 import pytest
 import torch
 
-from gaugeblock.conformance.engine.budget.error_budget import (
-    BIAS_LIMIT,
-    KAPPA,
-    RMS_LIMIT,
-    Errors,
-    measure,
-    spread,
-)
+from gaugeblock.conformance.engine.budget.error_budget import BIAS_LIMIT, KAPPA, RMS_LIMIT, Errors, measure, spread
 from gaugeblock.conformance.engine.budget.rounding_noise import ROUNDING_VARIANCE, RoundingNoise, rounding_unit
 from gaugeblock.conformance.engine.budget.runs import of_run
 from gaugeblock.conformance.engine.exploration import check

@@ -9,7 +9,7 @@ import torch
 from hypothesis import strategies as st
 
 from gaugeblock.conformance.engine.budget.oracle import budgets, rounded_cotangents
-from gaugeblock.conformance.engine.contract import Contract, Cost, Input, Output, Regime
+from gaugeblock.conformance.engine.contract import Contract, Input, Output, Regime
 from gaugeblock.conformance.engine.frameworks import BadResult, Call, call_jax, call_torch
 from gaugeblock.conformance.engine.inputs.cases import Case, cotangents, make_inputs, options
 from gaugeblock.conformance.engine.inputs.draw import Draw
@@ -78,7 +78,7 @@ PRODUCT = Contract(
         Regime("special", special, "worst element"),
         Regime("integers", integers, "exact"),
     ),
-    cost=lambda parameters, itemsize: Cost(0.0, 0.0),
+    flops=lambda parameters: 0.0,
     workloads=(),
 )
 NORMAL = Case(**SIZES, regime="normal", seed=4)

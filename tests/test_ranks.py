@@ -130,7 +130,7 @@ def test_torchrun_on_two_nodes_gives_the_verdicts_of_one_machine(tmp_path):
 
     def node(number: int) -> subprocess.Popen:
         where = ["--nnodes", "2", "--node-rank", str(number), "--master-addr", "127.0.0.1", "--master-port", str(port)]
-        torchrun = [sys.executable, "-m", "torch.distributed.run", *where, "--nproc-per-node", "2"]
+        torchrun = [sys.executable, "-m", "torch.distributed.run", *where, "--nproc-per-node", "1"]
         command = [*torchrun, "-m", "gaugeblock.conformance.cli", *check, "--report", str(tmp_path / "nodes")]
         return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 

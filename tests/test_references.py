@@ -16,12 +16,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from transformers import DeepseekV3Config, MixtralConfig, OlmoeConfig, Qwen3MoeConfig, SwitchTransformersConfig
-from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3TopkRouter
+from transformers import MixtralConfig, OlmoeConfig, Qwen3MoeConfig
 from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
 from transformers.models.olmoe.modeling_olmoe import OlmoeSparseMoeBlock
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBlock
-from transformers.models.switch_transformers.modeling_switch_transformers import SwitchTransformersTop1Router
 
 from gaugeblock.optimized.jax import experts as optimized_jax_experts
 from gaugeblock.reference.jax import experts as jax_experts
@@ -124,39 +122,6 @@ def test_softmax_topk_and_fused_swiglu_are_the_moe_block_of_transformers(block_c
     assert_all_equal_to_rounding(value_and_grads(ours, arrays, cotangent), expected)
 
 
-@pytest.mark.parametrize(("num_groups", "topk_groups"), [(1, 1), (4, 2), (6, 3)])
-@pytest.mark.parametrize("renormalize", [True, False])
-def test_grouped_sigmoid_topk_is_the_router_of_deepseek_v3(num_groups, topk_groups, renormalize):
-    groups = {"n_group": num_groups, "topk_group": topk_groups, "norm_topk_prob": renormalize}
-    config = DeepseekV3Config(n_routed_experts=NUM_EXPERTS, **groups, **SIZES)
-    router = with_random_weights(DeepseekV3TopkRouter(config))
-
-    def ours(hidden_states, gate):
-        topk_weights, topk_ids = routers.grouped_sigmoid_topk(
-            hidden_states @ gate.T,
-            router.e_score_correction_bias,
-            top_k=TOP_K,
-            num_groups=num_groups,
-            topk_groups=topk_groups,
-            renormalize=renormalize,
-            routed_scaling_factor=router.routed_scaling_factor,
-        )
-        return by_expert(topk_weights, topk_ids)
-
-    def theirs(hidden_states, gate):
-        _, topk_weights, topk_ids = torch.func.functional_call(router, {"weight": gate}, hidden_states)
-        return by_expert(topk_weights, topk_ids)
-
-    def by_expert(topk_weights, topk_ids):  # transformers does not sort
-        return torch.zeros(NUM_TOKENS, NUM_EXPERTS, dtype=torch.float64).scatter(1, topk_ids, topk_weights)
-
-    arrays = [random(NUM_TOKENS, HIDDEN_SIZE, seed=10), router.weight]
-    cotangent = random(NUM_TOKENS, NUM_EXPERTS, seed=11)
-    with float32_as_float64():
-        expected = value_and_grads(theirs, arrays, cotangent)
-    assert_all_equal_to_rounding(value_and_grads(ours, arrays, cotangent), expected)
-
-
 def test_grouped_sigmoid_topk_takes_groups_of_one_expert_and_negative_scores():
     logits = torch.tensor([[0.0, 2.0, -1.0, 1.0]])
     bias = torch.tensor([-1.0, -3.0, -1.0, -1.5])  # scores: -0.5, -2.1, -0.7, -0.8
@@ -172,22 +137,6 @@ def test_an_expert_chosen_twice_counts_twice():
     twice = experts.fused_swiglu(hidden_states, w13, w2, topk_weights[:, :2], ids[:, :1].expand(-1, 2))
     once = experts.fused_swiglu(hidden_states, w13, w2, topk_weights[:, :2].sum(1, keepdim=True), ids[:, :1])
     assert_equal_to_rounding(twice, once)
-
-
-@pytest.mark.parametrize("capacity_factor", [0.25, 1.0, 1.25, 4.0])
-def test_switch_top1_is_the_router_of_switch_transformers(capacity_factor):
-    capacity = routers.expert_capacity(NUM_TOKENS, NUM_EXPERTS, capacity_factor)
-    config = SwitchTransformersConfig(num_experts=NUM_EXPERTS, d_model=HIDDEN_SIZE, expert_capacity=capacity)
-    router = with_random_weights(SwitchTransformersTop1Router(config).eval())
-    router.dtype = torch.float64
-    hidden_states = random(NUM_TOKENS, HIDDEN_SIZE, seed=9)
-    logits = hidden_states @ router.classifier.weight.detach().T
-    weights, ids, dropped = routers.switch_top1(logits, capacity_factor=capacity_factor)
-
-    kept, expected, _ = router(hidden_states[None])  # a row of it is 0 where the token is dropped, its weight is not
-    assert_equal_to_rounding(weights, expected[0, :, 0].masked_fill(dropped, 0).detach())
-    assert torch.equal(kept[0], torch.nn.functional.one_hot(ids, NUM_EXPERTS).masked_fill(dropped[:, None], 0))
-    assert dropped.any() == (capacity_factor < 4) and not dropped.all()
 
 
 @pytest.mark.parametrize(("num_tokens", "num_experts", "capacity"), [(1, 3, 1), (10, 4, 3), (12, 4, 3), (13, 4, 4), (0, 4, 0)])

@@ -3,13 +3,14 @@
 from collections.abc import Callable, Iterator
 
 from gaugeblock.conformance.engine.budget.oracle import rounded_cotangents
-from gaugeblock.conformance.engine.contract import Contract, Tensors
+from gaugeblock.conformance.engine.contract import Contract
 from gaugeblock.conformance.engine.devices import available_devices
 from gaugeblock.conformance.engine.frameworks import Call, Raised
 from gaugeblock.conformance.engine.inputs.cases import Case, make_inputs, options
 from gaugeblock.conformance.engine.processes.perform import USUAL, perform
 from gaugeblock.conformance.engine.registry import Implementation, implementations, one_line
 from gaugeblock.conformance.engine.trial import Subject
+from gaugeblock.conformance.engine.vocabulary import Tensors
 
 DEVICE = available_devices()[-1]  # the GPU where there is one
 

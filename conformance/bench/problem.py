@@ -10,11 +10,12 @@ import torch
 
 from gaugeblock.conformance.bench.roofline import Machine
 from gaugeblock.conformance.engine.calls import argument_of
-from gaugeblock.conformance.engine.contract import Contract, Cost, Parameters, Tensors, Workload
+from gaugeblock.conformance.engine.contract import Contract, Cost, Workload
 from gaugeblock.conformance.engine.frameworks import Call, call_torch
 from gaugeblock.conformance.engine.inputs.cases import Case, dtypes_of, options
 from gaugeblock.conformance.engine.inputs.cases import cotangents as drawn_cotangents
 from gaugeblock.conformance.engine.inputs.draw import Draw
+from gaugeblock.conformance.engine.vocabulary import Parameters, Tensors
 
 Direction = Literal["forward", "backward"]
 Results = dict[str, Any]  # by the names of outputs and gradients: torch tensors, or jax arrays

@@ -10,22 +10,12 @@ from hypothesis import strategies as st
 
 from gaugeblock.conformance.contracts import experts as of_experts
 from gaugeblock.conformance.contracts import moe_layers as of_layers
-from gaugeblock.conformance.engine.contract import (
-    Contract,
-    Cost,
-    Input,
-    Output,
-    Parameters,
-    Regime,
-    Rejection,
-    Tensors,
-    Workload,
-    row,
-)
+from gaugeblock.conformance.engine.contract import Contract, Input, Output, Regime, Rejection, Workload, row
 from gaugeblock.conformance.engine.factors import Trait, edges, kind_of_count, kinds
 from gaugeblock.conformance.engine.implementation import triton
 from gaugeblock.conformance.engine.inputs.bad_calls import changed
 from gaugeblock.conformance.engine.inputs.draw import Draw
+from gaugeblock.conformance.engine.vocabulary import Parameters, Tensors
 from gaugeblock.reference.torch import moe_layers
 
 
@@ -58,7 +48,7 @@ def load_balancing_loss() -> Contract:
         traits=BALANCE_TRAITS,
         regimes=BALANCE_REGIMES,
         cases=0.5,
-        cost=balance_cost,
+        flops=flops,
         workloads=LOSS_WORKLOADS,
         relabel=of_experts.shuffled,
         rejections=BALANCE_REJECTIONS,
@@ -93,7 +83,7 @@ def router_z_loss() -> Contract:
         traits=MASK_TRAITS,
         regimes=Z_REGIMES,
         cases=0.5,
-        cost=z_cost,
+        flops=flops,
         workloads=LOSS_WORKLOADS,
         formulas=(_log_of_sum,),
         relabel=of_experts.shuffled,
@@ -103,16 +93,9 @@ def router_z_loss() -> Contract:
     )
 
 
-def balance_cost(parameters: Parameters, itemsize: int) -> Cost:
-    """Logits, ids (8 bytes) and mask (1) are read once; about 10 operations a logit."""
-    tokens, logits = parameters["num_tokens"], parameters["num_tokens"] * parameters["num_experts"]
-    return Cost(10.0 * logits, float(itemsize * logits + (8 * parameters["top_k"] + 1) * tokens))
-
-
-def z_cost(parameters: Parameters, itemsize: int) -> Cost:
-    """Logits and mask (1 byte) are read once; about 10 operations a logit."""
-    logits = parameters["num_tokens"] * parameters["num_experts"]
-    return Cost(10.0 * logits, float(itemsize * logits + parameters["num_tokens"]))
+def flops(parameters: Parameters) -> float:
+    """About 10 operations a logit."""
+    return 10.0 * parameters["num_tokens"] * parameters["num_experts"]
 
 
 def loss_sizes(num_tokens: int, num_experts: int, top_k: int) -> dict[str, Any]:

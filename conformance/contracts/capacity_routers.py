@@ -1,26 +1,15 @@
 """Contracts of the routers whose experts have room for so many tokens."""
 
-import math
 from typing import Any
 
 import torch
 
 from gaugeblock.conformance.contracts import routers as of_routers
-from gaugeblock.conformance.engine.contract import (
-    Contract,
-    Cost,
-    Output,
-    Parameters,
-    Regime,
-    Rejection,
-    Selection,
-    Tensors,
-    Workload,
-    row,
-)
+from gaugeblock.conformance.engine.contract import Contract, Output, Regime, Rejection, Selection, Workload, row
 from gaugeblock.conformance.engine.factors import Factor, edges, kind_of_count, kinds
 from gaugeblock.conformance.engine.implementation import triton
 from gaugeblock.conformance.engine.inputs.draw import Draw
+from gaugeblock.conformance.engine.vocabulary import Parameters, Tensors
 from gaugeblock.reference.torch import routers
 
 
@@ -60,7 +49,7 @@ def switch_top1() -> Contract:
             *of_routers.SOFTMAX_REGIMES[1:],
             Regime("lattice", lattice, "exact", differentiable=False),
         ),
-        cost=cost,
+        flops=of_routers.flops,
         workloads=(
             Workload("switch-base-8/train-4096", sizes(4096, 8, 1.25), "arXiv:2101.03961 tables 1 and 9; google/switch-base-8"),
             Workload("switch-base-128/train-4096", sizes(4096, 128, 1.25), "arXiv:2101.03961 table 9; google/switch-base-128"),
@@ -76,12 +65,6 @@ def switch_top1() -> Contract:
         },
         implementations=(triton("capacity:switch_top1"),),
     )
-
-
-def cost(parameters: Parameters, itemsize: int) -> Cost:
-    """Logits are read once, weights (4 bytes), ids (8) and what is dropped (1) written once; about 20 operations a logit."""
-    logits = parameters["num_tokens"] * parameters["num_experts"]
-    return Cost(20.0 * logits, float(itemsize * logits + 13 * parameters["num_tokens"]))
 
 
 def sizes(num_tokens: int, num_experts: int, capacity_factor: float) -> dict[str, Any]:
@@ -128,21 +111,16 @@ def skewed(draw: Draw, parameters: Parameters) -> Tensors:
 
 
 def lattice(draw: Draw, parameters: Parameters) -> Tensors:
-    """Few equal logits among -inf ones, a power of two of them: every weight is a power of two, or 0."""
-    tokens, experts = parameters["num_tokens"], parameters["num_experts"]
-    finite = 2 ** int(draw.integers(0, int(math.log2(min(experts, 8))) + 1, 1))
-    allowed = torch.zeros(tokens, experts, dtype=torch.bool).scatter(1, draw.distinct_rows(tokens, finite, experts), True)
-    return {"router_logits": torch.where(allowed, draw.integers(-8, 9, tokens, 1).to(torch.float64), -math.inf)}
+    """Few equal logits among -inf ones: every weight is a power of two, or 0."""
+    return of_routers.equal_logits(
+        draw, parameters, 2 ** int(draw.integers(0, min(parameters["num_experts"], 8).bit_length(), 1))
+    )
 
 
 REJECTIONS = (
     Rejection("no experts", "router_logits", lambda call: {"router_logits": call["router_logits"][:, :0]}),
     Rejection("no capacity", "capacity_factor", lambda call: {"capacity_factor": 0.0}),
     Rejection("a negative capacity", "capacity_factor", lambda call: {"capacity_factor": -1.0}),
-    Rejection("room without end", "capacity_factor", lambda call: {"capacity_factor": math.inf}),
-    Rejection("a capacity as text", "capacity_factor", lambda call: {"capacity_factor": "1.25"}),
-    Rejection("a truth value for the capacity", "capacity_factor", lambda call: {"capacity_factor": True}),
-    Rejection("a capacity that is no number", "capacity_factor", lambda call: {"capacity_factor": math.nan}),
 )
 
 

@@ -1,5 +1,6 @@
 """The contract of DiT."""
 
+import math
 from collections.abc import Callable
 from dataclasses import asdict, fields
 from typing import Any
@@ -8,22 +9,12 @@ import torch
 from hypothesis import strategies as st
 
 from gaugeblock.conformance.contracts import flash_attention
-from gaugeblock.conformance.engine.contract import (
-    Contract,
-    Cost,
-    Input,
-    Output,
-    Parameters,
-    Regime,
-    Rejection,
-    Tensors,
-    Workload,
-    row,
-)
+from gaugeblock.conformance.engine.contract import Contract, Input, Output, Regime, Rejection, Workload, row
 from gaugeblock.conformance.engine.factors import Factor, Trait, edges, either
 from gaugeblock.conformance.engine.implementation import compiled, jax, triton
 from gaugeblock.conformance.engine.inputs.bad_calls import changed
 from gaugeblock.conformance.engine.inputs.draw import Draw
+from gaugeblock.conformance.engine.vocabulary import Parameters, Tensors
 from gaugeblock.reference.configs import DIT_PRESETS, DiTConfig
 from gaugeblock.reference.torch import dit as model
 from gaugeblock.reference.torch import layers
@@ -68,7 +59,8 @@ def dit() -> Contract:
         formulas=(flash_attention.dit,),
         cases=0.25,  # a budget with the gradients of all parameters takes about a second
         configure=lambda parameters: {"config": configuration(parameters)},
-        cost=cost,
+        flops=flops,
+        moved=moved,
         workloads=(
             Workload("dit-xl-2/256px-batch-8", sizes(8, DIT_PRESETS["DiT-XL/2"]), "facebookresearch/DiT models.py, DiT_XL_2"),
             Workload("dit-b-4/256px-batch-32", sizes(32, DIT_PRESETS["DiT-B/4"]), "facebookresearch/DiT models.py, DiT_B_4"),
@@ -98,17 +90,27 @@ def state_leaves(parameters: Parameters) -> dict[str, Input]:
     return {name: Input(name, shape) for name, shape in model.state_shapes(configuration(parameters)).items()}
 
 
-def cost(parameters: Parameters, itemsize: int) -> Cost:
-    """Matrix products of tokens and of what steers them, and attention; parameters, latents and result move once."""
-    config, batch_size = configuration(parameters), parameters["batch_size"]
-    shapes = model.state_shapes(config)
-    flops = 4.0 * config.depth * config.num_patches**2 * config.hidden_size
-    for name, shape in shapes.items():
+def flops(parameters: Parameters) -> float:
+    """Matrix products of tokens and of what steers them, and attention."""
+    config = configuration(parameters)
+    attention = 4.0 * config.depth * config.num_patches**2 * config.hidden_size
+    products = 0.0
+    for name, shape in _multiplied(config).items():
         uses = 1 if name.startswith("t_embedder") or "adaLN" in name else config.num_patches
-        flops += 2.0 * uses * torch.Size(shape).numel() if len(shape) > 1 and not name.startswith("y_embedder") else 0.0
-    moved = sum(torch.Size(shape).numel() for name, shape in shapes.items() if not name.startswith("y_embedder"))
-    moved += batch_size * (config.in_channels + config.out_channels) * config.input_size**2
-    return Cost(batch_size * flops, float(itemsize * moved))
+        products += 2.0 * uses * math.prod(shape) if len(shape) > 1 else 0.0
+    return parameters["batch_size"] * (attention + products)
+
+
+def moved(parameters: Parameters, itemsize: int) -> float:
+    """Parameters, latents and result, once each."""
+    config = configuration(parameters)
+    pixels = parameters["batch_size"] * (config.in_channels + config.out_channels) * config.input_size**2
+    return float(itemsize * (sum(math.prod(shape) for shape in _multiplied(config).values()) + pixels))
+
+
+def _multiplied(config: DiTConfig) -> dict[str, tuple[int, ...]]:
+    """Shapes of the parameters, but for the labels' table, of which few rows are read."""
+    return {name: shape for name, shape in model.state_shapes(config).items() if not name.startswith("y_embedder")}
 
 
 def sizes(batch_size: int, config: DiTConfig) -> dict[str, Any]:

@@ -5,23 +5,12 @@ from typing import Any
 import torch
 from hypothesis import strategies as st
 
-from gaugeblock.conformance.engine.contract import (
-    Contract,
-    Cost,
-    Input,
-    Output,
-    Parameters,
-    Regime,
-    Rejection,
-    Tensors,
-    Workload,
-    row,
-)
+from gaugeblock.conformance.engine.contract import Contract, Input, Output, Regime, Rejection, Workload, row
 from gaugeblock.conformance.engine.factors import Trait, edges, kind_of_count, kind_of_width, kinds
 from gaugeblock.conformance.engine.implementation import compiled, distributed, jax, triton
 from gaugeblock.conformance.engine.inputs.bad_calls import changed
 from gaugeblock.conformance.engine.inputs.draw import Draw
-from gaugeblock.conformance.engine.vocabulary import DEVICES
+from gaugeblock.conformance.engine.vocabulary import DEVICES, Parameters, Tensors
 from gaugeblock.reference.torch import experts
 
 
@@ -71,7 +60,8 @@ def fused_swiglu() -> Contract:
             Regime("special", special, "worst element", differentiable=False),
             Regime("lattice", lattice, "exact", differentiable=False),
         ),
-        cost=cost,
+        flops=flops,
+        moved=moved,
         workloads=(
             Workload("mixtral-8x7b/prefill-4096", sizes(4096, 4096, 14336, 8, 2), "mistralai/Mixtral-8x7B-v0.1 config.json"),
             Workload("qwen3-30b-a3b/prefill-4096", sizes(4096, 2048, 768, 128, 8), "Qwen/Qwen3-30B-A3B config.json"),
@@ -99,12 +89,18 @@ COMPILED_DTYPES = ("float32", "bfloat16")  # each shape and dtype takes JAX a co
 TILES = (16, 32, 64, 128)  # block sizes that grouped kernels use: regimes put group sizes just below, at and above one
 
 
-def cost(parameters: Parameters, itemsize: int) -> Cost:
-    """Three matrix products a routed row; tokens read and written once, the weights of the experts in use read once."""
-    tokens, width, inner = parameters["num_tokens"], parameters["hidden_size"], parameters["intermediate_size"]
+def flops(parameters: Parameters) -> float:
+    """Three matrix products a routed row."""
+    routed = parameters["num_tokens"] * parameters["top_k"]
+    return 6.0 * routed * parameters["hidden_size"] * parameters["intermediate_size"]
+
+
+def moved(parameters: Parameters, itemsize: int) -> float:
+    """Tokens read and written once, the weights of the experts in use read once, and what each row's expert and weight are."""
+    tokens, width = parameters["num_tokens"], parameters["hidden_size"]
     routed = tokens * parameters["top_k"]
     used = min(parameters["num_experts"], routed)
-    return Cost(6.0 * routed * width * inner, float(itemsize * (3 * used * width * inner + 2 * tokens * width) + 12 * routed))
+    return itemsize * (3 * used * width * parameters["intermediate_size"] + 2 * tokens * width) + 12.0 * routed
 
 
 def sizes(num_tokens: int, hidden_size: int, intermediate_size: int, num_experts: int, top_k: int) -> dict[str, Any]:

@@ -8,20 +8,11 @@ import torch
 from hypothesis import strategies as st
 
 from gaugeblock.conformance.contracts import routers as of_routers
-from gaugeblock.conformance.engine.contract import (
-    Contract,
-    Input,
-    Parameters,
-    Regime,
-    Rejection,
-    Selection,
-    Tensors,
-    Workload,
-    row,
-)
+from gaugeblock.conformance.engine.contract import Contract, Input, Regime, Rejection, Selection, Workload, row
 from gaugeblock.conformance.engine.factors import Factor, Trait, edges, either, kind_of_count, kinds
 from gaugeblock.conformance.engine.implementation import triton
 from gaugeblock.conformance.engine.inputs.draw import Draw
+from gaugeblock.conformance.engine.vocabulary import Parameters, Tensors
 from gaugeblock.reference.torch import routers
 
 
@@ -56,7 +47,7 @@ def grouped_sigmoid_topk() -> Contract:
             *(_with_bias(regime, _few if regime.name == "ties" else _smooth) for regime in SIGMOID_REGIMES),
             _with_bias(Regime("lattice", saturated, "worst element", differentiable=False), _few),
         ),
-        cost=of_routers.cost,
+        flops=of_routers.flops,
         workloads=(
             Workload(
                 "deepseek-v3/prefill-4096",

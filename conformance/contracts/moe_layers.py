@@ -7,23 +7,12 @@ from typing import Any
 import torch
 
 from gaugeblock.conformance.contracts import experts as of_experts
-from gaugeblock.conformance.engine.contract import (
-    Contract,
-    Cost,
-    Input,
-    Output,
-    Parameters,
-    Regime,
-    Rejection,
-    Selection,
-    Tensors,
-    Workload,
-    row,
-)
+from gaugeblock.conformance.engine.contract import Contract, Input, Output, Regime, Rejection, Selection, Workload, row
 from gaugeblock.conformance.engine.factors import Trait
 from gaugeblock.conformance.engine.implementation import jax, triton
 from gaugeblock.conformance.engine.inputs.bad_calls import changed
 from gaugeblock.conformance.engine.inputs.draw import Draw
+from gaugeblock.conformance.engine.vocabulary import Parameters, Tensors
 from gaugeblock.reference.torch import experts, moe_layers
 
 
@@ -77,7 +66,8 @@ def mixtral_moe() -> Contract:
             Regime("lattice", lattice, "exact", differentiable=False),
         ),
         cases=0.5,
-        cost=mixtral_cost,
+        flops=mixtral_flops,
+        moved=mixtral_moved,
         workloads=(
             Workload("mixtral-8x7b/prefill-4096", of_experts.sizes(4096, 4096, 14336, 8, 2), MIXTRAL_8X7B),
             Workload("mixtral-8x22b/prefill-4096", of_experts.sizes(4096, 6144, 16384, 8, 2), MIXTRAL_8X22B),
@@ -109,12 +99,18 @@ def mixtral_state(parameters: Parameters) -> dict[str, Input]:
     }
 
 
-def mixtral_cost(parameters: Parameters, itemsize: int) -> Cost:
-    """That of the experts, whose weights stay inside, and one more product, whose result is written in float32."""
-    inside, logits = of_experts.cost(parameters, itemsize), parameters["num_tokens"] * parameters["num_experts"]
+def mixtral_flops(parameters: Parameters) -> float:
+    """Those of the experts, and one more product."""
+    gate = 2.0 * parameters["num_tokens"] * parameters["num_experts"] * parameters["hidden_size"]
+    return of_experts.flops(parameters) + gate
+
+
+def mixtral_moved(parameters: Parameters, itemsize: int) -> float:
+    """As of the experts, whose weights stay inside; the gate; logits are written in float32."""
     gate = itemsize * parameters["num_experts"] * parameters["hidden_size"]
+    logits = 4 * parameters["num_tokens"] * parameters["num_experts"]
     topk_weights = 4 * parameters["num_tokens"] * parameters["top_k"]
-    return Cost(inside.flops + 2.0 * logits * parameters["hidden_size"], inside.bytes + gate + 4 * logits - topk_weights)
+    return of_experts.moved(parameters, itemsize) + gate + logits - topk_weights
 
 
 def _gate_in_turn(tensors: Tensors) -> Tensors:

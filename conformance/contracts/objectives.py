@@ -5,20 +5,10 @@ from typing import Any
 
 import torch
 
-from gaugeblock.conformance.engine.contract import (
-    Contract,
-    Cost,
-    Input,
-    Output,
-    Parameters,
-    Regime,
-    Rejection,
-    Tensors,
-    Workload,
-    row,
-)
+from gaugeblock.conformance.engine.contract import Contract, Input, Output, Regime, Rejection, Workload, row
 from gaugeblock.conformance.engine.factors import Trait, edges, either, kind_of_width, kinds
 from gaugeblock.conformance.engine.inputs.draw import Draw
+from gaugeblock.conformance.engine.vocabulary import Parameters, Tensors
 from gaugeblock.reference.torch import objectives
 
 
@@ -40,7 +30,7 @@ def rectified_flow_interpolate() -> Contract:
         build=sizes,
         traits=TIME_TRAITS,
         regimes=_regimes("data", "noise", "times", exact=True),
-        cost=cost(3),
+        flops=flops,
         workloads=WORKLOADS,
         cases=0.5,
         rejections=(NO_BATCH,),
@@ -65,10 +55,10 @@ def rectified_flow_velocity() -> Contract:
         build=sizes,
         traits=DATA_TRAITS,
         regimes=_regimes("data", "noise", exact=True),
-        cost=cost(3),
+        flops=flops,
         workloads=WORKLOADS,
         cases=0.5,
-        rejections=(NO_BATCH, NO_SIGN),
+        rejections=(NO_BATCH,),
     )
 
 
@@ -90,10 +80,10 @@ def rectified_flow_loss() -> Contract:
         build=sizes,
         traits=DATA_TRAITS,
         regimes=_regimes("prediction", "data", "noise", exact=False),
-        cost=cost(3),
+        flops=flops,
         workloads=WORKLOADS,
         cases=0.5,
-        rejections=(NO_BATCH, NO_SIGN),
+        rejections=(NO_BATCH,),
     )
 
 
@@ -121,14 +111,9 @@ TIME_TRAITS = (Trait("0", "values of times", _all(0.0, "times")), Trait("1", "va
 DATA_TRAITS = (Trait("0", "values of data", _all(0.0, "data")),)
 
 
-def cost(tensors: int) -> Callable[[Parameters, int], Cost]:
-    """Three operations an element; so many tensors of the data's size are read or written once."""
-
-    def of(parameters: Parameters, itemsize: int) -> Cost:
-        elements = parameters["batch_size"] * parameters["channels"] * parameters["size"]
-        return Cost(3.0 * elements, float(tensors * itemsize * elements))
-
-    return of
+def flops(parameters: Parameters) -> float:
+    """Three operations an element."""
+    return 3.0 * parameters["batch_size"] * parameters["channels"] * parameters["size"]
 
 
 def _numbers(draw: Draw, parameters: Parameters) -> torch.Tensor:
@@ -182,7 +167,6 @@ def _batches_alone(call: dict[str, Any]) -> dict[str, torch.Tensor]:
 
 
 NO_BATCH = Rejection("nothing but a batch", "data", _batches_alone)
-NO_SIGN = Rejection("a sign without a name", "velocity", lambda call: {"velocity": "negative"})
 
 
 LANDMARKS = (sizes(3, 4, 65), sizes(2, 3, 15, "data - noise"))

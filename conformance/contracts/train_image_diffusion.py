@@ -1,29 +1,18 @@
 """Contract of the image-diffusion training step: state and batch in, state and metrics out."""
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from hypothesis import strategies as st
 
-from gaugeblock.conformance.engine.contract import (
-    Contract,
-    Cost,
-    Input,
-    Output,
-    Parameters,
-    Recurrence,
-    Regime,
-    Rejection,
-    Tensors,
-    Workload,
-    row,
-)
+from gaugeblock.conformance.engine.contract import Contract, Input, Output, Recurrence, Regime, Rejection, Workload, row
 from gaugeblock.conformance.engine.factors import Trait, edges, either
 from gaugeblock.conformance.engine.implementation import distributed
 from gaugeblock.conformance.engine.inputs.bad_calls import changed
 from gaugeblock.conformance.engine.inputs.draw import Draw
-from gaugeblock.conformance.engine.vocabulary import DEVICES
+from gaugeblock.conformance.engine.vocabulary import DEVICES, Parameters, Tensors
 from gaugeblock.reference.configs import DiTConfig, ImageDiffusionConfig
 from gaugeblock.reference.torch import dit, train_image_diffusion
 
@@ -68,7 +57,8 @@ def train_step() -> Contract:
             Regime("fresh", fresh, differentiable=False),
             Regime("constant-probing", converged, differentiable=False),
         ),
-        cost=cost,
+        flops=flops,
+        moved=moved,
         workloads=(
             Workload(
                 "dit-s-2/train-256",
@@ -208,15 +198,20 @@ def metrics_leaves(parameters: Parameters) -> Mapping[str, Input]:
     return {name: Input(name, ("num_steps",)) for name in ("loss", "gradient_norm")}
 
 
-def cost(parameters: Parameters, itemsize: int) -> Cost:
-    """Three forward passes' products a step; the state read and written once."""
+def flops(parameters: Parameters) -> float:
+    """Three forward passes' products a step."""
     model = config(parameters).model
     tokens, width = model.num_patches, model.hidden_size
     products = model.depth * (12 * tokens * width**2 + 6 * width**2 + 2 * tokens**2 * width)
-    images = parameters["num_steps"] * parameters["batch_size"]
-    elements = sum(torch.Size(shape).numel() for shape in dit.state_shapes(model).values())
-    pixels = model.in_channels * model.input_size**2
-    return Cost(6.0 * images * products, float(itemsize * (6 * parameters["num_steps"] * elements + images * pixels)))
+    return 6.0 * parameters["num_steps"] * parameters["batch_size"] * products
+
+
+def moved(parameters: Parameters, itemsize: int) -> float:
+    """The state read and written once a step, and the images."""
+    model, steps = config(parameters).model, parameters["num_steps"]
+    elements = sum(math.prod(shape) for shape in dit.state_shapes(model).values())
+    pixels = parameters["batch_size"] * model.in_channels * model.input_size**2
+    return float(itemsize * steps * (6 * elements + pixels))
 
 
 def _model(draw: Draw, parameters: Parameters) -> Tensors:

@@ -8,22 +8,20 @@ and outputs, so that the engine can find the batch dimension, permute experts or
 from collections.abc import Callable, Mapping
 from dataclasses import KW_ONLY, dataclass, field
 from functools import cache, lru_cache
+from math import prod
 from typing import TYPE_CHECKING, Any, Literal
 
 from gaugeblock.conformance.engine.calls import argument_of
 from gaugeblock.conformance.engine.factors import Factor, Trait
 from gaugeblock.conformance.engine.implementation import Implementation
 from gaugeblock.conformance.engine.row_checks import ContractError, check_row
-from gaugeblock.conformance.engine.vocabulary import DTYPES, DType
+from gaugeblock.conformance.engine.vocabulary import BYTES, DTYPES, DType, Parameters, Tensors
 
 if TYPE_CHECKING:
     import torch
     from hypothesis.strategies import SearchStrategy
 
     from gaugeblock.conformance.engine.inputs.draw import Draw
-
-Tensors = dict[str, "torch.Tensor"]
-Parameters = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -189,8 +187,11 @@ class Contract:
     one."""
     regimes: tuple[Regime, ...]
     """Kinds of values; the first is the main one."""
-    cost: Callable[[Parameters, int], Cost]
-    """Of a forward pass, from parameters and bytes per element."""
+    flops: Callable[[Parameters], float]
+    """Floating-point operations that a forward pass cannot avoid."""
+    moved: Callable[[Parameters, int], float] | None = None
+    """Bytes that it cannot avoid to read or write, from parameters and bytes per element, if they are not all of its inputs and
+    outputs, once each."""
     workloads: tuple[Workload, ...]
     """Published sizes, for benchmarks."""
     formulas: tuple[Callable[..., Any], ...] = ()
@@ -251,6 +252,13 @@ class Contract:
     def trait(self, name: str) -> Trait:
         """The trait of that name."""
         return next(trait for trait in self.traits if trait.name == name)
+
+    def cost(self, parameters: Parameters, itemsize: int) -> Cost:
+        """Of a forward pass, at so many bytes per element of the dtype under test."""
+        tensors = self.specs(parameters).values()
+        read_and_written = sum(prod(each.sizes(parameters)) * BYTES.get(each.dtype, itemsize) for each in tensors)
+        moved = read_and_written if self.moved is None else self.moved(parameters, itemsize)
+        return Cost(float(self.flops(parameters)), float(moved))
 
     @property
     def gradients(self) -> tuple[str, ...]:

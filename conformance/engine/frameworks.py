@@ -15,8 +15,9 @@ from gaugeblock.conformance.engine.budget.dispatch import Watching
 from gaugeblock.conformance.engine.budget.oracle import gradient_key
 from gaugeblock.conformance.engine.budget.rounding_noise import MATRIX_PRODUCTS, SUMS, ULPS
 from gaugeblock.conformance.engine.calls import ResultCount, apply
-from gaugeblock.conformance.engine.contract import Contract, Tensors
+from gaugeblock.conformance.engine.contract import Contract
 from gaugeblock.conformance.engine.pull_back import pull_back
+from gaugeblock.conformance.engine.vocabulary import Tensors
 
 UNSAID = "(no message"  # begins what stands for a text that could not be had
 KEPT_TEXT = 64 << 10  # characters of what an error says

@@ -13,7 +13,7 @@ import torch
 
 from gaugeblock.conformance.engine.budget.error_budget import Errors
 from gaugeblock.conformance.engine.budget.oracle import rounded_cotangents
-from gaugeblock.conformance.engine.contract import Contract, Tensors
+from gaugeblock.conformance.engine.contract import Contract
 from gaugeblock.conformance.engine.devices import available_world_size, triton_is_interpreted
 from gaugeblock.conformance.engine.frameworks import BadResult, Call, Raised
 from gaugeblock.conformance.engine.implementation import Implementation
@@ -24,7 +24,7 @@ from gaugeblock.conformance.engine.processes.handle import Lost
 from gaugeblock.conformance.engine.processes.perform import Conditions, Findings
 from gaugeblock.conformance.engine.processes.seats import Seat
 from gaugeblock.conformance.engine.registry import find_contract
-from gaugeblock.conformance.engine.vocabulary import DEVICES, FRAMEWORKS, ROUNDINGS, Device, Framework, Rounding
+from gaugeblock.conformance.engine.vocabulary import DEVICES, FRAMEWORKS, ROUNDINGS, Device, Framework, Rounding, Tensors
 
 
 class OutOfTime(Lost):

@@ -1,6 +1,11 @@
-"""The words that rows, claims and options share, each list in one place. Nothing is imported here: the command starts with it."""
+"""The words that rows, claims and options share, each list in one place. Nothing else is imported here: the command starts with
+it."""
 
-from typing import Literal, get_args
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+if TYPE_CHECKING:
+    import torch
 
 DType = Literal["float32", "float16", "bfloat16"]
 Device = Literal["cpu", "cuda"]
@@ -14,3 +19,7 @@ DEVICES: tuple[Device, ...] = get_args(Device)
 FRAMEWORKS: tuple[Framework, ...] = get_args(Framework)
 ROUNDINGS: tuple[Rounding, ...] = get_args(Rounding)  # the tightest first
 PROFILES: tuple[ProfileName, ...] = get_args(ProfileName)
+BYTES = {"float64": 8, "int64": 8, "float32": 4, "int32": 4, "bool": 1}  # of an element, where a contract fixes the dtype
+
+Parameters = Mapping[str, Any]  # sizes and options of a case
+Tensors = dict[str, "torch.Tensor"]

@@ -34,7 +34,7 @@ def model(config: DiTConfig) -> Any:
     return made.eval()
 
 
-@right("dit.dit", fits=of_diffusers, dtypes=("float32",), batch_invariant=False)
+@right("dit.dit", fits=of_diffusers, dtypes=("float32",), oracle=True, batch_invariant=False)
 class DiffusersDit:
     """DiTTransformer2DModel, whose blocks embed the times each by itself, all by the same parameters."""
 
@@ -47,7 +47,7 @@ class DiffusersDit:
         return functional_call(model(config), renamed, (latents, timesteps, class_labels)).sample
 
 
-@right("layers.layer_norm_modulate", dtypes=("float32",), batch_invariant=False, validates=False)
+@right("layers.layer_norm_modulate", dtypes=("float32",), oracle=True, batch_invariant=False, validates=False)
 class DiffusersAdaLayerNorm:
     """AdaLayerNormContinuous, without the linear layer that makes shift and scale."""
 

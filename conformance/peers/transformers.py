@@ -6,10 +6,7 @@ from transformers import DeepseekV3Config, MixtralConfig, Qwen3MoeConfig, Switch
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3TopkRouter
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts, MixtralSparseMoeBlock
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts, Qwen3MoeTopKRouter
-from transformers.models.switch_transformers.modeling_switch_transformers import (
-    SwitchTransformersTop1Router,
-    router_z_loss_func,
-)
+from transformers.models.switch_transformers.modeling_switch_transformers import SwitchTransformersTop1Router, router_z_loss_func
 
 from gaugeblock.conformance.engine.inputs.cases import Case
 from gaugeblock.conformance.selftest.variant import right
@@ -31,7 +28,7 @@ def aligned(case: Case) -> bool:
     return case.parameters["hidden_size"] % 4 == 0 and case.parameters["intermediate_size"] % 4 == 0
 
 
-@right("routers.softmax_topk", fits=finite, dtypes=("float32",), batch_invariant=False)
+@right("routers.softmax_topk", fits=finite, dtypes=("float32",), oracle=True, batch_invariant=False)
 class TransformersQwen3Router:
     """Qwen3-MoE's router, whose projection is the identity."""
 
@@ -43,7 +40,7 @@ class TransformersQwen3Router:
         return functional_call(module, {"weight": torch.eye(experts)}, router_logits)[1:]
 
 
-@right("routers.switch_top1", fits=finite, dtypes=("float32",))
+@right("routers.switch_top1", fits=finite, dtypes=("float32",), oracle=True)
 class TransformersSwitchRouter:
     """Switch Transformers' router, whose classifier is the identity; it returns a mask without the dropped, and their weights."""
 
@@ -57,7 +54,7 @@ class TransformersSwitchRouter:
         return weights[:, 0].masked_fill(dropped, 0), router_logits.softmax(1).argmax(1), dropped
 
 
-@right("routers.grouped_sigmoid_topk", fits=finite_groups, dtypes=("float32",), batch_invariant=False)
+@right("routers.grouped_sigmoid_topk", fits=finite_groups, dtypes=("float32",), oracle=True, batch_invariant=False)
 class TransformersDeepseekRouter:
     """DeepSeek-V3's router, whose projection is the identity; it does not sort, so its result is sorted here."""
 
@@ -91,7 +88,7 @@ class TransformersExperts:
         return functional_call(self.module_class(config), state, (hidden_states, topk_ids, topk_weights))
 
 
-@right("experts.fused_swiglu", dtypes=("float32",), batch_invariant=False)
+@right("experts.fused_swiglu", dtypes=("float32",), oracle=True, batch_invariant=False)
 class TransformersMixtralExperts(TransformersExperts):
     """Mixtral's experts, one after the other."""
 
@@ -104,7 +101,7 @@ class TransformersMixtralExpertsEager(TransformersMixtralExperts):
     """Mixtral's experts in low precision, which rounds every result."""
 
 
-@right("experts.fused_swiglu", dtypes=("float32",), batch_invariant=False)
+@right("experts.fused_swiglu", dtypes=("float32",), oracle=True, batch_invariant=False)
 class TransformersQwen3Experts(TransformersExperts):
     """Qwen3-MoE's experts by batched products of copied matrices."""
 
@@ -120,7 +117,7 @@ class TransformersGroupedExperts(TransformersExperts):
         super().__init__(Qwen3MoeExperts, Qwen3MoeConfig, "grouped_mm")
 
 
-@right("moe_layers.mixtral_moe", dtypes=("float32",), batch_invariant=False)
+@right("moe_layers.mixtral_moe", dtypes=("float32",), oracle=True, batch_invariant=False)
 class TransformersMixtralBlock:
     """Mixtral's sparse block; its router's results are those of the router called by itself."""
 
@@ -139,7 +136,7 @@ def ordinary_padding(case: Case) -> bool:
     return case.regime != "special" and bool(case.parameters["num_tokens"])
 
 
-@right("moe_layers.router_z_loss", fits=ordinary_padding, dtypes=("float32",))
+@right("moe_layers.router_z_loss", fits=ordinary_padding, dtypes=("float32",), oracle=True)
 class TransformersZLoss:
     """Switch's z-loss of the tokens that count, which are taken for one group."""
 

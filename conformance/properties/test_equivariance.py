@@ -2,10 +2,10 @@
 
 import torch
 
-from gaugeblock.conformance.engine.contract import Tensors
 from gaugeblock.conformance.engine.inputs.draw import Draw
 from gaugeblock.conformance.engine.properties import conformance_property
 from gaugeblock.conformance.engine.trial import Trial
+from gaugeblock.conformance.engine.vocabulary import Tensors
 
 
 @conformance_property(weight=0.5)

@@ -1,12 +1,12 @@
 """Property: offsets of more than 32 bits."""
 
 from gaugeblock.conformance.engine.calls import argument_of
-from gaugeblock.conformance.engine.contract import Tensors
 from gaugeblock.conformance.engine.inputs.cases import lay_out
 from gaugeblock.conformance.engine.judging.judge import Violation
 from gaugeblock.conformance.engine.processes.handle import Lost
 from gaugeblock.conformance.engine.properties import conformance_property
 from gaugeblock.conformance.engine.trial import Trial
+from gaugeblock.conformance.engine.vocabulary import Tensors
 
 
 @conformance_property(frameworks=("torch",), devices=("cpu",), weight=0.25)

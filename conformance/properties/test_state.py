@@ -4,9 +4,9 @@ import safetensors.torch
 import torch
 
 from gaugeblock.conformance.engine.calls import argument_of
-from gaugeblock.conformance.engine.contract import Tensors
 from gaugeblock.conformance.engine.properties import conformance_property
 from gaugeblock.conformance.engine.trial import Trial
+from gaugeblock.conformance.engine.vocabulary import Tensors
 
 
 @conformance_property(requires=("state",), needs=("deterministic",), weight=0.25)

@@ -16,7 +16,6 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import seed as start_from
 
 from gaugeblock.conformance.engine.budget.oracle import GRADIENT, budgets
-from gaugeblock.conformance.engine.contract import Tensors
 from gaugeblock.conformance.engine.exploration import Profile, check, examine, pooled_violation
 from gaugeblock.conformance.engine.inputs.cases import Case, cases
 from gaugeblock.conformance.engine.judging.judge import Violation, judge
@@ -25,6 +24,7 @@ from gaugeblock.conformance.engine.processes.handle import Lost
 from gaugeblock.conformance.engine.properties import properties
 from gaugeblock.conformance.engine.registry import find_contract, implementations
 from gaugeblock.conformance.engine.trial import Ledger, Property, Subject, Trial
+from gaugeblock.conformance.engine.vocabulary import Tensors
 from gaugeblock.conformance.selftest.fault import Fault, contract_of, process_kept, right_kernels
 from gaugeblock.conformance.selftest.variant import variants
 

@@ -34,6 +34,8 @@ class Variant:
     """Whether it is made for a case: some have no groups of one expert, or want aligned sizes."""
     claims: Mapping[str, Any]
     """Fields of `Implementation` other than the defaults."""
+    oracle: bool = False
+    """Whether it is another's, and computes in float64 what it is given in float64: `tests/test_oracles.py` compares."""
 
     def subjects(self) -> list[Subject]:
         """The variant at each of its dtypes."""
@@ -47,7 +49,12 @@ def every_case(case: Case) -> bool:
 
 
 def right(
-    contract: str = "", *, fits: Callable[[Case], bool] = every_case, dtypes: tuple[DType, ...] = DTYPES, **claims: Any
+    contract: str = "",
+    *,
+    fits: Callable[[Case], bool] = every_case,
+    dtypes: tuple[DType, ...] = DTYPES,
+    oracle: bool = False,
+    **claims: Any,
 ) -> Callable[[type], type]:
     """Registers a class whose instances are right implementations of `contract`, by default the one that the class names as its
     attribute; the fields are those of `Variant`."""
@@ -61,6 +68,7 @@ def right(
                 summary=str(candidate.__doc__),
                 fits=fits,
                 claims={"dtypes": dtypes} | claims,
+                oracle=oracle,
             )
         )
         return candidate

@@ -24,12 +24,7 @@ import triton.language as tl
 from torch.autograd.function import once_differentiable
 
 from gaugeblock.optimized.triton.dispatch import Blocks, sort_by_expert, split_into_blocks, sum_rows
-from gaugeblock.optimized.triton.grouped_matmul import (
-    Tiles,
-    choose_tiles,
-    rows_times_matrices,
-    sum_of_products,
-)
+from gaugeblock.optimized.triton.grouped_matmul import Tiles, choose_tiles, rows_times_matrices, sum_of_products
 from gaugeblock.optimized.triton.launch import device_of, require_triton_device
 from gaugeblock.reference import validation
 

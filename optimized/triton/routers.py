@@ -295,7 +295,7 @@ def softmax_topk(router_logits: torch.Tensor, *, top_k: int, renormalize: bool) 
         topk_ids: [num_tokens, top_k], int64, by descending probability; NaN highest, of equals the lower id.
 
     Raises:
-        TypeError: `router_logits` is not a floating array.
+        TypeError: `router_logits` is not a floating array, or `top_k` not an integer.
         ValueError: `router_logits` is not of rank 2 or where Triton runs, or `top_k` not in 1..num_experts.
 
     Source: Mixtral of Experts (arXiv:2401.04088), section 2.1, renormalized; OLMoE (arXiv:2409.02060),
@@ -332,14 +332,14 @@ def grouped_sigmoid_topk(
         topk_ids: [num_tokens, top_k], int64, by descending biased score; NaN highest, of equals the lower id.
 
     Raises:
-        TypeError: `router_logits` or `e_score_correction_bias` is not a floating array.
+        TypeError: `router_logits` or `e_score_correction_bias` is not a floating array, or an option is of another kind.
         ValueError: A rank, size or device is wrong, `num_groups` does not divide num_experts, or
-            `topk_groups` or `top_k` is more than there is to choose from.
+            `topk_groups` or `top_k` is more than there is to choose from, or `routed_scaling_factor` is not finite.
 
     Source: DeepSeek-V3 Technical Report (arXiv:2412.19437), section 2.1.2; the 1e-20 is of the public model's
     `MoEGate`.
     """
-    validation.grouped_sigmoid_topk(router_logits, e_score_correction_bias, top_k, num_groups, topk_groups)
+    validation.grouped_sigmoid_topk(router_logits, e_score_correction_bias, top_k, num_groups, topk_groups, routed_scaling_factor)
     require_triton_device("router_logits", router_logits)
     options = {
         "top_k": int(top_k),

@@ -39,7 +39,7 @@ def grouped_sigmoid_topk(
     routed_scaling_factor: float,
 ) -> tuple[jax.Array, jax.Array]:
     """As `gaugeblock.reference.torch.routers.grouped_sigmoid_topk`, but topk_ids are int32, and the bias gets a zero gradient."""
-    validation.grouped_sigmoid_topk(router_logits, e_score_correction_bias, top_k, num_groups, topk_groups)
+    validation.grouped_sigmoid_topk(router_logits, e_score_correction_bias, top_k, num_groups, topk_groups, routed_scaling_factor)
 
     choice_scores_TE = sigmoid_choice_scores(router_logits, e_score_correction_bias)
     best_groups = jax.lax.top_k(group_scores(choice_scores_TE, num_groups), topk_groups)[1]

@@ -30,7 +30,7 @@ def softmax_topk(router_logits: torch.Tensor, *, top_k: int, renormalize: bool) 
             with a NaN logit gets any distinct ids.
 
     Raises:
-        TypeError: `router_logits` is not a floating array.
+        TypeError: `router_logits` is not a floating array, or `top_k` not an integer.
         ValueError: `router_logits` is not of rank 2, or `top_k` is not in 1..num_experts.
 
     Source: Mixtral of Experts (arXiv:2401.04088), section 2.1, renormalized; OLMoE (arXiv:2409.02060),
@@ -80,14 +80,14 @@ def grouped_sigmoid_topk(
             with a NaN logit gets any distinct ids.
 
     Raises:
-        TypeError: `router_logits` or `e_score_correction_bias` is not a floating array.
+        TypeError: `router_logits` or `e_score_correction_bias` is not a floating array, or an option is of another kind.
         ValueError: A rank or size is wrong, `num_groups` does not divide num_experts, or `topk_groups` or
-            `top_k` is more than there is to choose from.
+            `top_k` is more than there is to choose from, or `routed_scaling_factor` is not finite.
 
     Source: DeepSeek-V3 Technical Report (arXiv:2412.19437), section 2.1.2; the 1e-20 is of the public model's
     `MoEGate`.
     """
-    validation.grouped_sigmoid_topk(router_logits, e_score_correction_bias, top_k, num_groups, topk_groups)
+    validation.grouped_sigmoid_topk(router_logits, e_score_correction_bias, top_k, num_groups, topk_groups, routed_scaling_factor)
 
     choice_scores_TE = sigmoid_choice_scores(router_logits, e_score_correction_bias)
     best_groups = torch.topk(group_scores(choice_scores_TE, num_groups), topk_groups, dim=-1).indices

@@ -43,11 +43,18 @@ def require_like(name: str, array: Any, other_name: str, other: Any, **sizes: in
 
 
 def require_positive(name: str, value: Any) -> None:
-    """Check that an option is a number above 0."""
+    """Check that an option is a finite number above 0."""
+    require_number(name, value)
+    if value <= 0:
+        raise ValueError(f"{name} must be positive, got {value}")
+
+
+def require_number(name: str, value: Any) -> None:
+    """Check that an option is a finite number."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(f"{name} must be a number, got {value!r}")
-    if not 0 < value < math.inf:
-        raise ValueError(f"{name} must be positive, got {value}")
+    if not math.isfinite(value):
+        raise ValueError(f"{name} must be finite, got {value}")
 
 
 def require_dtype(name: str, array: Any, allowed: tuple[str, ...]) -> None:

@@ -3,12 +3,7 @@
 from typing import Any, get_args
 
 from gaugeblock.reference.configs import VelocitySign
-from gaugeblock.reference.validation.arrays import (
-    FLOATING,
-    require_dtype,
-    require_same_device,
-    require_shape,
-)
+from gaugeblock.reference.validation.arrays import FLOATING, require_dtype, require_same_device, require_shape
 
 
 def rectified_flow(data: Any, noise: Any) -> None:

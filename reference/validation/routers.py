@@ -6,6 +6,7 @@ from gaugeblock.reference.validation.arrays import (
     FLOATING,
     require_between,
     require_dtype,
+    require_number,
     require_positive,
     require_same_device,
     require_shape,
@@ -19,7 +20,9 @@ def softmax_topk(router_logits: Any, top_k: int) -> None:
     require_between("top_k", top_k, 1, router_logits.shape[1], "num_experts=")
 
 
-def grouped_sigmoid_topk(router_logits: Any, e_score_correction_bias: Any, top_k: int, num_groups: int, topk_groups: int) -> None:
+def grouped_sigmoid_topk(
+    router_logits: Any, e_score_correction_bias: Any, top_k: int, num_groups: int, topk_groups: int, routed_scaling_factor: float
+) -> None:
     """Check the arguments of `routers.grouped_sigmoid_topk`."""
     softmax_topk(router_logits, top_k)
     num_experts = router_logits.shape[1]
@@ -32,6 +35,7 @@ def grouped_sigmoid_topk(router_logits: Any, e_score_correction_bias: Any, top_k
     require_between("topk_groups", topk_groups, 1, num_groups, "num_groups=")
     kept_experts = topk_groups * num_experts // num_groups
     require_between("top_k", top_k, 1, kept_experts, "experts in the kept groups=")
+    require_number("routed_scaling_factor", routed_scaling_factor)
 
 
 def switch_top1(router_logits: Any, capacity_factor: float) -> None:

@@ -2,12 +2,7 @@
 
 from typing import Any
 
-from gaugeblock.reference.validation.arrays import (
-    INTEGER,
-    require_between,
-    require_dtype,
-    require_shape,
-)
+from gaugeblock.reference.validation.arrays import INTEGER, require_between, require_dtype, require_shape
 from gaugeblock.reference.validation.objectives import velocity_sign
 
 

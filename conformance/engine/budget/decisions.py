@@ -17,7 +17,8 @@ from gaugeblock.conformance.engine.budget.dispatch import Watching
 from gaugeblock.conformance.engine.budget.error_budget import NOISE_RUNS
 from gaugeblock.conformance.engine.budget.rounding_noise import RoundingNoise, exact_draws
 from gaugeblock.conformance.engine.calls import apply
-from gaugeblock.conformance.engine.contract import Contract, ContractError, Tensors
+from gaugeblock.conformance.engine.contract import Contract, ContractError
+from gaugeblock.conformance.engine.vocabulary import Tensors
 
 # A case is redrawn if rounding this many times as coarse decides anything in it. A choice so near a tie that honest rounding
 # turns it once in 6 calls passes 12 runs of its own size once in 9 times, of four times its size once in 500

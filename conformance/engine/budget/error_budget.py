@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import torch
 
 from gaugeblock.conformance.engine.budget.rounding_noise import half_ulp
-from gaugeblock.conformance.engine.contract import Tensors
 from gaugeblock.conformance.engine.judging.verdict import Statistics
+from gaugeblock.conformance.engine.vocabulary import Tensors
 
 NOISE_RUNS = 12
 # Deviations of the propagated error that one element may have. As they are estimated from 12 runs, an honest error exceeds so

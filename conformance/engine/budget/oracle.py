@@ -15,9 +15,10 @@ from gaugeblock.conformance.engine.budget.error_budget import NOISE_RUNS, Budget
 from gaugeblock.conformance.engine.budget.rounding_noise import RoundingNoise, exact_draws
 from gaugeblock.conformance.engine.budget.runs import values_of
 from gaugeblock.conformance.engine.calls import apply, nest
-from gaugeblock.conformance.engine.contract import Contract, Tensors
+from gaugeblock.conformance.engine.contract import Contract
 from gaugeblock.conformance.engine.inputs.cases import Case, cotangents, dtypes_of, make_inputs, options, value_case
 from gaugeblock.conformance.engine.pull_back import pull_back
+from gaugeblock.conformance.engine.vocabulary import Tensors
 
 GRADIENT = "gradient of "  # begins the key of a gradient among results
 CACHED = 512  # cases; a budget with gradients takes about a megabyte

@@ -1,23 +1,37 @@
-"""Bad calls that follow from a contract's signature alone: ranks, shared sizes, dtypes, ids, devices, entries of a state dict.
+"""Bad calls that follow from a contract's signature alone: ranks, shared sizes, dtypes, ids, devices, entries of a state dict,
+kinds of options.
 
 Those that only the contract knows (a `top_k` above the number of experts) are its `rejections`.
 """
 
+import inspect
+import math
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, Literal, get_origin
 
 import torch
 
-from gaugeblock.conformance.engine.contract import Contract, Input, Parameters, Rejection
+from gaugeblock.conformance.engine.contract import Contract, Input, Rejection
+from gaugeblock.conformance.engine.vocabulary import Parameters
 
 Spoil = Callable[[dict[str, Any]], Mapping[str, Any]]
-UNKNOWN = "gaugeblock.unknown"  # an entry that no state dict has
+UNKNOWN = "gaugeblock.unknown"  # an entry that no state dict has, and no choice among names
+OF_ANOTHER_KIND: Mapping[Any, Mapping[str, Any]] = {
+    int: {"text": "1", "a fraction": 1.5, "a truth value": True},
+    float: {"text": "1", "a truth value": True, "no number": math.nan, "infinity": math.inf},
+    Literal: {"another name": UNKNOWN},
+}
 
 
 def bad_calls(contract: Contract, parameters: Parameters) -> list[Rejection]:
-    """All bad calls of a contract: those that follow from its inputs, then its own."""
-    return [*_of_tensors(contract, parameters), *_of_entries(contract, parameters), *contract.rejections]
+    """All bad calls of a contract: those that follow from its signature, then its own."""
+    return [
+        *_of_tensors(contract, parameters),
+        *_of_entries(contract, parameters),
+        *_of_options(contract),
+        *contract.rejections,
+    ]
 
 
 def changed(key: str, change: Callable[[Any], Any]) -> Spoil:
@@ -67,6 +81,14 @@ def _of_entries(contract: Contract, parameters: Parameters) -> Iterator[Rejectio
         yield Rejection(f"{name} of integers", name, changed(key, _of_other_kind))
     copied = f"{state.name}/{floating[0]}"
     yield Rejection("an entry too many", UNKNOWN, lambda call: {f"{state.name}/{UNKNOWN}": call[copied]})
+
+
+def _of_options(contract: Contract) -> Iterator[Rejection]:
+    signature = inspect.signature(contract.reference, eval_str=True).parameters
+    for name in contract.options:
+        kind = signature[name].annotation
+        for what, value in OF_ANOTHER_KIND.get(get_origin(kind) or kind, {}).items():
+            yield Rejection(f"{name} as {what}", name, partial(_replaced, name, value))
 
 
 def _replaced(key: str, value: Any, call: dict[str, Any]) -> Mapping[str, Any]:

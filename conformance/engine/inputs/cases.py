@@ -15,9 +15,10 @@ from hypothesis.strategies import SearchStrategy
 
 from gaugeblock.conformance.engine.budget.decisions import rounding_decides
 from gaugeblock.conformance.engine.calls import argument_of
-from gaugeblock.conformance.engine.contract import Contract, ContractError, Parameters, Tensors
+from gaugeblock.conformance.engine.contract import Contract, ContractError
 from gaugeblock.conformance.engine.inputs.draw import Draw
 from gaugeblock.conformance.engine.inputs.far import far_view
+from gaugeblock.conformance.engine.vocabulary import Parameters, Tensors
 
 Layout = Literal["contiguous", "transposed", "sliced", "padded rows", "storage offset", "broadcast", "far"]
 LAYOUTS: tuple[Layout, ...] = tuple(each for each in get_args(Layout) if each != "far")  # which is a property of its own

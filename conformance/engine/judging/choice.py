@@ -11,10 +11,11 @@ import torch
 
 from gaugeblock.conformance.engine.budget.error_budget import KAPPA, Budget
 from gaugeblock.conformance.engine.budget.oracle import selection_scores
-from gaugeblock.conformance.engine.contract import Contract, Selection, Tensors
+from gaugeblock.conformance.engine.contract import Contract, Selection
 from gaugeblock.conformance.engine.inputs.cases import Case
 from gaugeblock.conformance.engine.judging.diagnosis import diagnose
 from gaugeblock.conformance.engine.judging.violation import Violation
+from gaugeblock.conformance.engine.vocabulary import Tensors
 
 
 def check_choice(contract: Contract, case: Case, dtype: str, results: Tensors) -> torch.Tensor | None:

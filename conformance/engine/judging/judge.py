@@ -7,13 +7,14 @@ import torch
 from gaugeblock.conformance.engine.budget.error_budget import Budget, Errors, element_errors, measure
 from gaugeblock.conformance.engine.budget.oracle import GRADIENT, budgets
 from gaugeblock.conformance.engine.calls import argument_of
-from gaugeblock.conformance.engine.contract import Contract, Tensors
+from gaugeblock.conformance.engine.contract import Contract
 from gaugeblock.conformance.engine.inputs.cases import Case, dtypes_of
 from gaugeblock.conformance.engine.judging.choice import check_choice
 from gaugeblock.conformance.engine.judging.diagnosis import describe_element, diagnose
 from gaugeblock.conformance.engine.judging.verdict import Statistics
 from gaugeblock.conformance.engine.judging.violation import Violation
 from gaugeblock.conformance.engine.suggestion import suggest
+from gaugeblock.conformance.engine.vocabulary import Tensors
 
 
 def check_form(contract: Contract, case: Case, dtype: str, device: str, results: Tensors, framework: str = "torch") -> None:

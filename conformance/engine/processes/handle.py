@@ -16,7 +16,6 @@ from typing import Any, Literal
 import psutil
 import torch
 
-from gaugeblock.conformance.engine.contract import Tensors
 from gaugeblock.conformance.engine.frameworks import BadResult, Call, Raised
 from gaugeblock.conformance.engine.implementation import Implementation
 from gaugeblock.conformance.engine.judging.judge import Violation
@@ -25,6 +24,7 @@ from gaugeblock.conformance.engine.processes.messages import Again, Describe, Gr
 from gaugeblock.conformance.engine.processes.output import KEPT_OUTPUT, Output
 from gaugeblock.conformance.engine.processes.perform import Conditions, Findings
 from gaugeblock.conformance.engine.processes.wire import ANYONE, ARENA_BYTES, RING_BYTES, Arena, Dtypes, Impostor, Late, Link
+from gaugeblock.conformance.engine.vocabulary import Tensors
 
 CALL_SECONDS = 60.0  # until an answer must be there
 IMPATIENT_SECONDS = 20.0  # the same for an implementation that was waited for in vain

@@ -7,11 +7,11 @@ from typing import Any, Literal
 
 import torch
 
-from gaugeblock.conformance.engine.contract import Tensors
 from gaugeblock.conformance.engine.frameworks import CALLERS, Call, LibraryInFloat64, candidates_own
 from gaugeblock.conformance.engine.implementation import Implementation
 from gaugeblock.conformance.engine.registry import find_contract, load
 from gaugeblock.conformance.engine.triton.interpreter import watch
+from gaugeblock.conformance.engine.vocabulary import Tensors
 
 
 @dataclass(frozen=True, kw_only=True)

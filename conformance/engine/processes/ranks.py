@@ -16,22 +16,16 @@ from typing import Any
 import torch
 
 from gaugeblock.conformance.engine.budget.oracle import GRADIENT
-from gaugeblock.conformance.engine.contract import Contract, Parameters, Tensors
+from gaugeblock.conformance.engine.contract import Contract
 from gaugeblock.conformance.engine.devices import RANKS
 from gaugeblock.conformance.engine.frameworks import BadResult, Call, Raised
 from gaugeblock.conformance.engine.implementation import Implementation
 from gaugeblock.conformance.engine.judging.judge import Violation
 from gaugeblock.conformance.engine.processes.door import Door
-from gaugeblock.conformance.engine.processes.handle import (
-    START_SECONDS,
-    Answer,
-    Lost,
-    Process,
-    candidates_part,
-    place_in,
-)
+from gaugeblock.conformance.engine.processes.handle import START_SECONDS, Answer, Lost, Process, candidates_part, place_in
 from gaugeblock.conformance.engine.processes.messages import Group
 from gaugeblock.conformance.engine.processes.perform import Conditions, Findings
+from gaugeblock.conformance.engine.vocabulary import Parameters, Tensors
 
 PATIENCE_SECONDS = 20.0  # without any rank coming back, until all are taken to be stuck
 IMPATIENCE_SECONDS = 6.0  # the same for an implementation that was stuck before

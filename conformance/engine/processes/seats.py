@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from gaugeblock.conformance.engine.calls import argument_of
-from gaugeblock.conformance.engine.contract import Contract, Tensors
+from gaugeblock.conformance.engine.contract import Contract
 from gaugeblock.conformance.engine.frameworks import Call
 from gaugeblock.conformance.engine.implementation import Candidate, Implementation
 from gaugeblock.conformance.engine.processes.handle import WITH_THE_NURSERY, Answer, Lost, Process
@@ -15,6 +15,7 @@ from gaugeblock.conformance.engine.processes.perform import Conditions, perform
 from gaugeblock.conformance.engine.processes.process import KEPT
 from gaugeblock.conformance.engine.processes.ranks import Ranks
 from gaugeblock.conformance.engine.processes.wire import Arena
+from gaugeblock.conformance.engine.vocabulary import Tensors
 
 if TYPE_CHECKING:
     from gaugeblock.conformance.engine.trial import Subject

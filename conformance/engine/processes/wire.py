@@ -20,8 +20,8 @@ from typing import Any
 
 import torch
 
-from gaugeblock.conformance.engine.contract import Tensors
 from gaugeblock.conformance.engine.inputs.far import far_view, is_far
+from gaugeblock.conformance.engine.vocabulary import Tensors
 
 ARENA_BYTES = 4 << 30  # of address space, for the tensors of one direction; only what is used is ever held
 RING_BYTES = 32 << 20  # over which the inputs of small calls wander, so that addresses are no names of calls

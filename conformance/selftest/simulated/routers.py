@@ -94,7 +94,9 @@ class GroupedRouter(SoftmaxRouter):
         renormalize: bool,
         routed_scaling_factor: float,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        validation.grouped_sigmoid_topk(router_logits, e_score_correction_bias, top_k, num_groups, topk_groups)
+        validation.grouped_sigmoid_topk(
+            router_logits, e_score_correction_bias, top_k, num_groups, topk_groups, routed_scaling_factor
+        )
         scores = self.scores(router_logits.float())
         biased = self.biased(scores, e_score_correction_bias)
         ids = self.select(self.masked(biased, self.kept(biased, num_groups, topk_groups)), top_k)
