@@ -107,7 +107,7 @@ PUBLISHED = {
     "routers.grouped_sigmoid_topk": [(256, 8)],
     "experts.fused_swiglu": [(8, 2), (128, 8)],
     "moe_layers.mixtral_moe": [(8, 2), (128, 8)],
-    "moe_layers.load_balancing_loss": [(8, 2), (128, 8)],
+    "auxiliary_losses.load_balancing_loss": [(8, 2), (128, 8)],
 }
 
 
@@ -118,7 +118,7 @@ def test_the_configurations_that_people_run_are_always_visited(name, published):
         assert {*published} <= found
 
 
-@pytest.mark.parametrize("name", [name for name in PUBLISHED if name != "moe_layers.router_z_loss"])
+@pytest.mark.parametrize("name", [name for name in PUBLISHED if name != "auxiliary_losses.router_z_loss"])
 def test_every_expert_is_the_first_choice_of_some_token(name):
     """With 1, 2, a power of two and no power of two of experts."""
     contract = contracts()[name]

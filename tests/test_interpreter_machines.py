@@ -33,7 +33,7 @@ from gaugeblock.conformance.engine.trial import Subject, Trial, digest
 
 for name, dtype in (
     ("experts.fused_swiglu", "float32"), ("experts.fused_swiglu", "bfloat16"),
-    ("routers.softmax_topk", "float32"), ("moe_layers.router_z_loss", "float32"),
+    ("routers.softmax_topk", "float32"), ("auxiliary_losses.router_z_loss", "float32"),
     ("routers.grouped_sigmoid_topk", "float16"), ("layers.layer_norm_modulate", "bfloat16"),
 ):
     contract = contracts()[name]

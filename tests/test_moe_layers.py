@@ -26,9 +26,11 @@ from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock, 
 from transformers.models.switch_transformers.modeling_switch_transformers import router_z_loss_func
 
 from gaugeblock.optimized.jax import moe_layers as optimized_jax_moe_layers
+from gaugeblock.optimized.triton import auxiliary_losses as triton_losses
 from gaugeblock.optimized.triton import moe_layers as triton_moe_layers
+from gaugeblock.reference.jax import auxiliary_losses as jax_losses
 from gaugeblock.reference.jax import moe_layers as jax_moe_layers
-from gaugeblock.reference.torch import moe_layers
+from gaugeblock.reference.torch import auxiliary_losses, moe_layers
 
 NAMES = ("gate.weight", "experts.gate_up_proj", "experts.down_proj")
 MASK = torch.arange(NUM_TOKENS) % 5 != 1
@@ -99,13 +101,13 @@ def test_load_balancing_loss_is_that_of_transformers_for_one_assignment(mask):
     cotangent = random(seed=1)
     with float32_as_float64():
         expected = value_and_grads(theirs, [logits], cotangent)
-    ours, _ = losses_of(moe_layers, ids, mask)
+    ours, _ = losses_of(auxiliary_losses, ids, mask)
     assert_all_equal_to_rounding(value_and_grads(ours, [logits], cotangent), expected)
 
 
 def test_router_z_loss_is_that_of_transformers_over_unmasked_tokens():
     logits, ids = logits_and_ids(torch.float64)
-    _, ours = losses_of(moe_layers, ids, MASK)
+    _, ours = losses_of(auxiliary_losses, ids, MASK)
     expected = value_and_grads(lambda logits: router_z_loss_func(logits[None, MASK]), [logits], random(seed=1))
     assert_all_equal_to_rounding(value_and_grads(ours, [logits], random(seed=1)), expected)
 
@@ -138,15 +140,15 @@ def test_jax_losses_are_those_of_torch(x64):
     logits, ids = logits_and_ids(dtype)
     cotangent = random(seed=1, dtype=dtype)
     with jax.enable_x64(x64):
-        jax_losses = losses_of(jax_moe_layers, jnp.asarray(ids.numpy()), jnp.asarray(MASK.numpy()))
-        for jax_loss, torch_loss in zip(jax_losses, losses_of(moe_layers, ids, MASK), strict=True):
+        twins = losses_of(jax_losses, jnp.asarray(ids.numpy()), jnp.asarray(MASK.numpy()))
+        for jax_loss, torch_loss in zip(twins, losses_of(auxiliary_losses, ids, MASK), strict=True):
             expected = value_and_grads(torch_loss, [logits], cotangent)
             assert_all_equal_to_rounding(jax_value_and_grads(jax.jit(jax_loss), [logits], cotangent), expected)
 
 
 def test_triton_losses_in_float64_are_those_of_torch():
     logits, ids = logits_and_ids(torch.float64)
-    ours, expected = losses_of(triton_moe_layers, ids, MASK), losses_of(moe_layers, ids, MASK)
+    ours, expected = losses_of(triton_losses, ids, MASK), losses_of(auxiliary_losses, ids, MASK)
     for triton_loss, torch_loss in zip(ours, expected, strict=True):
         cotangent = random(seed=1)
         assert_all_equal_to_rounding(
@@ -157,15 +159,16 @@ def test_triton_losses_in_float64_are_those_of_torch():
 def test_load_balancing_loss_is_one_for_equal_loads_and_largest_where_all_tokens_agree():
     ids = torch.arange(NUM_TOKENS * TOP_K).reshape(NUM_TOKENS, TOP_K)[: NUM_EXPERTS // TOP_K] % NUM_EXPERTS
     mask = torch.ones(len(ids), dtype=torch.bool)
-    balanced = moe_layers.load_balancing_loss(random(len(ids), NUM_EXPERTS, seed=0), ids, mask)
+    balanced = auxiliary_losses.load_balancing_loss(random(len(ids), NUM_EXPERTS, seed=0), ids, mask)
     assert_equal_to_rounding(balanced, torch.ones((), dtype=torch.float64))
     certain = torch.zeros(len(ids), NUM_EXPERTS, dtype=torch.float64)
     certain[:, 5] = 1000
-    worst = moe_layers.load_balancing_loss(certain, torch.full_like(ids[:, :1], 5), mask)
+    worst = auxiliary_losses.load_balancing_loss(certain, torch.full_like(ids[:, :1], 5), mask)
     assert worst == NUM_EXPERTS
 
 
-MODULES = [moe_layers, triton_moe_layers, jax_moe_layers]
+LOSSES = [auxiliary_losses, triton_losses, jax_losses]
+LAYERS = [moe_layers, triton_moe_layers, jax_moe_layers]
 
 
 def on(module, tensor: torch.Tensor):
@@ -178,7 +181,7 @@ def value_and_grads_of(module, loss, logits: torch.Tensor) -> list:
     return function(loss, [logits], torch.ones(()))
 
 
-@pytest.mark.parametrize("module", MODULES, ids=lambda module: module.__name__.removeprefix("gaugeblock."))
+@pytest.mark.parametrize("module", LOSSES, ids=lambda module: module.__name__.removeprefix("gaugeblock."))
 def test_losses_see_nothing_of_padding_not_even_nan(module):
     logits, ids = logits_and_ids(torch.float32)
     spoilt = logits.masked_fill(~MASK[:, None], torch.nan)
@@ -191,7 +194,7 @@ def test_losses_see_nothing_of_padding_not_even_nan(module):
 
 
 @pytest.mark.parametrize("num_tokens", [0, NUM_TOKENS])
-@pytest.mark.parametrize("module", MODULES, ids=lambda module: module.__name__.removeprefix("gaugeblock."))
+@pytest.mark.parametrize("module", LOSSES, ids=lambda module: module.__name__.removeprefix("gaugeblock."))
 def test_losses_of_no_tokens_are_zero_with_zero_gradient(module, num_tokens):
     logits, ids = (tensor[:num_tokens] for tensor in logits_and_ids(torch.float32))
     for loss in losses_of(module, on(module, ids), on(module, torch.zeros(num_tokens, dtype=torch.bool))):
@@ -219,7 +222,7 @@ def without(name: str) -> dict[str, torch.Tensor]:
     return {key: value for key, value in STATE.items() if key != name}
 
 
-@pytest.mark.parametrize("module", MODULES, ids=lambda module: module.__name__.removeprefix("gaugeblock."))
+@pytest.mark.parametrize("realm", [0, 1, 2], ids=["torch", "triton", "jax"])
 @pytest.mark.parametrize(
     ("function", "argument", "bad", "error", "message"),
     [
@@ -260,7 +263,9 @@ def without(name: str) -> dict[str, torch.Tensor]:
         ("router_z_loss", "router_logits", torch.zeros(8, 6).bool(), TypeError, "got bool"),
     ],
 )
-def test_a_bad_call_names_its_argument(module, function, argument, bad, error, message):
+def test_a_bad_call_names_its_argument(realm, function, argument, bad, error, message):
+    module = (LAYERS if function == "mixtral_moe" else LOSSES)[realm]
+
     def converted(value):
         if isinstance(value, dict):
             return {name: converted(entry) for name, entry in value.items()}

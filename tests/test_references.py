@@ -22,9 +22,10 @@ from transformers.models.olmoe.modeling_olmoe import OlmoeSparseMoeBlock
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBlock
 
 from gaugeblock.optimized.jax import experts as optimized_jax_experts
+from gaugeblock.reference.jax import capacity_routers as jax_capacity_routers
 from gaugeblock.reference.jax import experts as jax_experts
 from gaugeblock.reference.jax import routers as jax_routers
-from gaugeblock.reference.torch import experts, routers
+from gaugeblock.reference.torch import capacity_routers, experts, routers
 
 REFERENCE = Path(__file__).parent.parent / "reference"
 NUM_TOKENS, HIDDEN_SIZE, INTERMEDIATE_SIZE, NUM_EXPERTS, TOP_K = 33, 24, 20, 12, 3
@@ -141,10 +142,10 @@ def test_an_expert_chosen_twice_counts_twice():
 
 @pytest.mark.parametrize(("num_tokens", "num_experts", "capacity"), [(1, 3, 1), (10, 4, 3), (12, 4, 3), (13, 4, 4), (0, 4, 0)])
 def test_switch_top1_drops_whoever_comes_too_late(num_tokens, num_experts, capacity):
-    assert routers.expert_capacity(num_tokens, num_experts, 1.0) == capacity
+    assert capacity_routers.expert_capacity(num_tokens, num_experts, 1.0) == capacity
     logits = random(num_tokens, num_experts, seed=2)
     logits[: 2 * num_tokens // 3, 0] += 9
-    _, ids, dropped = routers.switch_top1(logits, capacity_factor=1.0)
+    _, ids, dropped = capacity_routers.switch_top1(logits, capacity_factor=1.0)
     room = [capacity] * num_experts
     for expert, is_dropped in zip(ids.tolist(), dropped.tolist(), strict=True):
         assert is_dropped == (room[expert] == 0)
@@ -160,14 +161,14 @@ def test_jitted_jax_routers_are_those_of_torch(x64, renormalize):
     options = {"top_k": TOP_K, "renormalize": renormalize}
     grouped = {"num_groups": 4, "topk_groups": 2, "routed_scaling_factor": 2.5, **options}
     with jax.enable_x64(x64):
-        for name, arrays, static in (
-            ("softmax_topk", (logits,), options),
-            ("grouped_sigmoid_topk", (logits, bias), grouped),
-            ("switch_top1", (logits,), {"capacity_factor": 1.1}),
+        for ours, twin, arrays, static in (
+            (routers.softmax_topk, jax_routers.softmax_topk, (logits,), options),
+            (routers.grouped_sigmoid_topk, jax_routers.grouped_sigmoid_topk, (logits, bias), grouped),
+            (capacity_routers.switch_top1, jax_capacity_routers.switch_top1, (logits,), {"capacity_factor": 1.1}),
         ):
-            weights, ids, *dropped = getattr(routers, name)(*arrays, **static)
+            weights, ids, *dropped = ours(*arrays, **static)
             jax_arrays = [jnp.asarray(array.numpy()) for array in arrays]
-            jitted = jax.jit(getattr(jax_routers, name), static_argnames=tuple(static))
+            jitted = jax.jit(twin, static_argnames=tuple(static))
             jax_weights, jax_ids, *jax_dropped = jitted(*jax_arrays, **static)
             assert jax_ids.dtype == jnp.int32 and ids.dtype == torch.int64
             np.testing.assert_array_equal(jax_ids, ids)
@@ -269,7 +270,8 @@ def test_a_bad_call_names_its_argument(function, argument, bad, error, message):
 
     call = VALID[function] | {argument: bad}
     jax_call = {name: jax_array(value) for name, value in call.items()}
-    references = (experts, jax_experts) if function == "fused_swiglu" else (routers, jax_routers)
+    families = ((experts, jax_experts), (routers, jax_routers), (capacity_routers, jax_capacity_routers))
+    references = next(each for each in families if hasattr(each[0], function))
     for module, arguments in zip(references, (call, jax_call), strict=True):
         with pytest.raises(error, match=f"^{argument} must .*{re.escape(message)}"):
             getattr(module, function)(**arguments)

@@ -16,21 +16,21 @@ from gaugeblock.conformance.engine.implementation import triton
 from gaugeblock.conformance.engine.inputs.bad_calls import changed
 from gaugeblock.conformance.engine.inputs.draw import Draw
 from gaugeblock.conformance.engine.vocabulary import Parameters, Tensors
-from gaugeblock.reference.torch import moe_layers
+from gaugeblock.reference.torch import auxiliary_losses
 
 
 @row
 def load_balancing_loss() -> Contract:
-    """The row of `moe_layers.load_balancing_loss`."""
+    """The row of `auxiliary_losses.load_balancing_loss`."""
     return Contract(
-        name="moe_layers.load_balancing_loss",
+        name="auxiliary_losses.load_balancing_loss",
         summary="How uneven the load of the experts is: 1 where it is even, num_experts / top_k where all tokens agree.",
         formula=(
             "num_experts * sum over e of share[e] * probability[e], over the tokens of the mask; share[e] = part of their top_k "
             "assignments each that chose e; probability[e] = mean of softmax(router_logits)[e]; 0 where there is no token"
         ),
         source="Switch Transformers (arXiv:2101.03961) eq. 4 to 6; transformers' load_balancing_loss_func is top_k times it",
-        reference=moe_layers.load_balancing_loss,
+        reference=auxiliary_losses.load_balancing_loss,
         inputs=(LOGITS, IDS, MASK),
         outputs=(Output("loss", (), dtype="float32", differentiable=True),),
         options=(),
@@ -59,13 +59,13 @@ def load_balancing_loss() -> Contract:
 
 @row
 def router_z_loss() -> Contract:
-    """The row of `moe_layers.router_z_loss`."""
+    """The row of `auxiliary_losses.router_z_loss`."""
     return Contract(
-        name="moe_layers.router_z_loss",
+        name="auxiliary_losses.router_z_loss",
         summary="How large the logits of a router are.",
         formula="mean over the tokens of the mask of logsumexp(router_logits) ** 2; 0 where there is no token",
         source="ST-MoE (arXiv:2202.08906) equation 5",
-        reference=moe_layers.router_z_loss,
+        reference=auxiliary_losses.router_z_loss,
         inputs=(LOGITS, MASK),
         outputs=(Output("loss", (), dtype="float32", differentiable=True),),
         options=(),

@@ -10,21 +10,21 @@ from gaugeblock.conformance.engine.factors import Factor, edges, kind_of_count, 
 from gaugeblock.conformance.engine.implementation import triton
 from gaugeblock.conformance.engine.inputs.draw import Draw
 from gaugeblock.conformance.engine.vocabulary import Parameters, Tensors
-from gaugeblock.reference.torch import routers
+from gaugeblock.reference.torch import capacity_routers
 
 
 @row
 def switch_top1() -> Contract:
-    """The row of `routers.switch_top1`."""
+    """The row of `capacity_routers.switch_top1`."""
     return Contract(
-        name="routers.switch_top1",
+        name="capacity_routers.switch_top1",
         summary="Each token goes to its most probable expert, unless as many before it as the expert has room for did so too.",
         formula=(
             "p = softmax(router_logits); id = argmax(p); dropped[t] = at least ceil(num_tokens * capacity_factor / num_experts) "
             "tokens s < t have id[s] = id[t]; weight = p[id], or 0 if dropped"
         ),
         source="Switch Transformers (arXiv:2101.03961) section 2.2, equation 3, and figure 3",
-        reference=routers.switch_top1,
+        reference=capacity_routers.switch_top1,
         inputs=(of_routers.LOGITS,),
         outputs=(
             Output("weights", ("num_tokens",), dtype="float32", differentiable=True),
@@ -63,7 +63,7 @@ def switch_top1() -> Contract:
             "permutation_equivariance": IN_ORDER,
             "nan_containment": "a token of NaN goes to any expert, and takes its room",
         },
-        implementations=(triton("capacity:switch_top1"),),
+        implementations=(triton(),),
     )
 
 
@@ -74,7 +74,7 @@ def sizes(num_tokens: int, num_experts: int, capacity_factor: float) -> dict[str
 
 def _room(parameters: Parameters) -> str:
     """What an expert has room for."""
-    capacity = routers.expert_capacity(*(parameters[name] for name in ("num_tokens", "num_experts", "capacity_factor")))
+    capacity = capacity_routers.expert_capacity(*(parameters[name] for name in ("num_tokens", "num_experts", "capacity_factor")))
     if capacity >= parameters["num_tokens"]:
         return "all tokens"
     return "one token" if capacity == 1 else "some tokens"
@@ -102,7 +102,7 @@ FACTORS = (
 def skewed(draw: Draw, parameters: Parameters) -> Tensors:
     """All tokens on one expert, or just as many as it has room for, or one more, one less; the others on the next."""
     tokens, experts = parameters["num_tokens"], parameters["num_experts"]
-    capacity = routers.expert_capacity(tokens, experts, parameters["capacity_factor"])
+    capacity = capacity_routers.expert_capacity(tokens, experts, parameters["capacity_factor"])
     favoured = (tokens, capacity - 1, capacity, capacity + 1)[int(draw.integers(0, 4, 1))]
     favourite = draw.integers(0, experts, 1)
     ids = torch.where(draw.permutation(tokens) < favoured, favourite, (favourite + 1) % experts)

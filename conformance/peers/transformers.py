@@ -10,7 +10,7 @@ from transformers.models.switch_transformers.modeling_switch_transformers import
 
 from gaugeblock.conformance.engine.inputs.cases import Case
 from gaugeblock.conformance.selftest.variant import right
-from gaugeblock.reference.torch.routers import expert_capacity
+from gaugeblock.reference.torch.capacity_routers import expert_capacity
 
 
 def finite(case: Case) -> bool:
@@ -40,7 +40,7 @@ class TransformersQwen3Router:
         return functional_call(module, {"weight": torch.eye(experts)}, router_logits)[1:]
 
 
-@right("routers.switch_top1", fits=finite, dtypes=("float32",), oracle=True)
+@right("capacity_routers.switch_top1", fits=finite, dtypes=("float32",), oracle=True)
 class TransformersSwitchRouter:
     """Switch Transformers' router, whose classifier is the identity; it returns a mask without the dropped, and their weights."""
 
@@ -136,7 +136,7 @@ def ordinary_padding(case: Case) -> bool:
     return case.regime != "special" and bool(case.parameters["num_tokens"])
 
 
-@right("moe_layers.router_z_loss", fits=ordinary_padding, dtypes=("float32",), oracle=True)
+@right("auxiliary_losses.router_z_loss", fits=ordinary_padding, dtypes=("float32",), oracle=True)
 class TransformersZLoss:
     """Switch's z-loss of the tokens that count, which are taken for one group."""
 

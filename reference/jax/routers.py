@@ -3,8 +3,6 @@
 Shapes: T num_tokens, E num_experts, K top_k, G num_groups, M experts in one group.
 """
 
-import math
-
 import jax
 import jax.numpy as jnp
 
@@ -64,22 +62,3 @@ def group_scores(choice_scores: jax.Array, num_groups: int) -> jax.Array:
     num_tokens, num_experts = choice_scores.shape
     scores_TGM = choice_scores.reshape(num_tokens, num_groups, num_experts // num_groups)
     return jax.lax.top_k(scores_TGM, min(2, scores_TGM.shape[-1]))[0].sum(axis=-1)
-
-
-def switch_top1(router_logits: jax.Array, *, capacity_factor: float) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """As `gaugeblock.reference.torch.routers.switch_top1`, but expert_ids are int32."""
-    validation.switch_top1(router_logits, capacity_factor)
-    num_tokens, num_experts = router_logits.shape
-
-    probs_TE = jax.nn.softmax(at_least_float32(router_logits), axis=-1)
-    ids_T = probs_TE.argmax(axis=-1).astype(jnp.int32)
-    has_chosen_TE = jax.nn.one_hot(ids_T, num_experts, dtype=ids_T.dtype)
-    place_T = jnp.take_along_axis(has_chosen_TE.cumsum(axis=0), ids_T[:, None], axis=-1)[:, 0]
-    dropped_T = place_T > expert_capacity(num_tokens, num_experts, capacity_factor)
-    weights_T = jnp.take_along_axis(probs_TE, ids_T[:, None], axis=-1)[:, 0]
-    return jnp.where(dropped_T, 0, weights_T), ids_T, dropped_T
-
-
-def expert_capacity(num_tokens: int, num_experts: int, capacity_factor: float) -> int:
-    """As `gaugeblock.reference.torch.routers.expert_capacity`."""
-    return math.ceil(num_tokens * capacity_factor / num_experts)

@@ -10,6 +10,8 @@ starts no kernel; `expert_ids_in_range` and `class_labels_in_range` alone read v
 """
 
 from gaugeblock.reference.validation.arrays import FLOATING, INTEGER, dtype_name, random_draw, state_entries
+from gaugeblock.reference.validation.auxiliary_losses import load_balancing_loss, router_z_loss
+from gaugeblock.reference.validation.capacity_routers import switch_top1
 from gaugeblock.reference.validation.dit import class_labels_in_range, dit, dit_block, position_table
 from gaugeblock.reference.validation.experts import expert_ids_in_range, fused_swiglu
 from gaugeblock.reference.validation.layers import (
@@ -23,14 +25,14 @@ from gaugeblock.reference.validation.layers import (
     timestep_embedding,
     unpatchify,
 )
-from gaugeblock.reference.validation.moe_layers import load_balancing_loss, mixtral_moe, router_z_loss
+from gaugeblock.reference.validation.moe_layers import mixtral_moe
 from gaugeblock.reference.validation.objectives import (
     rectified_flow,
     rectified_flow_prediction,
     rectified_flow_times,
     velocity_sign,
 )
-from gaugeblock.reference.validation.routers import grouped_sigmoid_topk, softmax_topk, switch_top1
+from gaugeblock.reference.validation.routers import grouped_sigmoid_topk, softmax_topk
 from gaugeblock.reference.validation.samplers import euler_sample
 from gaugeblock.reference.validation.train_image_diffusion import (
     image_diffusion_batch,

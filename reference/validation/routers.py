@@ -7,7 +7,6 @@ from gaugeblock.reference.validation.arrays import (
     require_between,
     require_dtype,
     require_number,
-    require_positive,
     require_same_device,
     require_shape,
 )
@@ -36,12 +35,3 @@ def grouped_sigmoid_topk(
     kept_experts = topk_groups * num_experts // num_groups
     require_between("top_k", top_k, 1, kept_experts, "experts in the kept groups=")
     require_number("routed_scaling_factor", routed_scaling_factor)
-
-
-def switch_top1(router_logits: Any, capacity_factor: float) -> None:
-    """Check the arguments of `routers.switch_top1`."""
-    require_dtype("router_logits", router_logits, FLOATING)
-    require_shape("router_logits", router_logits, num_tokens=None, num_experts=None)
-    if router_logits.shape[1] == 0:
-        raise ValueError(f"router_logits must hold at least one expert, got {tuple(router_logits.shape)}")
-    require_positive("capacity_factor", capacity_factor)

@@ -2,41 +2,41 @@
 
 from gaugeblock.conformance.selftest.edits import mutant
 
-MIXTRAL, BALANCE, Z = "moe_layers.mixtral_moe", "moe_layers.load_balancing_loss", "moe_layers.router_z_loss"
+MIXTRAL, BALANCE, Z = "moe_layers.mixtral_moe", "auxiliary_losses.load_balancing_loss", "auxiliary_losses.router_z_loss"
 
 mutant(
     MIXTRAL, "weights-not-renormalized", "The weights of the chosen are their probabilities among all.",
     "moe_layers.mixtral_moe", "renormalize=True", "renormalize=False", "parity", "structural",
 )  # fmt: skip
 mutant(
-    BALANCE, "padding-counted", "Padding has a probability, the same for all experts.", "moe_layers._balance_sums",
+    BALANCE, "padding-counted", "Padding has a probability, the same for all experts.", "auxiliary_losses._balance_sums",
     "tl.where(is_counted, divide(exponentials, total), 0.0)", "divide(exponentials, total)", "parity", "structural",
 )  # fmt: skip
 mutant(
-    BALANCE, "tokens-for-assignments", "Assignments are divided by themselves, not by tokens.", "moe_layers._balance_loss",
+    BALANCE, "tokens-for-assignments", "Assignments are divided by themselves, not by tokens.", "auxiliary_losses._balance_loss",
     "tl.sum(assignments) // top_k", "tl.sum(assignments)", "parity", "structural",
 )  # fmt: skip
 mutant(
-    BALANCE, "programs-mask-dropped", "Sums that no program wrote are added.", "moe_layers._balance_loss",
+    BALANCE, "programs-mask-dropped", "Sums that no program wrote are added.", "auxiliary_losses._balance_loss",
     "(programs < num_programs)", "(programs >= 0)", "parity", "memory",
 )  # fmt: skip
 mutant(
-    BALANCE, "programs-overlap", "Each program goes on to the tokens of the next.", "moe_layers._balance_sums",
+    BALANCE, "programs-overlap", "Each program goes on to the tokens of the next.", "auxiliary_losses._balance_sums",
     "tl.num_programs(0) * BLOCK_TOKENS", "BLOCK_TOKENS", "parity", "boundary",
 )  # fmt: skip
 mutant(
-    BALANCE, "gradient-not-centered", "The mean is not subtracted from the gradient.", "moe_layers._balance_backward",
+    BALANCE, "gradient-not-centered", "The mean is not subtracted from the gradient.", "auxiliary_losses._balance_backward",
     "static_range(2)", "static_range(0)", "gradients", "gradient",
 )  # fmt: skip
 mutant(
-    BALANCE, "mask-stride-ignored", "The mask's neighbours are taken to lie side by side.", "moe_layers._is_counted",
+    BALANCE, "mask-stride-ignored", "The mask's neighbours are taken to lie side by side.", "auxiliary_losses._is_counted",
     " * mask_stride", "", "layout", "memory",
 )  # fmt: skip
 mutant(
-    Z, "highest-forgotten", "The logarithm of the sum lacks the maximum that was subtracted.", "moe_layers._z_sums",
+    Z, "highest-forgotten", "The logarithm of the sum lacks the maximum that was subtracted.", "auxiliary_losses._z_sums",
     "highest + tl.log(total)", "tl.log(total)", "parity", "structural",
 )  # fmt: skip
 mutant(
-    Z, "gradient-halved", "The derivative of z² is z.", "moe_layers._z_backward",
+    Z, "gradient-halved", "The derivative of z² is z.", "auxiliary_losses._z_backward",
     " * 2.0 * z", " * z", "gradients", "gradient",
 )  # fmt: skip

@@ -4,15 +4,15 @@ import torch
 
 from gaugeblock.conformance.selftest.simulated.routers import SoftmaxRouter
 from gaugeblock.reference import validation
-from gaugeblock.reference.torch.routers import expert_capacity
+from gaugeblock.reference.torch.capacity_routers import expert_capacity
 
 BLOCK = 64  # tokens whose places are counted at once
 
 
 class SwitchRouter(SoftmaxRouter):
-    """`routers.switch_top1`."""
+    """`capacity_routers.switch_top1`."""
 
-    contract = "routers.switch_top1"
+    contract = "capacity_routers.switch_top1"
 
     def __call__(  # type: ignore[override]
         self, router_logits: torch.Tensor, *, capacity_factor: float

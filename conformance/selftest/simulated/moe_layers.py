@@ -45,9 +45,9 @@ class MixtralMoe:
 
 
 class BalanceLoss:
-    """`moe_layers.load_balancing_loss`."""
+    """`auxiliary_losses.load_balancing_loss`."""
 
-    contract = "moe_layers.load_balancing_loss"
+    contract = "auxiliary_losses.load_balancing_loss"
 
     rows = 16  # tokens of a block
 
@@ -89,9 +89,9 @@ class BalanceLoss:
 
 
 class ZLoss:
-    """`moe_layers.router_z_loss`."""
+    """`auxiliary_losses.router_z_loss`."""
 
-    contract = "moe_layers.router_z_loss"
+    contract = "auxiliary_losses.router_z_loss"
 
     def __call__(self, router_logits: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
         validation.router_z_loss(router_logits, attention_mask)

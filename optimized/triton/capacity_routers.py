@@ -14,7 +14,7 @@ import triton.language as tl
 from gaugeblock.optimized.triton.launch import device_of, program_rows
 from gaugeblock.optimized.triton.routers import softmax_topk
 from gaugeblock.reference import validation
-from gaugeblock.reference.torch.routers import expert_capacity
+from gaugeblock.reference.torch.capacity_routers import expert_capacity
 
 BLOCK_TOKENS = 64  # compared with each other: 4096 pairs, 32 a thread of 4 warps
 BLOCK_EXPERTS = 64  # compared with a block of tokens at a time
@@ -67,7 +67,7 @@ def overflow(expert_ids: torch.Tensor, num_experts: int, capacity: int) -> torch
 
 
 def switch_top1(router_logits: torch.Tensor, *, capacity_factor: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Choose one expert of each token, if there is room: `reference.torch.routers.switch_top1`.
+    """Choose one expert of each token, if there is room: `reference.torch.capacity_routers.switch_top1`.
 
     Args:
         router_logits: [num_tokens, num_experts], any floating dtype, any strides.

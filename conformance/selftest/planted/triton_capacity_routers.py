@@ -2,8 +2,8 @@
 
 from gaugeblock.conformance.selftest.edits import mutant
 
-SWITCH = "routers.switch_top1"
-COUNT, FIND = "capacity._count_choices", "capacity._find_overflow"
+SWITCH = "capacity_routers.switch_top1"
+COUNT, FIND = "capacity_routers._count_choices", "capacity_routers._find_overflow"
 
 mutant(
     SWITCH, "capacity-off-by-one", "One token more than there is room for is kept.", FIND,
@@ -30,6 +30,6 @@ mutant(
     "range(0, num_experts, BLOCK_EXPERTS)", "range(0, BLOCK_EXPERTS, BLOCK_EXPERTS)", "parity", "boundary",
 )  # fmt: skip
 mutant(
-    SWITCH, "late-keep-their-weight", "A dropped token's weight is its probability.", "capacity.switch_top1",
+    SWITCH, "late-keep-their-weight", "A dropped token's weight is its probability.", "capacity_routers.switch_top1",
     ".masked_fill(dropped, 0)", "", "parity", "structural", "transformers#37017",
 )  # fmt: skip

@@ -1,0 +1,19 @@
+"""Auxiliary losses: the questions of gaugeblock.conformance.bench.history."""
+
+from gaugeblock.conformance.bench import history
+
+
+class Cost(history.Cost, family="auxiliary_losses"):
+    """Time over roofline time and peak memory, at published sizes."""
+
+
+class Counters(history.Counters, family="auxiliary_losses"):
+    """Bytes allocated, operations dispatched, kernels launched."""
+
+
+class Accuracy(history.Accuracy, family="auxiliary_losses"):
+    """rms and bias of the errors, in units of their limits."""
+
+
+class Determinism(history.Determinism, family="auxiliary_losses"):
+    """Distinct bit patterns over several runs of one input: 1 is right."""
