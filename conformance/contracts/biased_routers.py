@@ -99,6 +99,32 @@ def zero_expert_topk() -> Contract:
     )
 
 
+@row
+def hash_router() -> Contract:
+    """The row of `routers.hash_router`."""
+    return Contract(
+        name="routers.hash_router",
+        summary="Each token goes to the expert that a table has for its word.",
+        formula="id = table[token_id]; weight = 1",
+        source="Hash Layers (arXiv:2106.04426) section 3",
+        reference=routers.hash_router,
+        inputs=(
+            Input("token_ids", ("num_tokens",), dtype="int64", indexes="vocabulary_size"),
+            Input("table", ("vocabulary_size",), dtype="int64"),
+        ),
+        outputs=(Output("weights", ("num_tokens",), dtype="float32"), Output("expert_ids", ("num_tokens",), dtype="int64")),
+        options=(),
+        batch="num_tokens",
+        landmarks=(hash_sizes(33, 17), hash_sizes(64, 300), hash_sizes(17, 1)),
+        factors=(of_routers.TOKENS, kinds("vocabulary_size", kind_of_count, 1, 2, 8, 13, 300)),
+        build=hash_sizes,
+        traits=(Trait("one word", "token_ids", lambda tensors: {"token_ids": 0 * tensors["token_ids"]}),),
+        regimes=(Regime("random", any_table), Regime("all experts alike", one_expert, "exact")),
+        flops=lambda parameters: 0.0,
+        workloads=(Workload("hash-layers/train-16384", hash_sizes(16384, 8008), "arXiv:2106.04426 section 4.1"),),
+    )
+
+
 def biased_sizes(num_tokens: int, num_experts: int, top_k: int, norm_min: float) -> dict[str, Any]:
     """One point of the input space of `biased_softmax_topk`."""
     return of_routers.sizes(num_tokens, num_experts, top_k) | {"norm_min": norm_min}
@@ -162,32 +188,6 @@ REGIMES = (
 
 def _biased_scores(router_logits: torch.Tensor, e_score_correction_bias: torch.Tensor, **_: Any) -> torch.Tensor:
     return torch.softmax(router_logits, -1) + e_score_correction_bias
-
-
-@row
-def hash_router() -> Contract:
-    """The row of `routers.hash_router`."""
-    return Contract(
-        name="routers.hash_router",
-        summary="Each token goes to the expert that a table has for its word.",
-        formula="id = table[token_id]; weight = 1",
-        source="Hash Layers (arXiv:2106.04426) section 3",
-        reference=routers.hash_router,
-        inputs=(
-            Input("token_ids", ("num_tokens",), dtype="int64", indexes="vocabulary_size"),
-            Input("table", ("vocabulary_size",), dtype="int64"),
-        ),
-        outputs=(Output("weights", ("num_tokens",), dtype="float32"), Output("expert_ids", ("num_tokens",), dtype="int64")),
-        options=(),
-        batch="num_tokens",
-        landmarks=(hash_sizes(33, 17), hash_sizes(64, 300), hash_sizes(17, 1)),
-        factors=(of_routers.TOKENS, kinds("vocabulary_size", kind_of_count, 1, 2, 8, 13, 300)),
-        build=hash_sizes,
-        traits=(Trait("one word", "token_ids", lambda tensors: {"token_ids": 0 * tensors["token_ids"]}),),
-        regimes=(Regime("random", any_table), Regime("all experts alike", one_expert, "exact")),
-        flops=lambda parameters: 0.0,
-        workloads=(Workload("hash-layers/train-16384", hash_sizes(16384, 8008), "arXiv:2106.04426 section 4.1"),),
-    )
 
 
 def hash_sizes(num_tokens: int, vocabulary_size: int) -> dict[str, Any]:

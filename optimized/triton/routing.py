@@ -18,20 +18,11 @@ import triton
 import triton.language as tl
 from torch.autograd.function import once_differentiable
 
+from gaugeblock.optimized.triton.arithmetic import divide
 from gaugeblock.optimized.triton.launch import device_of, program_rows, require_triton_device
 from gaugeblock.optimized.triton.topk import choose_lanes, keys_of, no_key, scores_of
 
 SUM_EPSILON = tl.constexpr(1e-20)
-
-
-@triton.jit
-def divide(x, y):
-    """Return x / y, correctly rounded; `/` of float32 is an approximation on GPUs."""
-    if x.dtype == tl.float64:
-        quotient = x / y
-    else:
-        quotient = tl.div_rn(x, tl.broadcast_to(y, x.shape))
-    return quotient
 
 
 @triton.jit

@@ -30,8 +30,9 @@ def topk_softmax(router_logits: jax.Array, *, top_k: int) -> tuple[jax.Array, ja
     """As `gaugeblock.reference.torch.routers.topk_softmax`, but topk_ids are int32."""
     validation.topk_softmax(router_logits, top_k)
 
-    logits_TK, ids_TK = jax.lax.top_k(at_least_float32(router_logits), top_k)
-    return jax.nn.softmax(logits_TK, axis=-1), ids_TK
+    logits_TE = at_least_float32(router_logits)
+    ids_TK = jax.lax.top_k(logits_TE, top_k)[1]
+    return jax.nn.softmax(jnp.take_along_axis(logits_TE, ids_TK, axis=-1), axis=-1), ids_TK
 
 
 def sigmoid_topk(router_logits: jax.Array, *, top_k: int, renormalize: bool) -> tuple[jax.Array, jax.Array]:
@@ -39,7 +40,8 @@ def sigmoid_topk(router_logits: jax.Array, *, top_k: int, renormalize: bool) -> 
     validation.sigmoid_topk(router_logits, top_k)
 
     scores_TE = jax.nn.sigmoid(at_least_float32(router_logits))
-    weights_TK, ids_TK = jax.lax.top_k(scores_TE, top_k)
+    ids_TK = jax.lax.top_k(scores_TE, top_k)[1]
+    weights_TK = jnp.take_along_axis(scores_TE, ids_TK, axis=-1)
     return (divided_by_sum(weights_TK) if renormalize else weights_TK), ids_TK
 
 
@@ -47,8 +49,9 @@ def sigmoid_input_scaling(router_logits: jax.Array, *, top_k: int) -> tuple[jax.
     """As `gaugeblock.reference.torch.routers.sigmoid_input_scaling`, but topk_ids are int32."""
     validation.sigmoid_input_scaling(router_logits, top_k)
 
-    logits_TK, ids_TK = jax.lax.top_k(at_least_float32(router_logits), top_k)
-    return jax.nn.sigmoid(logits_TK), ids_TK
+    logits_TE = at_least_float32(router_logits)
+    ids_TK = jax.lax.top_k(logits_TE, top_k)[1]
+    return jax.nn.sigmoid(jnp.take_along_axis(logits_TE, ids_TK, axis=-1)), ids_TK
 
 
 def grouped_softmax_topk(
@@ -80,8 +83,7 @@ def grouped_sigmoid_topk(
     kept_TE = is_in_best_groups(best_of_groups(choice_scores_TE, num_groups, 2), topk_groups, router_logits.shape[1])
     ids_TK = jax.lax.top_k(jnp.where(kept_TE, choice_scores_TE, -jnp.inf), top_k)[1]
 
-    scores_TE = jax.nn.sigmoid(at_least_float32(router_logits))
-    weights_TK = jnp.take_along_axis(scores_TE, ids_TK, axis=-1)
+    weights_TK = jnp.take_along_axis(jax.nn.sigmoid(at_least_float32(router_logits)), ids_TK, axis=-1)
     if renormalize:
         weights_TK = divided_by_sum(weights_TK)
     return weights_TK * routed_scaling_factor, ids_TK
