@@ -3,6 +3,8 @@
 from gaugeblock.conformance.selftest.edits import mutant
 
 SOFTMAX, GROUPED = "routers.softmax_topk", "routers.grouped_sigmoid_topk"
+OF_CHOSEN, SIGMOID, SCALING = "routers.topk_softmax", "routers.sigmoid_topk", "routers.sigmoid_input_scaling"
+GROUPED_SOFTMAX, BIASED, ZERO = "routers.grouped_softmax_topk", "routers.biased_softmax_topk", "routers.zero_expert_topk"
 
 mutant(
     SOFTMAX, "lane-mask-off-by-one", "One lane behind the last expert takes part.", "routing._forward",
@@ -60,4 +62,40 @@ mutant(
 mutant(
     GROUPED, "factor-without-gradient", "The factor is left out of the backward pass.", "routing._backward",
     "grads *= routed_scaling_factor", "grads *= 1.0", "gradients", "gradient",
+)  # fmt: skip
+mutant(
+    OF_CHOSEN, "softmax-of-all", "Weights are probabilities among all experts.", "routers.topk_softmax",
+    'divisor="sum"', 'divisor=""', "parity", "structural", "gpt-oss ports",
+)  # fmt: skip
+mutant(
+    SIGMOID, "sum-of-zero", "Nothing is added to the sum of the weights, which underflows to 0.", "routing.SUM_EPSILON",
+    "1e-20", "0.0", "parity", "precision", "Diffulex#37",
+)  # fmt: skip
+mutant(
+    SCALING, "softmax-for-sigmoid", "Weights are probabilities.", "routers.sigmoid_input_scaling",
+    'scores="sigmoid"', 'scores="softmax"', "parity", "structural", "Llama-4 ports",
+)  # fmt: skip
+mutant(
+    GROUPED_SOFTMAX, "two-best-of-a-group", "A group's score is the sum of its two best.", "routers.grouped_softmax_topk",
+    '"group_best": 1', '"group_best": 2', "parity", "structural", "DeepSeek-V2 and V3 mixed up",
+)  # fmt: skip
+mutant(
+    BIASED, "chosen-without-bias", "The bias does not take part in the choice.", "routing._forward",
+    "divide(tl.exp(logits - highest), total) + bias", "divide(tl.exp(logits - highest), total)", "parity", "structural",
+)  # fmt: skip
+mutant(
+    BIASED, "divisor-without-a-least", "Weights are divided by their sum, however small.", "routing._forward",
+    "tl.maximum(tl.sum(weights, axis=1), divisor_min)", "tl.sum(weights, axis=1)", "parity", "precision",
+)  # fmt: skip
+mutant(
+    BIASED, "gradient-through-the-least", "Where weights are divided by the least, the sum still gets a gradient.",
+    "routing._grads_of_scores", "tl.where(of_sum[:, None], inner, 0.0)", "inner", "gradients", "gradient",
+)  # fmt: skip
+mutant(
+    ZERO, "first-identity-forgotten", "The first identity is taken for an expert.", "routers.zero_expert_topk",
+    ">= router_logits", "> router_logits", "parity", "boundary",
+)  # fmt: skip
+mutant(
+    ZERO, "identities-without-gradient", "The sum of the identities' weights is a constant.", "routers.zero_expert_topk",
+    "torch.where(is_identity, topk_weights, 0)", "torch.where(is_identity, topk_weights, 0).detach()", "gradients", "gradient",
 )  # fmt: skip
