@@ -26,10 +26,18 @@ SUM_EPSILON = tl.constexpr(1e-20)
 
 
 @triton.jit
-def _load_logits(logits_ptr, row_stride, column_stride, rows, experts, mask, dtype: tl.constexpr):
+def load_logits(logits_ptr, row_stride, column_stride, rows, experts, mask, dtype: tl.constexpr):
     """Return logits[rows, experts] in a compute dtype, 0 where masked."""
     offsets = rows * row_stride + experts.to(tl.int64) * column_stride
     return tl.load(logits_ptr + offsets, mask=mask, other=0.0).to(dtype)
+
+
+@triton.jit
+def store_choice(weights_ptr, ids_ptr, weights, ids, rows, in_batch, columns, top_k: tl.constexpr):
+    """Write the first top_k columns of weights and ids, both contiguous."""
+    mask = in_batch & (columns < top_k)
+    tl.store(weights_ptr + rows * top_k + columns, weights, mask=mask)
+    tl.store(ids_ptr + rows * top_k + columns, ids.to(tl.int64), mask=mask)
 
 
 @triton.jit
@@ -68,7 +76,7 @@ def _forward(
     exists = (lanes // BLOCK_MEMBERS < num_groups) & (lanes % BLOCK_MEMBERS < group_size)
     experts = lanes // BLOCK_MEMBERS * group_size + lanes % BLOCK_MEMBERS
     dtype = weights_ptr.dtype.element_ty
-    logits = _load_logits(logits_ptr, row_stride, column_stride, rows, experts, in_batch & exists, dtype)
+    logits = load_logits(logits_ptr, row_stride, column_stride, rows, experts, in_batch & exists, dtype)
     logits = tl.where(exists, logits, float("-inf"))
     if SCORES == "softmax":
         highest = tl.max(logits, axis=1)[:, None]
@@ -93,7 +101,7 @@ def _forward(
     columns = tl.arange(0, BLOCK_TOP_K)[None, :]
     is_column = columns < top_k
     ids = chosen // BLOCK_MEMBERS * group_size + chosen % BLOCK_MEMBERS
-    chosen_logits = _load_logits(logits_ptr, row_stride, column_stride, rows, ids, in_batch & is_column, dtype)
+    chosen_logits = load_logits(logits_ptr, row_stride, column_stride, rows, ids, in_batch & is_column, dtype)
     if SCORES == "softmax":
         weights = tl.where(is_column, tl.exp(chosen_logits - highest), 0.0)
         if DIVISOR == "sum":  # the softmax of the chosen
@@ -105,13 +113,11 @@ def _forward(
         weights = divide(weights, (tl.sum(weights, axis=1) + SUM_EPSILON)[:, None])
     if DIVISOR == "sum, or the least":
         weights = divide(weights, tl.maximum(tl.sum(weights, axis=1), divisor_min)[:, None])
-    mask = in_batch & is_column
-    tl.store(weights_ptr + rows * top_k + columns, weights * routed_scaling_factor, mask=mask)
-    tl.store(ids_ptr + rows * top_k + columns, ids.to(tl.int64), mask=mask)
+    store_choice(weights_ptr, ids_ptr, weights * routed_scaling_factor, ids, rows, in_batch, columns, top_k)
 
 
 @triton.jit
-def _load_grads(grad_ptr, row_stride, column_stride, ids_ptr, rows, in_batch, experts, top_k: tl.constexpr):
+def load_grads(grad_ptr, row_stride, column_stride, ids_ptr, rows, in_batch, experts, top_k: tl.constexpr):
     """Return where experts were chosen, and the gradient of their weights there, 0 elsewhere."""
     is_chosen = in_batch & (experts < 0)  # none yet
     grads = tl.full(is_chosen.shape, 0.0, grad_ptr.dtype.element_ty)
@@ -154,8 +160,8 @@ def _backward(
     experts = tl.arange(0, BLOCK_EXPERTS)[None, :]
     exists = experts < num_experts
     dtype = grad_weights_ptr.dtype.element_ty
-    logits = _load_logits(logits_ptr, row_stride, column_stride, rows, experts, in_batch & exists, dtype)
-    is_chosen, grads = _load_grads(grad_weights_ptr, grad_row_stride, grad_column_stride, ids_ptr, rows, in_batch, experts, top_k)
+    logits = load_logits(logits_ptr, row_stride, column_stride, rows, experts, in_batch & exists, dtype)
+    is_chosen, grads = load_grads(grad_weights_ptr, grad_row_stride, grad_column_stride, ids_ptr, rows, in_batch, experts, top_k)
     grads *= routed_scaling_factor
     if SCORES == "softmax":
         logits = tl.where(exists, logits, float("-inf"))
@@ -175,7 +181,7 @@ def _backward(
     tl.store(grad_logits_ptr + rows * num_experts + experts, grads, mask=in_batch & exists)
 
 
-def _launch(kernel: Any, router_logits: torch.Tensor, lanes: int, *arguments: Any, **constants: Any) -> None:
+def launch_rows(kernel: Any, router_logits: torch.Tensor, lanes: int, *arguments: Any, **constants: Any) -> None:
     """Run `kernel` over the rows of `router_logits`, each on `lanes` lanes.
 
     A program has as many rows as make 256 lanes, and a warp for each 512 lanes of a row. So a thread has at most 16, which leaves
@@ -190,6 +196,13 @@ def _launch(kernel: Any, router_logits: torch.Tensor, lanes: int, *arguments: An
             )
 
 
+def empty_choice(router_logits: torch.Tensor, top_k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return topk_weights and topk_ids, to be written."""
+    weights_dtype = torch.promote_types(router_logits.dtype, torch.float32)
+    weights = router_logits.new_empty((router_logits.shape[0], top_k), dtype=weights_dtype)
+    return weights, torch.empty_like(weights, dtype=torch.int64)
+
+
 class _Route(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -197,12 +210,10 @@ class _Route(torch.autograd.Function):
         options: dict[str, Any],
     ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
         num_tokens, num_experts = router_logits.shape
-        weights_dtype = torch.promote_types(router_logits.dtype, torch.float32)
-        weights = router_logits.new_empty((num_tokens, options["top_k"]), dtype=weights_dtype)
-        ids = torch.empty_like(weights, dtype=torch.int64)
+        weights, ids = empty_choice(router_logits, options["top_k"])
         group_size = num_experts // num_groups
         block_groups, block_members = triton.next_power_of_2(num_groups), triton.next_power_of_2(group_size)
-        _launch(
+        launch_rows(
             _forward, router_logits, block_groups * block_members,
             router_logits, bias, weights, ids, num_tokens, *router_logits.stride(), 0 if bias is None else bias.stride(0),
             num_groups=num_groups, group_size=group_size, topk_groups=topk_groups, **options,
@@ -221,7 +232,7 @@ class _Route(torch.autograd.Function):
         num_tokens, num_experts = router_logits.shape
         grad_logits = router_logits.new_empty((num_tokens, num_experts))
         block_experts = triton.next_power_of_2(num_experts)
-        _launch(
+        launch_rows(
             _backward, router_logits, block_experts,
             grad_weights, ids, router_logits, grad_logits, num_tokens, *grad_weights.stride(), *router_logits.stride(),
             num_experts=num_experts, **ctx.options, BLOCK_EXPERTS=block_experts,

@@ -19,15 +19,15 @@ mutant(
     "tl.where(lanes == best, no_key(keys.dtype), keys)", "keys", "parity", "structural", "vllm#52679",
 )  # fmt: skip
 mutant(
-    SOFTMAX, "batch-mask-dropped", "Rows behind the last token are stored.", "routing._forward",
-    "mask = in_batch & is_column", "mask = is_column", "parity", "memory",
+    SOFTMAX, "batch-mask-dropped", "Rows behind the last token are stored.", "routing.store_choice",
+    "in_batch & (columns < top_k)", "columns < top_k", "parity", "memory",
 )  # fmt: skip
 mutant(
-    SOFTMAX, "column-stride-ignored", "Neighbouring logits are taken to lie side by side.", "routing._load_logits",
+    SOFTMAX, "column-stride-ignored", "Neighbouring logits are taken to lie side by side.", "routing.load_logits",
     " * column_stride", "", "layout", "memory",
 )  # fmt: skip
 mutant(
-    SOFTMAX, "cotangent-stride-ignored", "Neighbouring gradients are taken to lie side by side.", "routing._load_grads",
+    SOFTMAX, "cotangent-stride-ignored", "Neighbouring gradients are taken to lie side by side.", "routing.load_grads",
     "pointers += column_stride", "pointers += 1", "gradient_layout", "gradient",
 )  # fmt: skip
 mutant(
