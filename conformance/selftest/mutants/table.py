@@ -24,7 +24,7 @@ def print_outcomes(
 ) -> None:
     """A row for each contract, a row for each property, then every survivor and every remark."""
     rows = summary(outcomes, listed)
-    counts = Table(Column("contract", overflow="fold", min_width=24), *list(next(iter(rows.values()), {})), title="mutants")
+    counts = Table(Column("contract", overflow="fold"), *list(next(iter(rows.values()), {})), title="mutants")
     for name, row in rows.items():
         counts.add_row(name, *(f"{each:g}" for each in row.values()), end_section=name == list(rows)[-2])
     console.print(counts)
