@@ -20,6 +20,7 @@ from transformers.models.gpt_oss.modeling_gpt_oss import GptOssTopKRouter
 from transformers.models.llama4.modeling_llama4 import Llama4Router
 from transformers.models.longcat_flash.modeling_longcat_flash import LongcatFlashTopkRouter
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts, MixtralSparseMoeBlock
+from transformers.models.phimoe.modeling_phimoe import sparsemixer
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts, Qwen3MoeTopKRouter
 from transformers.models.switch_transformers.modeling_switch_transformers import SwitchTransformersTop1Router, router_z_loss_func
 
@@ -156,6 +157,14 @@ class TransformersLongcatRouter:
         _, weights, ids = functional_call(LongcatFlashTopkRouter(config), state, router_logits)
         weights, ids = sorted_by(router_logits.softmax(1) + e_score_correction_bias, weights, ids)
         return weights, ids, (weights * (ids >= experts)).sum(1)
+
+
+@right("routers.sparsemixer", fits=finite, dtypes=("float32",), oracle=True, validates=False)
+class TransformersSparsemixer:
+    """Phi-3.5-MoE's function, as at inference."""
+
+    def __call__(self, router_logits, *, jitter_eps):
+        return sparsemixer(router_logits, jitter_eps, training=False)
 
 
 class TransformersExperts:

@@ -119,6 +119,22 @@ def zero_expert_topk(
     return weights_TK, ids_TK, jnp.where(is_identity_TK, weights_TK, 0).sum(axis=-1)
 
 
+def sparsemixer(router_logits: jax.Array, *, jitter_eps: float) -> tuple[jax.Array, jax.Array]:
+    """As `gaugeblock.reference.torch.routers.sparsemixer`, but topk_ids are int32."""
+    validation.sparsemixer(router_logits, jitter_eps)
+
+    logits_TE = at_least_float32(router_logits)
+    ids_TK = jax.lax.top_k(logits_TE, 2)[1]
+    others_TE, weights_TK = logits_TE, []
+    for id_T1 in jnp.split(ids_TK, 2, axis=-1):
+        highest_T1 = jnp.take_along_axis(logits_TE, id_T1, axis=-1)
+        is_near_TE = (highest_T1 - logits_TE) / jnp.maximum(abs(logits_TE), highest_T1) <= 2 * jitter_eps
+        probs_TE = jax.nn.softmax(jnp.where(is_near_TE, others_TE, -jnp.inf), axis=-1)
+        weights_TK.append(jnp.take_along_axis(probs_TE, id_T1, axis=-1))
+        others_TE = jnp.put_along_axis(others_TE, id_T1, -jnp.inf, axis=-1, inplace=False)
+    return jnp.concatenate(weights_TK, axis=-1), ids_TK
+
+
 def hash_router(token_ids: jax.Array, table: jax.Array) -> tuple[jax.Array, jax.Array]:
     """As `gaugeblock.reference.torch.routers.hash_router`, but expert_ids are int32."""
     validation.hash_router(token_ids, table)

@@ -309,6 +309,44 @@ def zero_expert_topk(
     return weights_TK, ids_TK, torch.where(is_identity_TK, weights_TK, 0).sum(dim=-1)
 
 
+def sparsemixer(router_logits: torch.Tensor, *, jitter_eps: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Choose two experts of each token, one after the other, each weighted among those whose logits are near its own.
+
+        id = argmax(x), x being the logits, without the expert chosen before
+        near = (x[id] - x) / max(|x|, x[id]) <= 2 * jitter_eps
+        weight = softmax(x, or -inf where not near)[id]
+
+    It is SparseMixer without its draws, as at inference.
+
+    Args:
+        router_logits: [num_tokens, num_experts], any floating dtype.
+        jitter_eps: Half of how far, relatively, a logit may lie below the chosen one to share in its softmax; positive.
+
+    Returns:
+        topk_weights: [num_tokens, 2], float32 (float64 for float64 logits). They do not sum to 1.
+        topk_ids: [num_tokens, 2], int64, by descending logit; equal ones in any order. A token with a NaN logit gets
+            any distinct ids.
+
+    Raises:
+        TypeError: `router_logits` is not a floating array, or `jitter_eps` is not a number.
+        ValueError: `router_logits` is not of rank 2 or has less than two experts, or `jitter_eps` is not positive.
+
+    Source: GRIN (arXiv:2409.12136), section 3; the public model Phi-3.5-MoE (`sparsemixer` of transformers).
+    """
+    validation.sparsemixer(router_logits, jitter_eps)
+
+    logits_TE = at_least_float32(router_logits)
+    ids_TK = torch.topk(logits_TE, 2, dim=-1).indices
+    others_TE, weights_TK = logits_TE, []
+    for id_T1 in ids_TK.split(1, dim=-1):
+        highest_T1 = logits_TE.gather(-1, id_T1)
+        is_near_TE = (highest_T1 - logits_TE) / torch.maximum(logits_TE.abs(), highest_T1) <= 2 * jitter_eps
+        probs_TE = torch.softmax(others_TE.masked_fill(~is_near_TE, -torch.inf), dim=-1)
+        weights_TK.append(probs_TE.gather(-1, id_T1))
+        others_TE = others_TE.scatter(-1, id_T1, -torch.inf)
+    return torch.cat(weights_TK, dim=-1), ids_TK
+
+
 def hash_router(token_ids: torch.Tensor, table: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Choose by what a token is, not by what it means: each word of the vocabulary has its expert.
 

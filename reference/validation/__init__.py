@@ -40,6 +40,7 @@ from gaugeblock.reference.validation.routers import (
     sigmoid_input_scaling,
     sigmoid_topk,
     softmax_topk,
+    sparsemixer,
     token_ids_in_range,
     topk_softmax,
     zero_expert_topk,

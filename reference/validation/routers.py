@@ -74,6 +74,15 @@ def _biased(router_logits: Any, e_score_correction_bias: Any, top_k: int) -> Non
     require_same_device("e_score_correction_bias", e_score_correction_bias, "router_logits", router_logits)
 
 
+def sparsemixer(router_logits: Any, jitter_eps: float) -> None:
+    """Check the arguments of `routers.sparsemixer`."""
+    require_dtype("router_logits", router_logits, FLOATING)
+    require_shape("router_logits", router_logits, num_tokens=None, num_experts=None)
+    if router_logits.shape[1] < 2:
+        raise ValueError(f"router_logits must hold at least two experts, got {tuple(router_logits.shape)}")
+    require_positive("jitter_eps", jitter_eps)
+
+
 def hash_router(token_ids: Any, table: Any) -> None:
     """Check the arguments of `routers.hash_router`; the ids' values are left to `token_ids_in_range`."""
     require_dtype("token_ids", token_ids, INTEGER)

@@ -4,6 +4,7 @@ from gaugeblock.conformance.selftest.edits import mutant
 
 SOFTMAX, GROUPED = "routers.softmax_topk", "routers.grouped_sigmoid_topk"
 OF_CHOSEN, SIGMOID, SCALING = "routers.topk_softmax", "routers.sigmoid_topk", "routers.sigmoid_input_scaling"
+MIXER = "routers.sparsemixer"
 GROUPED_SOFTMAX, BIASED, ZERO = "routers.grouped_softmax_topk", "routers.biased_softmax_topk", "routers.zero_expert_topk"
 
 mutant(
@@ -98,4 +99,12 @@ mutant(
 mutant(
     ZERO, "identities-without-gradient", "The sum of the identities' weights is a constant.", "routers.zero_expert_topk",
     "torch.where(is_identity, topk_weights, 0)", "torch.where(is_identity, topk_weights, 0).detach()", "gradients", "gradient",
+)  # fmt: skip
+mutant(
+    MIXER, "first-choice-in-the-second-softmax", "The expert chosen first takes part in the softmax of the second.",
+    "sparsemixer._probabilities_near", "others & is_near", "is_near", "parity", "structural",
+)  # fmt: skip
+mutant(
+    MIXER, "not-relative-to-the-larger", "Distances are taken relative to the highest logit, also of negative ones.",
+    "sparsemixer._probabilities_near", "tl.abs(logits)", "tl.broadcast_to(highest, logits.shape)", "parity", "structural",
 )  # fmt: skip
