@@ -152,9 +152,9 @@ def test_lines_that_cases_run_are_found() -> None:
 
 def test_lines_of_kernels_and_of_their_backward_pass_are_found() -> None:
     functions = {each.function for each in traced("routers.softmax_topk", "triton")}
-    assert {"_softmax_topk_forward", "_softmax_topk_backward", "choose_lanes", "_SoftmaxTopk.backward"} <= functions
-    assert "_grouped_sigmoid_topk_forward" not in functions
-    epsilon = [each for each in traced("routers.grouped_sigmoid_topk", "triton") if "RENORMALIZE_EPSILON" in each.text]
+    assert {"_forward", "_backward", "choose_lanes", "_Route.backward"} <= functions
+    assert "_keep_best_groups" not in functions
+    epsilon = [each for each in traced("routers.grouped_sigmoid_topk", "triton") if "SUM_EPSILON" in each.text]
     assert any(each.function == "" for each in epsilon)  # a constant of the module that a kernel uses
 
 

@@ -44,8 +44,8 @@ def grouped_sigmoid_topk() -> Contract:
         build=grouped_point,
         traits=GROUPED_TRAITS,
         regimes=(
-            *(_with_bias(regime, _few if regime.name == "ties" else _smooth) for regime in SIGMOID_REGIMES),
-            _with_bias(Regime("lattice", saturated, "worst element", differentiable=False), _few),
+            *(with_bias(regime, few_biases if regime.name == "ties" else smooth_biases) for regime in of_routers.SIGMOID_REGIMES),
+            with_bias(Regime("lattice", saturated, "worst element", differentiable=False), few_biases),
         ),
         flops=of_routers.flops,
         workloads=(
@@ -57,6 +57,47 @@ def grouped_sigmoid_topk() -> Contract:
             Workload("deepseek-v3/decode-64", grouped_sizes(64, 256, 8, 8, 4, True, 2.5), "deepseek-ai/DeepSeek-V3 config.json"),
         ),
         selection=Selection("topk_ids", _biased_scores, "top_k", group_scores=_biased_group_scores, group_count="topk_groups"),
+        relabel=shuffled_groups,
+        rejections=GROUPED_REJECTIONS,
+        implementations=(triton(),),
+    )
+
+
+@row
+def grouped_softmax_topk() -> Contract:
+    """The row of `routers.grouped_softmax_topk`."""
+    return Contract(
+        name="routers.grouped_softmax_topk",
+        summary="Each token goes to the top_k most probable experts of its best groups.",
+        formula=(
+            "p = softmax(router_logits); a group's score is its highest p; of the topk_groups best groups ids = topk(p); "
+            "weights = p[ids] * routed_scaling_factor"
+        ),
+        source="DeepSeek-V2 (arXiv:2405.04434) section 2.1.2",
+        reference=routers.grouped_softmax_topk,
+        inputs=(of_routers.LOGITS,),
+        outputs=of_routers.OUTPUTS,
+        options=("top_k", "num_groups", "topk_groups", "routed_scaling_factor"),
+        batch="num_tokens",
+        landmarks=(
+            softmax_sizes(33, 60, 6, 4, 2, 16.0),
+            softmax_sizes(17, 15, 4, 5, 3, 1.0),
+            softmax_sizes(5, 6, 2, 6, 3, 2.5),  # groups of one expert
+            softmax_sizes(3, 288, 8, 1, 1, 2.5),  # one group; ids above 255
+            softmax_sizes(17, 160, 6, 8, 3, 16.0),  # DeepSeek-V2
+        ),
+        factors=tuple(each for each in GROUPED_FACTORS if each.name != "renormalize"),
+        build=grouped_point,
+        traits=(
+            Trait("each expert in turn", "router_logits", in_turn, fits=of_routers.each_expert),
+            *of_routers.SOFTMAX_TRAITS[1:],
+        ),
+        regimes=(*of_routers.SOFTMAX_REGIMES, Regime("lattice", of_routers.lattice, "exact", differentiable=False)),
+        flops=of_routers.flops,
+        workloads=(
+            Workload("deepseek-v2/prefill-4096", softmax_sizes(4096, 160, 6, 8, 3, 16.0), "deepseek-ai/DeepSeek-V2 config.json"),
+        ),
+        selection=Selection("topk_ids", _softmax_scores, "top_k", group_scores=_softmax_group_scores, group_count="topk_groups"),
         relabel=shuffled_groups,
         rejections=GROUPED_REJECTIONS,
         implementations=(triton(),),
@@ -93,12 +134,25 @@ def grouped_sizes(
     }
 
 
-def _in_turn_among_groups(tensors: Tensors) -> Tensors:
-    """The same, whatever the other experts of its group are: their scores are small, and there is no bias."""
+def softmax_sizes(
+    num_tokens: int, num_experts: int, top_k: int, num_groups: int, topk_groups: int, factor: float
+) -> dict[str, Any]:
+    """One point of the input space of the softmax router."""
+    groups = {"num_groups": num_groups, "topk_groups": topk_groups, "routed_scaling_factor": factor}
+    return of_routers.sizes(num_tokens, num_experts, top_k) | groups
+
+
+def in_turn(tensors: Tensors) -> Tensors:
+    """The score of each expert in turn is high, all others are low."""
     logits, turn = tensors["router_logits"], of_routers.turns(tensors["router_logits"])
     high, low = torch.where(logits >= 3, logits, 3 + logits.abs()), torch.where(logits <= -3, logits, -3 - logits.abs())
+    return {"router_logits": torch.where(turn, high, low)}
+
+
+def _in_turn_among_groups(tensors: Tensors) -> Tensors:
+    """The same without a bias, which could outweigh it."""
     bias = torch.zeros_like(tensors["e_score_correction_bias"])
-    return {"router_logits": torch.where(turn, high, low), "e_score_correction_bias": bias}
+    return in_turn(tensors) | {"e_score_correction_bias": bias}
 
 
 GROUPED_TRAITS = (
@@ -127,7 +181,7 @@ def grouped_point(experts_of_a_group: int, num_groups: int, topk_groups: int, to
     return {"num_experts": experts, "top_k": top_k, "num_groups": num_groups, "topk_groups": topk_groups, **others}
 
 
-def _with_bias(regime: Regime, noise: Callable[[Draw, int], torch.Tensor]) -> Regime:
+def with_bias(regime: Regime, noise: Callable[[Draw, int], torch.Tensor]) -> Regime:
     """The same logits, and a correction bias: small, and shifted so that many biased scores are negative."""
 
     def make(draw: Draw, parameters: Parameters) -> Tensors:
@@ -137,11 +191,11 @@ def _with_bias(regime: Regime, noise: Callable[[Draw, int], torch.Tensor]) -> Re
     return replace(regime, make=make)
 
 
-def _smooth(draw: Draw, experts: int) -> torch.Tensor:
+def smooth_biases(draw: Draw, experts: int) -> torch.Tensor:
     return 0.3 * draw.normal(experts)
 
 
-def _few(draw: Draw, experts: int) -> torch.Tensor:
+def few_biases(draw: Draw, experts: int) -> torch.Tensor:
     """One of three values, or the same for all: experts tie, and groups of experts too."""
     return 0.25 * (draw.integers(-1, 2, experts) * draw.integers(0, 2, 1)).to(torch.float64)
 
@@ -149,14 +203,6 @@ def _few(draw: Draw, experts: int) -> torch.Tensor:
 def saturated(draw: Draw, parameters: Parameters) -> Tensors:
     """Sigmoids of exactly one half: weights are powers of two where top_k is, and sums are exact."""
     return {"router_logits": torch.zeros(of_routers.logits_shape(parameters), dtype=torch.float64)}
-
-
-def vanishing(draw: Draw, parameters: Parameters) -> Tensors:
-    """Sigmoids near 10^-20, beside which the epsilon of the renormalization shows."""
-    return {"router_logits": -46 + 2 * draw.normal(*of_routers.logits_shape(parameters))}
-
-
-SIGMOID_REGIMES = (*of_routers.SOFTMAX_REGIMES, Regime("constant-probing", vanishing, "worst element"))
 
 
 def shuffled_groups(draw: Draw, parameters: Parameters) -> torch.Tensor:
@@ -195,4 +241,12 @@ def _biased_scores(router_logits: torch.Tensor, e_score_correction_bias: torch.T
 def _biased_group_scores(
     router_logits: torch.Tensor, e_score_correction_bias: torch.Tensor, *, num_groups: int, **_: Any
 ) -> torch.Tensor:
-    return routers.group_scores(_biased_scores(router_logits, e_score_correction_bias), num_groups)
+    return routers.best_of_groups(_biased_scores(router_logits, e_score_correction_bias), num_groups, 2)
+
+
+def _softmax_scores(router_logits: torch.Tensor, **_: Any) -> torch.Tensor:
+    return torch.softmax(router_logits, -1)
+
+
+def _softmax_group_scores(router_logits: torch.Tensor, *, num_groups: int, **_: Any) -> torch.Tensor:
+    return routers.best_of_groups(_softmax_scores(router_logits), num_groups, 1)

@@ -55,6 +55,114 @@ def softmax_topk() -> Contract:
     )
 
 
+@row
+def topk_softmax() -> Contract:
+    """The row of `routers.topk_softmax`."""
+    return Contract(
+        name="routers.topk_softmax",
+        summary="Each token goes to the experts of its top_k highest logits, weighted by the softmax of those.",
+        formula="ids = topk(router_logits); weights = softmax(router_logits[ids])",
+        source="gpt-oss (GptOssTopKRouter of transformers); Granite MoE",
+        reference=routers.topk_softmax,
+        inputs=(LOGITS,),
+        outputs=OUTPUTS,
+        options=("top_k",),
+        batch="num_tokens",
+        landmarks=(
+            sizes(64, 60, 4),
+            sizes(17, 300, 8),  # ids above 255
+            sizes(5, 3, 3),  # every expert chosen
+            sizes(33, 128, 4),  # gpt-oss-120b
+            sizes(17, 40, 8),  # Granite 3
+        ),
+        factors=FACTORS,
+        build=point,
+        traits=SOFTMAX_TRAITS,
+        regimes=(*SOFTMAX_REGIMES, Regime("lattice", lattice, "exact", differentiable=False)),
+        flops=flops,
+        workloads=(
+            Workload("gpt-oss-120b/prefill-4096", sizes(4096, 128, 4), "openai/gpt-oss-120b config.json"),
+            Workload("gpt-oss-20b/prefill-4096", sizes(4096, 32, 4), "openai/gpt-oss-20b config.json"),
+            Workload("granite-3-3b/prefill-4096", sizes(4096, 40, 8), "ibm-granite/granite-3.0-3b-a800m-base config.json"),
+        ),
+        formulas=(_softmax_of_all_renormalized,),
+        selection=Selection("topk_ids", _logits, "top_k"),
+        relabel=shuffled_experts,
+        rejections=SOFTMAX_REJECTIONS,
+        implementations=(triton(),),
+    )
+
+
+@row
+def sigmoid_topk() -> Contract:
+    """The row of `routers.sigmoid_topk`."""
+    return Contract(
+        name="routers.sigmoid_topk",
+        summary="Each token goes to the experts of its top_k highest sigmoids, weighted by those.",
+        formula="s = sigmoid(router_logits); ids = topk(s); weights = s[ids], divided by their sum + 1e-20 if renormalize",
+        source="DeepSeek-V3 Technical Report (arXiv:2412.19437) equations 13 to 15, without the bias",
+        reference=routers.sigmoid_topk,
+        inputs=(LOGITS,),
+        outputs=OUTPUTS,
+        options=("top_k", "renormalize"),
+        batch="num_tokens",
+        parameters=softmax_parameters,
+        landmarks=(
+            softmax_sizes(64, 60, 4, True),
+            softmax_sizes(33, 8, 2, False),
+            softmax_sizes(17, 300, 8, True),
+            softmax_sizes(5, 3, 3, False),
+            softmax_sizes(17, 256, 8, True),  # MiniMax-M2
+        ),
+        factors=SOFTMAX_FACTORS,
+        build=softmax_point,
+        traits=SOFTMAX_TRAITS[:2],
+        regimes=SIGMOID_REGIMES,
+        flops=flops,
+        workloads=(Workload("minimax-m2/prefill-4096", softmax_sizes(4096, 256, 8, True), "MiniMaxAI/MiniMax-M2 config.json"),),
+        selection=Selection("topk_ids", _sigmoids, "top_k"),
+        relabel=shuffled_experts,
+        rejections=SOFTMAX_REJECTIONS,
+        implementations=(triton(),),
+    )
+
+
+@row
+def sigmoid_input_scaling() -> Contract:
+    """The row of `routers.sigmoid_input_scaling`."""
+    return Contract(
+        name="routers.sigmoid_input_scaling",
+        summary="Each token goes to the experts of its top_k highest logits, which read it times the sigmoid of those.",
+        formula="ids = topk(router_logits); weights = sigmoid(router_logits[ids])",
+        source="Llama 4 (Llama4Router of transformers)",
+        reference=routers.sigmoid_input_scaling,
+        inputs=(LOGITS,),
+        outputs=OUTPUTS,
+        options=("top_k",),
+        batch="num_tokens",
+        landmarks=(
+            sizes(64, 60, 4),
+            sizes(17, 300, 8),
+            sizes(5, 3, 3),
+            sizes(33, 16, 1),  # Llama 4 Scout
+            sizes(17, 128, 1),  # Llama 4 Maverick
+        ),
+        factors=FACTORS,
+        build=point,
+        traits=SOFTMAX_TRAITS[:2],
+        regimes=SIGMOID_REGIMES,
+        flops=flops,
+        workloads=(
+            Workload("llama-4-scout/prefill-4096", sizes(4096, 16, 1), "meta-llama/Llama-4-Scout-17B-16E config.json"),
+            Workload("llama-4-maverick/prefill-4096", sizes(4096, 128, 1), "meta-llama/Llama-4-Maverick-17B-128E config.json"),
+        ),
+        selection=Selection("topk_ids", _logits, "top_k"),
+        relabel=shuffled_experts,
+        rejections=SOFTMAX_REJECTIONS,
+        implementations=(triton(),),
+    )
+
+
 LOGITS = Input("router_logits", ("num_tokens", "num_experts"), differentiable=True)
 OUTPUTS = (
     Output("topk_weights", ("num_tokens", "top_k"), dtype="float32", differentiable=True),
@@ -81,7 +189,12 @@ def softmax_parameters(draw: st.DrawFn) -> dict[str, Any]:
 
 def softmax_sizes(num_tokens: int, num_experts: int, top_k: int, renormalize: bool) -> dict[str, Any]:
     """One point of the input space."""
-    return {"num_tokens": num_tokens, "num_experts": num_experts, "top_k": top_k, "renormalize": renormalize}
+    return sizes(num_tokens, num_experts, top_k) | {"renormalize": renormalize}
+
+
+def sizes(num_tokens: int, num_experts: int, top_k: int) -> dict[str, Any]:
+    """One point of the input space of routers without further options."""
+    return {"num_tokens": num_tokens, "num_experts": num_experts, "top_k": top_k}
 
 
 def turns(logits: torch.Tensor) -> torch.Tensor:
@@ -121,12 +234,13 @@ SOFTMAX_TRAITS = (
 )
 TOKENS = edges("num_tokens", 1, 2, 15, 16, 17, 33)
 CHOSEN = edges("top_k", 1, 2, 3, 4, option=True)
-SOFTMAX_FACTORS = (
-    TOKENS,
-    kinds("num_experts", kind_of_count, 1, 2, 8, 32, 5, 13, 257),
-    CHOSEN,
-    either("renormalize", False, True),
-)
+FACTORS = (TOKENS, kinds("num_experts", kind_of_count, 1, 2, 8, 32, 5, 13, 257), CHOSEN)
+SOFTMAX_FACTORS = (*FACTORS, either("renormalize", False, True))
+
+
+def point(num_tokens: int, num_experts: int, top_k: int) -> dict[str, Any] | None:
+    """The point with these values of the factors."""
+    return sizes(num_tokens, num_experts, top_k) if top_k <= num_experts else None
 
 
 def softmax_point(num_tokens: int, num_experts: int, top_k: int, renormalize: bool) -> dict[str, Any] | None:
@@ -191,6 +305,14 @@ SOFTMAX_REGIMES = (
 )
 
 
+def vanishing(draw: Draw, parameters: Parameters) -> Tensors:
+    """Sigmoids near 10^-20, beside which the epsilon of the renormalization shows."""
+    return {"router_logits": -46 + 2 * draw.normal(*logits_shape(parameters))}
+
+
+SIGMOID_REGIMES = (*SOFTMAX_REGIMES, Regime("constant-probing", vanishing, "worst element"))
+
+
 def shuffled_experts(draw: Draw, parameters: Parameters) -> torch.Tensor:
     """Any order of the experts."""
     return draw.permutation(parameters["num_experts"])
@@ -204,6 +326,19 @@ SOFTMAX_REJECTIONS = (
 
 def _softmax_scores(router_logits: torch.Tensor, **_: Any) -> torch.Tensor:
     return torch.softmax(router_logits, -1)
+
+
+def _sigmoids(router_logits: torch.Tensor, **_: Any) -> torch.Tensor:
+    return torch.sigmoid(router_logits)
+
+
+def _logits(router_logits: torch.Tensor, **_: Any) -> torch.Tensor:
+    return router_logits
+
+
+def _softmax_of_all_renormalized(router_logits: torch.Tensor, *, top_k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The other order: renormalized, the softmax of all logits is that of the chosen."""
+    return routers.softmax_topk(router_logits, top_k=top_k, renormalize=True)
 
 
 def _softmax_of_chosen(router_logits: torch.Tensor, *, top_k: int, renormalize: bool) -> tuple[torch.Tensor, torch.Tensor]:

@@ -2,9 +2,25 @@
 
 import torch
 from torch.func import functional_call
-from transformers import DeepseekV3Config, MixtralConfig, Qwen3MoeConfig, SwitchTransformersConfig
+from transformers import (
+    DeepseekV2Config,
+    DeepseekV3Config,
+    Ernie4_5_MoeConfig,
+    GptOssConfig,
+    Llama4TextConfig,
+    LongcatFlashConfig,
+    MixtralConfig,
+    Qwen3MoeConfig,
+    SwitchTransformersConfig,
+)
+from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2TopkRouter
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3TopkRouter
+from transformers.models.ernie4_5_moe.modeling_ernie4_5_moe import Ernie4_5_MoeTopKRouter
+from transformers.models.gpt_oss.modeling_gpt_oss import GptOssTopKRouter
+from transformers.models.llama4.modeling_llama4 import Llama4Router
+from transformers.models.longcat_flash.modeling_longcat_flash import LongcatFlashTopkRouter
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts, MixtralSparseMoeBlock
+from transformers.models.phimoe.modeling_phimoe import sparsemixer
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts, Qwen3MoeTopKRouter
 from transformers.models.switch_transformers.modeling_switch_transformers import SwitchTransformersTop1Router, router_z_loss_func
 
@@ -68,9 +84,87 @@ class TransformersDeepseekRouter:
         )  # fmt: skip
         state = {"weight": torch.eye(experts), "e_score_correction_bias": e_score_correction_bias}
         _, weights, ids = functional_call(DeepseekV3TopkRouter(config), state, router_logits)
-        scores = router_logits.detach().sigmoid() + e_score_correction_bias
-        order = scores.gather(1, ids).argsort(1, descending=True)
-        return weights.gather(1, order), ids.gather(1, order)
+        return sorted_by(router_logits.sigmoid() + e_score_correction_bias, weights, ids)
+
+
+@right("routers.topk_softmax", fits=finite, dtypes=("float32",), oracle=True, batch_invariant=False, validates=False)
+class TransformersGptOssRouter:
+    """gpt-oss' router, whose projection is the identity without a bias."""
+
+    def __call__(self, router_logits, *, top_k):
+        experts = router_logits.shape[1]
+        module = GptOssTopKRouter(GptOssConfig(num_local_experts=experts, hidden_size=experts, num_experts_per_tok=top_k))
+        return functional_call(module, {"weight": torch.eye(experts), "bias": torch.zeros(experts)}, router_logits)[1:]
+
+
+@right("routers.sigmoid_input_scaling", fits=finite, dtypes=("float32",), oracle=True, batch_invariant=False, validates=False)
+class TransformersLlama4Router:
+    """Llama 4's router, whose projection is the identity; its scores of all experts are gathered at those of its choice."""
+
+    def __call__(self, router_logits, *, top_k):
+        experts = router_logits.shape[1]
+        config = Llama4TextConfig(num_local_experts=experts, hidden_size=experts, num_experts_per_tok=top_k)
+        scores, logits = functional_call(Llama4Router(config), {"weight": torch.eye(experts)}, router_logits)
+        ids = logits.topk(top_k, 1).indices
+        return scores.gather(1, ids), ids
+
+
+def sorted_by(scores, weights, ids):
+    """The choice in descending order of the scores that it was made by."""
+    order = scores.detach().gather(1, ids).argsort(1, descending=True)
+    return weights.gather(1, order), ids.gather(1, order)
+
+
+@right("routers.grouped_softmax_topk", fits=finite, dtypes=("float32",), oracle=True, batch_invariant=False, validates=False)
+class TransformersDeepseekV2Router:
+    """DeepSeek-V2's router, whose projection is the identity; it does not sort, so its result is sorted here."""
+
+    def __call__(self, router_logits, *, top_k, num_groups, topk_groups, routed_scaling_factor):
+        experts = router_logits.shape[1]
+        config = DeepseekV2Config(
+            n_routed_experts=experts, hidden_size=experts, num_attention_heads=1, num_experts_per_tok=top_k, n_group=num_groups,
+            topk_group=topk_groups, topk_method="group_limited_greedy", routed_scaling_factor=routed_scaling_factor,
+        )  # fmt: skip
+        _, weights, ids = functional_call(DeepseekV2TopkRouter(config), {"weight": torch.eye(experts)}, router_logits)
+        return sorted_by(router_logits, weights, ids)
+
+
+@right("routers.biased_softmax_topk", fits=finite, dtypes=("float32",), oracle=True, batch_invariant=False, validates=False)
+class TransformersErnieRouter:
+    """Ernie 4.5's router, whose projection is the identity."""
+
+    def __call__(self, router_logits, e_score_correction_bias, *, top_k, norm_min):
+        experts = router_logits.shape[1]
+        config = Ernie4_5_MoeConfig(
+            moe_num_experts=experts, hidden_size=experts, num_experts_per_tok=top_k, moe_k=top_k, moe_norm_min=norm_min
+        )
+        state = {"weight": torch.eye(experts), "moe_statics.e_score_correction_bias": e_score_correction_bias[None]}
+        return functional_call(Ernie4_5_MoeTopKRouter(config), state, router_logits)[1:]
+
+
+@right("routers.zero_expert_topk", fits=finite, dtypes=("float32",), oracle=True, batch_invariant=False, validates=False)
+class TransformersLongcatRouter:
+    """LongCat-Flash's router, whose projection is the identity; it does not sort; its layer adds up identities."""
+
+    def __call__(self, router_logits, e_score_correction_bias, *, top_k, num_zero_experts, routed_scaling_factor):
+        columns = router_logits.shape[1]
+        experts = columns - num_zero_experts
+        config = LongcatFlashConfig(
+            hidden_size=columns, n_routed_experts=experts, zero_expert_num=num_zero_experts, moe_topk=top_k,
+            num_experts_per_tok=top_k, routed_scaling_factor=routed_scaling_factor,
+        )  # fmt: skip
+        state = {"classifier.weight": torch.eye(columns), "e_score_correction_bias": e_score_correction_bias}
+        _, weights, ids = functional_call(LongcatFlashTopkRouter(config), state, router_logits)
+        weights, ids = sorted_by(router_logits.softmax(1) + e_score_correction_bias, weights, ids)
+        return weights, ids, (weights * (ids >= experts)).sum(1)
+
+
+@right("routers.sparsemixer", fits=finite, dtypes=("float32",), oracle=True, validates=False)
+class TransformersSparsemixer:
+    """Phi-3.5-MoE's function, as at inference."""
+
+    def __call__(self, router_logits, *, jitter_eps):
+        return sparsemixer(router_logits, jitter_eps, training=False)
 
 
 class TransformersExperts:

@@ -15,8 +15,8 @@ import triton
 import triton.language as tl
 from torch.autograd.function import once_differentiable
 
+from gaugeblock.optimized.triton.arithmetic import divide
 from gaugeblock.optimized.triton.launch import device_of, program_rows, require_triton_device
-from gaugeblock.optimized.triton.routers import divide
 from gaugeblock.reference import validation
 
 # Programs that write sums: a few for each of a GPU's processors.

@@ -32,7 +32,19 @@ from gaugeblock.reference.validation.objectives import (
     rectified_flow_times,
     velocity_sign,
 )
-from gaugeblock.reference.validation.routers import grouped_sigmoid_topk, softmax_topk
+from gaugeblock.reference.validation.routers import (
+    biased_softmax_topk,
+    grouped_sigmoid_topk,
+    grouped_softmax_topk,
+    hash_router,
+    sigmoid_input_scaling,
+    sigmoid_topk,
+    softmax_topk,
+    sparsemixer,
+    token_ids_in_range,
+    topk_softmax,
+    zero_expert_topk,
+)
 from gaugeblock.reference.validation.samplers import euler_sample
 from gaugeblock.reference.validation.train_image_diffusion import (
     image_diffusion_batch,

@@ -32,7 +32,8 @@ def reference_run(
     """Outputs of the reference or another formula; with cotangents, gradients under keys `"gradient of hidden_states"` too."""
     wanted = contract.differentiable(inputs) if cotangent is not None else []
     leaves = {key: tensor.detach().requires_grad_(key in wanted) for key, tensor in inputs.items()}
-    outputs = apply(contract, formula or contract.reference, leaves, opts, torch.stack)
+    returned = apply(contract, formula or contract.reference, leaves, opts, torch.stack)
+    outputs = {key: _widen(tensor) for key, tensor in returned.items()}  # what depends on no floating input is of float32
     if not cotangent:
         return {key: tensor.detach() for key, tensor in outputs.items()}
     through = [key for key in contract.differentiable(outputs) if outputs[key].requires_grad]

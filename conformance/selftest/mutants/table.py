@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from gaugeblock.conformance.selftest.mutants.equivalents import Equivalent, is_listed
 from gaugeblock.conformance.selftest.mutants.judging import Outcome
@@ -24,7 +24,7 @@ def print_outcomes(
 ) -> None:
     """A row for each contract, a row for each property, then every survivor and every remark."""
     rows = summary(outcomes, listed)
-    counts = Table("contract", *list(next(iter(rows.values()), {})), title="mutants")
+    counts = Table(Column("contract", overflow="fold"), *list(next(iter(rows.values()), {})), title="mutants")
     for name, row in rows.items():
         counts.add_row(name, *(f"{each:g}" for each in row.values()), end_section=name == list(rows)[-2])
     console.print(counts)

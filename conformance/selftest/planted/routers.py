@@ -281,3 +281,16 @@ class SigmoidDerivativeIsOne(GroupedRouter):
 
     def scores(self, logits):
         return super().scores(logits).detach() + logits - logits.detach()
+
+
+@fault(caught_by="parity", kind="precision", source="flashinfer#3875")
+class BiasTakenOffAgain(GroupedRouter):
+    """Weights are the biased scores less the bias: of a small score nothing is left."""
+
+    def biased(self, scores, bias):
+        self.bias = bias.float().expand_as(scores)
+        return super().biased(scores, bias)
+
+    def weigh_groups(self, scores, biased, ids, renormalize, factor):
+        recovered = scores + ((biased - self.bias) - scores).detach()
+        return super().weigh_groups(recovered, biased, ids, renormalize, factor)

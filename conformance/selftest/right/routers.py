@@ -197,3 +197,21 @@ class SumOneByOne(GroupedRouter):
 
     def sum(self, values):
         return functools.reduce(torch.add, values.flip(1).split(1, 1))
+
+
+@right("routers.sigmoid_topk")
+class OneGroupWithoutBias(GroupedRouter):
+    """The grouped router's kernel, with all experts in one group and a bias of 0."""
+
+    def __call__(self, router_logits, *, top_k, renormalize):
+        options = {"num_groups": 1, "topk_groups": 1, "renormalize": renormalize, "routed_scaling_factor": 1.0}
+        return super().__call__(router_logits, torch.zeros(router_logits.shape[1]), top_k=top_k, **options)
+
+
+@right("routers.hash_router", validates=False)
+class TableAsMatrix:
+    """Rows of a one-hot matrix, times the table."""
+
+    def __call__(self, token_ids, table):
+        words = torch.nn.functional.one_hot(token_ids, len(table))
+        return torch.ones(len(token_ids)), (words * table).sum(1)
