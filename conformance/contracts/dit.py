@@ -274,5 +274,6 @@ REJECTIONS = (
         "a label above num_classes",
         "class_labels",
         lambda call: {"class_labels": call["class_labels"] * 0 + call["config"].num_classes + 1},
+        by_values=True,
     ),
 )

@@ -301,10 +301,10 @@ REJECTIONS = (
     Rejection("a batch without examples", "images", lambda call: {
         name: call[name][:, :0] for name in ("images", "labels", "example_ids")
     }),
-    Rejection("a negative label", "labels", changed("labels", lambda each: each * 0 - 1)),
+    Rejection("a negative label", "labels", changed("labels", lambda each: each * 0 - 1), by_values=True),
     Rejection("the label that stands for none", "labels", lambda call: {
         "labels": call["labels"] * 0 + call["config"].model.num_classes
-    }),
+    }, by_values=True),
     Rejection("a state without its step", "step", changed("state/step", lambda each: None)),
     Rejection("a floating step", "step", changed("state/step", torch.Tensor.float)),
     Rejection("a parameter of another shape", "model.final_layer.linear.bias", changed(BIAS, lambda each: each[:-1])),

@@ -123,6 +123,9 @@ class Rejection:
     """What may be raised."""
     elsewhere: str = ""
     """The input that lies on another device than the rest."""
+    by_values: bool = False
+    """Whether values of a tensor must be read to see it, for which the host would have to wait for a GPU: it is demanded on the
+    CPU alone."""
 
     @property
     def names(self) -> tuple[str, ...]:

@@ -6,10 +6,10 @@ One function per operation, with the operation's own arguments. Each returns Non
 - `ValueError` where a rank, a size, a device or a value is wrong;
 
 and the message begins with the argument's name. Only `.shape`, `.dtype` and `.device` are read, so a check
-starts no kernel; `expert_ids_in_range` and `class_labels_in_range` alone read values.
+starts no kernel; functions whose names end in `_in_range` alone read values, on a GPU only within `gpu_values_checked`.
 """
 
-from gaugeblock.reference.validation.arrays import FLOATING, INTEGER, dtype_name, random_draw, state_entries
+from gaugeblock.reference.validation.arrays import FLOATING, INTEGER, dtype_name, gpu_values_checked, random_draw, state_entries
 from gaugeblock.reference.validation.auxiliary_losses import load_balancing_loss, router_z_loss
 from gaugeblock.reference.validation.capacity_routers import switch_top1
 from gaugeblock.reference.validation.dit import class_labels_in_range, dit, dit_block, position_table

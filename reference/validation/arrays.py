@@ -2,10 +2,13 @@
 
 import math
 import sys
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 FLOATING = ("bfloat16", "float16", "float32", "float64")
+_reads_gpus = ContextVar("whether values on a GPU are read", default=False)
 INTEGER = ("int8", "int16", "int32", "int64", "uint8")
 
 
@@ -25,8 +28,18 @@ def dtype_name(array: Any) -> str:
     return str(array.dtype).removeprefix("torch.")
 
 
+@contextmanager
+def gpu_values_checked() -> Iterator[None]:
+    """Check values on a GPU too, ids above all; else they are left unread, since the host would have to wait for the device."""
+    token = _reads_gpus.set(True)
+    try:
+        yield
+    finally:
+        _reads_gpus.reset(token)
+
+
 def require_values(name: str, array: Any, high: int) -> None:
-    """Check that every value is in 0..high, if values can be read."""
+    """Check that every value is in 0..high, where values are read: on the host, and on a GPU within `gpu_values_checked`."""
     if not _is_readable(array):
         return
     # JAX on the host: inside an outer jit even operations on constants are traced, and each compiles anew
@@ -111,8 +124,9 @@ def require_same_device(name: str, array: Any, other_name: str, other: Any) -> N
 
 def _is_readable(array: Any) -> bool:
     if _is_torch_tensor(array):
-        cuda = sys.modules["torch"].cuda
-        return not (array.is_meta or (array.is_cuda and cuda.is_current_stream_capturing()))
+        if array.is_cuda:
+            return _reads_gpus.get() and not sys.modules["torch"].cuda.is_current_stream_capturing()
+        return not array.is_meta
     jax = sys.modules.get("jax")
     return jax is None or not isinstance(array, jax.core.Tracer)
 

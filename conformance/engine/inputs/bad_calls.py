@@ -58,7 +58,7 @@ def _of_tensors(contract: Contract, parameters: Parameters) -> Iterator[Rejectio
         if spec.indexes:
             for id_, what in ((-1, "a negative id"), (parameters[spec.indexes], f"an id of {spec.indexes}")):
                 ids = partial(torch.full_like, fill_value=id_)
-                yield Rejection(f"{spec.name} with {what}", spec.name, changed(spec.name, ids))
+                yield Rejection(f"{spec.name} with {what}", spec.name, changed(spec.name, ids), by_values=True)
         if before or contract.state:
             names = (spec.name, *(other.name for other in contract.inputs if other is not spec))
             yield Rejection(f"{spec.name} on another device", names, lambda call: {}, elsewhere=spec.name)
