@@ -217,7 +217,7 @@ def _empty_choice(router_logits: torch.Tensor, top_k: int) -> tuple[torch.Tensor
 
 def _grad_logits(kernel: Any, ctx: Any, grad_weights: torch.Tensor) -> torch.Tensor:
     """Run a backward kernel, which reads what its forward saved."""
-    ids, router_logits = ctx.saved_tensors
+    ids, router_logits, *_ = ctx.saved_tensors
     num_tokens, num_experts = router_logits.shape
     grad_logits = router_logits.new_empty((num_tokens, num_experts))
     block_experts = triton.next_power_of_2(num_experts)
