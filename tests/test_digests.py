@@ -68,7 +68,8 @@ def test_a_kernels_helper_touches_the_kernels_that_load_it(subjects, before):
     found = touched(subjects, before, "optimized/triton/topk.py")
     assert found == {
         ("routers.softmax_topk", "triton"), ("routers.grouped_sigmoid_topk", "triton"),
-        ("capacity_routers.switch_top1", "triton"), ("moe_layers.mixtral_moe", "triton"),
+        ("capacity_routers.switch_top1", "triton"), ("capacity_routers.gshard_top2", "triton"),
+        ("capacity_routers.expert_choice", "triton"), ("moe_layers.mixtral_moe", "triton"),
         ("auxiliary_losses.load_balancing_loss", "triton"), ("auxiliary_losses.router_z_loss", "triton"),
     }  # fmt: skip
 

@@ -148,7 +148,11 @@ def expert_choice() -> Contract:
         factors=FACTORS,
         build=sizes,
         traits=of_routers.SOFTMAX_TRAITS,
-        regimes=(*of_routers.SOFTMAX_REGIMES, Regime("lattice", lattice, "exact", differentiable=False)),
+        regimes=(
+            *of_routers.SOFTMAX_REGIMES,
+            Regime("infinite", infinite, "worst element"),
+            Regime("lattice", lattice, "exact", differentiable=False),
+        ),
         flops=of_routers.flops,
         workloads=(
             Workload("expert-choice-8b-64e/train-4096", sizes(4096, 64, 2.0), "arXiv:2202.09368 table 1, and section 4.1"),
@@ -303,6 +307,11 @@ REJECTIONS = (
     Rejection("no capacity", "capacity_factor", lambda call: {"capacity_factor": 0.0}),
     Rejection("a negative capacity", "capacity_factor", lambda call: {"capacity_factor": -1.0}),
 )
+
+
+def infinite(draw: Draw, parameters: Parameters) -> Tensors:
+    """Some logits are -inf. With a NaN as well, any choice of any expert would do."""
+    return {"router_logits": of_routers.special(draw, parameters)["router_logits"].nan_to_num(0.0, neginf=-math.inf)}
 
 
 TOP2_REJECTIONS = (

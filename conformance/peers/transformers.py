@@ -30,7 +30,7 @@ def ordinary_weights(case: Case) -> bool:
     """What is dropped is told by a weight of 0. With "random", transformers normalizes the first weight alone before dropping."""
     options = case.parameters
     quirk = options["second_expert_policy"] == "random" and options["normalize_before_dropping"]
-    return case.regime in ("dithered", "skew", "ties") and not quirk
+    return case.regime in ("dithered", "skew") and not quirk
 
 
 def aligned(case: Case) -> bool:

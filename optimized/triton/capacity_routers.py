@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 from torch.autograd.function import once_differentiable
 
+from gaugeblock.optimized.triton.auxiliary_losses import _is_counted
 from gaugeblock.optimized.triton.launch import device_of, program_rows, require_triton_device
 from gaugeblock.optimized.triton.routers import (
     _empty_choice,
@@ -122,7 +123,7 @@ def _choose_two(
     """asked[0, t], asked[1, t] = the two ids, -1 where the expert is not asked for room."""
     rows = program_rows(BLOCK_TOKENS)[:, None]
     in_batch = rows < num_tokens
-    is_token = tl.load(mask_ptr + rows * mask_stride, mask=in_batch, other=0) != 0
+    is_token = _is_counted(mask_ptr, mask_stride, rows, num_tokens)
     experts = tl.arange(0, BLOCK_EXPERTS)[None, :]
     exists = experts < num_experts
     dtype = weights_ptr.dtype.element_ty
@@ -149,7 +150,7 @@ def _choose_two(
         drawn = _load_logits(noise_ptr, noise_row_stride, noise_column_stride, rows, ids, is_token, dtype)
         asks &= (columns == 0) | (2 * weights > drawn)
     _store_choice(weights_ptr, ids_ptr, weights, ids, rows, in_batch, columns, 2)
-    tl.store(asked_ptr + columns.to(tl.int64) * num_tokens + rows, tl.where(asks, ids, -1).to(tl.int64), mask=in_batch)
+    tl.store(asked_ptr + columns * num_tokens + rows, tl.where(asks, ids, -1).to(tl.int64), mask=in_batch)
 
 
 class _TwoChoices(torch.autograd.Function):
@@ -221,7 +222,7 @@ def gshard_top2(
         router_logits, drawn.detach(), attention_mask, second_expert_policy, bool(normalize_before_dropping)
     )
     capacity = expert_capacity(num_tokens, num_experts, capacity_factor)
-    dropped = overflow(asked.view(-1), num_experts, capacity).view(2, num_tokens).T.contiguous()
+    dropped = overflow(asked.view(-1), num_experts, capacity).view(2, num_tokens).T
     kept = weights.masked_fill(dropped, 0)
     if not normalize_before_dropping:
         kept = kept / kept.sum(-1, keepdim=True).clamp(min=SMALLEST_WEIGHT_SUM)

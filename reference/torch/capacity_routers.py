@@ -104,14 +104,14 @@ def gshard_top2(
     probs_TE = torch.softmax(logits_TE, dim=-1)
     first_T1 = probs_TE.argmax(dim=-1, keepdim=True)
     scores_TE = logits_TE + noise if second_expert_policy == "sampling" else logits_TE
-    ids_T2 = torch.topk(scores_TE.scatter(-1, first_T1, torch.inf), 2, dim=-1).indices
-    weights_T2 = probs_TE.gather(-1, ids_T2)
+    ids_T2 = torch.topk(scores_TE.scatter(1, first_T1, torch.inf), 2, dim=-1).indices
+    weights_T2 = probs_TE.gather(1, ids_T2)
     if normalize_before_dropping:
         weights_T2 = weights_T2 / weights_T2.sum(dim=-1, keepdim=True)
 
     asks_T2 = attention_mask[:, None].repeat(1, 2)
     if second_expert_policy == "random":
-        asks_T2[:, 1] &= (2 * weights_T2 > noise.gather(-1, ids_T2))[:, 1]
+        asks_T2[:, 1] &= (2 * weights_T2 > noise.gather(1, ids_T2))[:, 1]
     place_T2 = places(ids_T2.T.flatten(), asks_T2.T.flatten(), num_experts).view(2, num_tokens).T
     dropped_T2 = ~asks_T2 | (place_T2 > expert_capacity(num_tokens, num_experts, capacity_factor))
     kept_T2 = torch.where(dropped_T2, 0, weights_T2)
@@ -150,13 +150,13 @@ def expert_choice(router_logits: torch.Tensor, *, capacity_factor: float) -> tup
 
     probs_ET = torch.softmax(at_least_float32(router_logits), dim=-1).T
     ids_EC = torch.topk(probs_ET, chosen_tokens(*router_logits.shape, capacity_factor), dim=-1).indices
-    return probs_ET.gather(-1, ids_EC), ids_EC
+    return probs_ET.gather(1, ids_EC), ids_EC
 
 
 def places(ids_N: torch.Tensor, asks_N: torch.Tensor, num_experts: int) -> torch.Tensor:
     """Return which place each choice has among those that ask its expert for room, 1 for the first, [choices]."""
     asked_NE = torch.nn.functional.one_hot(ids_N, num_experts) * asks_N[:, None]
-    return asked_NE.cumsum(dim=0).gather(-1, ids_N[:, None])[:, 0]
+    return asked_NE.cumsum(dim=0).gather(1, ids_N[:, None])[:, 0]
 
 
 def expert_capacity(num_tokens: int, num_experts: int, capacity_factor: float) -> int:

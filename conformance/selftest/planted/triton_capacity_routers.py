@@ -11,15 +11,15 @@ mutant(
 )  # fmt: skip
 mutant(
     SWITCH, "later-tokens-first", "Within a block, the tokens behind count.", FIND,
-    "tokens[None, :] < tokens[:, None]", "tokens[None, :] > tokens[:, None]", "parity", "structural", "Switch ports",
+    "places[None, :] < places[:, None]", "places[None, :] > places[:, None]", "parity", "structural", "Switch ports",
 )  # fmt: skip
 mutant(
     SWITCH, "own-token-counted", "A token takes room before it is placed.", FIND,
-    "tokens[None, :] < tokens[:, None]", "tokens[None, :] <= tokens[:, None]", "parity", "boundary",
+    "places[None, :] < places[:, None]", "places[None, :] <= places[:, None]", "parity", "boundary",
 )  # fmt: skip
 mutant(
     SWITCH, "own-block-counted-twice", "Counts up to a block include its own.", FIND,
-    " - tl.load(counts_ptr + cells, mask=in_batch, other=0)", "", "parity", "boundary", "inclusive for exclusive scans",
+    " - tl.load(counts_ptr + cells, mask=is_asked, other=0)", "", "parity", "boundary", "inclusive for exclusive scans",
 )  # fmt: skip
 mutant(
     SWITCH, "blocks-not-added-up", "Places start again in every block.", FIND,
