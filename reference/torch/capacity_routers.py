@@ -111,7 +111,8 @@ def gshard_top2(
 
     asks_T2 = attention_mask[:, None].repeat(1, 2)
     if second_expert_policy == "random":
-        asks_T2[:, 1] &= (2 * weights_T2 > noise.gather(1, ids_T2))[:, 1]
+        is_drawn_T2 = 2 * weights_T2 > noise.gather(1, ids_T2)
+        asks_T2[:, 1] &= is_drawn_T2[:, 1]
     place_T2 = places(ids_T2.T.flatten(), asks_T2.T.flatten(), num_experts).view(2, num_tokens).T
     dropped_T2 = ~asks_T2 | (place_T2 > expert_capacity(num_tokens, num_experts, capacity_factor))
     kept_T2 = torch.where(dropped_T2, 0, weights_T2)
