@@ -155,8 +155,8 @@ def expert_choice() -> Contract:
         ),
         flops=of_routers.flops,
         workloads=(
-            Workload("expert-choice-8b-64e/train-4096", sizes(4096, 64, 2.0), "arXiv:2202.09368 table 1, and section 4.1"),
-            Workload("expert-choice-0.1b-16e/train-4096", sizes(4096, 16, 2.0), "arXiv:2202.09368 table 1, and section 4.1"),
+            Workload("expert-choice-8b-64e/train-4096", sizes(4096, 64, 2.0), "arXiv:2202.09368: 8B/64E"),
+            Workload("expert-choice-0.1b-16e/train-4096", sizes(4096, 16, 2.0), "arXiv:2202.09368: 0.1B/16E"),
         ),
         selection=Selection("token_ids", _scores_of_tokens, CHOSEN_TOKENS),
         relabel=of_routers.shuffled_experts,
@@ -235,8 +235,8 @@ LOGIT_TRAITS = tuple(  # "random" has noise that lies beside a threshold of just
     replace(trait, fits=partial(_fits_any_noise, trait)) for trait in of_routers.SOFTMAX_TRAITS
 )
 TOP2_WORKLOADS = (
-    Workload("nllb-moe-54b/train-4096", top2_sizes(4096, 128, "all", False, 2.0), "facebook/nllb-moe-54b config.json"),
-    Workload("gshard-600b/train-4096", top2_sizes(4096, 2048, "random", True, 2.0), "arXiv:2006.16668 table 1"),
+    Workload("nllb-moe-54b/train-4096", top2_sizes(4096, 128, "all", False, 2.0), "transformers' NllbMoeConfig"),
+    Workload("gshard-600b/train-4096", top2_sizes(4096, 2048, "random", True, 2.0), "arXiv:2006.16668: 2048 experts"),
 )
 
 

@@ -212,7 +212,7 @@ def gshard_top2(
         ValueError: Ranks, sizes or devices do not fit together or are none of Triton's, there are fewer than two experts,
             the policy is none of the three or lacks its noise, or `capacity_factor` is not positive.
 
-    Source: GShard (arXiv:2006.16668), algorithm 1; NLLB (arXiv:2207.04672), section 6.2.1.
+    Source: GShard (arXiv:2006.16668), algorithm 1; NLLB (arXiv:2207.04672).
     """
     validation.gshard_top2(router_logits, noise, attention_mask, second_expert_policy, capacity_factor)
     require_triton_device("router_logits", router_logits)
@@ -322,4 +322,5 @@ def expert_choice(router_logits: torch.Tensor, *, capacity_factor: float) -> tup
     """
     validation.expert_choice(router_logits, capacity_factor)
     require_triton_device("router_logits", router_logits)
-    return _ExpertChoice.apply(router_logits, chosen_tokens(*router_logits.shape, capacity_factor))
+    num_tokens, num_experts = router_logits.shape
+    return _ExpertChoice.apply(router_logits, chosen_tokens(num_tokens, num_experts, capacity_factor))

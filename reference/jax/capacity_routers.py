@@ -43,7 +43,8 @@ def gshard_top2(
     logits_TE = jnp.where(attention_mask[:, None], at_least_float32(router_logits), 0)
     probs_TE = jax.nn.softmax(logits_TE, axis=-1)
     first_T1 = probs_TE.argmax(axis=-1, keepdims=True)
-    scores_TE = logits_TE + noise if second_expert_policy == "sampling" else logits_TE
+    noise_TE = logits_TE if noise is None else noise  # "all" reads neither
+    scores_TE = logits_TE + noise_TE if second_expert_policy == "sampling" else logits_TE
     ids_T2 = jax.lax.top_k(jnp.put_along_axis(scores_TE, first_T1, jnp.inf, axis=-1, inplace=False), 2)[1]
     weights_T2 = jnp.take_along_axis(probs_TE, ids_T2, axis=-1)
     if normalize_before_dropping:
@@ -51,7 +52,7 @@ def gshard_top2(
 
     asks_T2 = attention_mask[:, None].repeat(2, axis=1)
     if second_expert_policy == "random":
-        is_drawn_T2 = 2 * weights_T2 > jnp.take_along_axis(noise, ids_T2, axis=-1)
+        is_drawn_T2 = 2 * weights_T2 > jnp.take_along_axis(noise_TE, ids_T2, axis=-1)
         asks_T2 = asks_T2.at[:, 1].set(asks_T2[:, 1] & is_drawn_T2[:, 1])
     place_T2 = places(ids_T2.T.flatten(), asks_T2.T.flatten(), num_experts).reshape(2, num_tokens).T
     dropped_T2 = ~asks_T2 | (place_T2 > expert_capacity(num_tokens, num_experts, capacity_factor))
@@ -64,9 +65,10 @@ def gshard_top2(
 def expert_choice(router_logits: jax.Array, *, capacity_factor: float) -> tuple[jax.Array, jax.Array]:
     """As `gaugeblock.reference.torch.capacity_routers.expert_choice`, but token_ids are int32."""
     validation.expert_choice(router_logits, capacity_factor)
+    num_tokens, num_experts = router_logits.shape
 
     probs_ET = jax.nn.softmax(at_least_float32(router_logits), axis=-1).T
-    ids_EC = jax.lax.top_k(probs_ET, chosen_tokens(*router_logits.shape, capacity_factor))[1]
+    ids_EC = jax.lax.top_k(probs_ET, chosen_tokens(num_tokens, num_experts, capacity_factor))[1]
     return jnp.take_along_axis(probs_ET, ids_EC, axis=-1), ids_EC
 
 

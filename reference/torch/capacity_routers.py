@@ -66,8 +66,8 @@ def gshard_top2(
         second = argmax(router_logits, plus noise if "sampling", of all but first)
         w = p[first, second]                                if not normalize_before_dropping
         w = p[first, second] / (p[first] + p[second])       if normalize_before_dropping
-        dropped = a token of padding, or capacity others have asked that expert for room before: the first choices
-                  of all tokens, in their order, then the second ones; of "random", those with 2 * w[second] > noise[second]
+        asked = the first and the second, but of padding neither, and of "random" the second if 2 * w[second] > noise[second]
+        dropped = not asked, or capacity others asked that expert before, all tokens their first in order, then their second
         weights = w, or 0 if dropped, divided by their sum if not normalize_before_dropping
         capacity = ceil(num_tokens * capacity_factor / num_experts)
 
@@ -93,8 +93,8 @@ def gshard_top2(
             the three or lacks its noise, or `capacity_factor` is not positive.
 
     Source: GShard (arXiv:2006.16668), algorithm 1, which is "random" and normalizes before; NLLB (arXiv:2207.04672),
-    section 6.2.1, as fairseq's `top2gating`. transformers' `NllbMoeTop2Router` returns p[second] as it is where both
-    "random" and normalize_before_dropping are set.
+    as fairseq's `top2gating`. transformers' `NllbMoeTop2Router` returns p[second] as it is where both "random" and
+    normalize_before_dropping are set.
     """
     validation.gshard_top2(router_logits, noise, attention_mask, second_expert_policy, capacity_factor)
     num_tokens, num_experts = router_logits.shape
@@ -103,7 +103,8 @@ def gshard_top2(
     logits_TE = torch.where(attention_mask[:, None], at_least_float32(router_logits), 0)
     probs_TE = torch.softmax(logits_TE, dim=-1)
     first_T1 = probs_TE.argmax(dim=-1, keepdim=True)
-    scores_TE = logits_TE + noise if second_expert_policy == "sampling" else logits_TE
+    noise_TE = logits_TE if noise is None else noise  # "all" reads neither
+    scores_TE = logits_TE + noise_TE if second_expert_policy == "sampling" else logits_TE
     ids_T2 = torch.topk(scores_TE.scatter(1, first_T1, torch.inf), 2, dim=-1).indices
     weights_T2 = probs_TE.gather(1, ids_T2)
     if normalize_before_dropping:
@@ -111,7 +112,7 @@ def gshard_top2(
 
     asks_T2 = attention_mask[:, None].repeat(1, 2)
     if second_expert_policy == "random":
-        is_drawn_T2 = 2 * weights_T2 > noise.gather(1, ids_T2)
+        is_drawn_T2 = 2 * weights_T2 > noise_TE.gather(1, ids_T2)
         asks_T2[:, 1] &= is_drawn_T2[:, 1]
     place_T2 = places(ids_T2.T.flatten(), asks_T2.T.flatten(), num_experts).view(2, num_tokens).T
     dropped_T2 = ~asks_T2 | (place_T2 > expert_capacity(num_tokens, num_experts, capacity_factor))
@@ -148,9 +149,10 @@ def expert_choice(router_logits: torch.Tensor, *, capacity_factor: float) -> tup
     to be an integer; it is rounded up here, so that each expert has work.
     """
     validation.expert_choice(router_logits, capacity_factor)
+    num_tokens, num_experts = router_logits.shape
 
     probs_ET = torch.softmax(at_least_float32(router_logits), dim=-1).T
-    ids_EC = torch.topk(probs_ET, chosen_tokens(*router_logits.shape, capacity_factor), dim=-1).indices
+    ids_EC = torch.topk(probs_ET, chosen_tokens(num_tokens, num_experts, capacity_factor), dim=-1).indices
     return probs_ET.gather(1, ids_EC), ids_EC
 
 

@@ -4,7 +4,7 @@ import torch
 
 from gaugeblock.conformance.selftest.simulated.routers import SoftmaxRouter
 from gaugeblock.reference import validation
-from gaugeblock.reference.configs import SMALLEST_WEIGHT_SUM
+from gaugeblock.reference.configs import SMALLEST_WEIGHT_SUM, SecondExpertPolicy
 from gaugeblock.reference.torch.capacity_routers import chosen_tokens, expert_capacity
 
 LOWEST = torch.finfo(torch.float32).min
@@ -74,7 +74,7 @@ class GshardRouter(SwitchRouter):
         noise: torch.Tensor,
         attention_mask: torch.Tensor,
         *,
-        second_expert_policy: str,
+        second_expert_policy: SecondExpertPolicy,
         normalize_before_dropping: bool,
         capacity_factor: float,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
