@@ -7,6 +7,9 @@ from typing import Literal, get_args
 
 VelocitySign = Literal["noise - data", "data - noise"]
 TimestepSampling = Literal["uniform", "logit-normal"]
+SecondExpertPolicy = Literal["all", "sampling", "random"]
+
+SMALLEST_WEIGHT_SUM = 2.0**-23  # what `gshard_top2` divides by at least: float32's epsilon, as in public models
 
 
 @dataclass(frozen=True)

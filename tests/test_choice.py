@@ -20,6 +20,7 @@ from gaugeblock.conformance.engine.registry import find_contract
 
 ROUTER = find_contract("routers.softmax_topk")
 GROUPED = find_contract("routers.grouped_sigmoid_topk")
+SAMPLED = find_contract("capacity_routers.gshard_top2")
 
 
 def results_of(contract: Contract, case: Case) -> dict[str, torch.Tensor]:
@@ -147,6 +148,37 @@ def test_ids_must_be_among_the_best(chosen):
     worst = int(everyone[0, -1])
     chosen["topk_ids"][0, 2] = worst
     assert violation_of(chosen).message == f"topk_ids: id {worst} is chosen, though it cannot be among the best"
+
+
+def choice_of_second_experts(**changes):
+    """A case in which each token chooses two of eight experts, the second by noisy logits, and what the reference returns."""
+    case = Case(**SAMPLED.landmarks[1] | {"num_experts": 8}, regime="dithered", traits=("no padding",)).replace(**changes)
+    return case, results_of(SAMPLED, case)
+
+
+def test_what_is_chosen_one_by_one_is_scored_place_by_place():
+    case, results = choice_of_second_experts()
+    check_choice(SAMPLED, case, "float32", results)
+    noisy = make_inputs(SAMPLED, case, "float32")
+    probable = noisy["router_logits"].topk(2).indices
+    wrong = (probable != results["topk_ids"]).any(1).nonzero()[0].item()  # where the noise chose another second one
+    results["topk_ids"][wrong] = probable[wrong]
+    message = f"topk_ids: id {probable[wrong, 1]} is chosen, though it cannot be among the best"
+    assert violation_of(results, SAMPLED, case).message == message
+
+
+def test_what_is_chosen_one_by_one_is_distinct():
+    case, results = choice_of_second_experts()
+    results["topk_ids"][3, 1] = results["topk_ids"][3, 0]
+    assert violation_of(results, SAMPLED, case).message == "topk_ids holds an id twice in one row"
+
+
+def test_what_is_chosen_first_decides_what_is_left_for_the_second():
+    case, results = choice_of_second_experts(regime="ties", second_expert_policy="all", traits=())
+    mask = make_inputs(SAMPLED, case, "float32")["attention_mask"]
+    tied = int(mask[::3].nonzero()[0]) * 3  # every third row is one tie of all experts
+    results["topk_ids"][tied] = torch.tensor([7, 5])
+    check_choice(SAMPLED, case, "float32", results)
 
 
 def test_another_choice_among_ties_is_right_and_weights_are_judged_there():

@@ -67,8 +67,8 @@ def touched(subjects, before, ending, prop="parity"):
 def test_a_kernels_helper_touches_the_kernels_that_load_it(subjects, before):
     found = touched(subjects, before, "optimized/triton/topk.py")
     assert found == {
-        ("capacity_routers.switch_top1", "triton"), ("moe_layers.mixtral_moe", "triton"),
-        *(key for key in subjects if key[1] == "triton" and key[0].startswith("routers.")),
+        ("moe_layers.mixtral_moe", "triton"),
+        *(key for key in subjects if key[1] == "triton" and "routers." in key[0]),
     }  # fmt: skip
 
 

@@ -152,6 +152,40 @@ def test_switch_top1_drops_whoever_comes_too_late(num_tokens, num_experts, capac
         room[expert] -= not is_dropped
 
 
+TWO_EXPERTS = {
+    "router_logits": torch.tensor([[4.0, 2, 1], [4, 3, 1], [1, 6, 2], [6, 2, 1]]),  # first 0, 0, 1, 0, then 1, 1, 2, 1
+    "noise": None,
+    "attention_mask": torch.ones(4, dtype=torch.bool),
+    "second_expert_policy": "all",
+    "normalize_before_dropping": True,
+    "capacity_factor": 1.5,  # room for two
+}
+
+
+def test_gshard_top2_asks_all_first_experts_before_any_second():
+    weights, ids, dropped = capacity_routers.gshard_top2(**TWO_EXPERTS)
+    assert ids.tolist() == [[0, 1], [0, 1], [1, 2], [0, 1]]
+    assert dropped.tolist() == [[False, False], [False, True], [False, False], [True, True]]
+    shares = torch.sigmoid(torch.tensor([2.0, 1, 4]))
+    torch.testing.assert_close(weights[:3, 0], shares)
+    torch.testing.assert_close(weights[:, 1], torch.tensor([1 - shares[0], 0, 1 - shares[2], 0]))
+
+
+def test_gshard_top2_gives_what_is_kept_the_weight_of_what_is_dropped():
+    weights, _, _ = capacity_routers.gshard_top2(**TWO_EXPERTS | {"normalize_before_dropping": False})
+    torch.testing.assert_close(weights[[1, 3]], torch.tensor([[1.0, 0], [0, 0]]))
+    torch.testing.assert_close(weights[0], torch.sigmoid(torch.tensor([2.0, -2])))
+
+
+def test_expert_choice_by_hand():
+    probabilities = torch.tensor([[0.5, 0.3, 0.2], [0.6, 0.1, 0.3], [0.1, 0.8, 0.1], [0.2, 0.2, 0.6]])
+    weights, ids = capacity_routers.expert_choice(probabilities.log(), capacity_factor=1.25)  # 4 * 1.25 / 3, rounded up
+    assert ids.tolist() == [[1, 0], [2, 0], [3, 1]]  # token 0 and token 1 have two experts, the others one
+    torch.testing.assert_close(weights, torch.tensor([[0.6, 0.5], [0.8, 0.3], [0.6, 0.3]]))
+    everyone, _ = capacity_routers.expert_choice(probabilities.log(), capacity_factor=9.0)
+    assert everyone.shape == (3, 4)
+
+
 @pytest.mark.parametrize("x64", [False, True])
 @pytest.mark.parametrize("renormalize", [True, False])
 def test_jitted_jax_routers_are_those_of_torch(x64, renormalize):
@@ -221,6 +255,7 @@ VALID = {
         "routed_scaling_factor": 1.0,
     },
     "switch_top1": {"router_logits": torch.zeros(8, 6), "capacity_factor": 1.25},
+    "gshard_top2": TWO_EXPERTS,
     "fused_swiglu": {
         "hidden_states": torch.zeros(8, 4),
         "w13": torch.zeros(6, 10, 4),
@@ -249,6 +284,10 @@ VALID = {
         ("switch_top1", "router_logits", torch.zeros(8, 0), ValueError, "at least one expert, got (8, 0)"),
         ("switch_top1", "capacity_factor", 0.0, ValueError, "positive, got 0.0"),
         ("switch_top1", "capacity_factor", "1", TypeError, "a number, got '1'"),
+        ("gshard_top2", "router_logits", torch.zeros(4, 1), ValueError, "at least two experts, got (4, 1)"),
+        ("gshard_top2", "second_expert_policy", "none", ValueError, "'all' or 'sampling' or 'random', got 'none'"),
+        ("gshard_top2", "noise", torch.zeros(4, 2), ValueError, "[num_tokens=4, num_experts=3], got (4, 2)"),
+        ("gshard_top2", "attention_mask", torch.ones(4), TypeError, "bool, got float32"),
         ("fused_swiglu", "hidden_states", torch.zeros(8, 4).bool(), TypeError, "got bool"),
         ("fused_swiglu", "w13", torch.zeros(6, 10, 4).half(), TypeError, "float32, got float16"),
         ("fused_swiglu", "w13", torch.zeros(6, 10, 3), ValueError, "hidden_size=4], got (6, 10, 3)"),
@@ -275,6 +314,12 @@ def test_a_bad_call_names_its_argument(function, argument, bad, error, message):
     for module, arguments in zip(references, (call, jax_call), strict=True):
         with pytest.raises(error, match=f"^{argument} must .*{re.escape(message)}"):
             getattr(module, function)(**arguments)
+
+
+@pytest.mark.parametrize("policy", ["sampling", "random"])
+def test_what_is_drawn_needs_its_noise(policy):
+    with pytest.raises(ValueError, match=f"^noise must be given for the policy '{policy}', got None"):
+        capacity_routers.gshard_top2(**TWO_EXPERTS | {"second_expert_policy": policy})
 
 
 def test_tensors_on_two_devices_are_rejected():

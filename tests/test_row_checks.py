@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from gaugeblock.conformance.engine.contract import ContractError, Input, Recurrence, Rejection, Selection
+from gaugeblock.conformance.engine.contract import ContractError, Derived, Input, Recurrence, Rejection, Selection
 from gaugeblock.conformance.engine.factors import edges
 from gaugeblock.conformance.engine.registry import contracts, find_contract, import_folder
 from gaugeblock.conformance.selftest.fault import Fault
@@ -38,6 +38,10 @@ LANDMARK = ROUTER.landmarks[0]
         ({"sharded": {"token": "even"}}, "sharded: no input or output has the dimension 'token'"),
         ({"selection": Selection("ids", len, "top_k")}, "selection: no output 'ids'; did you mean 'topk_ids'?"),
         ({"selection": Selection("topk_ids", len, "top_kk")}, "selection: landmarks lack 'top_kk'; did you mean 'top_k'?"),
+        (
+            {"inputs": (Input("x", (Derived("half", lambda sizes: sizes["num_tokens"] // 2), "num_token")),)},
+            "inputs['x']: unknown dimension 'num_token'",
+        ),
         ({"recurrence": Recurrence("num_tokens", {"state": "topk_ids"})}, "recurrence: no input 'state'"),
         ({"factors": (edges("width", 1),)}, "factors['width']: cannot be read from landmarks[0]: KeyError: 'width'"),
         ({"dtypes": ("float8",)}, "dtypes: unknown dtype 'float8'"),
@@ -53,6 +57,18 @@ def test_a_wrong_row_is_refused(changes, message):
     with pytest.raises(ContractError) as refusal:
         replace(ROUTER, **changes)
     assert str(refusal.value).startswith(changes.get("name", ROUTER.name) + ": ") and message in str(refusal.value)
+
+
+def test_a_size_may_follow_from_others():
+    halves = Input("x", ("num_tokens", Derived("half", lambda sizes: sizes["num_tokens"] // 2), 3))
+    assert halves.sizes({"num_tokens": 8}) == (8, 4, 3)
+    assert str(halves.shape[1]) == "half"
+
+
+@pytest.mark.parametrize("field", [{"above": 0.0}, {"group_scores": len, "group_count": 1}])
+def test_what_is_chosen_one_by_one_has_neither_groups_nor_a_threshold(field):
+    with pytest.raises(ContractError, match="ids: one_by_one knows neither groups nor a threshold"):
+        Selection("ids", len, 2, one_by_one=True, **field)
 
 
 def test_a_wrong_argument_at_its_place_cannot_be_made():

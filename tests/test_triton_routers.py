@@ -13,8 +13,9 @@ import triton
 import triton.language as tl
 
 from gaugeblock.conformance.engine.triton.interpreter import watch
-from gaugeblock.optimized.triton import launch, routers
+from gaugeblock.optimized.triton import capacity_routers, launch, routers
 from gaugeblock.optimized.triton.topk import choose_lanes, keys_of, scores_of
+from gaugeblock.reference.torch import capacity_routers as capacity_reference
 from gaugeblock.reference.torch import routers as reference
 
 DEVICE = "cpu" if launch.INTERPRETED else "cuda"
@@ -202,3 +203,12 @@ def test_logits_where_triton_does_not_run_are_rejected(router, monkeypatch):
     monkeypatch.setattr(launch, "INTERPRETED", False)
     with pytest.raises(ValueError, match=r"router_logits must be on .* got cpu; TRITON_INTERPRET=1"):
         routed(router, torch.zeros(2, 35), 4)
+
+
+def test_what_draws_nothing_needs_no_noise():
+    """The gate gives noise in every call; here float64 shows that none is read."""
+    logits, tokens = draw(65, 35, dtype=torch.float64), torch.ones(65, dtype=torch.bool, device=DEVICE)
+    options = {"second_expert_policy": "all", "normalize_before_dropping": False, "capacity_factor": 1.1}
+    ours = capacity_routers.gshard_top2(logits, None, tokens, **options)
+    for result, expected in zip(ours, capacity_reference.gshard_top2(logits, None, tokens, **options), strict=True):
+        torch.testing.assert_close(result, expected)

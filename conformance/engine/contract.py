@@ -25,13 +25,26 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
+class Derived:
+    """A size that follows from the others: how many tokens an expert chooses among so many."""
+
+    name: str
+    """As the report prints it."""
+    of: Callable[[Parameters], int]
+    """From a case's parameters."""
+
+    def __str__(self) -> str:
+        return self.name
+
+
+@dataclass(frozen=True)
 class Input:
     """One argument of an operation."""
 
     name: str
     """The argument's name in the public signature."""
-    shape: tuple[str | int, ...] = ()
-    """Its dimensions: names of sizes, or, where the engine has nothing to do with one, the size itself."""
+    shape: tuple[str | int | Derived, ...] = ()
+    """Its dimensions: names of sizes, or, where the engine has nothing to do with one, the size itself, or how it follows."""
     _: KW_ONLY
     dtype: str = "tested"
     """`"tested"` (the dtype under test), or a fixed dtype such as `"float32"` or `"int64"`."""
@@ -44,7 +57,14 @@ class Input:
 
     def sizes(self, parameters: Parameters) -> tuple[int, ...]:
         """The shape in numbers."""
-        return tuple(each if isinstance(each, int) else parameters[each] for each in self.shape)
+        return tuple(size_of(each, parameters) for each in self.shape)
+
+
+def size_of(size: str | int | Derived, parameters: Parameters) -> int:
+    """A size in numbers."""
+    if isinstance(size, Derived):
+        return size.of(parameters)
+    return parameters[size] if isinstance(size, str) else size
 
 
 @dataclass(frozen=True)
@@ -70,9 +90,12 @@ class Selection:
     """The output that is the choice."""
     scores: Callable[..., "torch.Tensor"]
     """Function of the operation's arguments giving the scores `[..., candidates]`."""
-    count: int | str | None
+    count: int | str | Derived | None
     """How many are chosen in each row, or the parameter that says so; None for every one above the threshold."""
     _: KW_ONLY
+    one_by_one: bool = False
+    """Whether the places of a row are filled one after the other, each by scores of its own: these are
+    `[..., count, candidates]`, and what a place before has taken, no later one can."""
     group_scores: Callable[..., "torch.Tensor"] | None = None
     """Function of the same arguments giving `[..., groups]`, the candidates lying in groups of consecutive ones; they are chosen
     from the best groups alone."""
@@ -90,6 +113,8 @@ class Selection:
             raise ContractError(f"{self.output}: group_scores and group_count belong together")
         if self.above is None and (self.count is None or self.none is not None):
             raise ContractError(f"{self.output}: above must say from what score on anything is chosen")
+        if self.one_by_one and (self.group_scores is not None or self.above is not None):
+            raise ContractError(f"{self.output}: one_by_one knows neither groups nor a threshold")
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,7 @@
 """transformers' own modules as right variants; imported only where transformers is installed."""
 
+from unittest.mock import patch
+
 import torch
 from torch.func import functional_call
 from transformers import (
@@ -10,6 +12,7 @@ from transformers import (
     Llama4TextConfig,
     LongcatFlashConfig,
     MixtralConfig,
+    NllbMoeConfig,
     Qwen3MoeConfig,
     SwitchTransformersConfig,
 )
@@ -20,6 +23,7 @@ from transformers.models.gpt_oss.modeling_gpt_oss import GptOssTopKRouter
 from transformers.models.llama4.modeling_llama4 import Llama4Router
 from transformers.models.longcat_flash.modeling_longcat_flash import LongcatFlashTopkRouter
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts, MixtralSparseMoeBlock
+from transformers.models.nllb_moe.modeling_nllb_moe import NllbMoeTop2Router
 from transformers.models.phimoe.modeling_phimoe import sparsemixer
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts, Qwen3MoeTopKRouter
 from transformers.models.switch_transformers.modeling_switch_transformers import SwitchTransformersTop1Router, router_z_loss_func
@@ -37,6 +41,13 @@ def finite(case: Case) -> bool:
 def finite_groups(case: Case) -> bool:
     """DeepSeek's groups have at least two experts."""
     return case.regime != "special" and case.parameters["num_experts"] > case.parameters["num_groups"]
+
+
+def ordinary_weights(case: Case) -> bool:
+    """What is dropped is told by a weight of 0. With "random", transformers normalizes the first weight alone before dropping."""
+    options = case.parameters
+    quirk = options["second_expert_policy"] == "random" and options["normalize_before_dropping"]
+    return case.regime in ("dithered", "skew") and not quirk
 
 
 def aligned(case: Case) -> bool:
@@ -68,6 +79,28 @@ class TransformersSwitchRouter:
         kept, weights, _ = functional_call(module, {"classifier.weight": torch.eye(experts)}, router_logits)
         dropped = ~kept.any(1)
         return weights[:, 0].masked_fill(dropped, 0), router_logits.softmax(1).argmax(1), dropped
+
+
+@right("capacity_routers.gshard_top2", fits=ordinary_weights, dtypes=("float32",), oracle=True)
+class TransformersNllbRouter:
+    """NLLB-MoE's router, whose draws are the noise; it returns the weights of all experts, 0 where not chosen or dropped."""
+
+    def __call__(self, router_logits, noise, attention_mask, *, second_expert_policy, normalize_before_dropping, capacity_factor):
+        tokens, experts = router_logits.shape
+        logits = torch.where(attention_mask[:, None], router_logits, 0)
+        first = logits.detach().softmax(1).argmax(1, keepdim=True)
+        scores = logits.detach() + noise if second_expert_policy == "sampling" else logits.detach()
+        ids = scores.scatter(1, first, torch.inf).topk(2).indices
+        config = NllbMoeConfig(
+            num_experts=experts, d_model=experts, expert_capacity=expert_capacity(tokens, experts, capacity_factor),
+            second_expert_policy=second_expert_policy, normalize_router_prob_before_dropping=normalize_before_dropping,
+            moe_eval_capacity_token_fraction=0.0,
+        )  # fmt: skip
+        gumbel, uniform = torch.distributions.gumbel.Gumbel, noise.gather(1, ids)[:, 1]
+        with patch.object(gumbel, "rsample", lambda *_: noise), patch.object(torch, "rand_like", lambda _: uniform):
+            _, weights = NllbMoeTop2Router(config).route_tokens(logits.clone(), logits.dtype, ~attention_mask)
+        chosen = weights.gather(1, ids)
+        return chosen, ids, chosen == 0
 
 
 @right("routers.grouped_sigmoid_topk", fits=finite_groups, dtypes=("float32",), oracle=True, batch_invariant=False)

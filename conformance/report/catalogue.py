@@ -175,8 +175,10 @@ def _how_judged(contract: Contract) -> list[str]:
     values = [spec.name for spec in contract.outputs if not spec.indexes]
     flowing = contract.gradients
     smooth = ", ".join(each.name for each in contract.regimes if each.differentiable)
+    one_by_one = contract.selection is not None and contract.selection.one_by_one
+    order = "chosen one after the other" if one_by_one else "sorted by descending score"
     lines = [
-        f"{spec.name}: distinct, in range of {spec.indexes}, sorted by descending score, and such that the float64 scores "
+        f"{spec.name}: distinct, in range of {spec.indexes}, {order}, and such that the float64 scores "
         "and their error allow the choice; the other outputs are judged at this choice."
         for spec in chosen
     ]

@@ -203,6 +203,38 @@ def empty_choice(router_logits: torch.Tensor, top_k: int) -> tuple[torch.Tensor,
     return weights, torch.empty_like(weights, dtype=torch.int64)
 
 
+def options_of(
+    *, top_k: int, scores: str, divisor: str = "", divisor_min: float = 0.0, routed_scaling_factor: float = 1.0
+) -> dict[str, Any]:
+    """Return what forward and backward must know alike.
+
+    Args:
+        scores: "softmax" or "sigmoid" of the logits, which weights are made of.
+        divisor: What weights are divided by: "" for nothing; "sum" of the chosen; "sum + epsilon", of 1e-20; "sum, or the least",
+            which is `divisor_min`.
+        routed_scaling_factor: Multiplies every weight.
+    """
+    return {
+        "top_k": int(top_k), "SCORES": scores, "DIVISOR": divisor, "divisor_min": float(divisor_min),
+        "routed_scaling_factor": float(routed_scaling_factor),
+    }  # fmt: skip
+
+
+def grad_logits_of(
+    router_logits: torch.Tensor, ids: torch.Tensor, grad_weights: torch.Tensor, options: dict[str, Any]
+) -> torch.Tensor:
+    """Return the gradient of the logits, contiguous, from that of the weights of the ids that were chosen."""
+    num_tokens, num_experts = router_logits.shape
+    grad_logits = router_logits.new_empty((num_tokens, num_experts))
+    block_experts = triton.next_power_of_2(num_experts)
+    launch_rows(
+        _backward, router_logits, block_experts,
+        grad_weights, ids, router_logits, grad_logits, num_tokens, *grad_weights.stride(), *router_logits.stride(),
+        num_experts=num_experts, **options, BLOCK_EXPERTS=block_experts,
+    )  # fmt: skip
+    return grad_logits
+
+
 class _Route(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -229,48 +261,29 @@ class _Route(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_weights: torch.Tensor, _: Any) -> tuple[torch.Tensor | None, ...]:
         ids, router_logits = ctx.saved_tensors
-        num_tokens, num_experts = router_logits.shape
-        grad_logits = router_logits.new_empty((num_tokens, num_experts))
-        block_experts = triton.next_power_of_2(num_experts)
-        launch_rows(
-            _backward, router_logits, block_experts,
-            grad_weights, ids, router_logits, grad_logits, num_tokens, *grad_weights.stride(), *router_logits.stride(),
-            num_experts=num_experts, **ctx.options, BLOCK_EXPERTS=block_experts,
-        )  # fmt: skip
-        return grad_logits, None, None, None, None, None
+        return grad_logits_of(router_logits, ids, grad_weights, ctx.options), None, None, None, None, None
 
 
 def route(
     router_logits: torch.Tensor,
     e_score_correction_bias: torch.Tensor | None = None,
     *,
-    top_k: int,
-    scores: str,
-    divisor: str = "",
-    divisor_min: float = 0.0,
     num_groups: int = 1,
     topk_groups: int = 1,
     group_best: int = 1,
-    routed_scaling_factor: float = 1.0,
+    **options: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return weights and ids of the `top_k` experts of highest score, of the best groups; differentiable once, in the logits.
 
     Args:
         e_score_correction_bias: Is added to the scores that experts are chosen by; without it they are chosen by their logits.
-        scores: "softmax" or "sigmoid" of the logits, which weights are made of.
-        divisor: What weights are divided by: "" for nothing; "sum" of the chosen; "sum + epsilon", of 1e-20; "sum, or the least",
-            which is `divisor_min`.
         group_best: How many scores of a group add up to its own, 1 or 2.
-        routed_scaling_factor: Multiplies every weight; a constant of the compiled kernel, as all options are.
+        options: Of `options_of`, constants of the compiled kernel.
 
     Raises:
         ValueError: Triton cannot run where `router_logits` lies.
     """
     require_triton_device("router_logits", router_logits)
-    options = {
-        "top_k": int(top_k), "SCORES": scores, "DIVISOR": divisor, "divisor_min": float(divisor_min),
-        "routed_scaling_factor": float(routed_scaling_factor),
-    }  # fmt: skip
     # detached, else a bias that asks for a gradient makes the weights ask for one
     bias = None if e_score_correction_bias is None else e_score_correction_bias.detach()
-    return _Route.apply(router_logits, bias, int(num_groups), int(topk_groups), group_best, options)
+    return _Route.apply(router_logits, bias, int(num_groups), int(topk_groups), group_best, options_of(**options))

@@ -11,7 +11,7 @@ starts no kernel; functions whose names end in `_in_range` alone read values, on
 
 from gaugeblock.reference.validation.arrays import FLOATING, INTEGER, dtype_name, gpu_values_checked, random_draw, state_entries
 from gaugeblock.reference.validation.auxiliary_losses import load_balancing_loss, router_z_loss
-from gaugeblock.reference.validation.capacity_routers import switch_top1
+from gaugeblock.reference.validation.capacity_routers import expert_choice, gshard_top2, switch_top1
 from gaugeblock.reference.validation.dit import class_labels_in_range, dit, dit_block, position_table
 from gaugeblock.reference.validation.experts import expert_ids_in_range, fused_swiglu
 from gaugeblock.reference.validation.layers import (

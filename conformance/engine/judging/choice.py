@@ -4,18 +4,17 @@ The rule, must ⊆ ids ⊆ may, is told in conformance/JUDGING.md section 10.
 """
 
 import math
-from collections.abc import Mapping
-from typing import Any
+from dataclasses import replace
 
 import torch
 
 from gaugeblock.conformance.engine.budget.error_budget import KAPPA, Budget
 from gaugeblock.conformance.engine.budget.oracle import selection_scores
-from gaugeblock.conformance.engine.contract import Contract, Selection
+from gaugeblock.conformance.engine.contract import Contract, Derived, Selection, size_of
 from gaugeblock.conformance.engine.inputs.cases import Case
 from gaugeblock.conformance.engine.judging.diagnosis import diagnose
 from gaugeblock.conformance.engine.judging.violation import Violation
-from gaugeblock.conformance.engine.vocabulary import Tensors
+from gaugeblock.conformance.engine.vocabulary import Parameters, Tensors
 
 
 def check_choice(contract: Contract, case: Case, dtype: str, results: Tensors) -> torch.Tensor | None:
@@ -40,10 +39,13 @@ def check_choice(contract: Contract, case: Case, dtype: str, results: Tensors) -
     if chosen.dtype == torch.bool:
         mask = chosen.reshape(scores.value.shape)
     else:
-        ids = chosen.reshape(len(scores.value), -1)
+        ids = chosen.reshape(-1, chosen.shape[-1]) if selection.one_by_one else chosen.reshape(len(scores.value), -1)
         _check_ids(selection, ids, scores.value.shape[1])
+        if selection.one_by_one:
+            scores, ids = _left_over(scores, ids), ids.reshape(-1, 1)
         mask = _mask_of(ids, scores.value.shape[1], selection.none)
-    count, group_count = (_number(each, case.parameters) for each in (selection.count, selection.group_count))
+    due = 1 if selection.one_by_one else selection.count
+    count, group_count = (_number(each, case.parameters) for each in (due, selection.group_count))
     must, may = must_and_may(scores, count, groups, group_count, selection.above)
     rows = chosen.reshape(len(mask), -1)
     _reject(~may & mask, selection, rows, scores, "chosen, though it cannot be among the best")
@@ -91,12 +93,23 @@ def _rows(scores: Budget | None) -> Budget | None:
     """Scores of any number of dimensions as `[R, C]`."""
     if scores is None:
         return None
-    value, variance = (each.reshape(-1, each.shape[-1]) for each in (scores.value, scores.variance))
+    *rows, candidates = scores.value.shape
+    value, variance = (each.reshape(math.prod(rows), candidates) for each in (scores.value, scores.variance))
     return Budget(value, variance, scores.squares_variance, scores.signed_variance)
 
 
-def _number(named: int | str | None, parameters: Mapping[str, Any]) -> int | None:
-    return parameters[named] if isinstance(named, str) else named
+def _number(named: int | str | Derived | None, parameters: Parameters) -> int | None:
+    return None if named is None else size_of(named, parameters)
+
+
+def _left_over(scores: Budget, ids: torch.Tensor) -> Budget:
+    """Scores of each place, `[R * K, C]`, in which what earlier places of the row have taken, ids `[R, K]`, scores below all."""
+    rows, count = ids.shape
+    taken = torch.zeros(rows, count, scores.value.shape[1], dtype=torch.bool)
+    for place in range(1, count):
+        taken[:, place] = taken[:, place - 1].scatter(1, ids[:, place - 1 : place], True)
+    taken = taken.flatten(0, 1)
+    return replace(scores, value=scores.value.masked_fill(taken, -math.inf), variance=scores.variance.masked_fill(taken, 0.0))
 
 
 def _mask_of(ids: torch.Tensor, candidates: int, none: int | None) -> torch.Tensor:

@@ -5,7 +5,7 @@ import math
 import torch
 
 from gaugeblock.conformance.selftest.fault import fault
-from gaugeblock.conformance.selftest.simulated.capacity_routers import SwitchRouter
+from gaugeblock.conformance.selftest.simulated.capacity_routers import ChoosingExperts, GshardRouter, SwitchRouter
 
 
 @fault(caught_by="parity", kind="boundary", source="Switch ports")
@@ -158,3 +158,151 @@ class AnyCapacityWillDo(SwitchRouter):
         positive = capacity_factor > 0 and not math.isnan(capacity_factor)
         weights, ids, dropped = super().__call__(router_logits, capacity_factor=capacity_factor if positive else 1.0)
         return (weights, ids, dropped) if positive else (weights * 0, ids, dropped | True)
+
+
+@fault(caught_by="parity", kind="structural", source="Megatron-LM#5542")
+class NotAskedTakesRoom(GshardRouter):
+    """Padding, and second experts that the draw refuses, take room in expert 0."""
+
+    def places_of_all(self, ids, experts, scores):
+        return super().places_of_all(torch.where(ids == experts - 1, 0, ids), experts, scores)
+
+
+@fault(caught_by="parity", kind="structural")
+class TokenAfterToken(GshardRouter):
+    """A token asks for both its experts before the next one asks for its first."""
+
+    def places_of_all(self, ids, experts, scores):
+        return self.places(ids.flatten(), experts, scores).view(-1, 2)
+
+
+@fault(caught_by="parity", kind="structural")
+class SecondOnesFindNobody(GshardRouter):
+    """Places of the second ones do not start behind those of the first."""
+
+    def places_of_all(self, ids, experts, scores):
+        return torch.stack([self.places(each, experts, scores) for each in ids.unbind(1)], 1)
+
+
+@fault(caught_by="parity", kind="structural", source="transformers' NllbMoeTop2Router")
+class SecondNotNormalized(GshardRouter):
+    """With "random", the second weight is computed anew after both were normalized."""
+
+    def before_dropping(self, weights):
+        normalized = super().before_dropping(weights)
+        return torch.stack([normalized[:, 0], weights[:, 1]], 1) if self.policy == "random" else normalized
+
+
+@fault(caught_by="parity", kind="structural")
+class NormalizedBeforeAndAfter(GshardRouter):
+    """A token of which one expert is dropped gives all its weight to the other, whatever the option says."""
+
+    def after_dropping(self, weights):
+        return weights / self.divisor(weights)
+
+
+@fault(caught_by="parity", kind="structural")
+class FirstDrawnToo(GshardRouter):
+    """The noise that samples the second expert moves the first one, too."""
+
+    def two(self, scores, noisy, experts):
+        return super().two(self.scores(noisy), noisy, experts)
+
+
+@fault(caught_by="parity", kind="structural")
+class DrawnHalfAsOften(GshardRouter):
+    """The second expert is asked with its probability, not with twice that."""
+
+    def drawn(self, weights, noise):
+        return weights > noise
+
+
+@fault(caught_by="parity", kind="structural")
+class FirstNeedsLuckToo(GshardRouter):
+    """The draw decides on both experts."""
+
+    def asks(self, weights, noise, ids, attention_mask):
+        asks = super().asks(weights, noise, ids, attention_mask)
+        return asks & self.drawn(weights, noise.gather(1, ids)) if self.policy == "random" else asks
+
+
+@fault(caught_by="parity", kind="boundary")
+class DividesByNothing(GshardRouter):
+    """Where both experts are dropped, weights are 0 / 0."""
+
+    def divisor(self, weights):
+        return self.sum(weights)
+
+
+@fault(caught_by="parity", kind="boundary", source="transformers' NllbMoeTop2Router")
+class SecondIsTheFirst(GshardRouter):
+    """The first is taken out by -inf; where all others are -inf, it comes second as well."""
+
+    def two(self, scores, noisy, experts):
+        first = self.best(self.choosable(scores, experts))
+        return torch.cat([first, self.best(self.take(self.choosable(noisy, experts), first))], 1)
+
+
+@fault(caught_by="gradients", kind="gradient")
+class DivisorWithoutGradient(GshardRouter):
+    """The sum of what is kept is taken for a constant."""
+
+    def divisor(self, weights):
+        return super().divisor(weights).detach()
+
+
+@fault(caught_by="gradients", kind="gradient")
+class GradientThroughPadding(GshardRouter):
+    """Padding is masked behind the softmax alone: its gradient of zero times NaN is NaN."""
+
+    def unpadded(self, logits, attention_mask):
+        return logits
+
+
+@fault(caught_by="parity", kind="structural", source="megablocks#87")
+class ExpertsShareTokens(ChoosingExperts):
+    """The softmax is taken over the tokens."""
+
+    def scores(self, logits):
+        return logits.double().softmax(0).float()
+
+
+@fault(caught_by="parity", kind="boundary")
+class RoomRoundedDown(ChoosingExperts):
+    """Where the quotient is no integer, an expert chooses one token less."""
+
+    def count(self, tokens, experts, capacity_factor):
+        return min(int(tokens * capacity_factor / experts), tokens)
+
+
+@fault(caught_by="parity", kind="boundary", source="kekzl/imp#2056")
+class TokenIdsInBytes(ChoosingExperts):
+    """Ids of tokens wrap at 256."""
+
+    def choose(self, probabilities, count):
+        return super().choose(probabilities, count) % 256
+
+
+@fault(caught_by="parity", kind="structural")
+class SameTokenAgain(ChoosingExperts):
+    """A chosen token is taken out by probability 0, and chosen again where that is the best that is left."""
+
+    def take(self, scores, best):
+        return scores.scatter(1, best, 0.0)
+
+
+@fault(caught_by="parity", kind="structural")
+class SharesOfTheChosen(ChoosingExperts):
+    """The weights of an expert's tokens sum to 1."""
+
+    def weigh(self, scores, ids, renormalize):
+        return super().weigh(scores, ids, True)
+
+
+@fault(caught_by="gradients", kind="gradient")
+class OwnExpertAlone(ChoosingExperts):
+    """The gradient reaches the logit of the choosing expert and none of its rivals."""
+
+    def scores(self, logits):
+        scores = super().scores(logits.detach())
+        return scores + scores * (logits - logits.detach()).nan_to_num()

@@ -1,4 +1,4 @@
-"""Bugs in the text of our Triton router with a capacity."""
+"""Bugs in the text of our Triton routers with a capacity."""
 
 from gaugeblock.conformance.selftest.edits import mutant
 
@@ -11,15 +11,15 @@ mutant(
 )  # fmt: skip
 mutant(
     SWITCH, "later-tokens-first", "Within a block, the tokens behind count.", FIND,
-    "tokens[None, :] < tokens[:, None]", "tokens[None, :] > tokens[:, None]", "parity", "structural", "Switch ports",
+    "places[None, :] < places[:, None]", "places[None, :] > places[:, None]", "parity", "structural", "Switch ports",
 )  # fmt: skip
 mutant(
     SWITCH, "own-token-counted", "A token takes room before it is placed.", FIND,
-    "tokens[None, :] < tokens[:, None]", "tokens[None, :] <= tokens[:, None]", "parity", "boundary",
+    "places[None, :] < places[:, None]", "places[None, :] <= places[:, None]", "parity", "boundary",
 )  # fmt: skip
 mutant(
     SWITCH, "own-block-counted-twice", "Counts up to a block include its own.", FIND,
-    " - tl.load(counts_ptr + cells, mask=in_batch, other=0)", "", "parity", "boundary", "inclusive for exclusive scans",
+    " - tl.load(counts_ptr + cells, mask=is_asked, other=0)", "", "parity", "boundary", "inclusive for exclusive scans",
 )  # fmt: skip
 mutant(
     SWITCH, "blocks-not-added-up", "Places start again in every block.", FIND,
@@ -32,4 +32,28 @@ mutant(
 mutant(
     SWITCH, "late-keep-their-weight", "A dropped token's weight is its probability.", "capacity_routers.switch_top1",
     ".masked_fill(dropped, 0)", "", "parity", "structural", "transformers#37017",
+)  # fmt: skip
+
+GSHARD, CHOOSE = "capacity_routers.gshard_top2", "capacity_routers._choose_two"
+
+mutant(
+    GSHARD, "noise-moves-the-first", "The first expert is chosen by noisy logits, too.", CHOOSE,
+    "tl.argmax(keys_of(logits, exists), axis=1)", "tl.argmax(keys_of(scores, exists), axis=1)", "parity", "structural",
+)  # fmt: skip
+mutant(
+    GSHARD, "padding-asks", "Padding takes room.", CHOOSE,
+    "asks = is_token & (columns < 2)", "asks = in_batch & (columns < 2)", "parity", "structural", "Megatron-LM#5542",
+)  # fmt: skip
+mutant(
+    GSHARD, "token-after-token", "A token asks for both its experts before the next one asks.", CHOOSE,
+    "asked_ptr + columns * num_tokens + rows", "asked_ptr + rows * 2 + columns", "parity", "structural",
+)  # fmt: skip
+mutant(
+    GSHARD, "gradient-of-padding", "NaN in padding is NaN in its gradient.", "capacity_routers._TwoChoices",
+    "grad_logits.masked_fill_(is_padding, 0)", "grad_logits", "gradients", "gradient",
+)  # fmt: skip
+mutant(
+    "capacity_routers.expert_choice", "tokens-for-experts", "Probabilities are written token by token.",
+    "capacity_routers._probabilities_by_expert",
+    "experts.to(tl.int64) * num_tokens + rows", "rows * num_experts + experts", "parity", "structural",
 )  # fmt: skip

@@ -2,7 +2,7 @@
 
 import torch
 
-from gaugeblock.conformance.selftest.simulated.capacity_routers import SwitchRouter
+from gaugeblock.conformance.selftest.simulated.capacity_routers import ChoosingExperts, GshardRouter, SwitchRouter
 from gaugeblock.conformance.selftest.variant import right
 
 
@@ -55,3 +55,29 @@ class MaximumOfSoftmax(SwitchRouter):
     def weigh(self, scores, ids, renormalize):
         differences = self.logits - self.logits.gather(1, ids)
         return self.sum(differences.exp()).reciprocal()
+
+
+@right()
+class TwoPasses(GshardRouter):
+    """Second ones are counted by themselves, and begin where the first ones of their expert end."""
+
+    def places_of_all(self, ids, experts, scores):
+        first, second = (self.places(each, experts, scores) for each in ids.unbind(1))
+        return torch.stack([first, second + ids[:, 0].bincount(minlength=experts)[ids[:, 1]]], 1)
+
+
+@right()
+class SecondByProbability(GshardRouter):
+    """The second is chosen by probabilities, which the noise multiplies."""
+
+    def noisy(self, logits, noise):
+        return self.scores(super().noisy(logits, noise))
+
+
+@right()
+class ChoiceBySorting(ChoosingExperts):
+    """All tokens are sorted, stably; of equal ones the last comes first."""
+
+    def choose(self, probabilities, count):
+        tokens = probabilities.shape[1]
+        return tokens - 1 - probabilities.flip(1).argsort(dim=1, descending=True, stable=True)[:, :count]
