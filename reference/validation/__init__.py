@@ -10,7 +10,14 @@ starts no kernel; `expert_ids_in_range` and `class_labels_in_range` alone read v
 """
 
 from gaugeblock.reference.validation.arrays import FLOATING, INTEGER, dtype_name, random_draw, state_entries
-from gaugeblock.reference.validation.auxiliary_losses import load_balancing_loss, router_z_loss
+from gaugeblock.reference.validation.auxiliary_losses import (
+    correction_bias_update,
+    expert_load,
+    load_balancing_loss,
+    router_z_loss,
+    routing_entropy,
+    sequence_balance_loss,
+)
 from gaugeblock.reference.validation.capacity_routers import switch_top1
 from gaugeblock.reference.validation.dit import class_labels_in_range, dit, dit_block, position_table
 from gaugeblock.reference.validation.experts import expert_ids_in_range, fused_swiglu
