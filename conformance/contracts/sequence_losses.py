@@ -129,7 +129,7 @@ def of_each(make: Callable[[Draw, Parameters], Tensors]) -> Callable[[Draw, Para
 
 
 def extreme(draw: Draw, parameters: Parameters) -> Tensors:
-    """Exponentials overflow unless a maximum is subtracted; sigmoids are all but 1, or all but 0, and no sum of them underflows."""
+    """Exponentials overflow unless a maximum is subtracted; sigmoids are all but 1 or 0, and no sum of them underflows."""
     tensors = of_each(of_losses.loss_extreme)(draw, parameters)
     if parameters["scores"] == "softmax":
         return tensors
@@ -144,9 +144,7 @@ def lattice(draw: Draw, parameters: Parameters) -> Tensors:
     return tensors | {"attention_mask": tensors["attention_mask"] & counts[:, None]}
 
 
-def _divided(
-    router_logits: torch.Tensor, topk_ids: torch.Tensor, attention_mask: torch.Tensor, *, scores: str
-) -> torch.Tensor:
+def _divided(router_logits: torch.Tensor, topk_ids: torch.Tensor, attention_mask: torch.Tensor, *, scores: str) -> torch.Tensor:
     """The paper's own form: scores divided by their sum, each token's share added up."""
     logits = torch.where(attention_mask[..., None], router_logits, 0)
     s = torch.sigmoid(logits) if scores == "sigmoid" else torch.softmax(logits, -1)

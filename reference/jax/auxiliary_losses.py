@@ -82,9 +82,7 @@ def expert_load(topk_ids: jax.Array, attention_mask: jax.Array, *, num_experts: 
     return _assignments(topk_ids, attention_mask, num_experts).astype(jnp.int32)
 
 
-def correction_bias_update(
-    e_score_correction_bias: jax.Array, tokens_per_expert: jax.Array, *, update_rate: float
-) -> jax.Array:
+def correction_bias_update(e_score_correction_bias: jax.Array, tokens_per_expert: jax.Array, *, update_rate: float) -> jax.Array:
     """As `gaugeblock.reference.torch.auxiliary_losses.correction_bias_update`."""
     validation.correction_bias_update(e_score_correction_bias, tokens_per_expert, update_rate)
 
