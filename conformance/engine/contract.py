@@ -25,13 +25,26 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
+class Derived:
+    """A size that follows from the others: how many tokens an expert chooses among so many."""
+
+    name: str
+    """As the report prints it."""
+    of: Callable[[Parameters], int]
+    """From a case's parameters."""
+
+    def __str__(self) -> str:
+        return self.name
+
+
+@dataclass(frozen=True)
 class Input:
     """One argument of an operation."""
 
     name: str
     """The argument's name in the public signature."""
-    shape: tuple[str | int, ...] = ()
-    """Its dimensions: names of sizes, or, where the engine has nothing to do with one, the size itself."""
+    shape: tuple[str | int | Derived, ...] = ()
+    """Its dimensions: names of sizes, or, where the engine has nothing to do with one, the size itself, or how it follows."""
     _: KW_ONLY
     dtype: str = "tested"
     """`"tested"` (the dtype under test), or a fixed dtype such as `"float32"` or `"int64"`."""
@@ -44,7 +57,14 @@ class Input:
 
     def sizes(self, parameters: Parameters) -> tuple[int, ...]:
         """The shape in numbers."""
-        return tuple(each if isinstance(each, int) else parameters[each] for each in self.shape)
+        return tuple(size_of(each, parameters) for each in self.shape)
+
+
+def size_of(size: str | int | Derived, parameters: Parameters) -> int:
+    """A size in numbers."""
+    if isinstance(size, Derived):
+        return size.of(parameters)
+    return parameters[size] if isinstance(size, str) else size
 
 
 @dataclass(frozen=True)

@@ -78,7 +78,7 @@ def shapes(row: "Contract") -> Iterator[str]:
 
 def _tensor(place: str, spec: "Input", known: Mapping[str, Any]) -> Iterator[str]:
     for dimension in (*spec.shape, *([spec.indexes] if spec.indexes else [])):
-        if not isinstance(dimension, int) and dimension not in known:
+        if isinstance(dimension, str) and dimension not in known:
             yield f"{place}: unknown dimension {dimension!r}{suggest(dimension, known)}"
     if spec.dtype not in ("tested", *FIXED_DTYPES):
         yield f"{place}: unknown dtype {spec.dtype!r}{suggest(spec.dtype, ('tested', *FIXED_DTYPES))}"

@@ -6,7 +6,7 @@ One function per operation, with the operation's own arguments. Each returns Non
 - `ValueError` where a rank, a size, a device or a value is wrong;
 
 and the message begins with the argument's name. Only `.shape`, `.dtype` and `.device` are read, so a check
-starts no kernel; `expert_ids_in_range` and `class_labels_in_range` alone read values.
+starts no kernel; the functions whose names end in `_in_range` alone read values.
 """
 
 from gaugeblock.reference.validation.arrays import FLOATING, INTEGER, dtype_name, random_draw, state_entries
@@ -19,6 +19,14 @@ from gaugeblock.reference.validation.auxiliary_losses import (
     sequence_balance_loss,
 )
 from gaugeblock.reference.validation.capacity_routers import switch_top1
+from gaugeblock.reference.validation.dispatch import (
+    align_to_blocks,
+    permute,
+    places_in_range,
+    routed_rows_in_range,
+    sort_by_expert,
+    unpermute,
+)
 from gaugeblock.reference.validation.dit import class_labels_in_range, dit, dit_block, position_table
 from gaugeblock.reference.validation.experts import expert_ids_in_range, fused_swiglu
 from gaugeblock.reference.validation.layers import (
