@@ -7,7 +7,7 @@ from test_references import assert_equal_to_rounding, inputs_of_experts
 from gaugeblock.optimized.triton import dispatch as triton_dispatch
 from gaugeblock.reference.torch import dispatch, experts
 
-# the example of vLLM's documentation of moe_align_block_size, its experts counted from 0 and each in blocks of 4
+# the example in the docstring of vLLM's moe_align_block_size, its experts counted from 0
 IDS = torch.tensor([[1, 2, 3], [0, 1, 3], [0, 2, 3], [0, 1, 2]])
 
 
@@ -28,14 +28,14 @@ def test_blocks_are_those_of_vllm():
 @pytest.mark.parametrize("block_size", [1, 2, 3, 8])
 def test_the_worst_routing_needs_all_blocks(block_size):
     num_rows, num_experts = 23, 5
-    needed = {
-        int(dispatch.align_to_blocks(ids, num_experts=num_experts, block_size=block_size)[2])
-        for ids in torch.randint(0, num_experts, (400, num_rows, 1), generator=torch.Generator().manual_seed(0)) ** 2 // 4
-    }
+    most = dispatch.most_blocks(num_rows, num_experts, block_size) * block_size
     # one row of each expert, all others of the last one
-    worst = torch.tensor([*range(num_experts), *[num_experts - 1] * (num_rows - num_experts)])[:, None]
-    needed.add(int(dispatch.align_to_blocks(worst, num_experts=num_experts, block_size=block_size)[2]))
-    assert max(needed) == dispatch.most_blocks(num_rows, num_experts, block_size) * block_size
+    worst = torch.tensor([*range(num_experts), *[num_experts - 1] * (num_rows - num_experts)])
+    random = torch.randint(0, num_experts, (100, num_rows), generator=torch.Generator().manual_seed(0))
+    needed = [
+        dispatch.align_to_blocks(ids[:, None], num_experts=num_experts, block_size=block_size)[2] for ids in (worst, *random)
+    ]
+    assert needed[0] == most and max(needed) == most
 
 
 @pytest.mark.parametrize("module", [dispatch, triton_dispatch])

@@ -40,6 +40,7 @@ def sequence_balance_loss() -> Contract:
             sizes(2, 33, 8, 2, "softmax"),  # DiT-MoE's experts
             sizes(2, 17, 300, 8, "sigmoid"),  # ids above 255
             sizes(2, 9, 256, 8, "sigmoid"),  # DeepSeek-V3
+            sizes(600, 2, 3, 1, "softmax"),  # more sequences than there are programs
             sizes(5, 401, 1, 1, "softmax"),  # more tokens than bfloat16 can count, or a byte
         ),
         factors=FACTORS,

@@ -191,7 +191,8 @@ class _BalanceLoss(torch.autograd.Function):
     ) -> Any:
         num_sequences, num_tokens, num_experts = router_logits.shape
         num_blocks, constants = blocks_of(num_tokens, num_experts)
-        num_programs = min(num_blocks, max(1, MOST_PROGRAMS // max(1, num_sequences)))
+        of_each = MOST_PROGRAMS // max(1, num_sequences)
+        num_programs = min(num_blocks, max(1, of_each))
         dtype = torch.promote_types(router_logits.dtype, torch.float32)
         probabilities = router_logits.new_empty((num_sequences, num_programs, num_experts), dtype=dtype)
         assignments = torch.empty_like(probabilities, dtype=torch.int32)
