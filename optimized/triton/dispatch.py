@@ -144,32 +144,43 @@ def _gather_kernel(
 
 @triton.jit
 def _sum_listed_kernel(
-    source_ptr, listed_ptr, weights_ptr, starts_ptr, sums_ptr, width, source_row_stride, source_column_stride,
-    BLOCK_COLUMNS: tl.constexpr,
+    source_ptr, entries_ptr, places_ptr, weights_ptr, starts_ptr, sums_ptr, width, top_k,
+    source_row_stride, source_column_stride, places_token_stride, places_choice_stride,
+    weights_token_stride, weights_choice_stride, BLOCK_COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """sums[r] = sum over i from starts[r] to starts[r + 1] of weights[i] * source[listed[i]]."""
+    """sums[r] = sum over i from starts[r] to starts[r + 1] of weights[n] * source[places[n]], n = entries[i].
+
+    Without entries n is i, without places the row is that of the token, without weights they are 1.
+    """
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1).to(tl.int64) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
     exists = columns < width
     source_ptr += columns * source_column_stride
     total = tl.full([BLOCK_COLUMNS], 0.0, tl.float32)
-    for place in range(tl.load(starts_ptr + row), tl.load(starts_ptr + row + 1)):
-        value = tl.load(source_ptr + tl.load(listed_ptr + place) * source_row_stride, mask=exists, other=0.0).to(tl.float32)
+    for i in range(tl.load(starts_ptr + row), tl.load(starts_ptr + row + 1)):
+        entry = tl.load(entries_ptr + i) if entries_ptr is not None else i
+        token, choice = entry // top_k, entry % top_k
+        place = token
+        if places_ptr is not None:
+            place = tl.load(places_ptr + token * places_token_stride + choice * places_choice_stride).to(tl.int64)
+        value = tl.load(source_ptr + place * source_row_stride, mask=exists, other=0.0).to(tl.float32)
         if weights_ptr is not None:
-            value *= tl.load(weights_ptr + place).to(tl.float32)
+            value *= tl.load(weights_ptr + token * weights_token_stride + choice * weights_choice_stride).to(tl.float32)
         total += value
     tl.store(sums_ptr + row * width + columns, total, mask=exists)
 
 
 @triton.jit
 def _dot_listed_kernel(
-    left_ptr, right_ptr, listed_ptr, dots_ptr, width, top_k,
-    left_row_stride, left_column_stride, right_row_stride, right_column_stride, BLOCK_COLUMNS: tl.constexpr,
+    left_ptr, right_ptr, places_ptr, dots_ptr, width, top_k, left_row_stride, left_column_stride,
+    right_row_stride, right_column_stride, places_token_stride, places_choice_stride, BLOCK_COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """dots[n] = <left[listed[n]], right[n // top_k]>."""
+    """dots[n] = <left[places[n]], right[n // top_k]>."""
     row = tl.program_id(0).to(tl.int64)
-    left_ptr += tl.load(listed_ptr + row) * left_row_stride
-    right_ptr += row // top_k * right_row_stride
+    token = row // top_k
+    place = tl.load(places_ptr + token * places_token_stride + row % top_k * places_choice_stride).to(tl.int64)
+    left_ptr += place * left_row_stride
+    right_ptr += token * right_row_stride
     total = tl.full([BLOCK_COLUMNS], 0.0, tl.float32)
     for first in range(0, width, BLOCK_COLUMNS):
         columns = first + tl.arange(0, BLOCK_COLUMNS).to(tl.int64)
@@ -194,25 +205,33 @@ def _gather(source: torch.Tensor, order: torch.Tensor, top_k: int) -> torch.Tens
 
 
 def _sum_listed(
-    source: torch.Tensor, listed: torch.Tensor, weights: torch.Tensor | None, starts: torch.Tensor, dtype: torch.dtype
+    source: torch.Tensor,
+    starts: torch.Tensor,
+    *,
+    top_k: int,
+    entries: torch.Tensor | None = None,
+    places: torch.Tensor | None = None,
+    weights: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Add up rows of `source` in float32, each sum those listed from its start to the next one's, and round once.
+    """Add up rows of `source` in float32, each sum those of the entries from its start to the next one's, and round once.
 
     Args:
         source: [any, width], floating.
-        listed: [num_listed] int64, rows of `source`; contiguous.
-        weights: [num_listed], floating, contiguous; None for ones.
         starts: [num_sums + 1] int64, ascending.
-        dtype: Of the sums.
+        top_k: Entries of a token.
+        entries: [num_entries] int64, contiguous; None for all in their order.
+        places: [num_tokens, top_k], integer, the row of each entry; None for that of its token.
+        weights: [num_tokens, top_k], floating; None for ones.
 
     Returns:
-        [num_sums, width].
+        [num_sums, width], dtype of source.
     """
     num_sums, width = starts.shape[0] - 1, source.shape[1]
-    sums = source.new_empty((num_sums, width), dtype=dtype)
+    sums = source.new_empty(num_sums, width)
+    strides = [stride for each in (places, weights) for stride in ((0, 0) if each is None else each.stride())]
     if sums.numel():
         _sum_listed_kernel[(num_sums, triton.cdiv(width, COLUMNS))](
-            source, listed, weights, starts, sums, width, *source.stride(), BLOCK_COLUMNS=COLUMNS
+            source, entries, places, weights, starts, sums, width, top_k, *source.stride(), *strides, BLOCK_COLUMNS=COLUMNS
         )  # fmt: skip
     return sums
 
@@ -236,7 +255,7 @@ class _Permute(torch.autograd.Function):
         (order,) = ctx.saved_tensors
         with device_of(grad):
             places, starts = _group(order.to(torch.int64) // ctx.top_k, ctx.num_tokens)
-            return _sum_listed(grad, places, None, starts, grad.dtype), None, None
+            return _sum_listed(grad, starts, top_k=1, entries=places), None, None
 
 
 class _Unpermute(torch.autograd.Function):
@@ -245,26 +264,25 @@ class _Unpermute(torch.autograd.Function):
         ctx.save_for_backward(rows, inverse, topk_weights)
         num_tokens, top_k = inverse.shape
         starts = torch.arange(num_tokens + 1, device=rows.device) * top_k
-        return _sum_listed(rows, inverse.flatten().to(torch.int64), topk_weights.flatten(), starts, rows.dtype)
+        return _sum_listed(rows, starts, top_k=top_k, places=inverse, weights=topk_weights)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         rows, inverse, topk_weights = ctx.saved_tensors
         (num_rows, width), top_k = rows.shape, inverse.shape[1]
-        places = inverse.flatten().to(torch.int64)
         rows_gradient = weights_gradient = None
         with device_of(rows):
             if ctx.needs_input_grad[0]:
-                routed, starts = _group(places, num_rows)
-                rows_gradient = _sum_listed(grad, routed // top_k, topk_weights.flatten()[routed], starts, rows.dtype)
+                entries, starts = _group(inverse.flatten().to(torch.int64), num_rows)
+                rows_gradient = _sum_listed(grad, starts, top_k=top_k, entries=entries, weights=topk_weights)
             if ctx.needs_input_grad[2]:
-                dots = topk_weights.new_empty(places.shape)
-                if places.shape[0]:
-                    _dot_listed_kernel[places.shape](
-                        rows, grad, places, dots, width, top_k, *rows.stride(), *grad.stride(), BLOCK_COLUMNS=COLUMNS
+                weights_gradient = topk_weights.new_empty(inverse.shape)
+                if inverse.numel():
+                    _dot_listed_kernel[(inverse.numel(),)](
+                        rows, grad, inverse, weights_gradient, width, top_k,
+                        *rows.stride(), *grad.stride(), *inverse.stride(), BLOCK_COLUMNS=COLUMNS,
                     )  # fmt: skip
-                weights_gradient = dots.view_as(topk_weights)
         return rows_gradient, None, weights_gradient
 
 

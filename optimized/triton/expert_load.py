@@ -58,4 +58,4 @@ def expert_load(topk_ids: torch.Tensor, attention_mask: torch.Tensor, *, num_exp
                 topk_ids, attention_mask, counts, num_tokens, *topk_ids.stride(), attention_mask.stride(0),
                 top_k=top_k, **constants,
             )  # fmt: skip
-    return counts.sum(dim=0, dtype=torch.int64)
+    return counts.sum(dim=0)  # torch adds up int32 in int64

@@ -79,7 +79,7 @@ def expert_load(topk_ids: jax.Array, attention_mask: jax.Array, *, num_experts: 
     validation.expert_load(topk_ids, attention_mask, num_experts)
     validation.expert_ids_in_range(topk_ids, num_experts=num_experts)
 
-    return _assignments(topk_ids, attention_mask, num_experts).astype(jnp.int32)
+    return _assignments(topk_ids, attention_mask, num_experts)
 
 
 def correction_bias_update(e_score_correction_bias: jax.Array, tokens_per_expert: jax.Array, *, update_rate: float) -> jax.Array:

@@ -1,5 +1,6 @@
 """Calls of auxiliary losses."""
 
+import sys
 from typing import Any, get_args
 
 from gaugeblock.reference.configs import ScoreFunction
@@ -43,7 +44,7 @@ def expert_load(topk_ids: Any, attention_mask: Any, num_experts: Any) -> None:
     require_dtype("attention_mask", attention_mask, ("bool",))
     require_shape("attention_mask", attention_mask, num_tokens=None)
     _require_ids(topk_ids, attention_mask, "attention_mask", num_tokens=attention_mask.shape[0])
-    require_between("num_experts", num_experts, 1, 2**31 - 1)
+    require_between("num_experts", num_experts, 1, sys.maxsize)
 
 
 def correction_bias_update(e_score_correction_bias: Any, tokens_per_expert: Any, update_rate: Any) -> None:

@@ -1,5 +1,6 @@
 """Calls of dispatch."""
 
+import sys
 from typing import Any
 
 from gaugeblock.reference.validation.arrays import (
@@ -12,8 +13,6 @@ from gaugeblock.reference.validation.arrays import (
     require_values,
 )
 
-MOST = 2**31 - 1  # of experts, and of rows in a block
-
 
 def sort_by_expert(topk_ids: Any, num_experts: Any) -> None:
     """Check the arguments of `dispatch.sort_by_expert`; the ids' values are left to `expert_ids_in_range`."""
@@ -21,13 +20,13 @@ def sort_by_expert(topk_ids: Any, num_experts: Any) -> None:
     require_shape("topk_ids", topk_ids, num_tokens=None, top_k=None)
     if topk_ids.shape[1] == 0:
         raise ValueError(f"topk_ids must hold at least one expert per token, got {tuple(topk_ids.shape)}")
-    require_between("num_experts", num_experts, 1, MOST)
+    require_between("num_experts", num_experts, 1, sys.maxsize)
 
 
 def align_to_blocks(topk_ids: Any, num_experts: Any, block_size: Any) -> None:
     """Check the arguments of `dispatch.align_to_blocks`; the ids' values are left to `expert_ids_in_range`."""
     sort_by_expert(topk_ids, num_experts)
-    require_between("block_size", block_size, 1, MOST)
+    require_between("block_size", block_size, 1, sys.maxsize)
 
 
 def permute(hidden_states: Any, order: Any, top_k: Any) -> None:
@@ -37,7 +36,7 @@ def permute(hidden_states: Any, order: Any, top_k: Any) -> None:
     require_dtype("order", order, INTEGER)
     require_shape("order", order, num_rows=None)
     require_same_device("order", order, "hidden_states", hidden_states)
-    require_between("top_k", top_k, 1, MOST)
+    require_between("top_k", top_k, 1, sys.maxsize)
 
 
 def unpermute(rows: Any, inverse: Any, topk_weights: Any) -> None:
