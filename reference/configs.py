@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Literal, get_args
 
+ScoreFunction = Literal["sigmoid", "softmax"]
 VelocitySign = Literal["noise - data", "data - noise"]
 TimestepSampling = Literal["uniform", "logit-normal"]
 SecondExpertPolicy = Literal["all", "sampling", "random"]

@@ -71,13 +71,7 @@ def router_z_loss() -> Contract:
         options=(),
         batch="num_tokens",
         parameters=loss_parameters,
-        landmarks=(
-            loss_sizes(33, 8, 2),
-            loss_sizes(100, 5, 3),
-            loss_sizes(17, 300, 8),
-            loss_sizes(513, 513, 1),
-            loss_sizes(17, 128, 8),
-        ),
+        landmarks=Z_LANDMARKS,
         factors=LOSS_FACTORS[:2],  # it has no top_k
         build=lambda num_tokens, num_experts: loss_sizes(num_tokens, num_experts, 1),
         traits=MASK_TRAITS,
@@ -93,6 +87,36 @@ def router_z_loss() -> Contract:
     )
 
 
+@row
+def routing_entropy() -> Contract:
+    """The row of `auxiliary_losses.routing_entropy`."""
+    return Contract(
+        name="auxiliary_losses.routing_entropy",
+        summary="How undecided a router is, in nats.",
+        formula="mean over the tokens of the mask of -(sum over e of p[e] * ln(p[e])), p = softmax(router_logits); 0 * ln(0) = 0",
+        source="Shannon 1948 section 6; without the 1e-9 that moe-emergence adds to p",
+        reference=auxiliary_losses.routing_entropy,
+        inputs=(LOGITS, MASK),
+        outputs=(Output("entropy", (), dtype="float32", differentiable=True),),
+        options=(),
+        batch="num_tokens",
+        parameters=loss_parameters,
+        landmarks=Z_LANDMARKS,
+        factors=LOSS_FACTORS[:2],  # it has no top_k
+        build=lambda num_tokens, num_experts: loss_sizes(num_tokens, num_experts, 1),
+        traits=MASK_TRAITS,
+        regimes=Z_REGIMES,
+        cases=0.5,
+        flops=flops,
+        workloads=LOSS_WORKLOADS,
+        formulas=(_log_of_total,),
+        relabel=of_experts.shuffled,
+        rejections=Z_REJECTIONS,
+        without=MEAN,
+        implementations=(triton(),),
+    )
+
+
 def flops(parameters: Parameters) -> float:
     """About 10 operations a logit."""
     return 10.0 * parameters["num_tokens"] * parameters["num_experts"]
@@ -101,6 +125,15 @@ def flops(parameters: Parameters) -> float:
 def loss_sizes(num_tokens: int, num_experts: int, top_k: int) -> dict[str, Any]:
     """One point of the losses' input space."""
     return {"num_tokens": num_tokens, "num_experts": num_experts, "top_k": top_k}
+
+
+Z_LANDMARKS = (
+    loss_sizes(33, 8, 2),
+    loss_sizes(100, 5, 3),
+    loss_sizes(17, 300, 8),
+    loss_sizes(513, 513, 1),
+    loss_sizes(17, 128, 8),
+)
 
 
 @st.composite
@@ -224,12 +257,12 @@ BALANCE_REGIMES = (
 Z_REGIMES = tuple(replace(each, make=_without_ids(each.make)) for each in BALANCE_REGIMES)
 
 
-Z_REJECTIONS = (Rejection("no experts", "router_logits", changed("router_logits", lambda each: each[:, :0])),)
+Z_REJECTIONS = (Rejection("no experts", "router_logits", changed("router_logits", lambda each: each[..., :0])),)
 
 
 BALANCE_REJECTIONS = (
     *Z_REJECTIONS,
-    Rejection("no ids", "topk_ids", changed("topk_ids", lambda each: each[:, :0])),
+    Rejection("no ids", "topk_ids", changed("topk_ids", lambda each: each[..., :0])),
 )
 
 
@@ -239,6 +272,16 @@ def _log_of_sum(router_logits: torch.Tensor, attention_mask: torch.Tensor) -> to
     highest = logits.amax(-1, keepdim=True).detach()
     z = highest[:, 0] + (logits - highest).exp().sum(-1).log()
     return torch.where(attention_mask, z, 0).square().sum() / attention_mask.sum().clamp(min=1)
+
+
+def _log_of_total(router_logits: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+    """What kernels do: a logarithm of the sum of exponentials, and the mean of how far the logits lie below the highest."""
+    logits = torch.where(attention_mask[:, None], router_logits, 0)
+    below = logits - logits.amax(-1, keepdim=True).detach()
+    exponentials = below.exp()
+    total = exponentials.sum(-1)
+    entropy = total.log() - (exponentials * torch.where(exponentials == 0, 0, below)).sum(-1) / total
+    return torch.where(attention_mask, entropy, 0).sum() / attention_mask.sum().clamp(min=1)
 
 
 LOGITS = Input("router_logits", ("num_tokens", "num_experts"), differentiable=True)

@@ -19,10 +19,10 @@ import triton.language as tl
 from torch.autograd.function import once_differentiable
 
 from gaugeblock.optimized.triton.arithmetic import divide
-from gaugeblock.optimized.triton.auxiliary_losses import _is_counted
 from gaugeblock.optimized.triton.launch import device_of, program_rows, require_triton_device
 from gaugeblock.optimized.triton.routers import softmax_topk
 from gaugeblock.optimized.triton.routing import empty_choice, grad_logits_of, launch_rows, load_logits, options_of, store_choice
+from gaugeblock.optimized.triton.token_sums import is_counted
 from gaugeblock.optimized.triton.topk import choose_lanes, highest_key, keys_of
 from gaugeblock.reference import validation
 from gaugeblock.reference.configs import SMALLEST_WEIGHT_SUM, SecondExpertPolicy
@@ -116,7 +116,7 @@ def _choose_two(
     """asked[0, t], asked[1, t] = the two ids, -1 where the expert is not asked for room."""
     rows = program_rows(BLOCK_TOKENS)[:, None]
     in_batch = rows < num_tokens
-    is_token = _is_counted(mask_ptr, mask_stride, rows, num_tokens)
+    is_token = is_counted(mask_ptr, mask_stride, rows, num_tokens)
     experts = tl.arange(0, BLOCK_EXPERTS)[None, :]
     exists = experts < num_experts
     dtype = weights_ptr.dtype.element_ty

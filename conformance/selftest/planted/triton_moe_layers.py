@@ -29,14 +29,14 @@ mutant(
     "static_range(2)", "static_range(0)", "gradients", "gradient",
 )  # fmt: skip
 mutant(
-    BALANCE, "mask-stride-ignored", "The mask's neighbours are taken to lie side by side.", "auxiliary_losses._is_counted",
+    BALANCE, "mask-stride-ignored", "The mask's neighbours are taken to lie side by side.", "token_sums.is_counted",
     " * mask_stride", "", "layout", "memory",
 )  # fmt: skip
 mutant(
-    Z, "highest-forgotten", "The logarithm of the sum lacks the maximum that was subtracted.", "auxiliary_losses._z_sums",
+    Z, "highest-forgotten", "The logarithm of the sum lacks the maximum that was subtracted.", "auxiliary_losses._token_sums",
     "highest + tl.log(total)", "tl.log(total)", "parity", "structural",
 )  # fmt: skip
 mutant(
-    Z, "gradient-halved", "The derivative of z² is z.", "auxiliary_losses._z_backward",
+    Z, "gradient-halved", "The derivative of z² is z.", "auxiliary_losses._token_backward",
     " * 2.0 * z", " * z", "gradients", "gradient",
 )  # fmt: skip
