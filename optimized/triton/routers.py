@@ -35,21 +35,21 @@ def divide(x, y):
 
 
 @triton.jit
-def _load_logits(logits_ptr, row_stride, column_stride, rows, experts, mask, dtype: tl.constexpr):
+def load_logits(logits_ptr, row_stride, column_stride, rows, experts, mask, dtype: tl.constexpr):
     """Return logits[rows, experts] in a compute dtype, 0 where masked."""
     offsets = rows * row_stride + experts.to(tl.int64) * column_stride
     return tl.load(logits_ptr + offsets, mask=mask, other=0.0).to(dtype)
 
 
 @triton.jit
-def _store_choice(weights_ptr, ids_ptr, weights, ids, rows, in_batch, columns, top_k: tl.constexpr):
+def store_choice(weights_ptr, ids_ptr, weights, ids, rows, in_batch, columns, top_k: tl.constexpr):
     mask = in_batch & (columns < top_k)
     tl.store(weights_ptr + rows * top_k + columns, weights, mask=mask)
     tl.store(ids_ptr + rows * top_k + columns, ids.to(tl.int64), mask=mask)
 
 
 @triton.jit
-def _load_grads(grad_ptr, row_stride, column_stride, ids_ptr, rows, in_batch, experts, top_k: tl.constexpr):
+def load_grads(grad_ptr, row_stride, column_stride, ids_ptr, rows, in_batch, experts, top_k: tl.constexpr):
     """Return where experts were chosen, and the gradient of their weights there, 0 elsewhere."""
     is_chosen = in_batch & (experts < 0)  # none yet
     grads = tl.full(is_chosen.shape, 0.0, grad_ptr.dtype.element_ty)
@@ -73,21 +73,21 @@ def _softmax_topk_forward(
     experts = tl.arange(0, BLOCK_EXPERTS)[None, :]
     exists = experts < num_experts
     dtype = weights_ptr.dtype.element_ty
-    logits = _load_logits(logits_ptr, row_stride, column_stride, rows, experts, in_batch & exists, dtype)
+    logits = load_logits(logits_ptr, row_stride, column_stride, rows, experts, in_batch & exists, dtype)
     logits = tl.where(exists, logits, float("-inf"))
 
     # probabilities are in the order of their logits, and underflow makes no logits equal
     ids = choose_lanes(keys_of(logits, exists), top_k, BLOCK_TOP_K)
     columns = tl.arange(0, BLOCK_TOP_K)[None, :]
     is_column = columns < top_k
-    chosen_logits = _load_logits(logits_ptr, row_stride, column_stride, rows, ids, in_batch & is_column, dtype)
+    chosen_logits = load_logits(logits_ptr, row_stride, column_stride, rows, ids, in_batch & is_column, dtype)
     highest = tl.max(logits, axis=1)[:, None]
     weights = tl.where(is_column, tl.exp(chosen_logits - highest), 0.0)
     if renormalize:
         total = tl.sum(weights, axis=1)
     else:
         total = tl.sum(tl.exp(logits - highest), axis=1)
-    _store_choice(weights_ptr, ids_ptr, divide(weights, total[:, None]), ids, rows, in_batch, columns, top_k)
+    store_choice(weights_ptr, ids_ptr, divide(weights, total[:, None]), ids, rows, in_batch, columns, top_k)
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
@@ -103,8 +103,8 @@ def _softmax_topk_backward(
     experts = tl.arange(0, BLOCK_EXPERTS)[None, :]
     exists = experts < num_experts
     dtype = grad_weights_ptr.dtype.element_ty
-    logits = _load_logits(logits_ptr, row_stride, column_stride, rows, experts, in_batch & exists, dtype)
-    is_chosen, grads = _load_grads(grad_weights_ptr, grad_row_stride, grad_column_stride, ids_ptr, rows, in_batch, experts, top_k)
+    logits = load_logits(logits_ptr, row_stride, column_stride, rows, experts, in_batch & exists, dtype)
+    is_chosen, grads = load_grads(grad_weights_ptr, grad_row_stride, grad_column_stride, ids_ptr, rows, in_batch, experts, top_k)
 
     logits = tl.where(exists, logits, float("-inf"))
     exponentials = tl.exp(logits - tl.max(logits, axis=1)[:, None])
@@ -133,7 +133,7 @@ def _grouped_sigmoid_topk_forward(
     exists = (lanes // BLOCK_MEMBERS < num_groups) & (lanes % BLOCK_MEMBERS < group_size)
     experts = lanes // BLOCK_MEMBERS * group_size + lanes % BLOCK_MEMBERS
     dtype = weights_ptr.dtype.element_ty
-    scores = tl.sigmoid(_load_logits(logits_ptr, row_stride, column_stride, rows, experts, in_batch & exists, dtype))
+    scores = tl.sigmoid(load_logits(logits_ptr, row_stride, column_stride, rows, experts, in_batch & exists, dtype))
     bias = tl.load(bias_ptr + experts.to(tl.int64) * bias_stride, mask=exists, other=0.0)
     choice_scores = scores + bias
     keys = keys_of(choice_scores, exists)
@@ -157,11 +157,11 @@ def _grouped_sigmoid_topk_forward(
     columns = tl.arange(0, BLOCK_TOP_K)[None, :]
     is_column = columns < top_k
     ids = chosen // BLOCK_MEMBERS * group_size + chosen % BLOCK_MEMBERS
-    chosen_logits = _load_logits(logits_ptr, row_stride, column_stride, rows, ids, in_batch & is_column, dtype)
+    chosen_logits = load_logits(logits_ptr, row_stride, column_stride, rows, ids, in_batch & is_column, dtype)
     weights = tl.where(is_column, tl.sigmoid(chosen_logits), 0.0)
     if renormalize:
         weights = divide(weights, (tl.sum(weights, axis=1) + RENORMALIZE_EPSILON)[:, None])
-    _store_choice(weights_ptr, ids_ptr, weights * routed_scaling_factor, ids, rows, in_batch, columns, top_k)
+    store_choice(weights_ptr, ids_ptr, weights * routed_scaling_factor, ids, rows, in_batch, columns, top_k)
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
@@ -178,8 +178,8 @@ def _grouped_sigmoid_topk_backward(
     experts = tl.arange(0, BLOCK_EXPERTS)[None, :]
     exists = experts < num_experts
     dtype = grad_weights_ptr.dtype.element_ty
-    logits = _load_logits(logits_ptr, row_stride, column_stride, rows, experts, in_batch & exists, dtype)
-    is_chosen, grads = _load_grads(grad_weights_ptr, grad_row_stride, grad_column_stride, ids_ptr, rows, in_batch, experts, top_k)
+    logits = load_logits(logits_ptr, row_stride, column_stride, rows, experts, in_batch & exists, dtype)
+    is_chosen, grads = load_grads(grad_weights_ptr, grad_row_stride, grad_column_stride, ids_ptr, rows, in_batch, experts, top_k)
 
     scores = tl.sigmoid(logits)
     grads *= routed_scaling_factor
@@ -192,7 +192,7 @@ def _grouped_sigmoid_topk_backward(
     tl.store(grad_logits_ptr + rows * num_experts + experts, grads, mask=in_batch & exists)
 
 
-def _launch(kernel: Any, router_logits: torch.Tensor, lanes: int, *arguments: Any, **constants: Any) -> None:
+def launch_rows(kernel: Any, router_logits: torch.Tensor, lanes: int, *arguments: Any, **constants: Any) -> None:
     """Run `kernel` over the rows of `router_logits`, each on `lanes` lanes.
 
     A program has as many rows as make 256 lanes, and a warp for each 512 lanes of a row. So a thread has at
@@ -208,7 +208,7 @@ def _launch(kernel: Any, router_logits: torch.Tensor, lanes: int, *arguments: An
             )
 
 
-def _empty_choice(router_logits: torch.Tensor, top_k: int) -> tuple[torch.Tensor, torch.Tensor]:
+def empty_choice(router_logits: torch.Tensor, top_k: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Return topk_weights and topk_ids, to be written."""
     weights_dtype = torch.promote_types(router_logits.dtype, torch.float32)
     weights = router_logits.new_empty((router_logits.shape[0], top_k), dtype=weights_dtype)
@@ -221,7 +221,7 @@ def _grad_logits(kernel: Any, ctx: Any, grad_weights: torch.Tensor) -> torch.Ten
     num_tokens, num_experts = router_logits.shape
     grad_logits = router_logits.new_empty((num_tokens, num_experts))
     block_experts = triton.next_power_of_2(num_experts)
-    _launch(
+    launch_rows(
         kernel, router_logits, block_experts,
         grad_weights, ids, router_logits, grad_logits,
         num_tokens, *grad_weights.stride(), *router_logits.stride(),
@@ -234,9 +234,9 @@ class _SoftmaxTopk(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, router_logits: torch.Tensor, options: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
         num_tokens, num_experts = router_logits.shape
-        weights, ids = _empty_choice(router_logits, options["top_k"])
+        weights, ids = empty_choice(router_logits, options["top_k"])
         block_experts = triton.next_power_of_2(num_experts)
-        _launch(
+        launch_rows(
             _softmax_topk_forward, router_logits, block_experts,
             router_logits, weights, ids, num_tokens, *router_logits.stride(),
             num_experts=num_experts, **options,
@@ -260,11 +260,11 @@ class _GroupedSigmoidTopk(torch.autograd.Function):
         options: dict[str, Any],
     ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
         num_tokens, num_experts = router_logits.shape
-        weights, ids = _empty_choice(router_logits, options["top_k"])
+        weights, ids = empty_choice(router_logits, options["top_k"])
         group_size = num_experts // num_groups
         block_groups = triton.next_power_of_2(num_groups)
         block_members = triton.next_power_of_2(group_size)
-        _launch(
+        launch_rows(
             _grouped_sigmoid_topk_forward, router_logits, block_groups * block_members,
             router_logits, bias, weights, ids, num_tokens, *router_logits.stride(), *bias.stride(),
             num_groups=num_groups, group_size=group_size, topk_groups=topk_groups, **options,

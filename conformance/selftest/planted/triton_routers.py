@@ -17,15 +17,15 @@ mutant(
     "tl.where(lanes == best, no_key(keys.dtype), keys)", "keys", "parity", "structural", "vllm#52679",
 )  # fmt: skip
 mutant(
-    SOFTMAX, "batch-mask-dropped", "Rows behind the last token are stored.", "routers._store_choice",
+    SOFTMAX, "batch-mask-dropped", "Rows behind the last token are stored.", "routers.store_choice",
     "in_batch & (columns < top_k)", "columns < top_k", "parity", "memory",
 )  # fmt: skip
 mutant(
-    SOFTMAX, "column-stride-ignored", "Neighbouring logits are taken to lie side by side.", "routers._load_logits",
+    SOFTMAX, "column-stride-ignored", "Neighbouring logits are taken to lie side by side.", "routers.load_logits",
     " * column_stride", "", "layout", "memory",
 )  # fmt: skip
 mutant(
-    SOFTMAX, "cotangent-stride-ignored", "Neighbouring gradients are taken to lie side by side.", "routers._load_grads",
+    SOFTMAX, "cotangent-stride-ignored", "Neighbouring gradients are taken to lie side by side.", "routers.load_grads",
     "pointers += column_stride", "pointers += 1", "gradient_layout", "gradient",
 )  # fmt: skip
 mutant(
