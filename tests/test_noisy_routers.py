@@ -13,7 +13,11 @@ from gaugeblock.reference.jax import noisy_routers as jax_noisy_routers
 from gaugeblock.reference.torch import auxiliary_losses, noisy_routers
 
 LOGITS = torch.tensor([[2, 1, 0, -1], [0, 0.5, 1, 0], [-1, 3, 1, 2]])
-PROBS = [[0.643914, 0.236883, 0.087144, 0.032059], [0.157060, 0.258948, 0.426933, 0.157060], [0.012038, 0.657233, 0.088947, 0.241783]]
+PROBS = [
+    [0.643914, 0.236883, 0.087144, 0.032059],
+    [0.157060, 0.258948, 0.426933, 0.157060],
+    [0.012038, 0.657233, 0.088947, 0.241783],
+]
 ENTROPY = [0.947537, 1.294722, 0.887543]
 SIX_DIGITS = {"rtol": 0, "atol": 0.6e-6}  # of what was printed, and float32's own rounding
 EVERY = (1, 2, 3, 4)
@@ -27,9 +31,7 @@ def in_jax(router_logits, noise, **options):
 FORWARD = pytest.mark.parametrize(
     "ste_topk", [noisy_routers.ste_topk, in_jax, triton_noisy_routers.ste_topk], ids=["torch", "jax", "triton"]
 )
-BACKWARD = pytest.mark.parametrize(
-    "ste_topk", [noisy_routers.ste_topk, triton_noisy_routers.ste_topk], ids=["torch", "triton"]
-)
+BACKWARD = pytest.mark.parametrize("ste_topk", [noisy_routers.ste_topk, triton_noisy_routers.ste_topk], ids=["torch", "triton"])
 
 
 def assert_printed(actual, printed):
@@ -147,12 +149,16 @@ def test_every_result_hands_its_gradient_on(ste_topk):
 def test_z_loss_reaches_the_logits_through_those_that_are_returned(ste_topk):
     everyone, logits = torch.ones(len(LOGITS), dtype=torch.bool), LOGITS.clone().requires_grad_()
     returned = ste_topk(logits, torch.ones_like(LOGITS), top_k=1, noise_std=0.1, training=True)[4]
-    through, direct = (torch.autograd.grad(auxiliary_losses.router_z_loss(each, everyone), logits)[0] for each in (returned, logits))
+    through, direct = (
+        torch.autograd.grad(auxiliary_losses.router_z_loss(each, everyone), logits)[0] for each in (returned, logits)
+    )
     assert torch.equal(through, direct)
 
 
 @FORWARD
-@pytest.mark.parametrize("laid_out", [lambda x: x, lambda x: x.transpose(0, 1).contiguous().transpose(0, 1)], ids=["whole", "not"])
+@pytest.mark.parametrize(
+    "laid_out", [lambda x: x, lambda x: x.transpose(0, 1).contiguous().transpose(0, 1)], ids=["whole", "not"]
+)
 def test_a_batch_of_sequences_is_a_batch_of_tokens(ste_topk, laid_out):
     generator = torch.Generator().manual_seed(1)
     logits, noise = (torch.randn(3, 5, 6, generator=generator) for _ in range(2))
@@ -180,7 +186,9 @@ def test_a_bad_call_of_ste_topk_names_its_argument(ste_topk, bad, message):
         ste_topk(**call | bad)
 
 
-SCHEDULES = pytest.mark.parametrize("noise_std_at", [noisy_routers.noise_std_at, jax_noisy_routers.noise_std_at], ids=["torch", "jax"])
+SCHEDULES = pytest.mark.parametrize(
+    "noise_std_at", [noisy_routers.noise_std_at, jax_noisy_routers.noise_std_at], ids=["torch", "jax"]
+)
 
 
 @SCHEDULES
@@ -203,8 +211,9 @@ def test_there_is_no_noise_after_the_annealing(noise_std_at):
 @SCHEDULES
 @pytest.mark.parametrize(
     ("bad", "error"),
-    [({"step": -1}, ValueError), ({"step": 0.5}, TypeError), ({"total_steps": -1}, ValueError), ({"anneal_fraction": 1.5}, ValueError),
-     ({"anneal_fraction": -0.5}, ValueError), ({"noise_std": -1.0}, ValueError), ({"noise_std": "1"}, TypeError)],
+    [({"step": -1}, ValueError), ({"step": 0.5}, TypeError), ({"total_steps": -1}, ValueError),
+     ({"anneal_fraction": 1.5}, ValueError), ({"anneal_fraction": -0.5}, ValueError), ({"noise_std": -1.0}, ValueError),
+     ({"noise_std": "1"}, TypeError)],
 )  # fmt: skip
 def test_a_bad_call_of_the_schedule_names_its_argument(noise_std_at, bad, error):
     call = {"step": 0, "total_steps": 100, "anneal_fraction": 0.25, "noise_std": 0.1}

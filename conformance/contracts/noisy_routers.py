@@ -60,7 +60,7 @@ def ste_topk() -> Contract:
     """The row of `noisy_routers.ste_topk`."""
     return Contract(
         name="noisy_routers.ste_topk",
-        summary="Each token goes to the top_k most probable experts of noisy logits; one alone weighs 1, its gradient straight through.",
+        summary="Each token goes to its top_k most probable experts under noise; one alone weighs 1, and has a gradient.",
         formula=(
             "p_clean = softmax(router_logits); p = softmax(router_logits + noise_std * noise) if training, else p_clean; "
             "ids = topk(p); weights = p[ids] / (sum + 1e-9), or 1 if top_k = 1, of which in training dweights = dp[ids]; "
@@ -97,6 +97,7 @@ def ste_topk() -> Contract:
             Workload("moe-emergence/train-top1", ste_sizes(1024, 8, 1, 0.1, True), "sumitdotml/moe-emergence preset moe-main"),
             Workload("moe-emergence/train-top2", ste_sizes(1024, 8, 2, 0.1, True), "sumitdotml/moe-emergence preset top2"),
         ),
+        formulas=(_ste_of_exponentials,),
         selection=Selection("topk_ids", _ste_scores, "top_k"),
         relabel=of_routers.shuffled_experts,
         rejections=(
@@ -144,6 +145,11 @@ def _noise_decides(tensors: Tensors) -> Tensors:
     return {"router_logits": flat, "noise_logits": small}
 
 
+def _loud(tensors: Tensors) -> Tensors:
+    """Exponentials of the deviations' logits overflow; the draws are small, so that no weight is all but 1."""
+    return {"noise_logits": 90 + tensors["noise_logits"].abs(), "noise": tensors["noise"] / 64}
+
+
 def _flat(tensors: Tensors) -> Tensors:
     """Probabilities are nearly the same, so that those of the chosen sum to little."""
     return {"router_logits": tensors["router_logits"] / 64, "noise": tensors["noise"] / 64}
@@ -152,8 +158,8 @@ def _flat(tensors: Tensors) -> Tensors:
 IN_BFLOAT16 = Trait("bfloat16", "dtype of noise", _of_few_digits, dtypes={"noise": "bfloat16"})
 NOISY_TRAITS = (
     Trait("negative", "router_logits", of_routers.negative),
-    Trait("0, and noise decides", "router_logits", _noise_decides),
-    Trait("large", "noise_logits", lambda tensors: {"noise_logits": 30 + tensors["noise_logits"].abs()}),
+    Trait("alone, near 10^-8", "noise_logits", _noise_decides),
+    Trait("large", "noise_logits", _loud),
     Trait("very negative", "noise_logits", lambda tensors: {"noise_logits": -120 - tensors["noise_logits"].abs()}),
     IN_BFLOAT16,
 )
@@ -202,3 +208,23 @@ def _softplus_of_exponentials(
 
 def _ste_scores(router_logits: torch.Tensor, noise: torch.Tensor, *, noise_std: float, training: bool, **_: Any) -> torch.Tensor:
     return noisy_routers.noisy_probs(router_logits, noise, noise_std if training else 0.0)
+
+
+def _ste_of_exponentials(
+    router_logits: torch.Tensor, noise: torch.Tensor, *, top_k: int, noise_std: float, training: bool
+) -> tuple[torch.Tensor, ...]:
+    """As kernels have it: what is wrong with the sum of exponentials is wrong with all probabilities of a token."""
+
+    def softmax(logits: torch.Tensor) -> torch.Tensor:
+        exponentials = torch.exp(logits - logits.amax(-1, keepdim=True))
+        return exponentials / exponentials.sum(-1, keepdim=True)
+
+    clean = softmax(router_logits)
+    probs = softmax(router_logits + noise_std * noise) if training else clean
+    topk_ids = probs.topk(top_k, -1).indices
+    chosen = probs.gather(-1, topk_ids)
+    if top_k > 1:
+        weights = chosen / (chosen.sum(-1, keepdim=True) + 1e-9)
+    else:
+        weights = 1 + (chosen - chosen.detach()) if training else torch.ones_like(chosen)
+    return weights, topk_ids, probs, clean, router_logits, -(clean * torch.log(clean + 1e-9)).sum(-1)

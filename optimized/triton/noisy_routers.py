@@ -29,7 +29,7 @@ def _softplus(x):
     """ln(1 + e^x); where e^x is small, e^x itself: what 1 + e^x has lost is divided out again."""
     exponentials = tl.exp(-tl.abs(x))
     more_than_1 = 1.0 + exponentials
-    lost = divide(exponentials, tl.where(more_than_1 == 1.0, 1.0, more_than_1 - 1.0))
+    lost = divide(exponentials, more_than_1 - 1.0)
     return tl.maximum(x, 0.0) + tl.where(more_than_1 == 1.0, exponentials, tl.log(more_than_1) * lost)
 
 
@@ -40,10 +40,9 @@ def _load_noisy(
 ):  # fmt: skip
     """Return h[rows, experts], 0 where masked."""
     logits = load_logits(logits_ptr, row_stride, column_stride, rows, experts, mask, dtype)
-    noise_logits = load_logits(
-        noise_logits_ptr, noise_logits_row_stride, noise_logits_column_stride, rows, experts, mask, dtype
-    )
-    return logits + load_logits(noise_ptr, noise_row_stride, noise_column_stride, rows, experts, mask, dtype) * _softplus(noise_logits)
+    noise_logits = load_logits(noise_logits_ptr, noise_logits_row_stride, noise_logits_column_stride, rows, experts, mask, dtype)
+    noise = load_logits(noise_ptr, noise_row_stride, noise_column_stride, rows, experts, mask, dtype)
+    return logits + noise * _softplus(noise_logits)
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
@@ -259,7 +258,12 @@ class _SteTopk(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(
-        ctx: Any, grad_weights: torch.Tensor, _: Any, grad_probs: torch.Tensor, grad_clean: torch.Tensor, grad_entropy: torch.Tensor
+        ctx: Any,
+        grad_weights: torch.Tensor,
+        _: Any,
+        grad_probs: torch.Tensor,
+        grad_clean: torch.Tensor,
+        grad_entropy: torch.Tensor,
     ) -> tuple[torch.Tensor | None, ...]:
         ids, probs, clean = ctx.saved_tensors
         num_tokens, num_experts = probs.shape

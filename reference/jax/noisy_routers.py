@@ -10,9 +10,7 @@ from gaugeblock.reference import validation
 from gaugeblock.reference.jax.precision import at_least_float32
 
 
-def noisy_topk(
-    router_logits: jax.Array, noise_logits: jax.Array, noise: jax.Array, *, top_k: int
-) -> tuple[jax.Array, jax.Array]:
+def noisy_topk(router_logits: jax.Array, noise_logits: jax.Array, noise: jax.Array, *, top_k: int) -> tuple[jax.Array, jax.Array]:
     """As `gaugeblock.reference.torch.noisy_routers.noisy_topk`, but topk_ids are int32, and the noise gets a zero gradient."""
     validation.noisy_topk(router_logits, noise_logits, noise, top_k)
 

@@ -129,14 +129,6 @@ class WeightIsTheProbability(SteRouter):
         return chosen if training else super().alone(chosen, training)
 
 
-@fault(caught_by="parity", kind="precision", source="sumitdotml/moe-emergence review")
-class StraightThroughInTheWrongOrder(SteRouter):
-    """1 + p - p is not 1 in floating point: the sum is rounded first."""
-
-    def alone(self, chosen, training):
-        return (1 + chosen) - chosen.detach() if training else super().alone(chosen, training)
-
-
 @fault(caught_by="gradients", kind="gradient", source="sumitdotml/moe-emergence")
 class StraightThroughIsLost(SteRouter):
     """The weight of one expert alone is a constant."""
