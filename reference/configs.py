@@ -6,6 +6,7 @@ from types import MappingProxyType
 from typing import Literal, get_args
 
 VelocitySign = Literal["noise - data", "data - noise"]
+ScoreFunction = Literal["sigmoid", "softmax"]
 TimestepSampling = Literal["uniform", "logit-normal"]
 
 

@@ -35,6 +35,7 @@ from gaugeblock.reference.validation.objectives import (
 )
 from gaugeblock.reference.validation.routers import grouped_sigmoid_topk, softmax_topk
 from gaugeblock.reference.validation.samplers import euler_sample
+from gaugeblock.reference.validation.soft_routers import sinkhorn, soft_moe
 from gaugeblock.reference.validation.train_image_diffusion import (
     image_diffusion_batch,
     image_diffusion_state,
