@@ -71,6 +71,7 @@ def test_a_kernels_helper_touches_the_kernels_that_load_it(subjects, before):
         ("capacity_routers.switch_top1", "triton"), ("moe_layers.mixtral_moe", "triton"),
         ("auxiliary_losses.load_balancing_loss", "triton"), ("auxiliary_losses.router_z_loss", "triton"),
         ("noisy_routers.noisy_topk", "triton"), ("noisy_routers.ste_topk", "triton"),
+        ("soft_routers.soft_moe", "triton"), ("soft_routers.sinkhorn", "triton"),
     }  # fmt: skip
 
 

@@ -48,9 +48,8 @@ def ste_topk(
 
 def noisy_probs(router_logits: jax.Array, noise: jax.Array, noise_std: float) -> jax.Array:
     """As `gaugeblock.reference.torch.noisy_routers.noisy_probs`."""
-    logits_TE = at_least_float32(router_logits)
-    noise_TE = jax.lax.stop_gradient(noise).astype(logits_TE.dtype).reshape(logits_TE.shape)
-    return jax.nn.softmax(logits_TE + noise_std * noise_TE, axis=-1)
+    noise_TE = jax.lax.stop_gradient(noise).astype(router_logits.dtype).reshape(router_logits.shape)
+    return jax.nn.softmax(router_logits + noise_std * noise_TE, axis=-1)
 
 
 def noise_std_at(step: int, total_steps: int, anneal_fraction: float, noise_std: float) -> float:

@@ -102,10 +102,9 @@ def ste_topk(
 
 
 def noisy_probs(router_logits: torch.Tensor, noise: torch.Tensor, noise_std: float) -> torch.Tensor:
-    """Return what experts are chosen by in training, softmax(router_logits + noise_std * noise), [num_tokens, num_experts]."""
-    logits_TE = at_least_float32(router_logits)
-    noise_TE = noise.detach().to(logits_TE.dtype).reshape(logits_TE.shape)
-    return torch.softmax(logits_TE + noise_std * noise_TE, dim=-1)
+    """Return what experts are chosen by in training, softmax(router_logits + noise_std * noise), in the dtype of router_logits."""
+    noise_TE = noise.detach().to(router_logits.dtype).reshape(router_logits.shape)
+    return torch.softmax(router_logits + noise_std * noise_TE, dim=-1)
 
 
 def noise_std_at(step: int, total_steps: int, anneal_fraction: float, noise_std: float) -> float:
