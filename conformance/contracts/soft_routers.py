@@ -167,9 +167,12 @@ def soft_tied(draw: Draw, parameters: Parameters) -> Tensors:
 
 
 def soft_extreme(draw: Draw, parameters: Parameters) -> Tensors:
-    """Logits near ±10^4 with an offset common to a sequence."""
-    offset = torch.tensor([0.0, 1e4, -1e4, 200.0], dtype=torch.float64)[draw.integers(0, 4, parameters["batch_size"], 1, 1)]
-    return {"router_logits": offset + 30 * draw.normal(*_shape(parameters))}
+    """Logits near ±10^4 with an offset common to a sequence; for some slots the last token's is by far the highest."""
+    batch_size, _, num_slots = _shape(parameters)
+    offset = torch.tensor([0.0, 1e4, -1e4, 200.0], dtype=torch.float64)[draw.integers(0, 4, batch_size, 1, 1)]
+    logits = offset + 30 * draw.normal(*_shape(parameters))
+    logits[:, -1:] += 300 * draw.integers(0, 2, batch_size, 1, num_slots)
+    return {"router_logits": logits}
 
 
 def soft_special(draw: Draw, parameters: Parameters) -> Tensors:

@@ -23,6 +23,7 @@ from gaugeblock.optimized.triton.topk import choose_lanes, keys_of
 from gaugeblock.reference import validation
 from gaugeblock.reference.configs import ScoreFunction
 from gaugeblock.reference.torch import soft_routers
+from gaugeblock.reference.torch.precision import at_least_float32
 
 BLOCK_TOKENS, BLOCK_SLOTS = 32, 32  # a tile of a column kernel: 8 elements a thread of 4 warps
 LANES = 1024  # of a row kernel: 8 a thread
@@ -325,5 +326,5 @@ def sinkhorn(
     """
     validation.sinkhorn(router_logits, top_k, num_iterations, score_function)
     require_triton_device("router_logits", router_logits)
-    balanced = soft_routers.balanced_logits(router_logits.detach(), num_iterations)
+    balanced = soft_routers.balanced_logits(at_least_float32(router_logits.detach()), num_iterations)
     return _ChooseBalanced.apply(router_logits, balanced, int(top_k), score_function)

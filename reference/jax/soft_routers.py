@@ -26,16 +26,15 @@ def sinkhorn(
     validation.sinkhorn(router_logits, top_k, num_iterations, score_function)
 
     logits_TE = at_least_float32(router_logits)
-    ids_TK = jax.lax.top_k(balanced_logits(jax.lax.stop_gradient(logits_TE), num_iterations), top_k)[1]
+    ids_TK = jax.lax.top_k(balanced_logits(logits_TE, num_iterations), top_k)[1]
     scores_TE = jax.nn.sigmoid(logits_TE) if score_function == "sigmoid" else jax.nn.softmax(logits_TE, axis=-1)
     return jnp.take_along_axis(scores_TE, ids_TK, axis=-1), ids_TK
 
 
 def balanced_logits(router_logits: jax.Array, num_iterations: int) -> jax.Array:
     """As `gaugeblock.reference.torch.soft_routers.balanced_logits`."""
-    logits_TE = at_least_float32(router_logits)
-    balanced_TE = logits_TE
-    for _ in range(num_iterations if len(logits_TE) else 0):  # the largest of no numbers is an error
+    balanced_TE = router_logits
+    for _ in range(num_iterations if len(router_logits) else 0):  # the largest of no numbers is an error
         rows_T1 = jax.nn.logsumexp(balanced_TE, axis=1, keepdims=True)
-        balanced_TE = logits_TE - jax.nn.logsumexp(logits_TE - rows_T1, axis=0)
+        balanced_TE = router_logits - jax.nn.logsumexp(router_logits - rows_T1, axis=0)
     return balanced_TE

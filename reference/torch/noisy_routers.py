@@ -102,7 +102,7 @@ def ste_topk(
 
 
 def noisy_probs(router_logits: torch.Tensor, noise: torch.Tensor, noise_std: float) -> torch.Tensor:
-    """Return what experts are chosen by in training, softmax(router_logits + noise_std * noise), in the dtype of router_logits."""
+    """Return what experts are chosen by in training, softmax(router_logits + noise_std * noise), in the former's dtype."""
     noise_TE = noise.detach().to(router_logits.dtype).reshape(router_logits.shape)
     return torch.softmax(router_logits + noise_std * noise_TE, dim=-1)
 

@@ -71,19 +71,18 @@ def sinkhorn(
     validation.sinkhorn(router_logits, top_k, num_iterations, score_function)
 
     logits_TE = at_least_float32(router_logits)
-    ids_TK = torch.topk(balanced_logits(logits_TE.detach(), num_iterations), top_k, dim=-1).indices
+    ids_TK = torch.topk(balanced_logits(logits_TE, num_iterations), top_k, dim=-1).indices
     scores_TE = torch.sigmoid(logits_TE) if score_function == "sigmoid" else torch.softmax(logits_TE, dim=-1)
     return scores_TE.gather(-1, ids_TK), ids_TK
 
 
 def balanced_logits(router_logits: torch.Tensor, num_iterations: int) -> torch.Tensor:
-    """Return what experts are chosen by, the logarithm of the balanced matrix, [num_tokens, num_experts].
+    """Return what experts are chosen by, the logarithm of the balanced matrix, in the dtype of router_logits.
 
     Left out is what is added to the whole row of a token, which changes no order in it.
     """
-    logits_TE = at_least_float32(router_logits)
-    balanced_TE = logits_TE
+    balanced_TE = router_logits
     for _ in range(num_iterations):
         rows_T1 = torch.logsumexp(balanced_TE, dim=1, keepdim=True)
-        balanced_TE = logits_TE - torch.logsumexp(logits_TE - rows_T1, dim=0)
+        balanced_TE = router_logits - torch.logsumexp(router_logits - rows_T1, dim=0)
     return balanced_TE
