@@ -105,8 +105,8 @@ class EntropyOfNoisyProbabilities(SteRouter):
 class NoisyForClean(SteRouter):
     """The two kinds of probabilities are returned in each other's place."""
 
-    def returned(self, weights, ids, probs, clean, *others):
-        return weights, ids, clean, probs, *others
+    def returned(self, weights, ids, probs, clean, logits, entropy):
+        return weights, ids, clean, probs, logits, entropy
 
 
 @fault(caught_by="parity", kind="structural")

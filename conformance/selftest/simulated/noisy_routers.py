@@ -75,6 +75,14 @@ class SteRouter(SoftmaxRouter):
         """Entropies `[T]`."""
         return -self.sum(clean * (clean + self.epsilon).log())[:, 0]
 
-    def returned(self, *outputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def returned(
+        self,
+        weights: torch.Tensor,
+        ids: torch.Tensor,
+        probs: torch.Tensor,
+        clean: torch.Tensor,
+        logits: torch.Tensor,
+        entropy: torch.Tensor,
+    ) -> tuple[torch.Tensor, ...]:
         """What is returned."""
-        return outputs
+        return weights, ids, probs, clean, logits, entropy
