@@ -26,14 +26,6 @@ class ExponentialsOfTwo(SoftMoeRouter):
         return exponentials / self.sum(exponentials, dim)
 
 
-@right(batch_invariant=False)
-class OneExponentialForBoth(SoftMoeRouter):
-    """Dispatch weights are combine weights, scaled back by the sums of rows: logarithms of both sums are subtracted."""
-
-    def softmax(self, logits, dim):
-        return (logits - logits.logsumexp(dim, keepdim=True)).exp()
-
-
 @right()
 class MatrixDividedInFloat64(SinkhornRouter):
     """Exponentials in float64, divided row by row and column by column."""
