@@ -41,6 +41,7 @@ from gaugeblock.reference.validation.layers import (
     unpatchify,
 )
 from gaugeblock.reference.validation.moe_layers import mixtral_moe
+from gaugeblock.reference.validation.noisy_routers import noise_std_at, noisy_topk, ste_topk
 from gaugeblock.reference.validation.objectives import (
     rectified_flow,
     rectified_flow_prediction,
@@ -61,6 +62,7 @@ from gaugeblock.reference.validation.routers import (
     zero_expert_topk,
 )
 from gaugeblock.reference.validation.samplers import euler_sample
+from gaugeblock.reference.validation.soft_routers import sinkhorn, soft_moe
 from gaugeblock.reference.validation.train_image_diffusion import (
     image_diffusion_batch,
     image_diffusion_state,

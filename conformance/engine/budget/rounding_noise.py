@@ -24,7 +24,8 @@ EXPONENT_BITS = 0x7FF0000000000000  # of a float64
 
 # Units in the last place of float32 that a library's function may be off; exact operations count 1.
 ULPS = {"exp": 2, "exp2": 2, "log": 2, "sigmoid": 4, "silu": 4, "tanh": 4, "erf": 4, "gelu": 8, "rsqrt": 2, "_softmax": 4,
-        "_log_softmax": 4, "pow": 2, "sin": 2, "cos": 2, "silu_backward": 6, "gelu_backward": 8}  # fmt: skip
+        "_log_softmax": 4, "pow": 2, "sin": 2, "cos": 2, "silu_backward": 6, "gelu_backward": 8, "log1p": 2, "softplus": 4,
+        "softplus_backward": 6}  # fmt: skip
 
 # Operations that move, choose or create values and so round nothing.
 MOVES = frozenset(
@@ -341,7 +342,9 @@ def _argument_growth(name: str, result: torch.Tensor, args: tuple, in_front: int
             return args[0].abs() * args[0].neg().sigmoid()
         case "gelu":  # 1 + tanh, or 1 + erf, is rounded near 1 also where it is near 0
             return (args[0].abs() / (2 * result.abs()).clamp_min(torch.finfo(torch.float64).tiny)).clamp_max(2**24)
-        case "silu_backward":
+        case "softplus":
+            return args[0].abs() * (args[0].sigmoid() / result).nan_to_num(1.0)  # of 0, far below 0, that of the exponential
+        case "silu_backward" | "softplus_backward":
             return args[1].abs() * args[1].neg().sigmoid()
         case "_softmax":
             along = args[1] if args[1] < 0 else args[1] + in_front
