@@ -14,18 +14,9 @@ import triton
 import triton.language as tl
 from torch.autograd.function import once_differentiable
 
-from gaugeblock.optimized.triton.arithmetic import divide
+from gaugeblock.optimized.triton.arithmetic import divide, exponentials_of, through_softmax
 from gaugeblock.optimized.triton.launch import device_of, program_rows, require_triton_device
-from gaugeblock.optimized.triton.token_sums import (
-    MOST_PROGRAMS,
-    add_choices,
-    blocks_of,
-    exponentials_of,
-    is_counted,
-    load_logits,
-    mean_of,
-    through_softmax,
-)
+from gaugeblock.optimized.triton.token_sums import MOST_PROGRAMS, add_choices, blocks_of, is_counted, load_logits, mean_of
 from gaugeblock.reference import validation
 from gaugeblock.reference.configs import ScoreFunction
 

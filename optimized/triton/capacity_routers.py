@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch.autograd.function import once_differentiable
 
-from gaugeblock.optimized.triton.arithmetic import divide
+from gaugeblock.optimized.triton.arithmetic import divide, softmax_of, through_softmax
 from gaugeblock.optimized.triton.launch import device_of, program_rows, require_triton_device
 from gaugeblock.optimized.triton.routers import softmax_topk
 from gaugeblock.optimized.triton.routing import empty_choice, grad_logits_of, launch_rows, load_logits, options_of, store_choice
@@ -234,7 +234,7 @@ def _probabilities_by_expert(
     is_cell = (rows < num_tokens) & (experts < num_experts)
     dtype = probabilities_ptr.dtype.element_ty
     logits = load_logits(logits_ptr, row_stride, column_stride, rows, experts, is_cell, dtype)
-    probabilities = _softmax(logits, experts < num_experts)
+    probabilities = softmax_of(tl.where(experts < num_experts, logits, float("-inf")))
     tl.store(probabilities_ptr + experts.to(tl.int64) * num_tokens + rows, probabilities, mask=is_cell)
 
 
@@ -250,18 +250,8 @@ def _backward_by_expert(
     dtype = grads_ptr.dtype.element_ty
     grads = tl.load(grads_ptr + experts.to(tl.int64) * num_tokens + rows, mask=is_cell, other=0.0)
     logits = load_logits(logits_ptr, row_stride, column_stride, rows, experts, is_cell, dtype)
-    probabilities = _softmax(logits, experts < num_experts)
-    # centered twice: where a probability is near 1, what rounding leaves of the mean is as large as the gradient
-    for _ in tl.static_range(2):
-        grads -= tl.sum(probabilities * grads, axis=1)[:, None]
-    tl.store(grad_logits_ptr + rows * num_experts + experts, probabilities * grads, mask=is_cell)
-
-
-@triton.jit
-def _softmax(logits, exists):
-    logits = tl.where(exists, logits, float("-inf"))
-    exponentials = tl.exp(logits - tl.max(logits, axis=1)[:, None])
-    return divide(exponentials, tl.sum(exponentials, axis=1)[:, None])
+    probabilities = softmax_of(tl.where(experts < num_experts, logits, float("-inf")))
+    tl.store(grad_logits_ptr + rows * num_experts + experts, through_softmax(probabilities, grads), mask=is_cell)
 
 
 class _ExpertChoice(torch.autograd.Function):

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch.autograd.function import once_differentiable
 
-from gaugeblock.optimized.triton.arithmetic import divide
+from gaugeblock.optimized.triton.arithmetic import divide, exponentials_of, through_softmax
 from gaugeblock.optimized.triton.launch import program_rows, require_triton_device
 from gaugeblock.optimized.triton.routing import empty_choice, launch_rows, load_grads, load_logits, store_choice
 from gaugeblock.optimized.triton.topk import choose_lanes, keys_of
@@ -89,10 +89,7 @@ def _noisy_topk_backward(
     dtype = grad_weights_ptr.dtype.element_ty
     is_chosen, grads = load_grads(grad_weights_ptr, grad_row_stride, grad_column_stride, ids_ptr, rows, in_batch, experts, top_k)
     _, weights = load_grads(weights_ptr, top_k, 1, ids_ptr, rows, in_batch, experts, top_k)
-    # centered twice: where a weight is near 1, what rounding leaves of the mean is as large as the gradient
-    for _ in tl.static_range(2):
-        grads -= tl.sum(weights * grads, axis=1)[:, None]
-    grads *= weights
+    grads = through_softmax(weights, grads)
     offsets, mask = rows * num_experts + experts, in_batch & (experts < num_experts)
     tl.store(grad_logits_ptr + offsets, grads, mask=mask)
 
@@ -101,16 +98,6 @@ def _noisy_topk_backward(
     )
     noise = load_logits(noise_ptr, noise_row_stride, noise_column_stride, rows, experts, mask & is_chosen, dtype)
     tl.store(grad_noise_logits_ptr + offsets, grads * noise * tl.sigmoid(noise_logits), mask=mask)
-
-
-@triton.jit
-def _softmax(logits, exists):
-    """Return the softmax of each row, the highest logit, and the sum of exponentials."""
-    logits = tl.where(exists, logits, float("-inf"))
-    highest = tl.max(logits, axis=1)[:, None]
-    exponentials = tl.exp(logits - highest)
-    total = tl.sum(exponentials, axis=1)[:, None]
-    return divide(exponentials, total), highest, total
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
@@ -128,14 +115,16 @@ def _ste_topk_forward(
     dtype = weights_ptr.dtype.element_ty
     logits = load_logits(logits_ptr, row_stride, column_stride, rows, experts, mask, dtype)
     offsets = rows * num_experts + experts
-    probs, highest, total = _softmax(logits, exists)
+    exponentials, total, highest = exponentials_of(tl.where(exists, logits, float("-inf")))
+    probs = divide(exponentials, total)
     tl.store(clean_ptr + offsets, probs, mask=mask)
     entropy = -tl.sum(probs * tl.log(probs + EPSILON), axis=1)[:, None]
     tl.store(entropy_ptr + rows, entropy, mask=in_batch)
     if training:
         noise = load_logits(noise_ptr, noise_row_stride, noise_column_stride, rows, experts, mask, dtype)
         logits += noise_std * noise
-        probs, highest, total = _softmax(logits, exists)
+        exponentials, total, highest = exponentials_of(tl.where(exists, logits, float("-inf")))
+        probs = divide(exponentials, total)
     tl.store(probs_ptr + offsets, probs, mask=mask)
 
     # probabilities are in the order of their logits, and underflow makes no logits equal
@@ -154,14 +143,6 @@ def _ste_topk_forward(
     else:
         weights = tl.full(chosen.shape, 1.0, dtype)
     store_choice(weights_ptr, ids_ptr, weights, ids, rows, in_batch, columns, top_k)
-
-
-@triton.jit
-def _softmax_backward(probs, grads):
-    """p * (dp - sum(p * dp)), centered twice: near 1, what rounding leaves of the mean is as large as the gradient."""
-    for _ in tl.static_range(2):
-        grads -= tl.sum(probs * grads, axis=1)[:, None]
-    return probs * grads
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
@@ -191,13 +172,13 @@ def _ste_topk_backward(
         grads += tl.where(is_chosen, divide(of_weights - inner, total), 0.0)
     elif training:
         grads += of_weights
-    grad_logits = _softmax_backward(probs, grads)
+    grad_logits = through_softmax(probs, grads)
 
     clean = tl.load(clean_ptr + offsets, mask=mask, other=0.0)
     grads = load_logits(grad_clean_ptr, grad_clean_row_stride, grad_clean_column_stride, rows, experts, mask, dtype)
     of_entropy = tl.load(grad_entropy_ptr + rows * grad_entropy_stride, mask=in_batch, other=0.0)
     grads -= of_entropy * (tl.log(clean + EPSILON) + divide(clean, clean + EPSILON))
-    tl.store(grad_logits_ptr + offsets, grad_logits + _softmax_backward(clean, grads), mask=mask)
+    tl.store(grad_logits_ptr + offsets, grad_logits + through_softmax(clean, grads), mask=mask)
 
 
 class _NoisyTopk(torch.autograd.Function):

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch.autograd.function import once_differentiable
 
-from gaugeblock.optimized.triton.arithmetic import divide
+from gaugeblock.optimized.triton.arithmetic import divide, through_softmax
 from gaugeblock.optimized.triton.launch import device_of, program_rows, require_triton_device
 from gaugeblock.optimized.triton.topk import choose_lanes, keys_of, no_key, scores_of
 
@@ -170,10 +170,7 @@ def _backward(
             exponentials = tl.where(is_chosen, exponentials, 0.0)
         scores = divide(exponentials, tl.sum(exponentials, axis=1)[:, None])
         grads = _grads_of_scores(scores, grads, is_chosen, DIVISOR, divisor_min)
-        # centered twice: where a probability is near 1, what rounding leaves of the mean is as large as the gradient
-        for _ in tl.static_range(2):
-            grads -= tl.sum(scores * grads, axis=1)[:, None]
-        grads *= scores
+        grads = through_softmax(scores, grads)
     else:
         scores = tl.sigmoid(logits)
         grads = _grads_of_scores(scores, grads, is_chosen, DIVISOR, divisor_min)

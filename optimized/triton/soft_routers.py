@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch.autograd.function import once_differentiable
 
-from gaugeblock.optimized.triton.arithmetic import divide
+from gaugeblock.optimized.triton.arithmetic import divide, softmax_of, through_softmax
 from gaugeblock.optimized.triton.launch import device_of, program_rows, require_triton_device
 from gaugeblock.optimized.triton.routing import empty_choice, launch_rows, load_grads, load_logits, store_choice
 from gaugeblock.optimized.triton.topk import choose_lanes, keys_of
@@ -138,9 +138,7 @@ def _soft_moe_backward(
     weights = tl.load(combine_ptr + offsets, mask=mask, other=0.0)
     starts = grad_combine_ptr + sequences * combine_batch_stride
     grads = load_logits(starts, combine_row_stride, combine_column_stride, tokens, slots, mask, dtype)
-    for _ in tl.static_range(2):
-        grads -= tl.sum(weights * grads, axis=1)[:, None]
-    tl.store(grad_logits_ptr + offsets, grad_logits + weights * grads, mask=mask)
+    tl.store(grad_logits_ptr + offsets, grad_logits + through_softmax(weights, grads), mask=mask)
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
@@ -185,12 +183,7 @@ def _choose_balanced_backward(
     if sigmoid:
         grads *= tl.sigmoid(logits) * tl.sigmoid(-logits)  # not 1 - w, which has no digits left where w is near 1
     else:
-        logits = tl.where(exists, logits, float("-inf"))
-        exponentials = tl.exp(logits - tl.max(logits, axis=1)[:, None])
-        weights = divide(exponentials, tl.sum(exponentials, axis=1)[:, None])
-        for _ in tl.static_range(2):  # where a weight is near 1, what rounding leaves of the mean is as large as the gradient
-            grads -= tl.sum(weights * grads, axis=1)[:, None]
-        grads *= weights
+        grads = through_softmax(softmax_of(tl.where(exists, logits, float("-inf"))), grads)
     tl.store(grad_logits_ptr + rows * num_experts + experts, grads, mask=in_batch & exists)
 
 

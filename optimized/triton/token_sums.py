@@ -44,23 +44,6 @@ def load_logits(logits_ptr, row_stride, column_stride, rows, counted, experts, e
 
 
 @triton.jit
-def exponentials_of(logits):
-    """Return exp(logits - highest), their sum, and the highest of each row."""
-    highest = tl.max(logits, axis=1)[:, None]
-    exponentials = tl.exp(logits - highest)
-    return exponentials, tl.sum(exponentials, axis=1)[:, None], highest
-
-
-@triton.jit
-def through_softmax(probabilities, slopes):
-    """Return the gradient of logits: dx = p * (dp - sum(p * dp)), dp being the slopes."""
-    # centered twice: where a probability is near 1, what rounding leaves of the mean is as large as the gradient
-    for _ in tl.static_range(2):
-        slopes -= tl.sum(probabilities * slopes, axis=1)[:, None]
-    return probabilities * slopes
-
-
-@triton.jit
 def _mean(sums_ptr, counts_ptr, mean_ptr, slope_ptr, num_sums, BLOCK_SUMS: tl.constexpr):
     """Divide the sum of all sums by that of all counts; the slope is the derivative of the mean by a summand."""
     sums = tl.full([BLOCK_SUMS], 0.0, sums_ptr.dtype.element_ty)

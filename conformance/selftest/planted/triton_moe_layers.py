@@ -25,7 +25,7 @@ mutant(
     "tl.num_programs(0) * BLOCK_TOKENS", "BLOCK_TOKENS", "parity", "boundary",
 )  # fmt: skip
 mutant(
-    BALANCE, "gradient-not-centered", "The mean is not subtracted from the gradient.", "auxiliary_losses._balance_backward",
+    BALANCE, "gradient-not-centered", "The mean is not subtracted from the gradient.", "arithmetic.through_softmax",
     "static_range(2)", "static_range(0)", "gradients", "gradient",
 )  # fmt: skip
 mutant(

@@ -37,7 +37,7 @@ mutant(
     "gpt-oss ports",
 )  # fmt: skip
 mutant(
-    SOFTMAX, "gradient-not-centered", "The mean is not subtracted from the gradient.", "routing._backward",
+    SOFTMAX, "gradient-not-centered", "The mean is not subtracted from the gradient.", "arithmetic.through_softmax",
     "static_range(2)", "static_range(0)", "gradients", "gradient",
 )  # fmt: skip
 mutant(
