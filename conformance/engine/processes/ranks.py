@@ -258,7 +258,7 @@ def _shard(contract: Contract, parameters: Parameters, call: Call, rank: int, si
     return replace(call, inputs=shards(call.inputs), cotangents=cotangents)
 
 
-def _part(tensor: Any, shape: tuple[str | int, ...], sharded: Mapping[str, Any], rank: int, size: int) -> Any:
+def _part(tensor: Any, shape: tuple[object, ...], sharded: Mapping[str, Any], rank: int, size: int) -> Any:
     for place, name in enumerate(shape):
         if name in sharded and isinstance(tensor, torch.Tensor) and place < tensor.ndim:
             tensor = tensor.tensor_split(size, dim=place)[rank]
