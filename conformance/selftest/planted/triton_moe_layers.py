@@ -10,7 +10,7 @@ mutant(
 )  # fmt: skip
 mutant(
     BALANCE, "padding-counted", "Padding has a probability, the same for all experts.", "auxiliary_losses._balance_sums",
-    "tl.where(is_counted, divide(exponentials, total), 0.0)", "divide(exponentials, total)", "parity", "structural",
+    "tl.where(counted, _probabilities(logits, SIGMOID), 0.0)", "_probabilities(logits, SIGMOID)", "parity", "structural",
 )  # fmt: skip
 mutant(
     BALANCE, "tokens-for-assignments", "Assignments are divided by themselves, not by tokens.", "auxiliary_losses._balance_loss",
@@ -22,7 +22,7 @@ mutant(
 )  # fmt: skip
 mutant(
     BALANCE, "programs-overlap", "Each program goes on to the tokens of the next.", "auxiliary_losses._balance_sums",
-    "tl.num_programs(0) * BLOCK_TOKENS", "BLOCK_TOKENS", "parity", "boundary",
+    "num_programs * BLOCK_TOKENS):", "BLOCK_TOKENS):", "parity", "boundary",
 )  # fmt: skip
 mutant(
     BALANCE, "gradient-not-centered", "The mean is not subtracted from the gradient.", "arithmetic.through_softmax",
@@ -38,5 +38,5 @@ mutant(
 )  # fmt: skip
 mutant(
     Z, "gradient-halved", "The derivative of z² is z.", "auxiliary_losses._token_backward",
-    " * 2.0 * z", " * z", "gradients", "gradient",
+    "2.0 * (highest", "(highest", "gradients", "gradient",
 )  # fmt: skip
