@@ -137,9 +137,9 @@ twin(
     "routers.grouped_sigmoid_topk",
     "groups-of-one-expert",
     "The top two are as many as there are groups, not as a group has experts.",
-    "group_scores",
-    "min(2, scores_TGM.shape[-1])",
-    "min(2, scores_TGM.shape[1])",
+    "best_of_groups",
+    "min(best, scores_TGM.shape[-1])",
+    "min(best, scores_TGM.shape[1])",
 )
 twin(
     "objectives.rectified_flow_velocity",
