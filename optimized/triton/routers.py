@@ -39,8 +39,15 @@ def grouped_softmax_topk(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """As `gaugeblock.reference.torch.routers.grouped_softmax_topk`."""
     validation.grouped_softmax_topk(router_logits, top_k, num_groups, topk_groups, routed_scaling_factor)
-    groups = {"num_groups": num_groups, "topk_groups": topk_groups, "group_best": 1}
-    return route(router_logits, top_k=top_k, scores="softmax", **groups, routed_scaling_factor=routed_scaling_factor)
+    return route(
+        router_logits,
+        top_k=top_k,
+        scores="softmax",
+        num_groups=num_groups,
+        topk_groups=topk_groups,
+        group_best=1,
+        routed_scaling_factor=routed_scaling_factor,
+    )
 
 
 def grouped_sigmoid_topk(
@@ -73,8 +80,14 @@ def biased_softmax_topk(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """As `gaugeblock.reference.torch.routers.biased_softmax_topk`; the bias may have any stride."""
     validation.biased_softmax_topk(router_logits, e_score_correction_bias, top_k, norm_min)
-    divisor = {"divisor": "sum, or the least", "divisor_min": norm_min}
-    return route(router_logits, e_score_correction_bias, top_k=top_k, scores="softmax", **divisor)
+    return route(
+        router_logits,
+        e_score_correction_bias,
+        top_k=top_k,
+        scores="softmax",
+        divisor="sum, or the least",
+        divisor_min=norm_min,
+    )
 
 
 def zero_expert_topk(

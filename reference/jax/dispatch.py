@@ -56,7 +56,8 @@ def permute(hidden_states: jax.Array, order: jax.Array, *, top_k: int) -> jax.Ar
     validation.routed_rows_in_range(order, num_rows=hidden_states.shape[0] * top_k)
 
     token_N = order // top_k
-    return hidden_states[token_N]
+    # in float32 for the sake of the gradient, which is a sum over the choices of a token
+    return at_least_float32(hidden_states)[token_N].astype(hidden_states.dtype)
 
 
 def unpermute(rows: jax.Array, inverse: jax.Array, topk_weights: jax.Array) -> jax.Array:

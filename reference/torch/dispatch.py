@@ -100,7 +100,7 @@ def permute(hidden_states: torch.Tensor, order: torch.Tensor, *, top_k: int) -> 
         top_k: Choices of a token.
 
     Returns:
-        [num_rows, hidden_size], dtype as hidden_states.
+        [num_rows, hidden_size], dtype as hidden_states; its gradient is added up in float32 and rounded once.
 
     Raises:
         TypeError: An argument is not an array of the dtype above, or `top_k` is no integer.
@@ -112,7 +112,8 @@ def permute(hidden_states: torch.Tensor, order: torch.Tensor, *, top_k: int) -> 
     validation.routed_rows_in_range(order, num_rows=hidden_states.shape[0] * top_k)
 
     token_N = order.to(torch.int64) // top_k
-    return hidden_states[token_N]
+    # in float32 for the sake of the gradient, which is a sum over the choices of a token
+    return at_least_float32(hidden_states)[token_N].to(hidden_states.dtype)
 
 
 def unpermute(rows: torch.Tensor, inverse: torch.Tensor, topk_weights: torch.Tensor) -> torch.Tensor:

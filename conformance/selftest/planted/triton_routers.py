@@ -78,7 +78,7 @@ mutant(
 )  # fmt: skip
 mutant(
     GROUPED_SOFTMAX, "two-best-of-a-group", "A group's score is the sum of its two best.", "routers.grouped_softmax_topk",
-    '"group_best": 1', '"group_best": 2', "parity", "structural", "DeepSeek-V2 and V3 mixed up",
+    "group_best=1", "group_best=2", "parity", "structural", "DeepSeek-V2 and V3 mixed up",
 )  # fmt: skip
 mutant(
     BIASED, "chosen-without-bias", "The bias does not take part in the choice.", "routing._forward",
