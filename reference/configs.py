@@ -7,7 +7,6 @@ from typing import Literal, get_args
 
 ScoreFunction = Literal["sigmoid", "softmax"]
 VelocitySign = Literal["noise - data", "data - noise"]
-ScoreFunction = Literal["sigmoid", "softmax"]
 TimestepSampling = Literal["uniform", "logit-normal"]
 SecondExpertPolicy = Literal["all", "sampling", "random"]
 

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, get_args
 
 FLOATING = ("bfloat16", "float16", "float32", "float64")
 _reads_gpus = ContextVar("whether values on a GPU are read", default=False)
@@ -68,6 +68,12 @@ def require_number(name: str, value: Any) -> None:
         raise TypeError(f"{name} must be a number, got {value!r}")
     if not math.isfinite(value):
         raise ValueError(f"{name} must be finite, got {value}")
+
+
+def require_one_of(name: str, value: Any, names: Any) -> None:
+    """Check that an option is one of the names of a `Literal`."""
+    if value not in get_args(names):
+        raise ValueError(f"{name} must be {' or '.join(map(repr, get_args(names)))}, got {value!r}")
 
 
 def require_dtype(name: str, array: Any, allowed: tuple[str, ...]) -> None:

@@ -1,7 +1,7 @@
 """Calls of auxiliary losses."""
 
 import sys
-from typing import Any, get_args
+from typing import Any
 
 from gaugeblock.reference.configs import ScoreFunction
 from gaugeblock.reference.validation.arrays import (
@@ -10,6 +10,7 @@ from gaugeblock.reference.validation.arrays import (
     require_between,
     require_dtype,
     require_number,
+    require_one_of,
     require_same_device,
     require_shape,
 )
@@ -25,8 +26,7 @@ def sequence_balance_loss(router_logits: Any, topk_ids: Any, attention_mask: Any
     """Check the arguments of `auxiliary_losses.sequence_balance_loss`; the ids' values are left to `expert_ids_in_range`."""
     _require_logits(router_logits, attention_mask, batch_size=None, sequence_length=None)
     _require_ids(topk_ids, router_logits, batch_size=router_logits.shape[0], sequence_length=router_logits.shape[1])
-    if scores not in get_args(ScoreFunction):
-        raise ValueError(f"scores must be {' or '.join(map(repr, get_args(ScoreFunction)))}, got {scores!r}")
+    require_one_of("scores", scores, ScoreFunction)
 
 
 def router_z_loss(router_logits: Any, attention_mask: Any) -> None:

@@ -1,9 +1,16 @@
 """Calls of routers whose experts have room for so many tokens."""
 
-from typing import Any, get_args
+from typing import Any
 
 from gaugeblock.reference.configs import SecondExpertPolicy
-from gaugeblock.reference.validation.arrays import FLOATING, require_dtype, require_positive, require_same_device, require_shape
+from gaugeblock.reference.validation.arrays import (
+    FLOATING,
+    require_dtype,
+    require_one_of,
+    require_positive,
+    require_same_device,
+    require_shape,
+)
 from gaugeblock.reference.validation.auxiliary_losses import router_z_loss
 
 
@@ -24,9 +31,7 @@ def gshard_top2(
     num_tokens, num_experts = router_logits.shape
     if num_experts < 2:
         raise ValueError(f"router_logits must hold at least two experts, got {tuple(router_logits.shape)}")
-    if second_expert_policy not in get_args(SecondExpertPolicy):
-        policies = " or ".join(map(repr, get_args(SecondExpertPolicy)))
-        raise ValueError(f"second_expert_policy must be {policies}, got {second_expert_policy!r}")
+    require_one_of("second_expert_policy", second_expert_policy, SecondExpertPolicy)
     if noise is not None:
         require_dtype("noise", noise, FLOATING)
         require_shape("noise", noise, num_tokens=num_tokens, num_experts=num_experts)

@@ -1,9 +1,9 @@
 """Calls of objectives."""
 
-from typing import Any, get_args
+from typing import Any
 
 from gaugeblock.reference.configs import VelocitySign
-from gaugeblock.reference.validation.arrays import FLOATING, require_dtype, require_same_device, require_shape
+from gaugeblock.reference.validation.arrays import FLOATING, require_dtype, require_one_of, require_same_device, require_shape
 
 
 def rectified_flow(data: Any, noise: Any) -> None:
@@ -28,8 +28,7 @@ def rectified_flow_prediction(prediction: Any, data: Any) -> None:
 
 def velocity_sign(velocity: Any) -> None:
     """Check which way a velocity is said to point."""
-    if velocity not in get_args(VelocitySign):
-        raise ValueError(f"velocity must be {' or '.join(map(repr, get_args(VelocitySign)))}, got {velocity!r}")
+    require_one_of("velocity", velocity, VelocitySign)
 
 
 def require_like_data(name: str, array: Any, data: Any) -> None:

@@ -1,9 +1,9 @@
 """Calls of routers that balance by softmaxes over tokens."""
 
-from typing import Any, get_args
+from typing import Any
 
 from gaugeblock.reference.configs import ScoreFunction
-from gaugeblock.reference.validation.arrays import FLOATING, require_between, require_dtype, require_shape
+from gaugeblock.reference.validation.arrays import FLOATING, require_between, require_dtype, require_one_of, require_shape
 from gaugeblock.reference.validation.routers import softmax_topk
 
 MOST_ITERATIONS = 2**20  # more would not end
@@ -21,6 +21,4 @@ def sinkhorn(router_logits: Any, top_k: int, num_iterations: int, score_function
     """Check the arguments of `soft_routers.sinkhorn`."""
     softmax_topk(router_logits, top_k)
     require_between("num_iterations", num_iterations, 0, MOST_ITERATIONS)
-    if score_function not in get_args(ScoreFunction):
-        names = " or ".join(map(repr, get_args(ScoreFunction)))
-        raise ValueError(f"score_function must be {names}, got {score_function!r}")
+    require_one_of("score_function", score_function, ScoreFunction)
