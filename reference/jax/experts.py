@@ -4,11 +4,13 @@ Shapes: T num_tokens, E num_experts, K top_k, N routed rows (T * K), H hidden_si
 together (2 * I).
 """
 
+import math
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jax.nn import gelu, silu
+from jax.nn import silu
+from jax.scipy.special import erfc
 
 from gaugeblock.reference import validation
 from gaugeblock.reference.configs import GeluApproximation
@@ -48,7 +50,7 @@ def fused_geglu(
 
     def geglu_experts(hidden_NH: jax.Array, group_sizes_E: jax.Array) -> jax.Array:
         gate_NI, up_NI = jnp.split(grouped_matmul(hidden_NH, w13, group_sizes_E), 2, axis=-1)
-        return grouped_matmul(gelu(gate_NI, approximate=approximate == "tanh") * up_NI, w2, group_sizes_E)
+        return grouped_matmul(gelu(gate_NI, approximate) * up_NI, w2, group_sizes_E)
 
     return sum_of_experts(geglu_experts, hidden_states, topk_weights, topk_ids, num_experts=w13.shape[0])
 
@@ -70,7 +72,7 @@ def fused_gelu_mlp(
 
     def gelu_experts(hidden_NH: jax.Array, group_sizes_E: jax.Array) -> jax.Array:
         inner_NI = grouped_linear(hidden_NH, w1, b1, group_sizes_E)
-        return grouped_linear(gelu(inner_NI, approximate=approximate == "tanh"), w2, b2, group_sizes_E)
+        return grouped_linear(gelu(inner_NI, approximate), w2, b2, group_sizes_E)
 
     return sum_of_experts(gelu_experts, hidden_states, topk_weights, topk_ids, num_experts=w1.shape[0])
 
@@ -113,6 +115,13 @@ def gated_shared_swiglu(hidden_states: jax.Array, w13: jax.Array, w2: jax.Array,
     open_T1 = jax.nn.sigmoid(jnp.matmul(hidden_TH, at_least_float32(shared_gate).mT, precision="highest"))
     out_TH = open_T1 * swiglu(hidden_TH, at_least_float32(w13), at_least_float32(w2))
     return out_TH.astype(hidden_states.dtype)
+
+
+def gelu(x: jax.Array, approximate: GeluApproximation) -> jax.Array:
+    """As `gaugeblock.reference.torch.experts.gelu`."""
+    if approximate == "tanh":
+        return x * jax.nn.sigmoid(2 * math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))
+    return x / 2 * erfc(-x / math.sqrt(2))
 
 
 def swiglu(rows: jax.Array, w13: jax.Array, w2: jax.Array) -> jax.Array:

@@ -4,10 +4,11 @@ Shapes: T num_tokens, E num_experts, K top_k, N routed rows (T * K), H hidden_si
 together (2 * I).
 """
 
+import math
 from collections.abc import Callable
 
 import torch
-from torch.nn.functional import gelu, silu
+from torch.nn.functional import silu
 
 from gaugeblock.reference import validation
 from gaugeblock.reference.configs import GeluApproximation
@@ -93,7 +94,7 @@ def fused_geglu(
 
     def geglu_experts(hidden_NH: torch.Tensor, group_sizes_E: torch.Tensor) -> torch.Tensor:
         gate_NI, up_NI = grouped_matmul(hidden_NH, w13, group_sizes_E).chunk(2, dim=-1)
-        return grouped_matmul(gelu(gate_NI, approximate=approximate) * up_NI, w2, group_sizes_E)
+        return grouped_matmul(gelu(gate_NI, approximate) * up_NI, w2, group_sizes_E)
 
     return sum_of_experts(geglu_experts, hidden_states, topk_weights, topk_ids, num_experts=w13.shape[0])
 
@@ -140,7 +141,7 @@ def fused_gelu_mlp(
 
     def gelu_experts(hidden_NH: torch.Tensor, group_sizes_E: torch.Tensor) -> torch.Tensor:
         inner_NI = grouped_linear(hidden_NH, w1, b1, group_sizes_E)
-        return grouped_linear(gelu(inner_NI, approximate=approximate), w2, b2, group_sizes_E)
+        return grouped_linear(gelu(inner_NI, approximate), w2, b2, group_sizes_E)
 
     return sum_of_experts(gelu_experts, hidden_states, topk_weights, topk_ids, num_experts=w1.shape[0])
 
@@ -251,6 +252,16 @@ def gated_shared_swiglu(
     open_T1 = torch.sigmoid(hidden_TH @ at_least_float32(shared_gate).mT)
     out_TH = open_T1 * swiglu(hidden_TH, at_least_float32(w13), at_least_float32(w2))
     return out_TH.to(hidden_states.dtype)
+
+
+def gelu(x: torch.Tensor, approximate: GeluApproximation) -> torch.Tensor:
+    """Return x times the normal distribution's cumulative function at x, or an approximation of that; dtype as x.
+
+    1 + erf and 1 + tanh lose all their digits where x is below -6; erfc, and the sigmoid of twice what tanh gets, lose none.
+    """
+    if approximate == "tanh":
+        return x * torch.sigmoid(2 * math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))
+    return x / 2 * torch.special.erfc(-x / math.sqrt(2))
 
 
 def swiglu(rows: torch.Tensor, w13: torch.Tensor, w2: torch.Tensor) -> torch.Tensor:
