@@ -46,7 +46,8 @@ def fused_gelu_mlp() -> Contract:
         traits=(*of_experts.TRAITS, *BIAS_TRAITS),
         regimes=(
             *of_experts.regimes(mlp, down=-10),
-            Regime("constant-probing", in_the_tail),
+            # a library's erf errs to one side in so narrow a range, so that errors are no sample
+            Regime("constant-probing", in_the_tail, "worst element"),
             Regime("lattice", mlp_lattice, "exact", differentiable=False),
         ),
         flops=lambda parameters: of_experts.flops(parameters, matrices=2),
@@ -197,10 +198,10 @@ def mlp_by_sums(
 
 
 def in_the_tail(draw: Draw, parameters: Parameters) -> Tensors:
-    """Hidden values about -3 to -2.5, where the two GELUs lie 3 to 10 % apart, and sums of one sign, in which that stays."""
+    """Hidden values about -3 to -2.5, where the two GELUs lie 3 to 10 % apart."""
     tensors = mlp(draw, parameters)
     between = {"b1": -3 + draw.uniform(*tensors["b1"].shape) / 2, "b2": 0 * tensors["b2"]}
-    return tensors | between | {"hidden_states": tensors["hidden_states"] / 16, "w2": tensors["w2"].abs()}
+    return tensors | between | {"hidden_states": tensors["hidden_states"] / 16}
 
 
 def mlp_lattice(draw: Draw, parameters: Parameters) -> Tensors:
