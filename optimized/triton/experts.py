@@ -18,6 +18,7 @@ Matrices are read once per block of rows, from cache where an expert has several
 expert are bound by the matrix units, few by reading the matrices.
 """
 
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -212,6 +213,10 @@ def fused_swiglu(
     validation.fused_swiglu(hidden_states, w13, w2, topk_weights, topk_ids)
     activation, expert = SWIGLU, Expert(w13, None, w2, None)
     return _apply(activation, hidden_states, expert, topk_weights, topk_ids, batch_invariant=batch_invariant, recompute=recompute)
+
+
+fused_swiglu_fast = partial(fused_swiglu, batch_invariant=False)
+fused_swiglu_recomputed = partial(fused_swiglu, recompute=True)
 
 
 def fused_geglu(
