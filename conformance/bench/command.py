@@ -1,7 +1,6 @@
 """The command `gaugeblock bench`: a table for each workload and direction, fastest first."""
 
 import argparse
-import difflib
 import json
 import math
 import time
@@ -19,6 +18,7 @@ from gaugeblock.conformance.bench.timing import keep_freed_memory
 from gaugeblock.conformance.engine.contract import Contract, Workload
 from gaugeblock.conformance.engine.devices import interpret_without_gpu
 from gaugeblock.conformance.engine.registry import contracts, find_contract, load_candidates, load_entry_points
+from gaugeblock.conformance.engine.suggestion import suggest
 
 MEASURED, WRONG_RESULTS, NOTHING_MEASURED = 0, 1, 3
 DIRECTIONS: dict[str, tuple[Direction, ...]] = {
@@ -29,8 +29,8 @@ DIRECTIONS: dict[str, tuple[Direction, ...]] = {
 TITLES = {"forward": "forward", "backward": "forward + backward"}
 HEADERS = ("implementation", "× roofline", "ms", "best ms", "TFLOP/s", "GB/s", "peak MB", "deviation", "samples", "")
 COLUMNS = ("left", *["right"] * 8, "left")
-COUNTER_HEADERS = ("implementation", "MB allocated", "peak MB", "operations", "kernels", "")
-COUNTER_COLUMNS = ("left", *["right"] * 4, "left")
+COUNTER_HEADERS = ("implementation", "MB allocated", "peak MB", "saved MB", "operations", "kernels", "")
+COUNTER_COLUMNS = ("left", *["right"] * 5, "left")
 
 
 def main(options: argparse.Namespace) -> int:
@@ -104,9 +104,7 @@ def select(contract_names: Sequence[str], workload_names: Sequence[str]) -> Iter
     known = {workload.name for contract in named for workload in contract.workloads}
     for name in workload_names:
         if name not in known:
-            near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
-            hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(sorted(known))}"
-            raise ValueError(f"unknown workload {name!r}; {hint}")
+            raise ValueError(f"unknown workload {name!r}{suggest(name, sorted(known))}")
     for contract in named:
         for workload in contract.workloads:
             if not workload_names or workload.name in workload_names:
@@ -160,10 +158,11 @@ def _cells(row: Row) -> list[str]:
 
 def _counts(row: CounterRow) -> list[str]:
     if row.counters is None:
-        return [""] * 4
+        return [""] * 5
     return [
         _number(row.counters.bytes_allocated, 1e-6, ".3f"),
         _number(row.counters.peak_bytes, 1e-6, ".3f"),
+        _number(row.counters.saved_bytes, 1e-6, ".3f"),
         _number(row.counters.operations, 1, "d"),
         _number(row.counters.kernels, 1, "d"),
     ]

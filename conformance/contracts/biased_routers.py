@@ -163,7 +163,7 @@ def shuffled_among_their_kind(draw: Draw, parameters: Parameters) -> torch.Tenso
 
 def in_turn(tensors: Tensors) -> Tensors:
     """Each expert has the highest score of some token: its bias is as small as the others'."""
-    return of_groups.in_turn(tensors) | {"e_score_correction_bias": 1e-4 * tensors["e_score_correction_bias"]}
+    return of_groups.in_turn(tensors) | {"e_score_correction_bias": tensors["e_score_correction_bias"].fmod(2.0**-13)}
 
 
 TRAITS = (Trait("each expert in turn", "router_logits", in_turn, fits=of_routers.each_expert), *of_routers.SOFTMAX_TRAITS[1:])

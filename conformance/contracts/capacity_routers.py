@@ -310,8 +310,12 @@ REJECTIONS = (
 
 
 def infinite(draw: Draw, parameters: Parameters) -> Tensors:
-    """Some logits are -inf. With a NaN as well, any choice of any expert would do."""
-    return {"router_logits": of_routers.special(draw, parameters)["router_logits"].nan_to_num(0.0, neginf=-math.inf)}
+    """Some logits are -inf, and most of the last of several experts, which so takes tokens of probability 0. With a NaN as well,
+    any choice of any expert would do."""
+    logits = of_routers.special(draw, parameters)["router_logits"].nan_to_num(0.0, neginf=-math.inf)
+    if logits.shape[1] > 1:
+        logits[draw.uniform(len(logits)) < 0.9, -1] = -math.inf
+    return {"router_logits": logits}
 
 
 TOP2_REJECTIONS = (

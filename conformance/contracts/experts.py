@@ -59,6 +59,8 @@ def fused_swiglu() -> Contract:
         rejections=(of_experts.IDS_FOR_MORE_TOKENS, of_experts.ODD_ROWS),
         implementations=(
             triton(),
+            triton("experts:fused_swiglu_fast", name="triton-fast", dtypes=COMPILED_DTYPES, batch_invariant=False),
+            triton("experts:fused_swiglu_recomputed", name="triton-recomputed", dtypes=("bfloat16",)),
             compiled("torch-grouped"),
             jax("jax-grouped", dtypes=COMPILED_DTYPES),
             distributed("expert-parallel", dtypes=("float32", "bfloat16"), devices=DEVICES, world_sizes=(1, 2, 4)),

@@ -139,20 +139,29 @@ def _of_few_digits(tensors: Tensors) -> Tensors:
     return {"noise": tensors["noise"].to(torch.bfloat16).to(torch.float64)}
 
 
+def _below(bound: float, logits: torch.Tensor) -> torch.Tensor:
+    """Logits that lie below a negative bound: as far as they are from 0, where they do not already."""
+    return torch.where(logits <= bound, logits, bound - logits.abs())
+
+
+def _small(numbers: torch.Tensor) -> torch.Tensor:
+    """What 64ths leave, of numbers beyond one of them."""
+    return torch.where(numbers.abs() <= 1 / 64, numbers, numbers.fmod(1 / 64))
+
+
 def _noise_decides(tensors: Tensors) -> Tensors:
     """Logits are 0 and deviations of the noise near 10^-8, which must have all their digits."""
-    flat, small = torch.zeros_like(tensors["router_logits"]), -18 - tensors["noise_logits"].abs()
-    return {"router_logits": flat, "noise_logits": small}
+    return {"router_logits": torch.zeros_like(tensors["router_logits"]), "noise_logits": _below(-18, tensors["noise_logits"])}
 
 
 def _loud(tensors: Tensors) -> Tensors:
     """Exponentials of the deviations' logits overflow; the draws are small, so that no weight is all but 1."""
-    return {"noise_logits": 90 + tensors["noise_logits"].abs(), "noise": tensors["noise"] / 64}
+    return {"noise_logits": -_below(-90, -tensors["noise_logits"]), "noise": _small(tensors["noise"])}
 
 
 def _flat(tensors: Tensors) -> Tensors:
     """Probabilities are nearly the same, so that those of the chosen sum to little."""
-    return {"router_logits": tensors["router_logits"] / 64, "noise": tensors["noise"] / 64}
+    return {name: _small(tensors[name]) for name in ("router_logits", "noise")}
 
 
 IN_BFLOAT16 = Trait("bfloat16", "dtype of noise", _of_few_digits, dtypes={"noise": "bfloat16"})
@@ -160,7 +169,7 @@ NOISY_TRAITS = (
     Trait("negative", "router_logits", of_routers.negative),
     Trait("alone, near 10^-8", "noise_logits", _noise_decides),
     Trait("large", "noise_logits", _loud),
-    Trait("very negative", "noise_logits", lambda tensors: {"noise_logits": -120 - tensors["noise_logits"].abs()}),
+    Trait("very negative", "noise_logits", lambda tensors: {"noise_logits": _below(-120, tensors["noise_logits"])}),
     IN_BFLOAT16,
 )
 STE_TRAITS = (

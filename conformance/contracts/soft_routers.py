@@ -153,7 +153,8 @@ def _shape(parameters: Parameters) -> tuple[int, int, int]:
 
 def _about_128(tensors: Tensors) -> Tensors:
     """Exponentials overflow unless maxima are subtracted."""
-    return {"router_logits": tensors["router_logits"] + 128}
+    logits = tensors["router_logits"]
+    return {"router_logits": torch.where(logits < 64, logits + 128, logits)}
 
 
 def soft_dithered(draw: Draw, parameters: Parameters) -> Tensors:

@@ -5,9 +5,9 @@ from collections.abc import Iterable
 
 
 def suggest(name: str, known: Iterable[str]) -> str:
-    """The nearest known name, or all of them."""
-    known = list(known)
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
+    """The nearest known name, first of those that go on from there, or all of them."""
+    known = sorted(known, key=lambda each: not each.startswith(name))
+    near = known[:1] if name and known and known[0].startswith(name) else difflib.get_close_matches(name, known, n=1, cutoff=0.4)
     return f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(known)}"
 
 

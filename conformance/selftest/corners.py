@@ -1,4 +1,5 @@
-"""Corner faults, made at random: a right kernel that is 1 % off where a case lies in one class, or in one pair of classes.
+"""Corner faults, made at random: a right kernel that is 1 % off (by 1, of whole numbers alone) where a case lies in one class, or
+in one pair of classes.
 
 A kernel sees the case by its inputs and options alone: sizes from shapes, options by name, a trait by what that would change.
 What it cannot see (of how many steps a call is one) makes no corner.
@@ -50,7 +51,7 @@ class Caught:
 
 
 class WrongInACorner:
-    """A right kernel whose results are 1 % off in one corner, and 0.01 where they are 0."""
+    """A right kernel whose results are 1 % off in one corner, and 0.01 where they are 0; by 1 where all are whole numbers."""
 
     def __init__(self, contract: Contract, right: Callable[..., Any], classes: Classes) -> None:
         self.contract, self.right, self.classes = contract, right, classes
@@ -60,7 +61,10 @@ class WrongInACorner:
         seen = seen_classes(self.contract, arguments, options)
         if any(seen.get(name) != each for name, each in self.classes):
             return results
-        return tuple(map(_off, results)) if isinstance(results, tuple) else _off(results)
+        if not isinstance(results, tuple):
+            return _off(results)
+        whole = all(isinstance(each, torch.Tensor) and not each.is_floating_point() for each in results)
+        return tuple(each + 1 if whole else _off(each) for each in results)
 
 
 def _off(value: Any) -> Any:

@@ -43,6 +43,19 @@ class BlocksOneByOne(Align):
         return torch.tensor(starts)
 
 
+@right(dtypes=("float32",))
+class BlocksConcatenated(Align):
+    """The rows of each expert are looked up and padded by themselves."""
+
+    def __call__(self, topk_ids, *, num_experts, block_size):
+        rows, experts, padded = super().__call__(topk_ids, num_experts=num_experts, block_size=block_size)
+        ids, none = topk_ids.flatten(), topk_ids.numel()
+        groups = [torch.where(ids == expert)[0] for expert in range(num_experts)]
+        parts = [torch.nn.functional.pad(each, (0, -len(each) % block_size), value=none) for each in groups]
+        missing = len(rows) - sum(map(len, parts))
+        return torch.nn.functional.pad(torch.cat(parts), (0, missing), value=none), experts, padded
+
+
 @right()
 class PermuteByOneHot(Permute):
     """Each place takes its token from all, of which the others are masked."""

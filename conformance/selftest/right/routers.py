@@ -215,3 +215,11 @@ class TableAsMatrix:
     def __call__(self, token_ids, table):
         words = torch.nn.functional.one_hot(token_ids, len(table))
         return torch.ones(len(token_ids)), (words * table).sum(1)
+
+
+@right("routers.hash_router", validates=False)
+class TableAsLookup:
+    """`torch.embedding` of a table of one column."""
+
+    def __call__(self, token_ids, table):
+        return torch.ones(len(token_ids)), torch.embedding(table[:, None], token_ids.long())[:, 0]
