@@ -8,6 +8,7 @@ from gaugeblock.conformance.contracts import routed_experts as of_experts
 from gaugeblock.conformance.contracts.routed_experts import sizes
 from gaugeblock.conformance.engine.contract import Contract, Input, Regime, Rejection, Workload, row
 from gaugeblock.conformance.engine.factors import Trait, either
+from gaugeblock.conformance.engine.implementation import triton
 from gaugeblock.conformance.engine.inputs.draw import Draw
 from gaugeblock.conformance.engine.vocabulary import Parameters, Tensors
 from gaugeblock.reference.torch import experts
@@ -62,6 +63,7 @@ def fused_gelu_mlp() -> Contract:
         cases=0.5,
         sharded=of_experts.SHARDED,
         rejections=(of_experts.IDS_FOR_MORE_TOKENS,),
+        implementations=(triton(),),
     )
 
 
@@ -121,6 +123,7 @@ def fused_swiglu_oai() -> Contract:
             of_experts.ODD_ROWS,
             Rejection("limit of 0", "limit", lambda call: {"limit": 0.0}),
         ),
+        implementations=(triton(),),
     )
 
 

@@ -113,6 +113,7 @@ def fused_geglu() -> Contract:
         cases=0.5,
         sharded=of_experts.SHARDED,
         rejections=(of_experts.IDS_FOR_MORE_TOKENS, of_experts.ODD_ROWS),
+        implementations=(triton(),),
     )
 
 
