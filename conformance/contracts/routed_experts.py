@@ -249,7 +249,8 @@ def cancelling(make: Make) -> Make:
 
 
 def special(make: Make) -> Make:
-    """A token of NaN and one with an infinity; where most tokens are of other experts, the last one's weights are NaN."""
+    """A token of NaN and one with an infinity; where most tokens are of other experts, the last one's weights are NaN, and one
+    element of the first one's first bias: a gate, whose up value is a number."""
 
     def made(draw: Draw, parameters: Parameters) -> Tensors:
         tensors = make(draw, parameters)
@@ -259,6 +260,8 @@ def special(make: Make) -> Make:
             for name in WEIGHTS:
                 if name in tensors:
                     tensors[name][-1] = torch.nan
+                if name in tensors and name in ("b1", "b13"):
+                    tensors[name][0, 0] = torch.nan
         return tensors
 
     return made
