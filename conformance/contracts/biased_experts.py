@@ -8,6 +8,7 @@ from gaugeblock.conformance.contracts import routed_experts as of_experts
 from gaugeblock.conformance.contracts.routed_experts import sizes
 from gaugeblock.conformance.engine.contract import Contract, Input, Regime, Rejection, Workload, row
 from gaugeblock.conformance.engine.factors import Trait, either
+from gaugeblock.conformance.engine.implementation import triton
 from gaugeblock.conformance.engine.inputs.draw import Draw
 from gaugeblock.conformance.engine.vocabulary import Parameters, Tensors
 from gaugeblock.reference.torch import experts
@@ -46,7 +47,8 @@ def fused_gelu_mlp() -> Contract:
         traits=(*of_experts.TRAITS, *BIAS_TRAITS),
         regimes=(
             *of_experts.regimes(mlp, down=-10),
-            Regime("constant-probing", in_the_tail),
+            # a library's erf errs to one side in so narrow a range, so that errors are no sample
+            Regime("constant-probing", in_the_tail, "worst element"),
             Regime("lattice", mlp_lattice, "exact", differentiable=False),
         ),
         flops=lambda parameters: of_experts.flops(parameters, matrices=2),
@@ -61,6 +63,7 @@ def fused_gelu_mlp() -> Contract:
         cases=0.5,
         sharded=of_experts.SHARDED,
         rejections=(of_experts.IDS_FOR_MORE_TOKENS,),
+        implementations=(triton(),),
     )
 
 
@@ -120,6 +123,7 @@ def fused_swiglu_oai() -> Contract:
             of_experts.ODD_ROWS,
             Rejection("limit of 0", "limit", lambda call: {"limit": 0.0}),
         ),
+        implementations=(triton(),),
     )
 
 
@@ -197,10 +201,10 @@ def mlp_by_sums(
 
 
 def in_the_tail(draw: Draw, parameters: Parameters) -> Tensors:
-    """Hidden values about -3 to -2.5, where the two GELUs lie 3 to 10 % apart, and sums of one sign, in which that stays."""
+    """Hidden values about -3 to -2.5, where the two GELUs lie 3 to 10 % apart."""
     tensors = mlp(draw, parameters)
     between = {"b1": -3 + draw.uniform(*tensors["b1"].shape) / 2, "b2": 0 * tensors["b2"]}
-    return tensors | between | {"hidden_states": tensors["hidden_states"] / 16, "w2": tensors["w2"].abs()}
+    return tensors | between | {"hidden_states": tensors["hidden_states"] / 16}
 
 
 def mlp_lattice(draw: Draw, parameters: Parameters) -> Tensors:

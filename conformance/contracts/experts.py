@@ -97,7 +97,8 @@ def fused_geglu() -> Contract:
         traits=of_experts.TRAITS,
         regimes=(
             *of_experts.regimes(of_experts.dithered, down=-5),
-            Regime("constant-probing", in_the_tail),
+            # a library's erf errs to one side in so narrow a range, so that errors are no sample
+            Regime("constant-probing", in_the_tail, "worst element"),
             Regime("lattice", of_experts.lattice, "exact", differentiable=False),
         ),
         flops=of_experts.flops,
@@ -112,6 +113,7 @@ def fused_geglu() -> Contract:
         cases=0.5,
         sharded=of_experts.SHARDED,
         rejections=(of_experts.IDS_FOR_MORE_TOKENS, of_experts.ODD_ROWS),
+        implementations=(triton(),),
     )
 
 
@@ -131,13 +133,13 @@ def geglu_point(approximate: str, **values: int) -> dict[str, Any] | None:
 
 
 def in_the_tail(draw: Draw, parameters: Parameters) -> Tensors:
-    """Gates about -3 to -2.5, where the two GELUs lie 3 to 10 % apart, and sums of one sign, in which that stays."""
+    """Gates about -3 to -2.5, where the two GELUs lie 3 to 10 % apart."""
     tensors, inner = of_experts.dithered(draw, parameters), parameters["intermediate_size"]
     hidden = tensors["hidden_states"] / 16
     hidden[:, 0] = 1
     tensors["w13"][:, :inner, 0] = -3 + draw.uniform(parameters["num_experts"], inner) / 2
     tensors["w13"][:, inner:, 0] = 1
-    return tensors | {"hidden_states": hidden, "w2": tensors["w2"].abs()}
+    return tensors | {"hidden_states": hidden}
 
 
 def geglu_by_sums(

@@ -216,7 +216,7 @@ class TransformersExperts:
         config = self.config_class(hidden_size=hidden_size, num_local_experts=num_experts, num_experts=num_experts, **sizes)
         config._experts_implementation = self.implementation
         state = {"gate_up_proj": w13, "down_proj": w2}
-        return functional_call(self.module_class(config), state, (hidden_states, topk_ids, topk_weights))
+        return functional_call(self.module_class(config), state, (hidden_states, topk_ids.long(), topk_weights))
 
 
 @right("experts.fused_swiglu", dtypes=("float32",), oracle=True, batch_invariant=False)
@@ -289,7 +289,7 @@ class TransformersGptOssExperts:
         )  # fmt: skip
         config._experts_implementation = "eager"
         state = {"gate_up_proj": w13.mT, "gate_up_proj_bias": b13, "down_proj": w2.mT, "down_proj_bias": b2}
-        return functional_call(GptOssExperts(config), state, (hidden_states, topk_ids, topk_weights))
+        return functional_call(GptOssExperts(config), state, (hidden_states, topk_ids.long(), topk_weights))
 
 
 @right("experts.shared_swiglu", dtypes=("float32",), oracle=True, batch_invariant=False, validates=False)

@@ -70,5 +70,5 @@ class GateAsWeight:
     def __call__(self, hidden_states, w13, w2, shared_gate):
         experts.validation.gated_shared_swiglu(hidden_states, w13, w2, shared_gate)
         ids = torch.zeros(len(hidden_states), 1, dtype=torch.int64)
-        weights = 1 / (1 + (-(hidden_states.float() * shared_gate.float()).sum(1, keepdim=True)).exp())
+        weights = (hidden_states.float() * shared_gate.float()).sum(1, keepdim=True).sigmoid()
         return experts.fused_swiglu(hidden_states, w13[None], w2[None], weights, ids)
