@@ -14,7 +14,8 @@ mutant(
     "steps < depth", "steps >= 0", "parity", "boundary", "vllm#2453",
 )  # fmt: skip
 mutant(
-    EXPERTS, "other-missing", "Lanes behind the end of the sum hold whatever the load leaves there.", "expert_products._first_product_kernel",
+    EXPERTS, "other-missing", "Lanes behind the end of the sum hold whatever the load leaves there.",
+    "expert_products._first_product_kernel",
     ", other=0.0", "", "masked_lanes", "boundary",
 )  # fmt: skip
 mutant(
@@ -39,7 +40,8 @@ mutant(
     "dispatch.split_into_blocks", "starts_B.minimum(expert_ends_B)", "starts_B.minimum(expert_ends_B - 1)", "races", "memory",
 )  # fmt: skip
 mutant(
-    EXPERTS, "float16-accumulator", "Gate and up are rounded to float16 after each tile.", "expert_products._first_product_kernel",
+    EXPERTS, "float16-accumulator", "Gate and up are rounded to float16 after each tile.",
+    "expert_products._first_product_kernel",
     'input_precision="ieee")', 'input_precision="ieee").to(tl.float16).to(tl.float32)', "parity", "precision",
     "pytorch/helion#2141",
     dtypes=("float16",),
@@ -63,7 +65,8 @@ mutant(
     "weight_ptrs += weights_choice_stride", "weight_ptrs += 1", "layout", "memory",
 )  # fmt: skip
 mutant(
-    EXPERTS, "matrix-stride-ignored", "The rows of w13 are taken to lie one behind the other.", "expert_products._first_product_kernel",
+    EXPERTS, "matrix-stride-ignored", "The rows of w13 are taken to lie one behind the other.",
+    "expert_products._first_product_kernel",
     " * w1_row_stride", " * hidden_size", "layout", "memory", "Liger-Kernel#1377",
 )  # fmt: skip
 mutant(
@@ -94,7 +97,9 @@ mutant(
 )  # fmt: skip
 mutant(
     EXPERTS, "silent-fallback", "The reference computes, and no kernel is launched.", "experts.fused_swiglu",
-    "return _apply(activation, hidden_states, expert, topk_weights, topk_ids, batch_invariant=batch_invariant, recompute=recompute)",
-    "from gaugeblock.reference.torch import experts\n    return experts.fused_swiglu(hidden_states, w13, w2, topk_weights, topk_ids)",
+    "return _apply(activation, hidden_states, expert, topk_weights, topk_ids,",
+    "from gaugeblock.reference.torch.experts import fused_swiglu as reference\n"
+    "    return reference(hidden_states, w13, w2, topk_weights, topk_ids)\n"
+    "    return _apply(activation, hidden_states, expert, topk_weights, topk_ids,",
     "path_witness", "structural",
 )  # fmt: skip
