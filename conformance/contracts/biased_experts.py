@@ -103,7 +103,8 @@ def fused_swiglu_oai() -> Contract:
         regimes=(
             *of_experts.regimes(oai, down=-10),
             Regime("clamped", clamped),
-            Regime("constant-probing", below_the_limit),
+            # activations are subnormal in float16: what underflows depends on where weights are applied
+            Regime("constant-probing", below_the_limit, "worst element", differentiable=False),
             # where a clamp's derivative is a matter of taste
             Regime("at the limit", at_the_limit, "worst element", differentiable=False),
         ),
