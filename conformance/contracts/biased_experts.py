@@ -131,7 +131,7 @@ def fused_swiglu_oai() -> Contract:
 UPCYCLED = "openai-community/gpt2 config.json, eight copies of its MLP: sparse upcycling (arXiv:2212.05055)"
 BIAS_TRAITS = (
     Trait("0", "biases", lambda tensors: {name: 0 * each for name, each in tensors.items() if name in ("b1", "b13", "b2")}),
-    Trait("large", "biases", lambda tensors: {"b2": 64 * tensors["b2"]}),
+    Trait("large", "biases", lambda tensors: {"b2": 64 * tensors["b2"].sign() + tensors["b2"].frac()}),
 )
 
 
