@@ -8,6 +8,7 @@ import torch
 from gaugeblock.conformance.contracts import routed_experts as of_experts
 from gaugeblock.conformance.engine.contract import Contract, Input, Regime, Rejection, Workload, row
 from gaugeblock.conformance.engine.factors import Trait
+from gaugeblock.conformance.engine.implementation import triton
 from gaugeblock.conformance.engine.inputs.bad_calls import changed
 from gaugeblock.conformance.engine.inputs.draw import Draw
 from gaugeblock.conformance.engine.vocabulary import Parameters, Tensors
@@ -42,6 +43,7 @@ def shared_swiglu() -> Contract:
         ),
         cases=0.5,
         rejections=(of_experts.ODD_ROWS,),
+        implementations=(triton("shared_experts:shared_swiglu"),),
     )
 
 
@@ -75,6 +77,7 @@ def gated_shared_swiglu() -> Contract:
             of_experts.ODD_ROWS,
             Rejection("shared_gate of two rows", "shared_gate", changed("shared_gate", lambda each: torch.cat([each, each]))),
         ),
+        implementations=(triton("shared_experts:gated_shared_swiglu"),),
     )
 
 

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch.autograd.function import once_differentiable
 
-from gaugeblock.optimized.triton.launch import device_of, program_rows, require_triton_device
+from gaugeblock.optimized.triton.launch import device_of, program_rows, reject_float64, require_triton_device
 from gaugeblock.reference import validation
 
 # Of a row that a program moves or adds up at a time: two of each thread of four warps.
@@ -354,9 +354,3 @@ def unpermute(rows: torch.Tensor, inverse: torch.Tensor, topk_weights: torch.Ten
     require_triton_device("rows", rows)
     with device_of(rows):
         return _Unpermute.apply(rows, inverse, topk_weights)
-
-
-def reject_float64(name: str, tensor: torch.Tensor) -> None:
-    """Raise TypeError for a tensor of the one floating dtype that kernels do not take."""
-    if tensor.dtype == torch.float64:
-        raise TypeError(f"{name} must be bfloat16, float16 or float32, got float64")

@@ -1,69 +1,27 @@
-"""Experts in three kernels forward and at most seven backward, over routed rows sorted by expert.
-
-Forward: `first_product` gathers tokens, multiplies them by the first matrix and writes the activation in the dtype of the inputs;
-`rows_times_matrices` multiplies that by the second into float32 rows; `sum_rows` adds up the rows of each token, weighted, in the
-order of its choices, and rounds once. Nothing is added by atomics, so that every run gives the same bits.
-
-Backward: `through_activation` computes what all gradients are made of, from the pre-activations, which the forward
-pass keeps (of each routed row, beside the inputs and their order), or, with `recompute`, from one more product, which
-is 2/9 of a training step's. Of topk_weights the gradient is <activation, out_gradient @ w2>, which is <expert output,
-out_gradient> without the output; of the matrices, sums over each expert's rows; of the tokens, rows, summed as in the
-forward pass.
-
-By default no token's bits depend on its batch: tiles are chosen by widths alone. With `batch_invariant=False` they
-are chosen by the rows of an expert too, and where there are too few programs for a GPU, sums over the depth are
-split; both are deterministic.
-
-Matrices are read once per block of rows, from cache where an expert has several; tokens once per block of columns. Many rows per
-expert are bound by the matrix units, few by reading the matrices.
-"""
+"""Experts over routed rows, of the kernels of `expert_passes.py`: they differ in what happens between their two products."""
 
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from torch.autograd.function import once_differentiable
 
 from gaugeblock.optimized.triton.activations import Activation, Nonlinearity
-from gaugeblock.optimized.triton.dispatch import (
-    block_offsets,
-    reject_float64,
-    sort_by_expert,
-    split_into_blocks,
-    sum_listed,
-    sum_rows,
-)
-from gaugeblock.optimized.triton.expert_products import Expert, first_product, through_activation
-from gaugeblock.optimized.triton.grouped_matmul import Tiles, choose_splits, choose_tiles, rows_times_matrices, sum_of_products
-from gaugeblock.optimized.triton.launch import device_of, require_triton_device
+from gaugeblock.optimized.triton.dispatch import sum_rows
+from gaugeblock.optimized.triton.expert_passes import Plan, Saved, backward_pass, forward_pass
+from gaugeblock.optimized.triton.expert_products import Expert
+from gaugeblock.optimized.triton.launch import device_of, reject_float64, require_triton_device, will_differentiate
 from gaugeblock.reference import validation
 
 SWIGLU = Activation("silu")
 GELU: dict[str, Nonlinearity] = {"none": "gelu", "tanh": "gelu_tanh"}
 
 
-class _Plan(NamedTuple):
-    """How experts are computed."""
-
-    activation: Activation
-    batch_invariant: bool
-    keep: bool
-    """Whether the pre-activations are kept for the backward pass."""
-
-    def rows_per_expert(self, rows: torch.Tensor, expert: Expert) -> int | None:
-        """What tiles are chosen by beside widths."""
-        return None if self.batch_invariant else -(-rows.shape[0] // expert.w1.shape[0])
-
-    def splits(self, num_blocks: int, width: int, depth: int, tiles: Tiles) -> int:
-        """Into how many parts the sums of a product are split."""
-        return 1 if self.batch_invariant else choose_splits(num_blocks, width, depth, tiles)
-
-
 class _Experts(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        plan: _Plan,
+        plan: Plan,
         hidden_states: torch.Tensor,
         w1: torch.Tensor,
         b1: torch.Tensor | None,
@@ -72,82 +30,18 @@ class _Experts(torch.autograd.Function):
         topk_weights: torch.Tensor,
         topk_ids: torch.Tensor,
     ) -> torch.Tensor:
-        expert = Expert(w1, b1, w2, b2)
-        rows, expert_offsets = sort_by_expert(topk_ids, num_experts=w1.shape[0])
-        few = plan.rows_per_expert(rows, expert)
-        tiles = choose_tiles(hidden_states, w1, w2, rows_per_expert=few)
-        first_tiles = choose_tiles(hidden_states, w1, w2, accumulators=plan.activation.products, rows_per_expert=few)
-        blocks = split_into_blocks(expert_offsets, rows.shape[0], tiles.rows)
-
-        of_rows = (rows, blocks, topk_ids.shape[1])
-        activation, kept = first_product(hidden_states, expert, plan.activation, *of_rows, first_tiles, keep=plan.keep)
-        splits = plan.splits(blocks.experts.shape[0], *w2.shape[1:], tiles)
-        out = rows_times_matrices(activation, w2, rows, blocks, tiles, biases=b2, splits=splits)
+        out, saved = forward_pass(plan, hidden_states, Expert(w1, b1, w2, b2), topk_weights, topk_ids)
         ctx.plan = plan
-        ctx.save_for_backward(hidden_states, w1, b1, w2, b2, topk_weights, kept, rows, expert_offsets)
-        return sum_rows(out.view(*topk_ids.shape, *out.shape[1:]), topk_weights, hidden_states.dtype)
+        ctx.save_for_backward(*saved)
+        return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, out_gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         with device_of(out_gradient):
-            hidden, *others = _gradients(ctx.plan, ctx.needs_input_grad[1:7], out_gradient, *ctx.saved_tensors)
+            hidden, *others = backward_pass(ctx.plan, ctx.needs_input_grad[1:7], out_gradient, Saved(*ctx.saved_tensors))
             hidden = None if hidden is None else sum_rows(hidden, None, out_gradient.dtype)
             return None, hidden, *others, None
-
-
-def _gradients(
-    plan: _Plan,
-    needed: tuple[bool, ...],
-    out_gradient: torch.Tensor,
-    hidden_states: torch.Tensor,
-    w1: torch.Tensor,
-    b1: torch.Tensor | None,
-    w2: torch.Tensor,
-    b2: torch.Tensor | None,
-    topk_weights: torch.Tensor,
-    kept: torch.Tensor | None,
-    rows: torch.Tensor,
-    expert_offsets: torch.Tensor,
-) -> tuple[torch.Tensor | None, ...]:
-    """Return the gradients of hidden_states, w1, b1, w2, b2 and topk_weights where they are needed.
-
-    That of hidden_states comes as rows, [num_tokens, top_k, splits, hidden_size] float32, which are to be added up.
-    """
-    needs_hidden, needs_w1, needs_b1, needs_w2, needs_b2, needs_weights = needed
-    expert, top_k = Expert(w1, b1, w2, b2), topk_weights.shape[1]
-    hidden_rows = w1_gradient = b1_gradient = w2_gradient = b2_gradient = weights_gradient = None
-
-    operands = (hidden_states, out_gradient, w1, w2)
-    few, products = plan.rows_per_expert(rows, expert), plan.activation.products
-    tiles = choose_tiles(*operands, rows_per_expert=few)
-    first_tiles = choose_tiles(*operands, accumulators=1 + products, rows_per_expert=few)
-    blocks = split_into_blocks(expert_offsets, rows.shape[0], tiles.rows)
-    slopes = through_activation(
-        hidden_states, out_gradient, expert, plan.activation, topk_weights, kept, rows, blocks, first_tiles
-    )  # fmt: skip
-    if needs_hidden:
-        splits = plan.splits(blocks.experts.shape[0], *w1.mT.shape[1:], tiles)
-        hidden_rows = rows_times_matrices(slopes.pre_activations, w1.mT, rows, blocks, tiles, splits=splits)
-        hidden_rows = hidden_rows.view(*topk_weights.shape, *hidden_rows.shape[1:])
-    if needs_weights:
-        # blocks of columns are to a routed row what its choices are to a token
-        summands = slopes.weight_summands[None, :, None]
-        weights_gradient = sum_rows(summands, None, topk_weights.dtype).view_as(topk_weights)
-
-    of_rows = (rows, expert_offsets, top_k, choose_tiles(*operands))
-    if needs_w1:
-        w1_gradient = w1.new_empty(w1.shape)
-        sum_of_products(slopes.pre_activations, hidden_states, w1_gradient, *of_rows)
-    if needs_w2:
-        w2_gradient = w2.new_empty(w2.shape)
-        sum_of_products(slopes.activation, out_gradient, w2_gradient.mT, *of_rows)
-    if needs_b1 and b1 is not None and slopes.bias_summands is not None:
-        starts = block_offsets(expert_offsets, tiles.rows)
-        b1_gradient = sum_listed(slopes.bias_summands, starts, top_k=1).to(b1.dtype)
-    if needs_b2:
-        b2_gradient = sum_listed(out_gradient, expert_offsets, top_k=top_k, entries=rows, weights=topk_weights)
-    return hidden_rows, w1_gradient, b1_gradient, w2_gradient, b2_gradient, weights_gradient
 
 
 def _apply(
@@ -165,10 +59,9 @@ def _apply(
         reject_float64(name, tensor)
     validation.expert_ids_in_range(topk_ids, num_experts=expert.w1.shape[0])
     require_triton_device("hidden_states", hidden_states)
-    floating = (hidden_states, *expert, topk_weights)
-    differentiated = torch.is_grad_enabled() and any(each is not None and each.requires_grad for each in floating)
     with device_of(hidden_states):
-        plan = _Plan(activation, batch_invariant, keep=differentiated and not recompute)
+        keep = not recompute and will_differentiate(hidden_states, *expert, topk_weights)
+        plan = Plan(activation, batch_invariant, keep)
         return _Experts.apply(plan, hidden_states, *expert, topk_weights, topk_ids)
 
 

@@ -1,9 +1,9 @@
 """Routed rows sorted by expert, and padded to blocks, by counting: two kernels, and prefix sums of torch between them.
 
-The rows are cut into chunks. `_count_kernel` counts the rows of each expert in each chunk; a prefix sum over experts, and over the
-chunks of each, says where a chunk's rows of an expert begin; `_place_kernel` finds out how many rows of the same expert come before a
-row in its chunk, and so its place. Rows of one expert stay in their order, every run gives the same, nothing is added by atomics of
-ours, and nothing waits for the GPU.
+The rows are cut into chunks. `_count_kernel` counts the rows of each expert in each chunk; a prefix sum over experts,
+and over the chunks of each, says where a chunk's rows of an expert begin; `_place_kernel` finds out how many rows of the
+same expert come before a row in its chunk, and so its place. Rows of one expert stay in their order, every run gives
+the same, nothing is added by atomics of ours, and nothing waits for the GPU.
 
 Each pass reads every id once: bound by memory, and for few rows by launches.
 """
@@ -108,7 +108,7 @@ def sort_by_expert(topk_ids: torch.Tensor, *, num_experts: int) -> tuple[torch.T
         TypeError: An argument is not a tensor of the dtype above, or `num_experts` is no integer.
         ValueError: Ranks or sizes are wrong, an id names no expert, there are none, or Triton cannot run on the device.
 
-    Source: `gaugeblock.reference.torch.dispatch.sort_by_expert`; the counting sort is MegaBlocks' (arXiv:2211.15841), section 5.2.
+    Source: `gaugeblock.reference.torch.dispatch.sort_by_expert`.
     """
     validation.sort_by_expert(topk_ids, num_experts)
     validation.expert_ids_in_range(topk_ids, num_experts=num_experts)
