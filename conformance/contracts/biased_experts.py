@@ -63,7 +63,7 @@ def fused_gelu_mlp() -> Contract:
         cases=0.5,
         sharded=of_experts.SHARDED,
         rejections=(of_experts.IDS_FOR_MORE_TOKENS,),
-        implementations=(triton(),),
+        implementations=(triton(), of_experts.EXPERT_PARALLEL),
     )
 
 
@@ -124,7 +124,7 @@ def fused_swiglu_oai() -> Contract:
             of_experts.ODD_ROWS,
             Rejection("limit of 0", "limit", lambda call: {"limit": 0.0}),
         ),
-        implementations=(triton(),),
+        implementations=(triton(), of_experts.EXPERT_PARALLEL),
     )
 
 

@@ -9,7 +9,7 @@ from gaugeblock.conformance.contracts.routed_experts import sizes
 from gaugeblock.conformance.engine.contract import Contract, Regime, Workload, row
 from gaugeblock.conformance.engine.implementation import compiled, distributed, jax, triton
 from gaugeblock.conformance.engine.inputs.draw import Draw
-from gaugeblock.conformance.engine.vocabulary import DEVICES, Parameters, Tensors
+from gaugeblock.conformance.engine.vocabulary import Parameters, Tensors
 from gaugeblock.reference.torch import experts
 
 
@@ -63,7 +63,7 @@ def fused_swiglu() -> Contract:
             triton("experts:fused_swiglu_recomputed", name="triton-recomputed", dtypes=("bfloat16",)),
             compiled("torch-grouped"),
             jax("jax-grouped", dtypes=COMPILED_DTYPES),
-            distributed("expert-parallel", dtypes=("float32", "bfloat16"), devices=DEVICES, world_sizes=(1, 2, 4)),
+            of_experts.EXPERT_PARALLEL,
             # each number of devices takes a compilation: tests/test_jax_sharding.py has 1 and 2
             distributed("jax-expert-parallel", "expert_parallel:fused_swiglu", framework="jax", world_sizes=(4,)),
         ),
@@ -113,7 +113,7 @@ def fused_geglu() -> Contract:
         cases=0.5,
         sharded=of_experts.SHARDED,
         rejections=(of_experts.IDS_FOR_MORE_TOKENS, of_experts.ODD_ROWS),
-        implementations=(triton(),),
+        implementations=(triton(), of_experts.EXPERT_PARALLEL),
     )
 
 

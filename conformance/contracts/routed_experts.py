@@ -9,15 +9,17 @@ from hypothesis import strategies as st
 
 from gaugeblock.conformance.engine.contract import Input, Output, Regime, Rejection
 from gaugeblock.conformance.engine.factors import Trait, edges, either, kind_of_count, kind_of_width, kinds
+from gaugeblock.conformance.engine.implementation import distributed
 from gaugeblock.conformance.engine.inputs.bad_calls import changed
 from gaugeblock.conformance.engine.inputs.draw import Draw
-from gaugeblock.conformance.engine.vocabulary import Parameters, Tensors
+from gaugeblock.conformance.engine.vocabulary import DEVICES, Parameters, Tensors
 
 Make = Callable[[Draw, Parameters], Tensors]
 
 TILES = (16, 32, 64, 128)  # block sizes that grouped kernels use: regimes put group sizes just below, at and above one
 WEIGHTS = ("w13", "w1", "b13", "b1", "w2", "b2")  # what an expert has of its own
 SHARDED: Mapping[str, Any] = {"num_tokens": "uneven", "num_experts": "even"}
+EXPERT_PARALLEL = distributed("expert-parallel", dtypes=("float32", "bfloat16"), devices=DEVICES, world_sizes=(1, 2, 4))
 
 HIDDEN_STATES = Input("hidden_states", ("num_tokens", "hidden_size"), differentiable=True)
 W13 = Input("w13", ("num_experts", "two_intermediate_sizes", "hidden_size"), differentiable=True)

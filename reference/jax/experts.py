@@ -95,8 +95,7 @@ def fused_swiglu_oai(
 
     def swiglu_oai_experts(hidden_NH: jax.Array, group_sizes_E: jax.Array) -> jax.Array:
         gate_up_NF = grouped_linear(hidden_NH, w13, b13, group_sizes_E)
-        gate_NI, up_NI = gate_up_NF[:, 0::2].clip(max=limit), gate_up_NF[:, 1::2].clip(-limit, limit)
-        return grouped_linear(gate_NI * jax.nn.sigmoid(alpha * gate_NI) * (up_NI + 1), w2, b2, group_sizes_E)
+        return grouped_linear(clamped_swiglu(gate_up_NF, alpha=alpha, limit=limit), w2, b2, group_sizes_E)
 
     return sum_of_experts(swiglu_oai_experts, hidden_states, topk_weights, topk_ids, num_experts=w13.shape[0])
 
@@ -122,6 +121,12 @@ def gelu(x: jax.Array, approximate: GeluApproximation) -> jax.Array:
     if approximate == "tanh":
         return x * jax.nn.sigmoid(2 * math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))
     return x / 2 * erfc(-x / math.sqrt(2))
+
+
+def clamped_swiglu(gate_up: jax.Array, *, alpha: float, limit: float) -> jax.Array:
+    """Return the activation of gpt-oss, `fused_swiglu_oai`, of rows that hold gate and up in turn."""
+    gate_NI, up_NI = gate_up[:, 0::2].clip(max=limit), gate_up[:, 1::2].clip(-limit, limit)
+    return gate_NI * jax.nn.sigmoid(alpha * gate_NI) * (up_NI + 1)
 
 
 def swiglu(rows: jax.Array, w13: jax.Array, w2: jax.Array) -> jax.Array:

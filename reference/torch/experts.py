@@ -192,8 +192,7 @@ def fused_swiglu_oai(
 
     def swiglu_oai_experts(hidden_NH: torch.Tensor, group_sizes_E: torch.Tensor) -> torch.Tensor:
         gate_up_NF = grouped_linear(hidden_NH, w13, b13, group_sizes_E)
-        gate_NI, up_NI = gate_up_NF[:, 0::2].clamp(max=limit), gate_up_NF[:, 1::2].clamp(-limit, limit)
-        return grouped_linear(gate_NI * torch.sigmoid(alpha * gate_NI) * (up_NI + 1), w2, b2, group_sizes_E)
+        return grouped_linear(clamped_swiglu(gate_up_NF, alpha=alpha, limit=limit), w2, b2, group_sizes_E)
 
     return sum_of_experts(swiglu_oai_experts, hidden_states, topk_weights, topk_ids, num_experts=w13.shape[0])
 
@@ -262,6 +261,12 @@ def gelu(x: torch.Tensor, approximate: GeluApproximation) -> torch.Tensor:
     if approximate == "tanh":
         return x * torch.sigmoid(2 * math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))
     return x / 2 * torch.special.erfc(-x / math.sqrt(2))
+
+
+def clamped_swiglu(gate_up: torch.Tensor, *, alpha: float, limit: float) -> torch.Tensor:
+    """Return the activation of gpt-oss, `fused_swiglu_oai`, of rows that hold gate and up in turn."""
+    gate_NI, up_NI = gate_up[:, 0::2].clamp(max=limit), gate_up[:, 1::2].clamp(-limit, limit)
+    return gate_NI * torch.sigmoid(alpha * gate_NI) * (up_NI + 1)
 
 
 def swiglu(rows: torch.Tensor, w13: torch.Tensor, w2: torch.Tensor) -> torch.Tensor:
