@@ -102,7 +102,7 @@ IDS_ABOVE_255 = sizes(3, 8, 8, 257, 3)
 APPROXIMATE = either("approximate", "none", "tanh")
 
 
-def dealt(points: tuple[dict[str, Any], ...], *options: Mapping[str, Any]) -> tuple[dict[str, Any], ...]:
+def dealt(points: tuple[dict[str, Any], ...], *options: dict[str, Any]) -> tuple[dict[str, Any], ...]:
     """The points, each with the next of the choices of options."""
     return tuple(point | options[place % len(options)] for place, point in enumerate(points))
 

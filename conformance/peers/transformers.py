@@ -249,15 +249,13 @@ class TransformersGroupedExperts(TransformersExperts):
 
 
 @right("experts.fused_geglu", dtypes=("float32",), oracle=True, batch_invariant=False, validates=False)
-class TransformersGegluExperts(TransformersExperts):
+class TransformersGegluExperts:
     """Mixtral's experts with another activation."""
-
-    def __init__(self):
-        super().__init__(MixtralExperts, MixtralConfig, "eager")
 
     def __call__(self, hidden_states, w13, w2, topk_weights, topk_ids, *, approximate):
         activation = {"none": "gelu", "tanh": "gelu_pytorch_tanh"}[approximate]
-        return super().__call__(hidden_states, w13, w2, topk_weights, topk_ids, hidden_act=activation)
+        mixtral = TransformersExperts(MixtralExperts, MixtralConfig, "eager")
+        return mixtral(hidden_states, w13, w2, topk_weights, topk_ids, hidden_act=activation)
 
 
 @right("experts.fused_gelu_mlp", dtypes=("float32",), oracle=True, batch_invariant=False, validates=False)

@@ -35,8 +35,8 @@ class GeluInLowPrecision(GegluExperts):
 class ErfForTanh(GeluMlpExperts):
     """The GELU is taken for its approximation, whatever is asked for."""
 
-    def activate(self, inner):
-        return torch.nn.functional.gelu(inner)
+    def activation(self, gate_up):
+        return torch.nn.functional.gelu(gate_up)
 
 
 @fault(caught_by="parity", kind="structural")

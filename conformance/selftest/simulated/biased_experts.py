@@ -4,22 +4,23 @@ from typing import Any
 
 import torch
 
-from gaugeblock.conformance.selftest.simulated.experts import Experts
+from gaugeblock.conformance.selftest.simulated.experts import RoutedExperts
 from gaugeblock.reference import validation
 
 
-class GegluExperts(Experts):
+class GegluExperts(RoutedExperts):
     """`experts.fused_geglu`: as SwiGLU, with torch's GELU."""
 
     contract = "experts.fused_geglu"
 
     def __call__(self, hidden_states, w13, w2, topk_weights, topk_ids, *, approximate):
         validation.fused_geglu(hidden_states, w13, w2, topk_weights, topk_ids, approximate)
+        validation.expert_ids_in_range(topk_ids, num_experts=len(w13))
         self.approximate = approximate
-        return super().__call__(hidden_states, w13, w2, topk_weights, topk_ids)
+        return self.compute(hidden_states, w13, w2, topk_weights, topk_ids)
 
     def activate(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-        """What the second product gets."""
+        """Of gate and up."""
         return self.gelu(gate) * up
 
     def gelu(self, gate: torch.Tensor) -> torch.Tensor:
@@ -27,7 +28,7 @@ class GegluExperts(Experts):
         return torch.nn.functional.gelu(gate, approximate=self.approximate)
 
 
-class BiasedExperts(Experts):
+class BiasedExperts(RoutedExperts):
     """Experts with two matrices and two biases."""
 
     def __call__(self, hidden_states, w1, b1, w2, b2, topk_weights, topk_ids, **options: Any):
@@ -36,14 +37,11 @@ class BiasedExperts(Experts):
         self.options = options
         with_ones = torch.cat([hidden_states, torch.ones_like(hidden_states[:, :1])], 1)
         first, second = (torch.cat(each, 2) for each in ((w1, b1[:, :, None]), (w2, b2[:, :, None])))
-        return super().__call__(with_ones, first, second, topk_weights, topk_ids)
+        return self.compute(with_ones, first, second, topk_weights, topk_ids)
 
     def check(self, *call: Any) -> None:
         """Raises what the contract demands."""
         raise NotImplementedError
-
-    def validate(self, *inputs: torch.Tensor) -> None:
-        """Nothing: what is called here has other shapes."""
 
     def allocate(self, rows: int, columns: int) -> torch.Tensor:
         """Memory for the experts' outputs: no column for the ones."""
@@ -51,8 +49,8 @@ class BiasedExperts(Experts):
 
     def expert(self, hidden, w13, w2, weights, dtype):
         """The outputs of one block; the second bias is multiplied by 1 too."""
-        activation = self.activate(*self.split(self.matmul(hidden, w13)))
-        return self.matmul(torch.nn.functional.pad(activation, (0, 1), value=1.0).to(dtype).float(), w2)
+        activation = torch.nn.functional.pad(self.activation(self.matmul(hidden, w13)), (0, 1), value=1.0)
+        return self.matmul(activation.to(dtype).float(), w2)
 
 
 class GeluMlpExperts(BiasedExperts):
@@ -64,13 +62,9 @@ class GeluMlpExperts(BiasedExperts):
         """Raises what the contract demands."""
         validation.fused_gelu_mlp(*call)
 
-    def split(self, gate_up: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def activation(self, gate_up: torch.Tensor) -> torch.Tensor:
         """There is no gate."""
-        return (gate_up,)
-
-    def activate(self, inner: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
-        """What the second product gets."""
-        return torch.nn.functional.gelu(inner, approximate=self.options["approximate"])
+        return torch.nn.functional.gelu(gate_up, approximate=self.options["approximate"])
 
 
 class OaiExperts(BiasedExperts):
@@ -87,7 +81,7 @@ class OaiExperts(BiasedExperts):
         return gate_up[:, 0::2], gate_up[:, 1::2]
 
     def activate(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-        """What the second product gets."""
+        """Of gate and up."""
         gate, up = self.clamp(gate, up, self.options["limit"])
         return gate * torch.sigmoid(self.options["alpha"] * gate) * (up + 1)
 
@@ -96,8 +90,17 @@ class OaiExperts(BiasedExperts):
         return gate.clamp(max=limit), up.clamp(-limit, limit)
 
 
-class SharedExpert(Experts):
-    """`experts.shared_swiglu`: a routed expert that every token chooses."""
+class OneExpert(RoutedExperts):
+    """A routed expert that every token chooses."""
+
+    def weighted(self, hidden_states: torch.Tensor, w13: torch.Tensor, w2: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """The one expert's outputs, times the weights."""
+        ids = torch.zeros(weights.shape, dtype=torch.int64)
+        return self.compute(hidden_states, w13[None], w2[None], weights, ids)
+
+
+class SharedExpert(OneExpert):
+    """`experts.shared_swiglu`: its weight is 1."""
 
     contract = "experts.shared_swiglu"
 
@@ -105,13 +108,8 @@ class SharedExpert(Experts):
         validation.shared_swiglu(hidden_states, w13, w2)
         return self.weighted(hidden_states, w13, w2, torch.ones_like(hidden_states[:, :1], dtype=torch.float32))
 
-    def weighted(self, hidden_states: torch.Tensor, w13: torch.Tensor, w2: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        """The one expert's outputs, times the weights."""
-        ids = torch.zeros(weights.shape, dtype=torch.int64)
-        return super().__call__(hidden_states, w13[None], w2[None], weights, ids)
 
-
-class GatedSharedExpert(SharedExpert):
+class GatedSharedExpert(OneExpert):
     """`experts.gated_shared_swiglu`: its weight is how far a token's gate is open."""
 
     contract = "experts.gated_shared_swiglu"

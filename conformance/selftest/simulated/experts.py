@@ -7,14 +7,12 @@ import torch
 from gaugeblock.reference import validation
 
 
-class Experts:
-    """`experts.fused_swiglu`: routed rows sorted by expert, in blocks of one expert each; float32 accumulators."""
-
-    contract = "experts.fused_swiglu"
+class RoutedExperts:
+    """Two products of routed rows, sorted by expert, in blocks of one expert each; float32 accumulators."""
 
     rows, columns, depth = 16, 64, 32  # of a tile: of the result, and products summed at a time
 
-    def __call__(
+    def compute(
         self,
         hidden_states: torch.Tensor,
         w13: torch.Tensor,
@@ -22,7 +20,7 @@ class Experts:
         topk_weights: torch.Tensor,
         topk_ids: torch.Tensor,
     ) -> torch.Tensor:
-        self.validate(hidden_states, w13, w2, topk_weights, topk_ids)
+        """The weighted outputs of each token's experts, added up."""
         top_k, matrices = topk_ids.shape[1], list(zip(w13.float().unbind(), w2.float().unbind(), strict=True))
         rows, offsets = self.dispatch(topk_ids, len(matrices))
         outs = self.allocate(len(rows), hidden_states.shape[1])
@@ -33,11 +31,6 @@ class Experts:
             weights = topk_weights.flatten()[routed]
             outs = self.scatter(outs, routed, self.expert(hidden, *matrices[expert], weights, hidden_states.dtype))
         return self.store(self.combine(outs.view(*topk_ids.shape, outs.shape[1]), topk_weights), hidden_states)
-
-    def validate(self, *inputs: torch.Tensor) -> None:
-        """Raises what the contract demands."""
-        validation.fused_swiglu(*inputs)
-        validation.expert_ids_in_range(inputs[4], num_experts=len(inputs[1]))
 
     def dispatch(self, topk_ids: torch.Tensor, num_experts: int) -> tuple[torch.Tensor, torch.Tensor]:
         """The routed row at each position, sorted by expert, and where each expert's positions begin, `[E + 1]`."""
@@ -62,15 +55,18 @@ class Experts:
         self, hidden: torch.Tensor, w13: torch.Tensor, w2: torch.Tensor, weights: torch.Tensor, dtype: torch.dtype
     ) -> torch.Tensor:
         """The outputs of one block, without router weights; what the second product gets is rounded to `dtype`."""
-        activation = self.activate(*self.split(self.matmul(hidden, w13)))
-        return self.matmul(activation.to(dtype).float(), w2)
+        return self.matmul(self.activation(self.matmul(hidden, w13)).to(dtype).float(), w2)
+
+    def activation(self, gate_up: torch.Tensor) -> torch.Tensor:
+        """What the second product gets of the first."""
+        return self.activate(*self.split(gate_up))
 
     def split(self, gate_up: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Gate and up."""
         return gate_up.chunk(2, 1)
 
     def activate(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-        """What the second product gets."""
+        """Of gate and up."""
         return torch.nn.functional.silu(gate) * up
 
     def matmul(self, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
@@ -111,3 +107,25 @@ class Experts:
     def store(self, total: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
         """What is returned."""
         return total.to(hidden_states.dtype)
+
+
+class Experts(RoutedExperts):
+    """`experts.fused_swiglu`."""
+
+    contract = "experts.fused_swiglu"
+
+    def __call__(
+        self,
+        hidden_states: torch.Tensor,
+        w13: torch.Tensor,
+        w2: torch.Tensor,
+        topk_weights: torch.Tensor,
+        topk_ids: torch.Tensor,
+    ) -> torch.Tensor:
+        self.validate(hidden_states, w13, w2, topk_weights, topk_ids)
+        return self.compute(hidden_states, w13, w2, topk_weights, topk_ids)
+
+    def validate(self, *inputs: torch.Tensor) -> None:
+        """Raises what the contract demands."""
+        validation.fused_swiglu(*inputs)
+        validation.expert_ids_in_range(inputs[4], num_experts=len(inputs[1]))
