@@ -266,7 +266,7 @@ def tied(draw: Draw, parameters: Parameters) -> Tensors:
 
 
 def extreme(draw: Draw, parameters: Parameters) -> Tensors:
-    """Logits near ±10^4 with a common offset: exponentials overflow unless the maximum is subtracted; some lie one unit of float32
+    """Logits near ±10^4 with a common offset: exponentials overflow unless the maximum is subtracted; some lie a unit of float32
     apart, which a comparison must see."""
     tokens, experts = logits_shape(parameters)
     offset = torch.tensor([0.0, 1e4, -1e4, 200.0], dtype=torch.float64)[draw.integers(0, 4, tokens, 1)]
