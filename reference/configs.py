@@ -9,6 +9,7 @@ ScoreFunction = Literal["sigmoid", "softmax"]
 VelocitySign = Literal["noise - data", "data - noise"]
 TimestepSampling = Literal["uniform", "logit-normal"]
 SecondExpertPolicy = Literal["all", "sampling", "random"]
+GeluApproximation = Literal["none", "tanh"]
 
 SMALLEST_WEIGHT_SUM = 2.0**-23  # what `gshard_top2` divides by at least: float32's epsilon, as in public models
 

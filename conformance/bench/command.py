@@ -29,8 +29,8 @@ DIRECTIONS: dict[str, tuple[Direction, ...]] = {
 TITLES = {"forward": "forward", "backward": "forward + backward"}
 HEADERS = ("implementation", "× roofline", "ms", "best ms", "TFLOP/s", "GB/s", "peak MB", "deviation", "samples", "")
 COLUMNS = ("left", *["right"] * 8, "left")
-COUNTER_HEADERS = ("implementation", "MB allocated", "peak MB", "operations", "kernels", "")
-COUNTER_COLUMNS = ("left", *["right"] * 4, "left")
+COUNTER_HEADERS = ("implementation", "MB allocated", "peak MB", "saved MB", "operations", "kernels", "")
+COUNTER_COLUMNS = ("left", *["right"] * 5, "left")
 
 
 def main(options: argparse.Namespace) -> int:
@@ -158,10 +158,11 @@ def _cells(row: Row) -> list[str]:
 
 def _counts(row: CounterRow) -> list[str]:
     if row.counters is None:
-        return [""] * 4
+        return [""] * 5
     return [
         _number(row.counters.bytes_allocated, 1e-6, ".3f"),
         _number(row.counters.peak_bytes, 1e-6, ".3f"),
+        _number(row.counters.saved_bytes, 1e-6, ".3f"),
         _number(row.counters.operations, 1, "d"),
         _number(row.counters.kernels, 1, "d"),
     ]

@@ -5,7 +5,7 @@ import os
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -30,6 +30,8 @@ class Counters:
     """Dispatched by torch, nested ones too; or instructions of the compiled JAX program."""
     kernels: int | None
     """Launched: on a GPU all of them, on a CPU those of Triton."""
+    saved_bytes: int | None = None
+    """Of all memory that autograd keeps from the forward for the backward pass, the inputs' own among it."""
 
 
 def count(call: Callable[[], object], device: str, *, called: int = 0) -> Counters:
@@ -42,7 +44,8 @@ def count(call: Callable[[], object], device: str, *, called: int = 0) -> Counte
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler would tell of every start and stop
     gc.disable()  # what a cycle holds would be freed at any time
     try:
-        return _count_cuda(call) if device == "cuda" else _count_cpu(call)
+        counted = _count_cuda(call) if device == "cuda" else _count_cpu(call)
+        return replace(counted, saved_bytes=_saved_bytes(call))
     finally:
         gc.enable()
 
@@ -60,6 +63,20 @@ def _count_cpu(call: Callable[[], object]) -> Counters:
     del results
     operations = sum(each.name().startswith("aten::") for each in events)
     return Counters(sum(each for each in changes if each > 0), peak, operations, seen.launches.total() if seen else 0)
+
+
+def _saved_bytes(call: Callable[[], object]) -> int:
+    """Each memory once, however many tensors look at it."""
+    saved: dict[int, int] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        memory = tensor.untyped_storage().data_ptr()
+        saved[memory] = max(saved.get(memory, 0), tensor.nbytes)
+        return tensor
+
+    with _watched(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        call()
+    return sum(saved.values())
 
 
 def _watched() -> Any:

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from hypothesis import strategies as st
 
-from gaugeblock.conformance.contracts import experts as of_experts
 from gaugeblock.conformance.contracts import moe_layers as of_layers
+from gaugeblock.conformance.contracts import routed_experts as of_experts
 from gaugeblock.conformance.engine.contract import Contract, Input, Output, Regime, Rejection, Workload, row
 from gaugeblock.conformance.engine.factors import Trait, edges, kind_of_count, kinds
 from gaugeblock.conformance.engine.implementation import triton

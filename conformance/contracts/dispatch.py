@@ -50,6 +50,7 @@ def sort_by_expert() -> Contract:
         workloads=_workloads(lambda _, experts, top_k: sort_sizes(4096, experts, top_k)),
         rejections=SORT_REJECTIONS,
         without=IN_ORDER,
+        implementations=(triton("sorting:sort_by_expert", dtypes=("float32",)),),
     )
 
 
@@ -90,6 +91,7 @@ def align_to_blocks() -> Contract:
         workloads=_workloads(lambda _, experts, top_k: align_sizes(4096, experts, top_k, 64)),
         rejections=(*SORT_REJECTIONS, Rejection("no rows in a block", "block_size", lambda call: {"block_size": 0})),
         without=IN_ORDER,
+        implementations=(triton("sorting:align_to_blocks", dtypes=("float32",)),),
     )
 
 

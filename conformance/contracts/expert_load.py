@@ -5,7 +5,7 @@ from typing import Any
 import torch
 
 from gaugeblock.conformance.contracts import auxiliary_losses as of_losses
-from gaugeblock.conformance.contracts import experts as of_experts
+from gaugeblock.conformance.contracts import routed_experts as of_experts
 from gaugeblock.conformance.engine.contract import Contract, Input, Output, Regime, Rejection, Workload, row
 from gaugeblock.conformance.engine.factors import Factor, Trait, kind_of_count, kinds
 from gaugeblock.conformance.engine.implementation import triton

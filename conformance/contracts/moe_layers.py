@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from gaugeblock.conformance.contracts import experts as of_experts
+from gaugeblock.conformance.contracts import routed_experts as of_experts
 from gaugeblock.conformance.engine.contract import Contract, Input, Output, Regime, Rejection, Selection, Workload, row
 from gaugeblock.conformance.engine.factors import Trait
 from gaugeblock.conformance.engine.implementation import jax, triton
@@ -62,7 +62,7 @@ def mixtral_moe() -> Contract:
             Regime("dithered", _gated(of_experts.dithered)),
             Regime("skew", skewed),
             Regime("ties", tied, "worst element", differentiable=False),
-            Regime("special", _gated(of_experts.special), "worst element", differentiable=False),
+            Regime("special", _gated(of_experts.special(of_experts.dithered)), "worst element", differentiable=False),
             Regime("lattice", lattice, "exact", differentiable=False),
         ),
         cases=0.5,

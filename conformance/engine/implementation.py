@@ -68,9 +68,9 @@ class Implementation:
 CLAIMS = {each.name: each.type for each in fields(Implementation) if each.kw_only}
 
 
-def triton(function: str = "", **claims: Any) -> Implementation:
+def triton(function: str = "", *, name: str = "triton", **claims: Any) -> Implementation:
     """A row for Triton kernels of ours; `function` is `module:function` under `optimized.triton`, by default the operation's."""
-    return Implementation("", "triton", function, **{"kind": "triton", "dtypes": DTYPES, "devices": DEVICES} | claims)
+    return Implementation("", name, function, **{"kind": "triton", "dtypes": DTYPES, "devices": DEVICES} | claims)
 
 
 def jax(name: str, function: str = "", **claims: Any) -> Implementation:

@@ -8,23 +8,27 @@ from transformers import (
     DeepseekV2Config,
     DeepseekV3Config,
     Ernie4_5_MoeConfig,
+    GPT2Config,
     GptOssConfig,
     Llama4TextConfig,
     LongcatFlashConfig,
     MixtralConfig,
     NllbMoeConfig,
+    Qwen2MoeConfig,
     Qwen3MoeConfig,
     SwitchTransformersConfig,
 )
 from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2TopkRouter
-from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3TopkRouter
+from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3MLP, DeepseekV3TopkRouter
 from transformers.models.ernie4_5_moe.modeling_ernie4_5_moe import Ernie4_5_MoeTopKRouter
-from transformers.models.gpt_oss.modeling_gpt_oss import GptOssTopKRouter
+from transformers.models.gpt2.modeling_gpt2 import GPT2MLP
+from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts, GptOssTopKRouter
 from transformers.models.llama4.modeling_llama4 import Llama4Router
 from transformers.models.longcat_flash.modeling_longcat_flash import LongcatFlashTopkRouter
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts, MixtralSparseMoeBlock
 from transformers.models.nllb_moe.modeling_nllb_moe import NllbMoeTop2Router
 from transformers.models.phimoe.modeling_phimoe import sparsemixer
+from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeSparseMoeBlock
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts, Qwen3MoeTopKRouter
 from transformers.models.switch_transformers.modeling_switch_transformers import SwitchTransformersTop1Router, router_z_loss_func
 
@@ -206,13 +210,13 @@ class TransformersExperts:
     def __init__(self, module_class, config_class, implementation):
         self.module_class, self.config_class, self.implementation = module_class, config_class, implementation
 
-    def __call__(self, hidden_states, w13, w2, topk_weights, topk_ids):
+    def __call__(self, hidden_states, w13, w2, topk_weights, topk_ids, **options):
         num_experts, hidden_size, intermediate_size = w2.shape
-        sizes = {"intermediate_size": intermediate_size, "moe_intermediate_size": intermediate_size}
+        sizes = {"intermediate_size": intermediate_size, "moe_intermediate_size": intermediate_size, **options}
         config = self.config_class(hidden_size=hidden_size, num_local_experts=num_experts, num_experts=num_experts, **sizes)
         config._experts_implementation = self.implementation
         state = {"gate_up_proj": w13, "down_proj": w2}
-        return functional_call(self.module_class(config), state, (hidden_states, topk_ids, topk_weights))
+        return functional_call(self.module_class(config), state, (hidden_states, topk_ids.long(), topk_weights))
 
 
 @right("experts.fused_swiglu", dtypes=("float32",), oracle=True, batch_invariant=False)
@@ -242,6 +246,78 @@ class TransformersGroupedExperts(TransformersExperts):
 
     def __init__(self):
         super().__init__(Qwen3MoeExperts, Qwen3MoeConfig, "grouped_mm")
+
+
+@right("experts.fused_geglu", dtypes=("float32",), oracle=True, batch_invariant=False, validates=False)
+class TransformersGegluExperts(TransformersExperts):
+    """Mixtral's experts with another activation."""
+
+    def __init__(self):
+        super().__init__(MixtralExperts, MixtralConfig, "eager")
+
+    def __call__(self, hidden_states, w13, w2, topk_weights, topk_ids, *, approximate):
+        activation = {"none": "gelu", "tanh": "gelu_pytorch_tanh"}[approximate]
+        return super().__call__(hidden_states, w13, w2, topk_weights, topk_ids, hidden_act=activation)
+
+
+@right("experts.fused_gelu_mlp", dtypes=("float32",), oracle=True, batch_invariant=False, validates=False)
+class TransformersGpt2Experts:
+    """GPT-2's MLP with the weights of one expert after the other, whose tokens are gathered."""
+
+    def __call__(self, hidden_states, w1, b1, w2, b2, topk_weights, topk_ids, *, approximate):
+        activation = {"none": "gelu", "tanh": "gelu_new"}[approximate]
+        mlp = GPT2MLP(w1.shape[1], GPT2Config(n_embd=w1.shape[2], activation_function=activation)).eval()
+        total = torch.zeros_like(hidden_states)
+        for expert in range(len(w1)):
+            tokens, choices = (topk_ids == expert).nonzero(as_tuple=True)
+            state = {"c_fc.weight": w1[expert].mT, "c_fc.bias": b1[expert]}
+            state |= {"c_proj.weight": w2[expert].mT, "c_proj.bias": b2[expert]}
+            out = functional_call(mlp, state, hidden_states[tokens])
+            total = total.index_add(0, tokens, topk_weights[tokens, choices, None] * out)
+        return total
+
+
+@right("experts.fused_swiglu_oai", dtypes=("float32",), oracle=True, batch_invariant=False, validates=False)
+class TransformersGptOssExperts:
+    """gpt-oss' experts, whose matrices are the transposed ones."""
+
+    def __call__(self, hidden_states, w13, b13, w2, b2, topk_weights, topk_ids, *, alpha, limit):
+        num_experts, hidden_size, intermediate_size = w2.shape
+        config = GptOssConfig(
+            num_local_experts=num_experts, hidden_size=hidden_size, intermediate_size=intermediate_size,
+            swiglu_alpha=alpha, swiglu_limit=limit,
+        )  # fmt: skip
+        config._experts_implementation = "eager"
+        state = {"gate_up_proj": w13.mT, "gate_up_proj_bias": b13, "down_proj": w2.mT, "down_proj_bias": b2}
+        return functional_call(GptOssExperts(config), state, (hidden_states, topk_ids.long(), topk_weights))
+
+
+@right("experts.shared_swiglu", dtypes=("float32",), oracle=True, batch_invariant=False, validates=False)
+class TransformersDeepseekSharedExpert:
+    """DeepSeek-V3's shared experts."""
+
+    def __call__(self, hidden_states, w13, w2):
+        gate, up = w13.chunk(2)
+        module = DeepseekV3MLP(DeepseekV3Config(hidden_size=len(w2), moe_intermediate_size=len(gate)), len(gate))
+        state = {"gate_proj.weight": gate, "up_proj.weight": up, "down_proj.weight": w2}
+        return functional_call(module, state, hidden_states)
+
+
+@right("experts.gated_shared_swiglu", dtypes=("float32",), oracle=True, batch_invariant=False, validates=False)
+class TransformersQwen2SharedExpert:
+    """Qwen2-MoE's block, whose one routed expert returns 0."""
+
+    def __call__(self, hidden_states, w13, w2, shared_gate):
+        gate, up = w13.chunk(2)
+        config = Qwen2MoeConfig(
+            hidden_size=len(w2), shared_expert_intermediate_size=len(gate), moe_intermediate_size=1, num_experts=1,
+            num_experts_per_tok=1,
+        )  # fmt: skip
+        config._experts_implementation = "eager"
+        block = Qwen2MoeSparseMoeBlock(config).eval()
+        state = {name: torch.zeros_like(each) for name, each in block.state_dict().items()}
+        state |= {f"shared_expert.{name}_proj.weight": each for name, each in (("gate", gate), ("up", up), ("down", w2))}
+        return functional_call(block, state | {"shared_expert_gate.weight": shared_gate}, hidden_states[None])[0]
 
 
 @right("moe_layers.mixtral_moe", dtypes=("float32",), oracle=True, batch_invariant=False)

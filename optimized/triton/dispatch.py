@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch.autograd.function import once_differentiable
 
-from gaugeblock.optimized.triton.launch import device_of, program_rows, require_triton_device
+from gaugeblock.optimized.triton.launch import device_of, program_rows, reject_float64, require_triton_device
 from gaugeblock.reference import validation
 
 # Of a row that a program moves or adds up at a time: two of each thread of four warps.
@@ -69,7 +69,7 @@ def split_into_blocks(expert_offsets: torch.Tensor, num_rows: int, block_rows: i
     num_short = min(num_rows, num_experts)
     blocks_B = torch.arange(num_short + (num_rows - num_short) // block_rows, device=expert_offsets.device)
 
-    num_blocks_E = expert_offsets.diff().add(block_rows - 1) // block_rows
+    num_blocks_E = _needed_blocks(expert_offsets, block_rows)
     last_E = num_blocks_E.cumsum(0)
     # needless blocks count on from the last expert's, so they start behind its end
     experts_B = torch.searchsorted(last_E, blocks_B, right=True).clamp(max=num_experts - 1)
@@ -78,22 +78,34 @@ def split_into_blocks(expert_offsets: torch.Tensor, num_rows: int, block_rows: i
     return Blocks(experts_B, starts_B.minimum(expert_ends_B), (starts_B + block_rows).minimum(expert_ends_B))
 
 
+def block_offsets(expert_offsets: torch.Tensor, block_rows: int) -> torch.Tensor:
+    """Return where the blocks of each expert begin among those of `split_into_blocks`, [num_experts + 1] int64."""
+    return torch.nn.functional.pad(_needed_blocks(expert_offsets, block_rows).cumsum(0), (1, 0))
+
+
+def _needed_blocks(expert_offsets: torch.Tensor, block_rows: int) -> torch.Tensor:
+    return expert_offsets.diff().add(block_rows - 1) // block_rows
+
+
 @triton.jit
 def _sum_rows_kernel(
     rows_ptr, weights_ptr, sums_ptr,
     num_tokens, top_k, width, weights_token_stride, weights_choice_stride,
-    BLOCK_TOKENS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
+    PARTS: tl.constexpr, BLOCK_TOKENS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
 ):  # fmt: skip
     tokens = program_rows(BLOCK_TOKENS)[:, None]
     columns = (tl.program_id(1).to(tl.int64) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS))[None, :]
     exists = tokens < num_tokens
     mask = exists & (columns < width)
 
-    row_ptrs = rows_ptr + tokens * top_k * width + columns
+    row_ptrs = rows_ptr + tokens * top_k * PARTS * width + columns
     weight_ptrs = weights_ptr + tokens * weights_token_stride if weights_ptr is not None else None
     total = tl.full([BLOCK_TOKENS, BLOCK_COLUMNS], 0.0, tl.float32)
     for _ in range(top_k):
         row = tl.load(row_ptrs, mask=mask, other=0.0)
+        for _ in tl.static_range(PARTS - 1):
+            row_ptrs += width
+            row += tl.load(row_ptrs, mask=mask, other=0.0)
         if weights_ptr is not None:
             row *= tl.load(weight_ptrs, mask=exists, other=0.0).to(tl.float32)
             weight_ptrs += weights_choice_stride
@@ -105,24 +117,24 @@ def _sum_rows_kernel(
 def sum_rows(rows: torch.Tensor, weights: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
     """Add up the rows of each token in the order of its choices, in float32, and round once.
 
-        sums[t] = sum over j of weights[t, j] * rows[t, j]
+        sums[t] = sum over j of weights[t, j] * (sum over s of rows[t, j, s])
 
     Args:
-        rows: [num_tokens, top_k, width] float32, contiguous.
+        rows: [num_tokens, top_k, parts, width] float32, contiguous.
         weights: [num_tokens, top_k], floating, any strides; None for ones.
         dtype: Of the sums.
 
     Returns:
         [num_tokens, width].
     """
-    num_tokens, top_k, width = rows.shape
+    num_tokens, top_k, parts, width = rows.shape
     sums = torch.empty(num_tokens, width, dtype=dtype, device=rows.device)
     block_tokens, block_columns = 4, 128
     grid = (triton.cdiv(num_tokens, block_tokens), triton.cdiv(width, block_columns))
     _sum_rows_kernel[grid](
         rows, weights, sums,
         num_tokens, top_k, width, *(weights.stride() if weights is not None else (0, 0)),
-        BLOCK_TOKENS=block_tokens, BLOCK_COLUMNS=block_columns,
+        PARTS=parts, BLOCK_TOKENS=block_tokens, BLOCK_COLUMNS=block_columns,
     )  # fmt: skip
     return sums
 
@@ -204,7 +216,7 @@ def _gather(source: torch.Tensor, order: torch.Tensor, top_k: int) -> torch.Tens
     return rows
 
 
-def _sum_listed(
+def sum_listed(
     source: torch.Tensor,
     starts: torch.Tensor,
     *,
@@ -255,7 +267,7 @@ class _Permute(torch.autograd.Function):
         (order,) = ctx.saved_tensors
         with device_of(grad):
             places, starts = _group(order.to(torch.int64) // ctx.top_k, ctx.num_tokens)
-            return _sum_listed(grad, starts, top_k=1, entries=places), None, None
+            return sum_listed(grad, starts, top_k=1, entries=places), None, None
 
 
 class _Unpermute(torch.autograd.Function):
@@ -264,7 +276,7 @@ class _Unpermute(torch.autograd.Function):
         ctx.save_for_backward(rows, inverse, topk_weights)
         num_tokens, top_k = inverse.shape
         starts = torch.arange(num_tokens + 1, device=rows.device) * top_k
-        return _sum_listed(rows, starts, top_k=top_k, places=inverse, weights=topk_weights)
+        return sum_listed(rows, starts, top_k=top_k, places=inverse, weights=topk_weights)
 
     @staticmethod
     @once_differentiable
@@ -275,7 +287,7 @@ class _Unpermute(torch.autograd.Function):
         with device_of(rows):
             if ctx.needs_input_grad[0]:
                 entries, starts = _group(inverse.flatten().to(torch.int64), num_rows)
-                rows_gradient = _sum_listed(grad, starts, top_k=top_k, entries=entries, weights=topk_weights)
+                rows_gradient = sum_listed(grad, starts, top_k=top_k, entries=entries, weights=topk_weights)
             if ctx.needs_input_grad[2]:
                 weights_gradient = topk_weights.new_empty(inverse.shape)
                 if inverse.numel():
@@ -308,7 +320,7 @@ def permute(hidden_states: torch.Tensor, order: torch.Tensor, *, top_k: int) -> 
     Source: `gaugeblock.reference.torch.dispatch.permute`.
     """
     validation.permute(hidden_states, order, top_k)
-    _reject_float64("hidden_states", hidden_states)
+    reject_float64("hidden_states", hidden_states)
     validation.routed_rows_in_range(order, num_rows=hidden_states.shape[0] * top_k)
     require_triton_device("hidden_states", hidden_states)
     with device_of(hidden_states):
@@ -337,13 +349,8 @@ def unpermute(rows: torch.Tensor, inverse: torch.Tensor, topk_weights: torch.Ten
     """
     validation.unpermute(rows, inverse, topk_weights)
     for name, tensor in (("rows", rows), ("topk_weights", topk_weights)):
-        _reject_float64(name, tensor)
+        reject_float64(name, tensor)
     validation.places_in_range(inverse, num_rows=rows.shape[0])
     require_triton_device("rows", rows)
     with device_of(rows):
         return _Unpermute.apply(rows, inverse, topk_weights)
-
-
-def _reject_float64(name: str, tensor: torch.Tensor) -> None:
-    if tensor.dtype == torch.float64:
-        raise TypeError(f"{name} must be bfloat16, float16 or float32, got float64")

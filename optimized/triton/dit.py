@@ -15,6 +15,7 @@ import torch
 from torch.nn import functional
 
 from gaugeblock.optimized.compiled.dit import State, attention, embed_conditions, linear, mlp
+from gaugeblock.optimized.triton.launch import reject_float64
 from gaugeblock.optimized.triton.layers import gated_residual_layer_norm_modulate, layer_norm_modulate
 from gaugeblock.reference import validation
 from gaugeblock.reference.configs import DiTConfig
@@ -45,8 +46,7 @@ def dit(
     Source: `gaugeblock.reference.torch.dit.dit`.
     """
     validation.dit(state, latents, timesteps, class_labels, config, state_shapes(config))
-    if latents.dtype == torch.float64:
-        raise TypeError("latents must be bfloat16, float16 or float32, got float64")
+    reject_float64("latents", latents)
     validation.class_labels_in_range(class_labels, config.num_classes)
 
     hidden_BSD = embed_patches(state, latents, config=config)

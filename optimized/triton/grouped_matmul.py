@@ -17,6 +17,9 @@ import triton.language as tl
 from gaugeblock.optimized.triton.dispatch import Blocks
 from gaugeblock.optimized.triton.launch import on_amd
 
+# Of a GPU as kernels meet them today: an H100 has 132, an MI300X 304. It is a constant so that bits do not depend on the chip.
+MULTIPROCESSORS = 128
+
 
 class Tiles(NamedTuple):
     """What one program does: `rows` by `columns` of the result, `depth` products of each at a time."""
@@ -39,17 +42,19 @@ class Tiles(NamedTuple):
         }
 
 
-def choose_tiles(*operands: torch.Tensor, accumulators: int = 1) -> Tiles:
+def choose_tiles(*operands: torch.Tensor, accumulators: int = 1, rows_per_expert: int | None = None) -> Tiles:
     """Choose the tiles of a product.
 
-    Dtype, strides and the sizes of rows and matrices decide, never the number of tokens or experts: a token's
-    bits must not depend on its batch. Each line of the table compiles for sm_80, sm_90, sm_100 and gfx942
-    without a spilled register; accumulators share the columns of a program, so that several need no more
-    registers than one.
+    Dtype, strides and the sizes of rows and matrices decide, and the number of tokens or experts only where
+    the caller hands in `rows_per_expert`: a token's bits must not depend on its batch. Each line of the table
+    compiles for sm_80, sm_90, sm_100 and gfx942 without a spilled register; accumulators share the columns of
+    a program, so that several need no more registers than one.
 
     Args:
         operands: All tensors of a pass, so that its kernels agree on the rows of a block.
         accumulators: Results that a program keeps of each column.
+        rows_per_expert: How many there are on average. Few take tiles of twice as many rows, so that most experts have one
+            block with little padding.
     """
     if operands[0].dtype == torch.float32:
         # no matrix unit of NVIDIA multiplies float32 exactly: operands pass through registers, so small tiles
@@ -63,7 +68,19 @@ def choose_tiles(*operands: torch.Tensor, accumulators: int = 1) -> Tiles:
     else:
         # 64 rows of wgmma for each of two warp groups; two forward programs fit on a multiprocessor of sm_90
         tiles = Tiles(128, 128, 64, num_warps=8, num_stages=3)
+    if rows_per_expert is not None and rows_per_expert <= tiles.rows // 2:
+        rows = min(max(triton.next_power_of_2(2 * rows_per_expert), 16), tiles.rows)
+        tiles = tiles._replace(rows=rows, num_warps=4)
     return tiles._replace(columns=tiles.columns // triton.next_power_of_2(accumulators))
+
+
+def choose_splits(num_blocks: int, width: int, depth: int, tiles: Tiles) -> int:
+    """Choose into how many parts to split the sums of a product, so that few rows still occupy every multiprocessor."""
+    programs = num_blocks * triton.cdiv(width, tiles.columns)
+    splits = 1
+    while 2 * splits * programs <= MULTIPROCESSORS and 4 * splits * tiles.depth <= depth:
+        splits *= 2
+    return splits
 
 
 def _is_aligned(operand: torch.Tensor) -> bool:
@@ -77,8 +94,8 @@ def _is_aligned(operand: torch.Tensor) -> bool:
 
 @triton.jit
 def _rows_times_matrices_kernel(
-    left_ptr, matrices_ptr, out_ptr, rows_ptr, experts_ptr, starts_ptr, ends_ptr,
-    width, depth, expert_stride, column_stride, depth_stride,
+    left_ptr, matrices_ptr, biases_ptr, out_ptr, rows_ptr, experts_ptr, starts_ptr, ends_ptr,
+    width, depth, split_depth, expert_stride, column_stride, depth_stride, bias_expert_stride, bias_column_stride,
     BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, BLOCK_DEPTH: tl.constexpr,
 ):  # fmt: skip
     block = tl.program_id(0)
@@ -91,11 +108,13 @@ def _rows_times_matrices_kernel(
     positions = tl.minimum(positions, end - 1)  # past the end, the last row again, not to be stored
     columns = tl.program_id(1).to(tl.int64) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)[None, :]
     column_exists = columns < width
+    split = tl.program_id(2)
 
+    expert = tl.load(experts_ptr + block)
     left_ptrs = left_ptr + positions * depth
-    matrix_ptrs = matrices_ptr + tl.load(experts_ptr + block) * expert_stride + columns * column_stride
+    matrix_ptrs = matrices_ptr + expert * expert_stride + columns * column_stride
     total = tl.full([BLOCK_ROWS, BLOCK_COLUMNS], 0.0, tl.float32)
-    for first in range(0, depth, BLOCK_DEPTH):
+    for first in range(split * split_depth, tl.minimum((split + 1) * split_depth, depth), BLOCK_DEPTH):
         steps = first + tl.arange(0, BLOCK_DEPTH).to(tl.int64)
         exists = steps < depth
         left = tl.load(left_ptrs + steps[None, :], mask=exists[None, :], other=0.0)
@@ -103,16 +122,27 @@ def _rows_times_matrices_kernel(
         matrix = tl.load(matrix_ptrs + matrix_offsets, mask=exists[:, None] & column_exists, other=0.0)
         total = tl.dot(left, matrix, total, input_precision="ieee")
 
-    rows = tl.load(rows_ptr + positions)
+    if biases_ptr is not None:
+        bias_ptrs = biases_ptr + expert * bias_expert_stride + columns * bias_column_stride
+        bias = tl.load(bias_ptrs, mask=column_exists, other=0.0).to(tl.float32)
+        total += tl.where(split == 0, bias, 0.0)
+    rows = tl.load(rows_ptr + positions) * tl.num_programs(2) + split
     tl.store(out_ptr + rows * width + columns, total, mask=row_exists & column_exists)
 
 
 def rows_times_matrices(
-    left: torch.Tensor, matrices: torch.Tensor, rows: torch.Tensor, blocks: Blocks, tiles: Tiles
+    left: torch.Tensor,
+    matrices: torch.Tensor,
+    rows: torch.Tensor,
+    blocks: Blocks,
+    tiles: Tiles,
+    *,
+    biases: torch.Tensor | None = None,
+    splits: int = 1,
 ) -> torch.Tensor:
-    """Multiply each row by the matrix of its expert.
+    """Multiply each row by the matrix of its expert, and add its bias.
 
-        out[rows[p]] = matrices[e] @ left[p],  e = expert of position p
+        sum over s of out[rows[p], s] = matrices[e] @ left[p] + biases[e],  e = expert of position p
 
     Args:
         left: [num_rows, depth], contiguous, sorted by expert.
@@ -120,17 +150,20 @@ def rows_times_matrices(
         rows: [num_rows] int64, the routed row at each position.
         blocks: Of tiles.rows positions.
         tiles: From `choose_tiles`.
+        biases: [num_experts, width], any strides; None for zeros.
+        splits: Parts of the sum over depth, from `choose_splits`; the caller adds them up.
 
     Returns:
-        [num_rows, width] float32.
+        [num_rows, splits, width] float32.
     """
     num_rows, depth = left.shape
     width = matrices.shape[1]
-    out = torch.empty(num_rows, width, dtype=torch.float32, device=left.device)
-    grid = (blocks.experts.shape[0], triton.cdiv(width, tiles.columns))
+    out = torch.empty(num_rows, splits, width, dtype=torch.float32, device=left.device)
+    split_depth = triton.cdiv(depth, splits * tiles.depth) * tiles.depth
+    grid = (blocks.experts.shape[0], triton.cdiv(width, tiles.columns), splits)
     _rows_times_matrices_kernel[grid](
-        left, matrices, out, rows, *blocks,
-        width, depth, *matrices.stride(), **tiles.options,
+        left, matrices, biases, out, rows, *blocks, width, depth, split_depth,
+        *matrices.stride(), *((0, 0) if biases is None else biases.stride()), **tiles.options,
     )  # fmt: skip
     return out
 

@@ -34,6 +34,17 @@ def require_triton_device(tensor_name: str, tensor: torch.Tensor) -> None:
         raise ValueError(f"{tensor_name} must be on {expected}, got {tensor.device}{advice}")
 
 
+def will_differentiate(*tensors: torch.Tensor | None) -> bool:
+    """Return whether autograd may ask for the gradient of any of these."""
+    return torch.is_grad_enabled() and any(each is not None and each.requires_grad for each in tensors)
+
+
+def reject_float64(name: str, tensor: torch.Tensor) -> None:
+    """Raise TypeError for a tensor of the one floating dtype that kernels do not take."""
+    if tensor.dtype == torch.float64:
+        raise TypeError(f"{name} must be bfloat16, float16 or float32, got float64")
+
+
 def on_amd() -> bool:
     """Return whether kernels are launched on a GPU of AMD; those that are interpreted are NVIDIA's."""
     return not INTERPRETED and triton.runtime.driver.active.get_current_target().backend == "hip"

@@ -26,7 +26,7 @@ import triton
 import triton.language as tl
 from torch.autograd.function import once_differentiable
 
-from gaugeblock.optimized.triton.launch import device_of, require_triton_device
+from gaugeblock.optimized.triton.launch import device_of, reject_float64, require_triton_device
 from gaugeblock.reference import validation
 
 # Rows and columns of a program's block, for 4 warps; a row may be wider. Forward, a warp has a row, in loads of 16 bytes, so that
@@ -349,8 +349,7 @@ def gated_residual_layer_norm_modulate(
 
 
 def _apply(residual_name: str, residual: torch.Tensor, *arguments: Any) -> Any:
-    if residual.dtype == torch.float64:
-        raise TypeError(f"{residual_name} must be bfloat16, float16 or float32, got float64")
+    reject_float64(residual_name, residual)
     require_triton_device(residual_name, residual)
     with device_of(residual):
         return _GatedResidualLayerNormModulate.apply(residual, *arguments)

@@ -28,7 +28,15 @@ from gaugeblock.reference.validation.dispatch import (
     unpermute,
 )
 from gaugeblock.reference.validation.dit import class_labels_in_range, dit, dit_block, position_table
-from gaugeblock.reference.validation.experts import expert_ids_in_range, fused_swiglu
+from gaugeblock.reference.validation.experts import (
+    expert_ids_in_range,
+    fused_geglu,
+    fused_gelu_mlp,
+    fused_swiglu,
+    fused_swiglu_oai,
+    gated_shared_swiglu,
+    shared_swiglu,
+)
 from gaugeblock.reference.validation.layers import (
     gated_residual,
     gated_residual_layer_norm_modulate,

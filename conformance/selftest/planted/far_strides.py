@@ -45,7 +45,8 @@ mutant(
     ".to(tl.int64)", "", "far_strides", "memory", "vLLM fused_moe fixes",
 )  # fmt: skip
 mutant(
-    EXPERTS, "expert-offsets-in-32-bits", "The expert times the stride of w13 is an int32.", "experts._gate_up_kernel",
-    "tl.load(experts_ptr + block) *", "tl.load(experts_ptr + block).to(tl.int32) *", "far_strides", "memory",
+    EXPERTS, "expert-offsets-in-32-bits", "The expert times the stride of w13 is an int32.",
+    "expert_products._first_product_kernel", "expert * w1_expert_stride",
+    "expert.to(tl.int32) * w1_expert_stride", "far_strides", "memory",
     "vLLM fused_moe fixes",
 )  # fmt: skip

@@ -5,8 +5,8 @@ from gaugeblock.conformance.selftest.edits import mutant
 EXPERTS = "experts.fused_swiglu"
 
 mutant(
-    EXPERTS, "gate-and-up-swapped", "The first half of w13 is taken for up.", "experts._gate_up_kernel",
-    "silu * up", "up / (1.0 + tl.exp(-up)) * gate", "parity", "structural", "gpt-oss ports",
+    EXPERTS, "gate-and-up-swapped", "The first half of w13 is taken for up.", "expert_products._first_product_kernel",
+    "activate(gate, up,", "activate(up, gate,", "parity", "structural", "gpt-oss ports",
 )  # fmt: skip
 mutant(
     EXPERTS, "depth-mask-dropped", "The last tile of a sum reads on behind the row.",
@@ -14,11 +14,12 @@ mutant(
     "steps < depth", "steps >= 0", "parity", "boundary", "vllm#2453",
 )  # fmt: skip
 mutant(
-    EXPERTS, "other-missing", "Lanes behind the end of the sum hold whatever the load leaves there.", "experts._gate_up_kernel",
+    EXPERTS, "other-missing", "Lanes behind the end of the sum hold whatever the load leaves there.",
+    "expert_products._first_product_kernel",
     ", other=0.0", "", "masked_lanes", "boundary",
 )  # fmt: skip
 mutant(
-    EXPERTS, "one-depth-tile-less", "The loop over the sum ends one tile early.", "experts._gate_up_kernel",
+    EXPERTS, "one-depth-tile-less", "The loop over the sum ends one tile early.", "expert_products._first_product_kernel",
     "range(0, hidden_size, BLOCK_DEPTH)", "range(0, hidden_size - BLOCK_DEPTH, BLOCK_DEPTH)", "parity", "boundary",
 )  # fmt: skip
 mutant(
@@ -31,7 +32,7 @@ mutant(
     "columns < width", "columns <= width", "out_of_bounds", "memory",
 )  # fmt: skip
 mutant(
-    EXPERTS, "tf32-left-on", "Operands are rounded to tf32, as is tl.dot's default.", "experts._gate_up_kernel",
+    EXPERTS, "tf32-left-on", "Operands are rounded to tf32, as is tl.dot's default.", "expert_products._first_product_kernel",
     'input_precision="ieee"', 'input_precision="tf32"', "parity", "precision",
 )  # fmt: skip
 mutant(
@@ -39,14 +40,15 @@ mutant(
     "dispatch.split_into_blocks", "starts_B.minimum(expert_ends_B)", "starts_B.minimum(expert_ends_B - 1)", "races", "memory",
 )  # fmt: skip
 mutant(
-    EXPERTS, "float16-accumulator", "Gate and up are rounded to float16 after each tile.", "experts._gate_up_kernel",
+    EXPERTS, "float16-accumulator", "Gate and up are rounded to float16 after each tile.",
+    "expert_products._first_product_kernel",
     'input_precision="ieee")', 'input_precision="ieee").to(tl.float16).to(tl.float32)', "parity", "precision",
     "pytorch/helion#2141",
     dtypes=("float16",),
 )  # fmt: skip
 mutant(
     EXPERTS, "partial-blocks-dropped", "An expert's rows behind its last full block are not computed.",
-    "dispatch.split_into_blocks",
+    "dispatch._needed_blocks",
     ".add(block_rows - 1) // block_rows", " // block_rows", "fully_written", "boundary",
 )  # fmt: skip
 mutant(
@@ -63,16 +65,17 @@ mutant(
     "weight_ptrs += weights_choice_stride", "weight_ptrs += 1", "layout", "memory",
 )  # fmt: skip
 mutant(
-    EXPERTS, "matrix-stride-ignored", "The rows of w13 are taken to lie one behind the other.", "experts._gate_up_kernel",
-    " * w13_row_stride", " * hidden_size", "layout", "memory", "Liger-Kernel#1377",
+    EXPERTS, "matrix-stride-ignored", "The rows of w13 are taken to lie one behind the other.",
+    "expert_products._first_product_kernel",
+    " * w1_row_stride", " * hidden_size", "layout", "memory", "Liger-Kernel#1377",
 )  # fmt: skip
 mutant(
     EXPERTS, "tiles-chosen-by-tokens", "Small batches sum in shorter tiles.", "grouped_matmul.choose_tiles",
     "Tiles(32, 64, 16,", "Tiles(32, 64, 32 if operands[0].shape[0] > 8 else 16,", "batch_invariance", "state", "vllm#36488",
 )  # fmt: skip
 mutant(
-    EXPERTS, "silu-without-the-product-rule", "silu' is taken for the sigmoid.", "experts._gate_up_backward_kernel",
-    " * (1.0 + gate * (1.0 - sigmoid))", "", "gradients", "gradient",
+    EXPERTS, "silu-without-the-product-rule", "silu' is taken for the sigmoid.", "activations._nonlinearity_and_slope",
+    "sigmoid * (1.0 + alpha * x * (1.0 - sigmoid))", "sigmoid", "gradients", "gradient",
 )  # fmt: skip
 mutant(
     EXPERTS, "weight-gradient-misses-the-last-row", "An expert's last row is left out of the gradients of w13 and w2.",
@@ -85,15 +88,18 @@ mutant(
 )  # fmt: skip
 mutant(
     EXPERTS, "cotangent-stride-ignored", "Neighbouring gradients are taken to lie side by side.",
-    "experts._gate_up_backward_kernel",
+    "expert_products._through_activation_kernel",
     "steps * gradient_hidden_stride", "steps", "gradient_layout", "gradient",
 )  # fmt: skip
 mutant(
-    EXPERTS, "ids-unchecked", "An id out of range addresses memory that is not there.", "experts.fused_swiglu",
-    "validation.expert_ids_in_range(topk_ids, num_experts=w13.shape[0])", "pass", "rejections", "error-contract",
+    EXPERTS, "ids-unchecked", "An id out of range addresses memory that is not there.", "experts._apply",
+    "validation.expert_ids_in_range(topk_ids, num_experts=expert.w1.shape[0])", "pass", "rejections", "error-contract",
 )  # fmt: skip
 mutant(
     EXPERTS, "silent-fallback", "The reference computes, and no kernel is launched.", "experts.fused_swiglu",
-    "return _FusedSwiglu.apply(", "from gaugeblock.reference.torch import experts\n        return experts.fused_swiglu(",
+    "return _apply(activation, hidden_states, expert, topk_weights, topk_ids,",
+    "from gaugeblock.reference.torch.experts import fused_swiglu as reference\n"
+    "    return reference(hidden_states, w13, w2, topk_weights, topk_ids)\n"
+    "    return _apply(activation, hidden_states, expert, topk_weights, topk_ids,",
     "path_witness", "structural",
 )  # fmt: skip
