@@ -68,7 +68,7 @@ class GeluMlpExperts(BiasedExperts):
         """There is no gate."""
         return (gate_up,)
 
-    def activate(self, inner: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+    def activate(self, inner: torch.Tensor) -> torch.Tensor:
         """What the second product gets."""
         return torch.nn.functional.gelu(inner, approximate=self.options["approximate"])
 
