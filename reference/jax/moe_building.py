@@ -19,8 +19,9 @@ def build_moe_layer(
 ) -> Callable[..., jax.Array]:
     """As `gaugeblock.reference.torch.moe_building.build_moe_layer`."""
     moe_parts.require_fit(router, runner)
-    route = bypass if router == "bypass" else getattr(routers, router)
-    run = {"input_scaled_swiglu": input_scaled_swiglu, "routing_swiglu": routing_swiglu}.get(runner) or getattr(experts, runner)
+    route: Callable = bypass if router == "bypass" else getattr(routers, router)
+    ours: Mapping[str, Callable] = {"input_scaled_swiglu": input_scaled_swiglu, "routing_swiglu": routing_swiglu}
+    run = ours.get(runner) or getattr(experts, runner)
 
     def moe_layer(hidden_states: jax.Array, gate: jax.Array, *weights: jax.Array) -> jax.Array:
         logits_TE = jnp.matmul(at_least_float32(hidden_states), at_least_float32(gate).mT, precision="highest")

@@ -37,8 +37,9 @@ def build_moe_layer(
     Source: the parts of vLLM's and Diffulex's fused MoE layers.
     """
     moe_parts.require_fit(router, runner)
-    route = bypass if router == "bypass" else getattr(routers, router)
-    run = {"input_scaled_swiglu": input_scaled_swiglu, "routing_swiglu": routing_swiglu}.get(runner) or getattr(experts, runner)
+    route: Callable = bypass if router == "bypass" else getattr(routers, router)
+    ours: Mapping[str, Callable] = {"input_scaled_swiglu": input_scaled_swiglu, "routing_swiglu": routing_swiglu}
+    run = ours.get(runner) or getattr(experts, runner)
 
     def moe_layer(hidden_states: torch.Tensor, gate: torch.Tensor, *weights: torch.Tensor) -> torch.Tensor:
         logits_TE = at_least_float32(hidden_states) @ at_least_float32(gate).mT
