@@ -104,7 +104,7 @@ APPROXIMATE = either("approximate", "none", "tanh")
 
 def dealt(points: tuple[dict[str, Any], ...], *options: dict[str, Any]) -> tuple[dict[str, Any], ...]:
     """The points, each with the next of the choices of options."""
-    return tuple(point | options[place % len(options)] for place, point in enumerate(points))
+    return tuple({**point, **options[place % len(options)]} for place, point in enumerate(points))
 
 
 def _some(tensor: torch.Tensor, rows: slice, columns: slice, value: torch.Tensor | float) -> torch.Tensor:

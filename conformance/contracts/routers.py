@@ -266,11 +266,11 @@ def tied(draw: Draw, parameters: Parameters) -> Tensors:
 
 
 def extreme(draw: Draw, parameters: Parameters) -> Tensors:
-    """Logits near ±10^4 with a common offset: exponentials overflow unless the maximum is subtracted; some lie 8 units of float32
+    """Logits near ±10^4 with a common offset: exponentials overflow unless the maximum is subtracted; some lie a unit of float32
     apart, which a comparison must see."""
     tokens, experts = logits_shape(parameters)
     offset = torch.tensor([0.0, 1e4, -1e4, 200.0], dtype=torch.float64)[draw.integers(0, 4, tokens, 1)]
-    wide, near = 30 * draw.normal(tokens, experts), draw.integers(0, 16, tokens, experts) * 2.0**-7
+    wide, near = 30 * draw.normal(tokens, experts), draw.integers(0, 16, tokens, experts) * 2.0**-10
     return {"router_logits": offset + torch.where(draw.uniform(tokens, 1) < 0.25, near, wide)}
 
 

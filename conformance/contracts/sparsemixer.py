@@ -6,7 +6,7 @@ import torch
 
 from gaugeblock.conformance.contracts import routers as of_routers
 from gaugeblock.conformance.engine.contract import Contract, Output, Regime, Rejection, Selection, Workload, row
-from gaugeblock.conformance.engine.factors import either, kind_of_count, kinds
+from gaugeblock.conformance.engine.factors import Trait, either, kind_of_count, kinds
 from gaugeblock.conformance.engine.implementation import triton
 from gaugeblock.conformance.engine.inputs.draw import Draw
 from gaugeblock.conformance.engine.vocabulary import Parameters, Tensors
@@ -20,8 +20,8 @@ def sparsemixer() -> Contract:
         name="routers.sparsemixer",
         summary="Each token goes to its two best experts, each weighted among those whose logits are near.",
         formula=(
-            "twice: id = argmax(x), without the expert chosen before; near = (x[id] - x) / max(|x|, x[id]) <= 2 * jitter_eps; "
-            "weight = softmax(x, or -inf where not near)[id]"
+            "twice: id = argmax(x), without the expert chosen before; far = (x[id] - x) / max(|x|, x[id]) > 2 * jitter_eps; "
+            "weight = softmax(x, or -inf where far)[id]"
         ),
         source="GRIN (arXiv:2409.12136) section 3; sparsemixer of transformers (Phi-3.5-MoE), as at inference",
         reference=routers.sparsemixer,
@@ -44,7 +44,7 @@ def sparsemixer() -> Contract:
             either("jitter_eps", 0.01, 0.1),
         ),
         build=sizes,
-        traits=of_routers.SOFTMAX_TRAITS[1:2],
+        traits=(*of_routers.SOFTMAX_TRAITS[1:2], Trait("highest 0", "router_logits", _highest_0)),
         regimes=(
             Regime("steps", steps),
             Regime("ties", of_routers.tied, "worst element", differentiable=False),
@@ -76,6 +76,11 @@ def steps(draw: Draw, parameters: Parameters) -> Tensors:
     step, little = draw.integers(0, 3, tokens, experts), 0.5 * draw.uniform(tokens, experts)
     highest = 1 + 3 * draw.uniform(tokens, 1)
     return {"router_logits": highest * (1 - threshold * (3 * step + little))}
+
+
+def _highest_0(tensors: Tensors) -> Tensors:
+    logits = tensors["router_logits"]
+    return {"router_logits": logits - logits.amax(1, keepdim=True)}
 
 
 def _logits(router_logits: torch.Tensor, **_: Any) -> torch.Tensor:

@@ -23,7 +23,7 @@ from typing import NamedTuple
 import torch
 
 from gaugeblock.optimized.triton.activations import Activation
-from gaugeblock.optimized.triton.dispatch import block_offsets, sort_by_expert, split_into_blocks, sum_listed, sum_rows
+from gaugeblock.optimized.triton.dispatch import Blocks, block_offsets, sort_by_expert, split_into_blocks, sum_listed, sum_rows
 from gaugeblock.optimized.triton.expert_products import Expert, first_product, through_activation
 from gaugeblock.optimized.triton.grouped_matmul import Tiles, choose_splits, choose_tiles, rows_times_matrices, sum_of_products
 
@@ -40,9 +40,10 @@ class Plan(NamedTuple):
         """What tiles are chosen by beside widths."""
         return None if self.batch_invariant else -(-rows.shape[0] // expert.w1.shape[0])
 
-    def splits(self, num_blocks: int, width: int, depth: int, tiles: Tiles) -> int:
-        """Into how many parts the sums of a product are split."""
-        return 1 if self.batch_invariant else choose_splits(num_blocks, width, depth, tiles)
+    def splits(self, blocks: Blocks, matrices: torch.Tensor, tiles: Tiles) -> int:
+        """Into how many parts the sums of a product with matrices [num_experts, width, depth] are split."""
+        width, depth = matrices.shape[1:]
+        return 1 if self.batch_invariant else choose_splits(blocks.experts.shape[0], width, depth, tiles)
 
 
 class Saved(NamedTuple):
@@ -82,7 +83,7 @@ def forward_pass(
 
     of_rows = (rows, blocks, topk_ids.shape[1])
     activation, kept = first_product(hidden_states, expert, plan.activation, *of_rows, first_tiles, keep=plan.keep)
-    splits = plan.splits(blocks.experts.shape[0], *expert.w2.shape[1:], tiles)
+    splits = plan.splits(blocks, expert.w2, tiles)
     out = rows_times_matrices(activation, expert.w2, rows, blocks, tiles, biases=expert.b2, splits=splits)
     out = sum_rows(out.view(*topk_ids.shape, *out.shape[1:]), topk_weights, hidden_states.dtype)
     return out, Saved(hidden_states, *expert, topk_weights, kept, rows, expert_offsets)
@@ -109,7 +110,7 @@ def backward_pass(
         hidden_states, out_gradient, expert, plan.activation, topk_weights, kept, rows, blocks, first_tiles
     )  # fmt: skip
     if needs_hidden:
-        splits = plan.splits(blocks.experts.shape[0], *w1.mT.shape[1:], tiles)
+        splits = plan.splits(blocks, w1.mT, tiles)
         hidden_rows = rows_times_matrices(slopes.pre_activations, w1.mT, rows, blocks, tiles, splits=splits)
         hidden_rows = hidden_rows.view(*topk_weights.shape, *hidden_rows.shape[1:])
     if needs_weights:

@@ -23,8 +23,8 @@ def _probabilities_near(logits, others, is_chosen, threshold):
     """Return the softmax of the logits in `others` that lie near the chosen one, 0 elsewhere."""
     highest = tl.sum(tl.where(is_chosen, logits, 0.0), axis=1)[:, None]
     scale = tl.maximum(tl.abs(logits), tl.broadcast_to(highest, logits.shape), propagate_nan=tl.PropagateNan.ALL)
-    is_near = divide(highest - logits, scale) <= threshold
-    exponentials = tl.where(others & is_near, tl.exp(logits - highest), 0.0)
+    is_far = divide(highest - logits, scale) > threshold  # 0 / 0 is not
+    exponentials = tl.where(others & ~is_far, tl.exp(logits - highest), 0.0)
     return divide(exponentials, tl.sum(exponentials, axis=1)[:, None])
 
 

@@ -128,8 +128,8 @@ def sparsemixer(router_logits: jax.Array, *, jitter_eps: float) -> tuple[jax.Arr
     others_TE, weights_TK = logits_TE, []
     for id_T1 in jnp.split(ids_TK, 2, axis=-1):
         highest_T1 = jnp.take_along_axis(logits_TE, id_T1, axis=-1)
-        is_near_TE = (highest_T1 - logits_TE) / jnp.maximum(abs(logits_TE), highest_T1) <= 2 * jitter_eps
-        probs_TE = jax.nn.softmax(jnp.where(is_near_TE, others_TE, -jnp.inf), axis=-1)
+        is_far_TE = (highest_T1 - logits_TE) / jnp.maximum(abs(logits_TE), highest_T1) > 2 * jitter_eps
+        probs_TE = jax.nn.softmax(jnp.where(is_far_TE, -jnp.inf, others_TE), axis=-1)
         weights_TK.append(jnp.take_along_axis(probs_TE, id_T1, axis=-1))
         others_TE = jnp.put_along_axis(others_TE, id_T1, -jnp.inf, axis=-1, inplace=False)
     return jnp.concatenate(weights_TK, axis=-1), ids_TK

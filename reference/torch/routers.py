@@ -313,8 +313,8 @@ def sparsemixer(router_logits: torch.Tensor, *, jitter_eps: float) -> tuple[torc
     """Choose two experts of each token, one after the other, each weighted among those whose logits are near its own.
 
         id = argmax(x), x being the logits, without the expert chosen before
-        near = (x[id] - x) / max(|x|, x[id]) <= 2 * jitter_eps
-        weight = softmax(x, or -inf where not near)[id]
+        far = (x[id] - x) / max(|x|, x[id]) > 2 * jitter_eps, which 0 / 0 is not
+        weight = softmax(x, or -inf where far)[id]
 
     It is SparseMixer without its draws, as at inference.
 
@@ -340,8 +340,8 @@ def sparsemixer(router_logits: torch.Tensor, *, jitter_eps: float) -> tuple[torc
     others_TE, weights_TK = logits_TE, []
     for id_T1 in ids_TK.split(1, dim=-1):
         highest_T1 = logits_TE.gather(-1, id_T1)
-        is_near_TE = (highest_T1 - logits_TE) / torch.maximum(logits_TE.abs(), highest_T1) <= 2 * jitter_eps
-        probs_TE = torch.softmax(others_TE.masked_fill(~is_near_TE, -torch.inf), dim=-1)
+        is_far_TE = (highest_T1 - logits_TE) / torch.maximum(logits_TE.abs(), highest_T1) > 2 * jitter_eps
+        probs_TE = torch.softmax(others_TE.masked_fill(is_far_TE, -torch.inf), dim=-1)
         weights_TK.append(probs_TE.gather(-1, id_T1))
         others_TE = others_TE.scatter(-1, id_T1, -torch.inf)
     return torch.cat(weights_TK, dim=-1), ids_TK

@@ -154,7 +154,7 @@ class PlacesKeptByShape(SwitchRouter):
 class AnyCapacityWillDo(SwitchRouter):
     """A capacity that is no positive number drops all tokens instead of being rejected."""
 
-    def __call__(self, router_logits, *, capacity_factor):  # type: ignore[override]
+    def __call__(self, router_logits, *, capacity_factor):
         positive = capacity_factor > 0 and not math.isnan(capacity_factor)
         weights, ids, dropped = super().__call__(router_logits, capacity_factor=capacity_factor if positive else 1.0)
         return (weights, ids, dropped) if positive else (weights * 0, ids, dropped | True)

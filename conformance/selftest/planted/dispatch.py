@@ -85,7 +85,7 @@ class RepeatedIdIsOneRow(Sort):
 class OneBlockTooManyWhenFull(Align):
     """An expert whose last block is full gets another, as long as there are needless ones."""
 
-    def __call__(self, topk_ids, *, num_experts, block_size):  # type: ignore[override]
+    def __call__(self, topk_ids, *, num_experts, block_size):
         self.most = most_blocks(topk_ids.numel(), num_experts, block_size)
         return super().__call__(topk_ids, num_experts=num_experts, block_size=block_size)
 
@@ -123,7 +123,7 @@ class NeedlessBlocksOfTheFirstExpert(Align):
 class PaddedRowsNotCounted(Align):
     """What is returned as the number of places is that of rows."""
 
-    def __call__(self, topk_ids, *, num_experts, block_size):  # type: ignore[override]
+    def __call__(self, topk_ids, *, num_experts, block_size):
         rows, experts, _ = super().__call__(topk_ids, num_experts=num_experts, block_size=block_size)
         return rows, experts, torch.tensor(topk_ids.numel())
 

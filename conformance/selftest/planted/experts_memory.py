@@ -175,7 +175,7 @@ class BrokenAfterAnError(Experts):
 class RowsOfIdsUnchecked(Experts):
     """topk_ids may have fewer rows than there are tokens."""
 
-    def validate(self, hidden_states, w13, w2, topk_weights, topk_ids):  # type: ignore[override]  # the inputs by name
+    def validate(self, hidden_states, w13, w2, topk_weights, topk_ids):  # the inputs by name
         tokens = len(topk_ids)
         super().validate(hidden_states[:tokens], w13, w2, topk_weights[:tokens], topk_ids)
 
@@ -217,7 +217,7 @@ class ErrorNamesNoArgument(Experts):
 class WritesBeforeItRaises(Experts):
     """The tokens are scaled before the ids are looked at."""
 
-    def validate(self, hidden_states, *others):  # type: ignore[override]  # the inputs by name
+    def validate(self, hidden_states, *others):  # the inputs by name
         try:
             super().validate(hidden_states, *others)
         except (ValueError, TypeError):

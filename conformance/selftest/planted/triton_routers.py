@@ -102,7 +102,7 @@ mutant(
 )  # fmt: skip
 mutant(
     MIXER, "first-choice-in-the-second-softmax", "The expert chosen first takes part in the softmax of the second.",
-    "sparsemixer._probabilities_near", "others & is_near", "is_near", "parity", "structural",
+    "sparsemixer._probabilities_near", "others & ~is_far", "~is_far", "parity", "structural",
 )  # fmt: skip
 mutant(
     MIXER, "not-relative-to-the-larger", "Distances are taken relative to the highest logit, also of negative ones.",

@@ -106,7 +106,7 @@ class GatedSmallBlocks(GatedNormModulate):
 class GatedWholeTokensInFloat64(GatedNormModulate):
     """Everything in float64, each result rounded once."""
 
-    def __call__(self, residual, branch, gate, shift, scale, *, eps):  # type: ignore[override]
+    def __call__(self, residual, branch, gate, shift, scale, *, eps):
         hidden_states = self.add(residual.double(), branch.double(), gate.double())
         modulated = self.modulate(layer_norm(hidden_states, residual.shape[-1:], eps=eps), shift.double(), scale.double())
         return self.store(hidden_states, residual), self.store(modulated, residual)
@@ -116,7 +116,7 @@ class GatedWholeTokensInFloat64(GatedNormModulate):
 class UnfusedInFloat32(GatedNormModulate):
     """The stream is kept in float32 between two kernels."""
 
-    def __call__(self, residual, branch, gate, shift, scale, *, eps):  # type: ignore[override]
+    def __call__(self, residual, branch, gate, shift, scale, *, eps):
         hidden_states = self.add(residual.float(), branch.float(), gate.float())
         modulated = NormModulate()(hidden_states, shift.float(), scale.float(), eps=eps)
         return self.store(hidden_states, residual), self.store(modulated, residual)
@@ -126,6 +126,6 @@ class UnfusedInFloat32(GatedNormModulate):
 class GatedEveryOperationRounded(GatedNormModulate):
     """PyTorch in the dtype of the tokens, operation by operation."""
 
-    def __call__(self, residual, branch, gate, shift, scale, *, eps):  # type: ignore[override]
+    def __call__(self, residual, branch, gate, shift, scale, *, eps):
         hidden_states = self.add(residual, branch, gate)
         return hidden_states, self.modulate(layer_norm(hidden_states, residual.shape[-1:], eps=eps), shift, scale)

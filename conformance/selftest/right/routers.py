@@ -203,7 +203,7 @@ class SumOneByOne(GroupedRouter):
 class OneGroupWithoutBias(GroupedRouter):
     """The grouped router's kernel, with all experts in one group and a bias of 0."""
 
-    def __call__(self, router_logits, *, top_k, renormalize):  # type: ignore[override]
+    def __call__(self, router_logits, *, top_k, renormalize):
         options = {"num_groups": 1, "topk_groups": 1, "renormalize": renormalize, "routed_scaling_factor": 1.0}
         return super().__call__(router_logits, torch.zeros(router_logits.shape[1]), top_k=top_k, **options)
 

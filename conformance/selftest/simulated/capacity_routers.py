@@ -16,9 +16,7 @@ class SwitchRouter(SoftmaxRouter):
 
     contract = "capacity_routers.switch_top1"
 
-    def __call__(  # type: ignore[override]
-        self, router_logits: torch.Tensor, *, capacity_factor: float
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def __call__(self, router_logits: torch.Tensor, *, capacity_factor: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         validation.switch_top1(router_logits, capacity_factor)
         tokens, experts = router_logits.shape
         scores = self.scores(self.load(router_logits))
@@ -68,7 +66,7 @@ class GshardRouter(SwitchRouter):
 
     contract = "capacity_routers.gshard_top2"
 
-    def __call__(  # type: ignore[override]
+    def __call__(
         self,
         router_logits: torch.Tensor,
         noise: torch.Tensor,
@@ -138,9 +136,7 @@ class ChoosingExperts(SoftmaxRouter):
 
     contract = "capacity_routers.expert_choice"
 
-    def __call__(  # type: ignore[override]
-        self, router_logits: torch.Tensor, *, capacity_factor: float
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def __call__(self, router_logits: torch.Tensor, *, capacity_factor: float) -> tuple[torch.Tensor, torch.Tensor]:
         validation.expert_choice(router_logits, capacity_factor)
         tokens, experts = router_logits.shape
         probabilities = self.scores(self.load(router_logits))[:, :experts].T

@@ -52,7 +52,7 @@ class Align(Sort):
 
     contract = "dispatch.align_to_blocks"
 
-    def __call__(self, topk_ids: torch.Tensor, *, num_experts: int, block_size: int) -> tuple[torch.Tensor, ...]:  # type: ignore[override]
+    def __call__(self, topk_ids: torch.Tensor, *, num_experts: int, block_size: int) -> tuple[torch.Tensor, ...]:
         validation.align_to_blocks(topk_ids, num_experts, block_size)
         self.validate(topk_ids, num_experts)
         ids = self.ids(topk_ids)

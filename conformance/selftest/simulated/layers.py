@@ -61,7 +61,7 @@ class GatedNormModulate(NormModulate):
 
     contract = "layers.gated_residual_layer_norm_modulate"
 
-    def __call__(  # type: ignore[override]
+    def __call__(
         self,
         residual: torch.Tensor,
         branch: torch.Tensor,

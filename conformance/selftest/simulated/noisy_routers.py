@@ -11,7 +11,7 @@ class NoisyRouter(SoftmaxRouter):
 
     contract = "noisy_routers.noisy_topk"
 
-    def __call__(  # type: ignore[override]
+    def __call__(
         self, router_logits: torch.Tensor, noise_logits: torch.Tensor, noise: torch.Tensor, *, top_k: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
         validation.noisy_topk(router_logits, noise_logits, noise, top_k)
@@ -44,7 +44,7 @@ class SteRouter(SoftmaxRouter):
 
     epsilon = 1e-9
 
-    def __call__(  # type: ignore[override]
+    def __call__(
         self, router_logits: torch.Tensor, noise: torch.Tensor, *, top_k: int, noise_std: float, training: bool
     ) -> tuple[torch.Tensor, ...]:
         validation.ste_topk(router_logits, noise, top_k, noise_std)

@@ -41,7 +41,7 @@ class FlowLoss(Velocity):
 
     contract = "objectives.rectified_flow_loss"
 
-    def __call__(  # type: ignore[override]
+    def __call__(
         self, prediction: torch.Tensor, data: torch.Tensor, noise: torch.Tensor, *, velocity: VelocitySign
     ) -> torch.Tensor:
         validation.rectified_flow(data, noise)

@@ -142,7 +142,7 @@ class DataParallel(Trainer):
     contract = "train_image_diffusion.train_step"
     claims: ClassVar[dict[str, Any]] = {"dtypes": ("float32",), "world_sizes": (2,)}
 
-    def __call__(  # type: ignore[override]
+    def __call__(
         self,
         state: Mapping[str, torch.Tensor],
         images: torch.Tensor,

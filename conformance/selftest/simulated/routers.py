@@ -83,7 +83,7 @@ class GroupedRouter(SoftmaxRouter):
 
     epsilon = 1e-20
 
-    def __call__(  # type: ignore[override]
+    def __call__(
         self,
         router_logits: torch.Tensor,
         e_score_correction_bias: torch.Tensor,

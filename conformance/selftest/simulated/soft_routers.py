@@ -47,7 +47,7 @@ class SinkhornRouter(SoftmaxRouter):
 
     contract = "soft_routers.sinkhorn"
 
-    def __call__(  # type: ignore[override]
+    def __call__(
         self, router_logits: torch.Tensor, *, top_k: int, num_iterations: int, score_function: str
     ) -> tuple[torch.Tensor, torch.Tensor]:
         validation.sinkhorn(router_logits, top_k, num_iterations, score_function)
