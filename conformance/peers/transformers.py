@@ -217,7 +217,7 @@ class TransformersLongcatRouter:
         router = without_parameters(LongcatFlashTopkRouter, config)
         weights, ids = routed(router, router_logits, e_score_correction_bias=e_score_correction_bias)
         weights, ids = sorted_by(router_logits.float().softmax(1) + e_score_correction_bias, weights, ids)
-        return weights, ids, (weights * (ids >= experts)).sum(1)
+        return weights, ids, weights.masked_fill(ids < experts, 0).sum(1)
 
 
 @peer("routers.sparsemixer", dtypes=DTYPES, rounding="eager", oracle=True)
@@ -230,7 +230,7 @@ class TransformersSparsemixer:
 
 
 class TransformersExperts:
-    """An experts module with the given weights."""
+    """An experts module with the given weights; its ids are int64."""
 
     module_class: Any = Qwen3MoeExperts
     config_class: Any = Qwen3MoeConfig
@@ -242,7 +242,7 @@ class TransformersExperts:
         config = self.config_class(hidden_size=hidden_size, num_local_experts=num_experts, num_experts=num_experts, **sizes)
         config._experts_implementation = self.implementation
         module = without_parameters(self.module_class, config)
-        return functional_call(module, {"gate_up_proj": w13, "down_proj": w2}, (hidden_states, topk_ids, topk_weights))
+        return functional_call(module, {"gate_up_proj": w13, "down_proj": w2}, (hidden_states, topk_ids.long(), topk_weights))
 
 
 @peer("experts.fused_swiglu", dtypes=DTYPES, rounding="eager", oracle=True)
@@ -259,13 +259,7 @@ class TransformersBatchedExperts(TransformersExperts):
     implementation = "batched_mm"
 
 
-@peer(
-    "experts.fused_swiglu",
-    only="hidden_size % 8 == 0 and intermediate_size % 8 == 0",
-    dtypes=DTYPES,
-    rounding="eager",
-    oracle=True,
-)
+@peer("experts.fused_swiglu", only="hidden_size % 8 == 0 and intermediate_size % 8 == 0", dtypes=DTYPES, rounding="eager")
 class TransformersGroupedExperts(TransformersExperts):
     """Qwen3-MoE's experts by torch's grouped products, which take rows that are multiples of 16 bytes."""
 
