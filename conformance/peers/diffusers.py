@@ -48,6 +48,7 @@ class DiffusersAdaLayerNorm:
 
     def __call__(self, hidden_states, shift, scale, *, eps):
         width = hidden_states.shape[-1]
-        module: Any = AdaLayerNormContinuous(width, 1, elementwise_affine=False, eps=eps, bias=False)
+        with torch.device("meta"):
+            module: Any = AdaLayerNormContinuous(width, 1, elementwise_affine=False, eps=eps, bias=False)
         module.silu, module.linear = torch.nn.Identity(), torch.nn.Identity()
         return module(hidden_states, torch.cat([scale, shift], 1))

@@ -37,8 +37,6 @@ class Peer:
     """Makes it."""
     claims: Mapping[str, Any]
     """Fields of `Implementation`."""
-    why: str
-    """Why it fails what it fails, and where its documentation claims less; empty if there is nothing to tell."""
 
 
 def peer(
@@ -48,7 +46,6 @@ def peer(
     right_in: tuple[DType, ...] | None = None,
     fits: Callable[[Case], bool] = every_case,
     oracle: bool = False,
-    why: str = "",
     **claims: Any,
 ) -> Callable[[type], type]:
     """Registers a class whose instances are on trial, called as `contract` says.
@@ -58,7 +55,6 @@ def peer(
         right_in: Those in which it is right, and no judgement of it may be a rejection: by default all.
         fits: Of right ones, whether the adapter can ask the library what a case asks.
         oracle: Whether it computes in float64 what it is given in float64: `tests/test_oracles.py` compares.
-        why: What the table says of it.
         **claims: Fields of `Implementation`, over those of `UNDOCUMENTED`.
     """
 
@@ -68,7 +64,7 @@ def peer(
         _peers.append(
             Peer(
                 name=name_of(candidate), library=library, contract=contract, candidate=candidate,
-                claims={"dtypes": dtypes, **claimed}, why=why,
+                claims={"dtypes": dtypes, **claimed},
             )
         )  # fmt: skip
         if right_in == ():

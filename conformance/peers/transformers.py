@@ -65,11 +65,9 @@ def sorted_by(scores: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor) ->
     return weights.gather(1, order), ids.gather(1, order)
 
 
-def ordinary_weights(case: Case) -> bool:
-    """What is dropped is told by a weight of 0. With "random", transformers normalizes the first weight alone before dropping."""
-    options = case.parameters
-    quirk = options["second_expert_policy"] == "random" and options["normalize_before_dropping"]
-    return case.regime in ("dithered", "skew") and not quirk
+def told_by_weights(case: Case) -> bool:
+    """What is dropped is told by a weight of 0."""
+    return case.regime in ("dithered", "skew")
 
 
 @peer("routers.softmax_topk", dtypes=DTYPES, rounding="eager", oracle=True)
@@ -101,9 +99,12 @@ class TransformersMixtralRouter:
         return routed(without_parameters(MixtralTopKRouter, config), router_logits)
 
 
-@peer("capacity_routers.switch_top1", dtypes=DTYPES, rounding="eager", oracle=True)
+@peer("capacity_routers.switch_top1", dtypes=DTYPES, rounding="eager", oracle=True, right_in=("float32",))
 class TransformersSwitchRouter:
-    """Switch Transformers' router, without its classifier; it returns a mask without the dropped, and their weights."""
+    """Switch Transformers' router, without its classifier; it returns the weights of all, and a mask without the dropped.
+
+    Ids of the dropped are found here, as inside.
+    """
 
     def __call__(self, router_logits, *, capacity_factor):
         tokens, experts = router_logits.shape
@@ -112,19 +113,29 @@ class TransformersSwitchRouter:
         with without_projection():
             kept, weights, _ = without_parameters(SwitchTransformersTop1Router, config)(router_logits)
         dropped = ~kept.any(1)
-        return weights[:, 0].float().masked_fill(dropped, 0), router_logits.softmax(1).argmax(1), dropped
+        ids = router_logits.softmax(1, torch.float32).to(router_logits.dtype).argmax(1)
+        return weights[:, 0].float().masked_fill(dropped, 0), ids, dropped
 
 
-@peer("capacity_routers.gshard_top2", fits=ordinary_weights, dtypes=("float32",), oracle=True)
+@peer(
+    "capacity_routers.gshard_top2",
+    fits=told_by_weights,
+    dtypes=("float32",),
+    only="second_expert_policy != 'random' or not normalize_before_dropping",
+    oracle=True,
+)
 class TransformersNllbRouter:
-    """NLLB-MoE's router, whose draws are the noise; it returns the weights of all experts, 0 where not chosen or dropped."""
+    """NLLB-MoE's router, whose draws are the noise; it returns the weights of all experts, 0 where not chosen or dropped.
+
+    Its choices are made here once more: of equal logits the first, as inside.
+    """
 
     def __call__(self, router_logits, noise, attention_mask, *, second_expert_policy, normalize_before_dropping, capacity_factor):
         tokens, experts = router_logits.shape
         logits = torch.where(attention_mask[:, None], router_logits, 0)
         first = logits.detach().softmax(1).argmax(1, keepdim=True)
         scores = logits.detach() + noise if second_expert_policy == "sampling" else logits.detach()
-        ids = scores.scatter(1, first, torch.inf).topk(2).indices
+        ids = scores.scatter(1, first, torch.inf).argsort(1, descending=True, stable=True)[:, :2]
         config = NllbMoeConfig(
             num_experts=experts, d_model=experts, expert_capacity=expert_capacity(tokens, experts, capacity_factor),
             second_expert_policy=second_expert_policy, normalize_router_prob_before_dropping=normalize_before_dropping,
@@ -132,7 +143,7 @@ class TransformersNllbRouter:
         )  # fmt: skip
         gumbel, uniform = torch.distributions.gumbel.Gumbel, noise.gather(1, ids)[:, 1]
         with patch.object(gumbel, "rsample", lambda *_: noise), patch.object(torch, "rand_like", lambda _: uniform):
-            _, weights = NllbMoeTop2Router(config).route_tokens(logits.clone(), logits.dtype, ~attention_mask)
+            _, weights = without_parameters(NllbMoeTop2Router, config).route_tokens(logits.clone(), logits.dtype, ~attention_mask)
         chosen = weights.gather(1, ids)
         return chosen, ids, chosen == 0
 
@@ -177,7 +188,7 @@ class TransformersLlama4Router:
         return scores.gather(1, ids).float(), ids
 
 
-@peer("routers.grouped_softmax_topk", dtypes=DTYPES, oracle=True)
+@peer("routers.grouped_softmax_topk", dtypes=DTYPES, oracle=True, fits=lambda case: case.regime != "lattice")
 class TransformersDeepseekV2Router:
     """DeepSeek-V2's router, without its projection; it does not sort, so its result is sorted here."""
 
@@ -220,7 +231,7 @@ class TransformersLongcatRouter:
         return weights, ids, weights.masked_fill(ids < experts, 0).sum(1)
 
 
-@peer("routers.sparsemixer", dtypes=DTYPES, rounding="eager", oracle=True)
+@peer("routers.sparsemixer", dtypes=DTYPES, rounding="eager", oracle=True, fits=lambda case: case.regime != "ties")
 class TransformersSparsemixer:
     """Phi-3.5-MoE's function, as at inference."""
 
@@ -252,7 +263,7 @@ class TransformersEagerExperts(TransformersExperts):
     module_class, config_class, implementation = MixtralExperts, MixtralConfig, "eager"
 
 
-@peer("experts.fused_swiglu", dtypes=DTYPES, rounding="eager", oracle=True)
+@peer("experts.fused_swiglu", dtypes=DTYPES, rounding="eager", oracle=True, right_in=("float32",))
 class TransformersBatchedExperts(TransformersExperts):
     """Qwen3-MoE's experts by batched products of copied matrices."""
 
@@ -266,7 +277,7 @@ class TransformersGroupedExperts(TransformersExperts):
     implementation = "grouped_mm"
 
 
-@peer("moe_layers.mixtral_moe", dtypes=DTYPES, rounding="eager", oracle=True)
+@peer("moe_layers.mixtral_moe", dtypes=DTYPES, rounding="eager", oracle=True, right_in=("float32",))
 class TransformersMixtralBlock:
     """Mixtral's sparse block; its router's results are those of the router called by itself."""
 
@@ -280,15 +291,10 @@ class TransformersMixtralBlock:
         return out, logits.float(), ids
 
 
-def ordinary_padding(case: Case) -> bool:
-    """transformers multiplies padding by 0, where ours may hold NaN."""
-    return case.regime != "special" and bool(case.parameters["num_tokens"])
-
-
-@peer("auxiliary_losses.router_z_loss", fits=ordinary_padding, dtypes=DTYPES, rounding="eager", oracle=True)
+@peer("auxiliary_losses.router_z_loss", dtypes=DTYPES, rounding="eager", oracle=True, right_in=("float32", "bfloat16"))
 class TransformersZLoss:
     """Switch's z-loss of the tokens that count, which are taken for one group."""
 
     def __call__(self, router_logits, attention_mask):
         kept = router_logits[attention_mask]
-        return router_z_loss_func(kept[None]).float() if len(kept) else 0 * router_logits.sum().float()
+        return (router_z_loss_func(kept[None]) if len(kept) else kept.sum()).float()
