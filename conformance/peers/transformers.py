@@ -39,7 +39,7 @@ from gaugeblock.conformance.peers.peer import peer
 from gaugeblock.reference.torch.capacity_routers import expert_capacity
 
 
-def without_parameters(module_class: Callable[[Any], torch.nn.Module], config: Any) -> torch.nn.Module:
+def without_parameters(module_class: Callable[[Any], torch.nn.Module], config: Any) -> Any:
     """A module as at inference, of no memory: what parameters it needs are handed in, and no random numbers are drawn."""
     with torch.device("meta"):
         return module_class(config).eval()
@@ -135,7 +135,7 @@ class TransformersNllbRouter:
         logits = torch.where(attention_mask[:, None], router_logits, 0)
         first = logits.detach().softmax(1).argmax(1, keepdim=True)
         scores = logits.detach() + noise if second_expert_policy == "sampling" else logits.detach()
-        ids = scores.scatter(1, first, torch.inf).argsort(1, descending=True, stable=True)[:, :2]
+        ids = scores.scatter(1, first, torch.inf).argsort(dim=1, descending=True, stable=True)[:, :2]
         config = NllbMoeConfig(
             num_experts=experts, d_model=experts, expert_capacity=expert_capacity(tokens, experts, capacity_factor),
             second_expert_policy=second_expert_policy, normalize_router_prob_before_dropping=normalize_before_dropping,
