@@ -83,28 +83,34 @@ def test_a_library_that_is_not_installed_is_skipped_and_named(monkeypatch):
         trial.told()
 
 
-@pytest.mark.parametrize("options", [["kernels.py", "--peers"], ["--peers", "--since", "HEAD"], ["--markdown", "README.md"]])
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["kernels.py", "--peers"],
+        ["--peers", "--since", "HEAD"],
+        ["--markdown", "README.md"],
+        ["--peers", "--markdown", "README.md", "--dtype", "float16"],
+    ],
+)
 def test_options_that_do_not_go_together(options, capsys):
     assert cli.main(["check", *options]) == exit_status.WRONG_CALL
     assert "--peers" in capsys.readouterr().err
 
 
-def test_the_command_judges_a_peer_and_writes_its_row(tmp_path, capfd):
+def test_the_command_judges_a_peer_and_says_what_is_on_trial(capfd):
+    only = ["--implementation", "transformers-deepseek-v2-router", "--property", "parity", "--dtype", "float32", "--workers", "1"]
+    assert cli.main(["check", "--peers", *only]) == exit_status.CONFORM
+    printed = capfd.readouterr().out
+    assert "on trial: transformers" in printed and "1 of 1 verdicts fails" in printed and trial.OTHERS in printed
+
+
+def test_a_file_without_a_table_is_told(tmp_path):
     path = tmp_path / "table.md"
-    path.write_text("<!-- peers:begin -->\n<!-- peers:end -->\n")
-    only = [
-        "--implementation",
-        "transformers-mixtral-router",
-        "--property",
-        "determinism",
-        "--dtype",
-        "float32",
-        "--workers",
-        "1",
-    ]
-    assert cli.main(["check", "--peers", *only, "--markdown", str(path)]) == exit_status.CONFORM
-    assert "on trial: transformers" in capfd.readouterr().out
-    assert "fp32: all 1 conform" in trial.rows_of(path.read_text())["transformers-mixtral-router"]
+    with pytest.raises(ValueError, match="No such file"):
+        trial.update(path, [PASSED], "2026-01-02")
+    path.write_text("nothing")
+    with pytest.raises(ValueError, match="no lines <!-- peers:begin -->"):
+        trial.update(path, [PASSED], "2026-01-02")
 
 
 def test_peers_claim_nothing_that_is_not_documented():

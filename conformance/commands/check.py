@@ -57,8 +57,8 @@ def _settle_peers(options: argparse.Namespace) -> None:
     Raises:
         ValueError: Options that do not go together.
     """
-    if options.markdown and not options.peers:
-        raise ValueError("--markdown is written with --peers alone; any run is written down by --report")
+    if options.markdown and (options.property or options.dtype or not options.peers):
+        raise ValueError("--markdown is for --peers, with all properties and dtypes; any run is written down by --report")
     if not options.peers:
         return
     for name, value in (("candidates", options.candidates), ("--since", options.since), ("--shard", options.shard)):

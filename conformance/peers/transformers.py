@@ -231,7 +231,14 @@ class TransformersLongcatRouter:
         return weights, ids, weights.masked_fill(ids < experts, 0).sum(1)
 
 
-@peer("routers.sparsemixer", dtypes=DTYPES, rounding="eager", oracle=True, fits=lambda case: case.regime != "ties")
+@peer(
+    "routers.sparsemixer",
+    dtypes=DTYPES,
+    right_in=("float32",),
+    fits=lambda case: case.regime != "ties",
+    rounding="eager",
+    oracle=True,
+)
 class TransformersSparsemixer:
     """Phi-3.5-MoE's function, as at inference."""
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from gaugeblock.conformance.engine.judging.verdict import FAILED, Verdict, exit_status
+from gaugeblock.conformance.engine.vocabulary import DTYPES
 from gaugeblock.conformance.peers.peer import LIBRARIES, UNDOCUMENTED, Peer, installed, peers
 from gaugeblock.conformance.report import view
 
@@ -107,8 +108,9 @@ def _claims(each: Peer) -> str:
 def _outcome(verdicts: Sequence[Verdict]) -> str:
     """What came of each dtype; those of which the same came together."""
     same: dict[str, list[str]] = {}
-    for dtype in dict.fromkeys(each.dtype for each in verdicts):
-        judged = [each for each in verdicts if each.dtype == dtype]
+    for dtype, judged in ((dtype, [each for each in verdicts if each.dtype == dtype]) for dtype in DTYPES):
+        if not judged:
+            continue
         failing = [each.property for each in judged if each.status in FAILED]
         outcome = f"{len(failing)} of {len(judged)} fail: {', '.join(failing)}" if failing else f"all {len(judged)} conform"
         same.setdefault(outcome, []).append(view.short_dtype(dtype))
