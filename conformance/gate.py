@@ -20,7 +20,7 @@ from rich.console import Console
 from gaugeblock.conformance.engine.devices import cache_compilations, compile_quickly, set_up_process
 from gaugeblock.conformance.engine.exploration import PROFILES, examine, verdict_on
 from gaugeblock.conformance.engine.implementation import Implementation
-from gaugeblock.conformance.engine.judging.verdict import Failure, Verdict, exit_status
+from gaugeblock.conformance.engine.judging.verdict import FAILED, Failure, Verdict, exit_status
 from gaugeblock.conformance.engine.kept.verdicts import KeptVerdicts, open_kept
 from gaugeblock.conformance.engine.processes import nursery
 from gaugeblock.conformance.engine.processes.workers import Died, get_ready, run_tasks
@@ -58,6 +58,11 @@ def run_gate(options: argparse.Namespace) -> int:
 
 def _run(options: argparse.Namespace, environment: dict[str, Any], kept: KeptVerdicts, start: float) -> int:
     console = Console(highlight=False)
+    if options.peers:
+        from gaugeblock.conformance.peers import trial
+
+        console.print(trial.told(), markup=False, soft_wrap=True)
+        environment["versions"] |= trial.versions()
     filters = Filters(tuple(options.contract), tuple(options.implementation), tuple(options.dtype), tuple(options.device))
     chosen = [find_property(name).name for name in options.property] or list(properties())
     subjects = subjects_of(tuple(options.candidates), filters)
@@ -106,7 +111,20 @@ def _run(options: argparse.Namespace, environment: dict[str, Any], kept: KeptVer
         console.print(part.told, markup=False, soft_wrap=True)
     if options.report:
         console.print(f"report: {options.report / 'index.html'}", markup=False, soft_wrap=True)
+    if options.peers:
+        return _of_peers(options, verdicts, environment, console)
     return part.exit_status(verdicts) if part else exit_status(verdicts)
+
+
+def _of_peers(options: argparse.Namespace, verdicts: Sequence[Verdict], environment: dict[str, Any], console: Console) -> int:
+    """What a trial of peers ends with: their failures are told, and are not ours."""
+    from gaugeblock.conformance.peers import trial
+
+    if options.markdown:
+        trial.update(options.markdown, verdicts, environment["time"][:10])
+    if any(each.status in FAILED - {"error"} for each in verdicts):
+        console.print(trial.OTHERS)
+    return trial.status_of(verdicts)
 
 
 def _not_judged(subject: Subject, name: str, everything_quickly: bool) -> str:

@@ -244,7 +244,7 @@ def test_an_unknown_name_is_answered_with_the_nearest():
     with pytest.raises(ValueError, match="mixtral-8x7b/decode-64"):
         list(select([], ["mixtral-8x7b/decode"]))
     with pytest.raises(RegistrationError, match=r"routers\.softmax_topk"):
-        list(select(["routers.softmax"], []))
+        list(select(["routers.softmax_top"], []))
 
 
 def test_the_command_prints_a_table_and_writes_json(tmp_path, monkeypatch, capsys):
@@ -299,3 +299,16 @@ def test_choices_in_another_order_do_not_deviate():
     expected = problem.expected()
     assert problem.deviation({key: each.flip(-1) for key, each in expected.items()}, expected) == 0
     assert problem.deviation({key: each[:, :-1] for key, each in expected.items()}, expected) == float("inf")
+
+
+def test_the_fastest_of_ours_stands_beside_the_fastest_peer():
+    contract = find_contract("experts.fused_swiglu")
+    medians = {"torch-grouped": 3.0, "reference": 4.0, "transformers eager": 4.0, "torch grouped_mm": 5.0, "triton": None}
+    rows = [Row(contract.name, "tiny", "full size", "forward", name, median=median) for name, median in medians.items()]
+    assert "0.75 (torch-grouped, transformers eager)" in command.beside_peers(contract, rows)
+    assert command.beside_peers(contract, rows[:2]) == command.beside_peers(ROUTER, rows) == ""
+
+
+def test_workloads_are_chosen_by_a_glob():
+    chosen = [workload.name for _, workload in select(["experts.fused_swiglu"], ["*/small-decode-*"])]
+    assert len(chosen) == 12 and "olmoe-1b-7b/small-decode-64" in chosen

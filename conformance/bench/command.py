@@ -19,6 +19,7 @@ from gaugeblock.conformance.engine.contract import Contract, Workload
 from gaugeblock.conformance.engine.devices import interpret_without_gpu
 from gaugeblock.conformance.engine.registry import contracts, find_contract, load_candidates, load_entry_points
 from gaugeblock.conformance.engine.suggestion import suggest
+from gaugeblock.conformance.peers.competitors import OUTSIDERS
 
 MEASURED, WRONG_RESULTS, NOTHING_MEASURED = 0, 1, 3
 DIRECTIONS: dict[str, tuple[Direction, ...]] = {
@@ -79,6 +80,8 @@ def main(options: argparse.Namespace) -> int:
         table = bench(contract, workload, direction, competing, machine, effort)
         print(f"\n{contract.name}, {workload.name} ({table[0].scale}), {TITLES[direction]}")
         print(render(table))
+        if told := beside_peers(contract, table):
+            print(told)
         rows += table
         if options.counters and (contract.name, direction) not in counted:
             counted[contract.name, direction] = count_calls(contract, direction, competing, machine, until)
@@ -95,19 +98,19 @@ def main(options: argparse.Namespace) -> int:
 
 
 def select(contract_names: Sequence[str], workload_names: Sequence[str]) -> Iterator[tuple[Contract, Workload]]:
-    """The workloads asked for; no name asks for all.
+    """The workloads asked for, by names or globs; none asks for all.
 
     Raises:
-        ValueError: If a name is unknown; the nearest is suggested.
+        ValueError: If a name fits none; the nearest is suggested.
     """
     named = [find_contract(name) for name in contract_names] or list(contracts().values())
     known = {workload.name for contract in named for workload in contract.workloads}
     for name in workload_names:
-        if name not in known:
+        if not any(fnmatch(each, name) for each in known):
             raise ValueError(f"unknown workload {name!r}{suggest(name, sorted(known))}")
     for contract in named:
         for workload in contract.workloads:
-            if not workload_names or workload.name in workload_names:
+            if not workload_names or any(fnmatch(workload.name, name) for name in workload_names):
                 yield contract, workload
 
 
@@ -128,6 +131,16 @@ def exit_status(rows: Iterable[Row], counted: Iterable[CounterRow] = ()) -> int:
     if "wrong" in statuses:
         return WRONG_RESULTS
     return MEASURED if "measured" in statuses | {row.status for row in counted} else NOTHING_MEASURED
+
+
+def beside_peers(contract: Contract, rows: Sequence[Row]) -> str:
+    """The time of the fastest of ours over that of the fastest public library; nothing where one of the two has none."""
+    times = {row.implementation: row.median for row in rows if row.median is not None}  # fastest first
+    peers = [name for name in times if name in OUTSIDERS.get(contract.name, ())]
+    ours = [name for name in times if name not in peers]
+    if not peers or not ours:
+        return ""
+    return f"the fastest of ours over the fastest peer: {times[ours[0]] / times[peers[0]]:.2f} ({ours[0]}, {peers[0]})"
 
 
 def render(rows: Iterable[Row]) -> str:

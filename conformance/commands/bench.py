@@ -12,7 +12,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "candidates", nargs="*", metavar="FILE_OR_MODULE", help="measure what these register, and its rivals; default: everything"
     )
     parser.add_argument("--contract", action="append", default=[], metavar="NAME", help="only this contract (repeatable)")
-    parser.add_argument("--workload", action="append", default=[], metavar="NAME", help="only this workload (repeatable)")
+    parser.add_argument("--workload", action="append", default=[], metavar="GLOB", help="only these workloads (repeatable)")
     parser.add_argument("--direction", choices=("forward", "backward", "both"), default="both", help="default: both")
     parser.add_argument(
         "--implementation", action="append", default=[], metavar="GLOB", help="only these implementations (repeatable)"

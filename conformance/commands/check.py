@@ -16,6 +16,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE_FOLDER_OR_MODULE",
         help="judge what these register; default: the built-in implementations",
     )
+    parser.add_argument("--peers", action="store_true", help="judge what public libraries offer, as far as they are installed")
+    parser.add_argument("--markdown", type=Path, metavar="FILE", help="with --peers: write what came of it into the table there")
     add_profile(parser.add_argument)
     add_filters(parser.add_argument)
     parser.add_argument("--property", action="append", default=[], metavar="NAME", help="only this property (repeatable)")
@@ -33,6 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Judges, prints, writes."""
+    _settle_peers(options)
     from gaugeblock.conformance.engine.kept.store import folder_of, holds_something
     from gaugeblock.conformance.engine.processes import nursery, workers
 
@@ -46,3 +49,21 @@ def run(options: argparse.Namespace) -> int:
     from gaugeblock.conformance.gate import run_gate
 
     return torchrun.run(lambda: run_gate(options)) if torchrun.is_torchrun() else run_gate(options)
+
+
+def _settle_peers(options: argparse.Namespace) -> None:
+    """Peers are candidates, of which nothing is kept: a library may be another one tomorrow, under the same version.
+
+    Raises:
+        ValueError: Options that do not go together.
+    """
+    if options.markdown and (options.property or options.dtype or not options.peers):
+        raise ValueError("--markdown is for --peers, with all properties and dtypes; any run is written down by --report")
+    if not options.peers:
+        return
+    for name, value in (("candidates", options.candidates), ("--since", options.since), ("--shard", options.shard)):
+        if value:
+            raise ValueError(f"--peers judges what public libraries offer, all of it here; it cannot be had with {name}")
+    from gaugeblock.conformance.peers.trial import SOURCE
+
+    options.candidates, options.kept = [SOURCE], "off"

@@ -52,6 +52,11 @@ def fused_swiglu() -> Contract:
             Workload("olmoe-1b-7b/prefill-4096", sizes(4096, 2048, 1024, 64, 8), "allenai/OLMoE-1B-7B-0924 config.json"),
             Workload("mixtral-8x7b/decode-64", sizes(64, 4096, 14336, 8, 2), "mistralai/Mixtral-8x7B-v0.1 config.json"),
             Workload("two-cores/prefill-2048", sizes(2048, 1024, 512, 32, 4), "a size for a CPU"),
+            *(
+                Workload(f"{model}/small-{use}", sizes(num_tokens, *shape), f"a size for a CPU: {source}")
+                for model, shape, source in SMALL_MODELS
+                for use, num_tokens in (("decode-1", 1), ("decode-8", 8), ("decode-64", 64), ("prefill-1024", 1024))
+            ),
         ),
         relabel=of_experts.shuffled,
         cases=0.5,
@@ -117,6 +122,12 @@ def fused_geglu() -> Contract:
     )
 
 
+SMALL_MODELS = (  # as many experts and choices, narrower by the same factor inside and outside
+    ("mixtral-8x7b", (512, 1792, 8, 2), "mistralai/Mixtral-8x7B-v0.1 config.json, widths 1/8"),
+    ("qwen3-30b-a3b", (512, 192, 128, 8), "Qwen/Qwen3-30B-A3B config.json, widths 1/4"),
+    ("deepseek-v3", (448, 128, 256, 8), "deepseek-ai/DeepSeek-V3 config.json, widths 1/16"),
+    ("olmoe-1b-7b", (512, 256, 64, 8), "allenai/OLMoE-1B-7B-0924 config.json, widths 1/4"),
+)
 COMPILED_DTYPES = ("float32", "bfloat16")  # each shape and dtype takes JAX a compilation
 OLMOE = "allenai/OLMoE-1B-7B-0924 config.json, for its sizes: its experts are SwiGLU"
 

@@ -109,6 +109,8 @@ def examine(subject: Subject, prop: Property, profile: Profile, source: str | No
     coverage = measure(
         subject.contract, ledger.cases, _demand(subject, prop, profile), sparing=sparing, seen=_fitted(subject, prop)
     )
+    if coverage is not None and subject.implementation.only:
+        coverage = replace(coverage, of=f"{coverage.of} where {subject.implementation.only}")
     verdict = replace(verdict, coverage=coverage)
     if coverage is not None and coverage.lacking:
         return replace(verdict, status="warning", reason=f"visits only {coverage}: the time was up")

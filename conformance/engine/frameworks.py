@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -172,8 +173,20 @@ class LibraryInFloat64(Watching):
             return func(*args, **(kwargs or {}))
         widened = [each.to(torch.float64) if isinstance(each, torch.Tensor) else each for each in args]
         others = {key: value for key, value in (kwargs or {}).items() if key != "out"}
-        result = func.overloadpacket(*widened, **others).to(args[0].dtype)
+        product = _grouped_mm if name == "_grouped_mm" else func.overloadpacket
+        result = product(*widened, **others).to(args[0].dtype)
         return kwargs["out"].copy_(result) if kwargs and "out" in kwargs else result
+
+
+def _grouped_mm(left: torch.Tensor, right: torch.Tensor, offs: torch.Tensor, **_: Any) -> torch.Tensor:
+    """Torch's own, which takes no float64: groups of rows by a matrix each, or groups of columns by groups of rows."""
+    groups = [slice(*ends) for ends in pairwise([0, *offs.long().tolist()])]
+    if right.ndim == 2:
+        return torch.stack([left[:, group] @ right[group] for group in groups])
+    out = left.new_zeros(left.shape[0], right.shape[2])  # rows behind the last group belong to none
+    for group, matrix in zip(groups, right, strict=True):
+        out[group] = left[group] @ matrix
+    return out
 
 
 CALLERS: dict[str, Callable[[Contract, Callable[..., Any], Call], Tensors]] = {"torch": call_torch, "jax": call_jax}

@@ -15,6 +15,7 @@ from typing import Any, TypeVar, get_args
 
 from gaugeblock.conformance.engine.contract import Contract, Row
 from gaugeblock.conformance.engine.implementation import CLAIMS, Candidate, Implementation, import_path
+from gaugeblock.conformance.engine.only import wrong_with
 from gaugeblock.conformance.engine.suggestion import one_line, suggest
 from gaugeblock.conformance.engine.vocabulary import DEVICES
 
@@ -40,8 +41,8 @@ def implements(contract: str, *, name: str, **claims: Any) -> Callable[[Function
         contract: A contract's name, e.g. `"routers.softmax_topk"` (`gaugeblock list` shows them).
         name: How the report calls the implementation.
         **claims: Fields of `Implementation`: `framework`, `dtypes`, `devices`, `rounding`, `differentiable`,
-            `deterministic`, `batch_invariant`, `validates`, `assumes_zero_masked_lanes`, `jit`, `world_sizes`, `memory_gib`,
-            `kind`.
+            `deterministic`, `batch_invariant`, `validates`, `assumes_zero_masked_lanes`, `jit`, `world_sizes`, `only`,
+            `memory_gib`, `kind`.
 
     Raises:
         RegistrationError: If the contract, a claim, a claim's value, or the function's signature is wrong, or the name is
@@ -115,6 +116,10 @@ def _check_claims(contract: str, name: str, claims: dict[str, Any]) -> None:
         if claim == "memory_gib":
             if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 2**20:
                 raise RegistrationError(f"{contract} ({name}): memory_gib must be a positive number, got {value!r}")
+            continue
+        if claim == "only":
+            if wrong_only := wrong_with(value, find_contract(contract)):
+                raise RegistrationError(f"{contract} ({name}): only={value!r}: {wrong_only}")
             continue
         allowed = (True, False) if kind is bool else get_args(get_args(kind)[0] if claim in ("dtypes", "devices") else kind)
         values = tuple(value) if claim in ("dtypes", "devices") and not isinstance(value, str) else (value,)

@@ -20,6 +20,7 @@ from gaugeblock.conformance.engine.implementation import Implementation
 from gaugeblock.conformance.engine.inputs.cases import Case, Layout, lay_out, make_inputs, options, take
 from gaugeblock.conformance.engine.judging.diagnosis import diagnose
 from gaugeblock.conformance.engine.judging.judge import Violation, check_form, judge
+from gaugeblock.conformance.engine.only import narrowed
 from gaugeblock.conformance.engine.processes.handle import Lost
 from gaugeblock.conformance.engine.processes.perform import Conditions, Findings
 from gaugeblock.conformance.engine.processes.seats import Seat
@@ -41,8 +42,9 @@ class Subject:
 
     @property
     def contract(self) -> Contract:
-        """The contract that it claims to fulfil."""
-        return find_contract(self.implementation.contract)
+        """The contract that it claims to fulfil, with such sizes and options alone as it takes."""
+        contract = find_contract(self.implementation.contract)
+        return narrowed(contract, self.implementation.only) if self.implementation.only else contract
 
     @property
     def on_ranks(self) -> bool:

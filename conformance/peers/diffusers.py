@@ -1,4 +1,4 @@
-"""diffusers' own modules as right variants; imported only where diffusers is installed."""
+"""diffusers' own modules on trial; imported only where diffusers is installed."""
 
 import functools
 from typing import Any
@@ -9,15 +9,10 @@ from diffusers.models.embeddings import Timesteps
 from diffusers.models.normalization import AdaLayerNormContinuous
 from torch.func import functional_call
 
-from gaugeblock.conformance.engine.inputs.cases import Case
-from gaugeblock.conformance.selftest.variant import right
+from gaugeblock.conformance.engine.vocabulary import DTYPES
+from gaugeblock.conformance.peers.peer import peer
 from gaugeblock.reference.configs import DiTConfig
 from gaugeblock.reference.torch.dit import diffusers_names
-
-
-def of_diffusers(case: Case) -> bool:
-    """diffusers' DiT has frequency_shift 1 and a hidden layer four times as wide."""
-    return case.parameters["frequency_shift"] == 1 and case.parameters["mlp_ratio"] == 4
 
 
 @functools.cache
@@ -34,7 +29,7 @@ def model(config: DiTConfig) -> Any:
     return made.eval()
 
 
-@right("dit.dit", fits=of_diffusers, dtypes=("float32",), oracle=True, batch_invariant=False)
+@peer("dit.dit", only="frequency_shift == 1 and mlp_ratio == 4", dtypes=DTYPES, rounding="eager", oracle=True)
 class DiffusersDit:
     """DiTTransformer2DModel, whose blocks embed the times each by itself, all by the same parameters."""
 
@@ -47,12 +42,13 @@ class DiffusersDit:
         return functional_call(model(config), renamed, (latents, timesteps, class_labels)).sample
 
 
-@right("layers.layer_norm_modulate", dtypes=("float32",), oracle=True, batch_invariant=False, validates=False)
+@peer("layers.layer_norm_modulate", dtypes=DTYPES, rounding="eager", oracle=True)
 class DiffusersAdaLayerNorm:
     """AdaLayerNormContinuous, without the linear layer that makes shift and scale."""
 
     def __call__(self, hidden_states, shift, scale, *, eps):
         width = hidden_states.shape[-1]
-        module: Any = AdaLayerNormContinuous(width, 1, elementwise_affine=False, eps=eps, bias=False)
+        with torch.device("meta"):
+            module: Any = AdaLayerNormContinuous(width, 1, elementwise_affine=False, eps=eps, bias=False)
         module.silu, module.linear = torch.nn.Identity(), torch.nn.Identity()
         return module(hidden_states, torch.cat([scale, shift], 1))

@@ -1,5 +1,8 @@
-"""transformers' own modules as right variants; imported only where transformers is installed."""
+"""transformers' own modules on trial; imported only where transformers is installed."""
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
 from unittest.mock import patch
 
 import torch
@@ -14,6 +17,7 @@ from transformers import (
     LongcatFlashConfig,
     MixtralConfig,
     NllbMoeConfig,
+    OlmoeConfig,
     Qwen2MoeConfig,
     Qwen3MoeConfig,
     SwitchTransformersConfig,
@@ -25,76 +29,117 @@ from transformers.models.gpt2.modeling_gpt2 import GPT2MLP
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts, GptOssTopKRouter
 from transformers.models.llama4.modeling_llama4 import Llama4Router
 from transformers.models.longcat_flash.modeling_longcat_flash import LongcatFlashTopkRouter
-from transformers.models.mixtral.modeling_mixtral import MixtralExperts, MixtralSparseMoeBlock
+from transformers.models.mixtral.modeling_mixtral import MixtralExperts, MixtralSparseMoeBlock, MixtralTopKRouter
 from transformers.models.nllb_moe.modeling_nllb_moe import NllbMoeTop2Router
+from transformers.models.olmoe.modeling_olmoe import OlmoeTopKRouter
 from transformers.models.phimoe.modeling_phimoe import sparsemixer
 from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeSparseMoeBlock
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts, Qwen3MoeTopKRouter
 from transformers.models.switch_transformers.modeling_switch_transformers import SwitchTransformersTop1Router, router_z_loss_func
 
 from gaugeblock.conformance.engine.inputs.cases import Case
-from gaugeblock.conformance.selftest.variant import right
+from gaugeblock.conformance.engine.vocabulary import DTYPES
+from gaugeblock.conformance.peers.peer import peer
 from gaugeblock.reference.torch.capacity_routers import expert_capacity
 
 
-def finite(case: Case) -> bool:
-    """A projection turns infinities into NaN."""
-    return case.regime not in ("special", "lattice")
+def without_parameters(module_class: Callable[[Any], torch.nn.Module], config: Any) -> Any:
+    """A module as at inference, of no memory: what parameters it needs are handed in, and no random numbers are drawn."""
+    with torch.device("meta"):
+        return module_class(config).eval()
 
 
-def finite_groups(case: Case) -> bool:
-    """DeepSeek's groups have at least two experts."""
-    return case.regime != "special" and case.parameters["num_experts"] > case.parameters["num_groups"]
+@contextmanager
+def without_projection() -> Iterator[None]:
+    """Their routers begin with a product that is no part of our contracts: here it hands on what it is given."""
+    with patch.object(torch.nn.functional, "linear", lambda states, *_: states):
+        yield
 
 
-def ordinary_weights(case: Case) -> bool:
-    """What is dropped is told by a weight of 0. With "random", transformers normalizes the first weight alone before dropping."""
-    options = case.parameters
-    quirk = options["second_expert_policy"] == "random" and options["normalize_before_dropping"]
-    return case.regime in ("dithered", "skew") and not quirk
+def routed(router: torch.nn.Module, router_logits: torch.Tensor, **state: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """A router's weights, in float32 as our contracts have them, and ids."""
+    with without_projection():
+        _, weights, ids = functional_call(router, state, router_logits)
+    return weights.float(), ids
 
 
-def aligned(case: Case) -> bool:
-    """torch's grouped products want rows that are multiples of 16 bytes."""
-    return case.parameters["hidden_size"] % 4 == 0 and case.parameters["intermediate_size"] % 4 == 0
+def sorted_by(scores: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The choice in descending order of the scores that it was made by."""
+    order = scores.detach().gather(1, ids).argsort(1, descending=True)
+    return weights.gather(1, order), ids.gather(1, order)
 
 
-@right("routers.softmax_topk", fits=finite, dtypes=("float32",), oracle=True, batch_invariant=False)
+def told_by_weights(case: Case) -> bool:
+    """What is dropped is told by a weight of 0."""
+    return case.regime in ("dithered", "skew")
+
+
+@peer("routers.softmax_topk", dtypes=DTYPES, rounding="eager", oracle=True)
 class TransformersQwen3Router:
-    """Qwen3-MoE's router, whose projection is the identity."""
+    """Qwen3-MoE's router, without its projection."""
+
+    router, config = Qwen3MoeTopKRouter, Qwen3MoeConfig
 
     def __call__(self, router_logits, *, top_k, renormalize):
         experts = router_logits.shape[1]
-        module = Qwen3MoeTopKRouter(
-            Qwen3MoeConfig(num_experts=experts, hidden_size=experts, num_experts_per_tok=top_k, norm_topk_prob=renormalize)
-        )
-        return functional_call(module, {"weight": torch.eye(experts)}, router_logits)[1:]
+        config = self.config(num_experts=experts, hidden_size=experts, num_experts_per_tok=top_k, norm_topk_prob=renormalize)
+        return routed(without_parameters(self.router, config), router_logits)
 
 
-@right("capacity_routers.switch_top1", fits=finite, dtypes=("float32",), oracle=True)
+@peer("routers.softmax_topk", dtypes=DTYPES, rounding="eager", oracle=True)
+class TransformersOlmoeRouter(TransformersQwen3Router):
+    """OLMoE's router, without its projection."""
+
+    router, config = OlmoeTopKRouter, OlmoeConfig
+
+
+@peer("routers.softmax_topk", dtypes=DTYPES, only="renormalize", oracle=True)
+class TransformersMixtralRouter:
+    """Mixtral's router, without its projection; it always normalizes."""
+
+    def __call__(self, router_logits, *, top_k, renormalize):
+        experts = router_logits.shape[1]
+        config = MixtralConfig(num_local_experts=experts, hidden_size=experts, num_experts_per_tok=top_k)
+        return routed(without_parameters(MixtralTopKRouter, config), router_logits)
+
+
+@peer("capacity_routers.switch_top1", dtypes=DTYPES, rounding="eager", oracle=True, right_in=("float32",))
 class TransformersSwitchRouter:
-    """Switch Transformers' router, whose classifier is the identity; it returns a mask without the dropped, and their weights."""
+    """Switch Transformers' router, without its classifier; it returns the weights of all, and a mask without the dropped.
+
+    Ids of the dropped are found here, as inside.
+    """
 
     def __call__(self, router_logits, *, capacity_factor):
         tokens, experts = router_logits.shape
         capacity = expert_capacity(tokens, experts, capacity_factor)
         config = SwitchTransformersConfig(num_experts=experts, d_model=experts, expert_capacity=capacity)
-        module = SwitchTransformersTop1Router(config).eval()
-        kept, weights, _ = functional_call(module, {"classifier.weight": torch.eye(experts)}, router_logits)
+        with without_projection():
+            kept, weights, _ = without_parameters(SwitchTransformersTop1Router, config)(router_logits)
         dropped = ~kept.any(1)
-        return weights[:, 0].masked_fill(dropped, 0), router_logits.softmax(1).argmax(1), dropped
+        ids = router_logits.softmax(1, torch.float32).to(router_logits.dtype).argmax(1)
+        return weights[:, 0].float().masked_fill(dropped, 0), ids, dropped
 
 
-@right("capacity_routers.gshard_top2", fits=ordinary_weights, dtypes=("float32",), oracle=True)
+@peer(
+    "capacity_routers.gshard_top2",
+    fits=told_by_weights,
+    dtypes=("float32",),
+    only="second_expert_policy != 'random' or not normalize_before_dropping",
+    oracle=True,
+)
 class TransformersNllbRouter:
-    """NLLB-MoE's router, whose draws are the noise; it returns the weights of all experts, 0 where not chosen or dropped."""
+    """NLLB-MoE's router, whose draws are the noise; it returns the weights of all experts, 0 where not chosen or dropped.
+
+    Its choices are made here once more: of equal logits the first, as inside.
+    """
 
     def __call__(self, router_logits, noise, attention_mask, *, second_expert_policy, normalize_before_dropping, capacity_factor):
         tokens, experts = router_logits.shape
         logits = torch.where(attention_mask[:, None], router_logits, 0)
         first = logits.detach().softmax(1).argmax(1, keepdim=True)
         scores = logits.detach() + noise if second_expert_policy == "sampling" else logits.detach()
-        ids = scores.scatter(1, first, torch.inf).topk(2).indices
+        ids = scores.scatter(1, first, torch.inf).argsort(dim=1, descending=True, stable=True)[:, :2]
         config = NllbMoeConfig(
             num_experts=experts, d_model=experts, expert_capacity=expert_capacity(tokens, experts, capacity_factor),
             second_expert_policy=second_expert_policy, normalize_router_prob_before_dropping=normalize_before_dropping,
@@ -102,14 +147,14 @@ class TransformersNllbRouter:
         )  # fmt: skip
         gumbel, uniform = torch.distributions.gumbel.Gumbel, noise.gather(1, ids)[:, 1]
         with patch.object(gumbel, "rsample", lambda *_: noise), patch.object(torch, "rand_like", lambda _: uniform):
-            _, weights = NllbMoeTop2Router(config).route_tokens(logits.clone(), logits.dtype, ~attention_mask)
+            _, weights = without_parameters(NllbMoeTop2Router, config).route_tokens(logits.clone(), logits.dtype, ~attention_mask)
         chosen = weights.gather(1, ids)
         return chosen, ids, chosen == 0
 
 
-@right("routers.grouped_sigmoid_topk", fits=finite_groups, dtypes=("float32",), oracle=True, batch_invariant=False)
+@peer("routers.grouped_sigmoid_topk", dtypes=DTYPES, only="num_experts // num_groups >= 2", oracle=True)
 class TransformersDeepseekRouter:
-    """DeepSeek-V3's router, whose projection is the identity; it does not sort, so its result is sorted here."""
+    """DeepSeek-V3's router, without its projection; it does not sort, so its result is sorted here."""
 
     def __call__(
         self, router_logits, e_score_correction_bias, *, top_k, num_groups, topk_groups, renormalize, routed_scaling_factor
@@ -119,42 +164,37 @@ class TransformersDeepseekRouter:
             n_routed_experts=experts, hidden_size=experts, num_experts_per_tok=top_k, n_group=num_groups, topk_group=topk_groups,
             norm_topk_prob=renormalize, routed_scaling_factor=routed_scaling_factor,
         )  # fmt: skip
-        state = {"weight": torch.eye(experts), "e_score_correction_bias": e_score_correction_bias}
-        _, weights, ids = functional_call(DeepseekV3TopkRouter(config), state, router_logits)
-        return sorted_by(router_logits.sigmoid() + e_score_correction_bias, weights, ids)
+        router = without_parameters(DeepseekV3TopkRouter, config)
+        weights, ids = routed(router, router_logits, e_score_correction_bias=e_score_correction_bias)
+        return sorted_by(router_logits.float().sigmoid() + e_score_correction_bias, weights, ids)
 
 
-@right("routers.topk_softmax", fits=finite, dtypes=("float32",), oracle=True, batch_invariant=False, validates=False)
+@peer("routers.topk_softmax", dtypes=DTYPES, rounding="eager", oracle=True)
 class TransformersGptOssRouter:
-    """gpt-oss' router, whose projection is the identity without a bias."""
+    """gpt-oss' router, without its projection."""
 
     def __call__(self, router_logits, *, top_k):
         experts = router_logits.shape[1]
-        module = GptOssTopKRouter(GptOssConfig(num_local_experts=experts, hidden_size=experts, num_experts_per_tok=top_k))
-        return functional_call(module, {"weight": torch.eye(experts), "bias": torch.zeros(experts)}, router_logits)[1:]
+        config = GptOssConfig(num_local_experts=experts, hidden_size=experts, num_experts_per_tok=top_k)
+        return routed(without_parameters(GptOssTopKRouter, config), router_logits)
 
 
-@right("routers.sigmoid_input_scaling", fits=finite, dtypes=("float32",), oracle=True, batch_invariant=False, validates=False)
+@peer("routers.sigmoid_input_scaling", dtypes=DTYPES, rounding="eager", oracle=True)
 class TransformersLlama4Router:
-    """Llama 4's router, whose projection is the identity; its scores of all experts are gathered at those of its choice."""
+    """Llama 4's router, without its projection; its scores of all experts are gathered at those of its choice."""
 
     def __call__(self, router_logits, *, top_k):
         experts = router_logits.shape[1]
         config = Llama4TextConfig(num_local_experts=experts, hidden_size=experts, num_experts_per_tok=top_k)
-        scores, logits = functional_call(Llama4Router(config), {"weight": torch.eye(experts)}, router_logits)
+        with without_projection():
+            scores, logits = without_parameters(Llama4Router, config)(router_logits)
         ids = logits.topk(top_k, 1).indices
-        return scores.gather(1, ids), ids
+        return scores.gather(1, ids).float(), ids
 
 
-def sorted_by(scores, weights, ids):
-    """The choice in descending order of the scores that it was made by."""
-    order = scores.detach().gather(1, ids).argsort(1, descending=True)
-    return weights.gather(1, order), ids.gather(1, order)
-
-
-@right("routers.grouped_softmax_topk", fits=finite, dtypes=("float32",), oracle=True, batch_invariant=False, validates=False)
+@peer("routers.grouped_softmax_topk", dtypes=DTYPES, oracle=True, fits=lambda case: case.regime != "lattice")
 class TransformersDeepseekV2Router:
-    """DeepSeek-V2's router, whose projection is the identity; it does not sort, so its result is sorted here."""
+    """DeepSeek-V2's router, without its projection; it does not sort, so its result is sorted here."""
 
     def __call__(self, router_logits, *, top_k, num_groups, topk_groups, routed_scaling_factor):
         experts = router_logits.shape[1]
@@ -162,26 +202,25 @@ class TransformersDeepseekV2Router:
             n_routed_experts=experts, hidden_size=experts, num_attention_heads=1, num_experts_per_tok=top_k, n_group=num_groups,
             topk_group=topk_groups, topk_method="group_limited_greedy", routed_scaling_factor=routed_scaling_factor,
         )  # fmt: skip
-        _, weights, ids = functional_call(DeepseekV2TopkRouter(config), {"weight": torch.eye(experts)}, router_logits)
-        return sorted_by(router_logits, weights, ids)
+        return sorted_by(router_logits, *routed(without_parameters(DeepseekV2TopkRouter, config), router_logits))
 
 
-@right("routers.biased_softmax_topk", fits=finite, dtypes=("float32",), oracle=True, batch_invariant=False, validates=False)
+@peer("routers.biased_softmax_topk", dtypes=DTYPES, rounding="eager", oracle=True)
 class TransformersErnieRouter:
-    """Ernie 4.5's router, whose projection is the identity."""
+    """Ernie 4.5's router, without its projection."""
 
     def __call__(self, router_logits, e_score_correction_bias, *, top_k, norm_min):
         experts = router_logits.shape[1]
         config = Ernie4_5_MoeConfig(
             moe_num_experts=experts, hidden_size=experts, num_experts_per_tok=top_k, moe_k=top_k, moe_norm_min=norm_min
         )
-        state = {"weight": torch.eye(experts), "moe_statics.e_score_correction_bias": e_score_correction_bias[None]}
-        return functional_call(Ernie4_5_MoeTopKRouter(config), state, router_logits)[1:]
+        router = without_parameters(Ernie4_5_MoeTopKRouter, config)
+        return routed(router, router_logits, **{"moe_statics.e_score_correction_bias": e_score_correction_bias[None]})
 
 
-@right("routers.zero_expert_topk", fits=finite, dtypes=("float32",), oracle=True, batch_invariant=False, validates=False)
+@peer("routers.zero_expert_topk", dtypes=DTYPES, oracle=True)
 class TransformersLongcatRouter:
-    """LongCat-Flash's router, whose projection is the identity; it does not sort; its layer adds up identities."""
+    """LongCat-Flash's router, without its projection; it does not sort; its layer adds up identities."""
 
     def __call__(self, router_logits, e_score_correction_bias, *, top_k, num_zero_experts, routed_scaling_factor):
         columns = router_logits.shape[1]
@@ -190,75 +229,85 @@ class TransformersLongcatRouter:
             hidden_size=columns, n_routed_experts=experts, zero_expert_num=num_zero_experts, moe_topk=top_k,
             num_experts_per_tok=top_k, routed_scaling_factor=routed_scaling_factor,
         )  # fmt: skip
-        state = {"classifier.weight": torch.eye(columns), "e_score_correction_bias": e_score_correction_bias}
-        _, weights, ids = functional_call(LongcatFlashTopkRouter(config), state, router_logits)
-        weights, ids = sorted_by(router_logits.softmax(1) + e_score_correction_bias, weights, ids)
-        return weights, ids, (weights * (ids >= experts)).sum(1)
+        router = without_parameters(LongcatFlashTopkRouter, config)
+        weights, ids = routed(router, router_logits, e_score_correction_bias=e_score_correction_bias)
+        weights, ids = sorted_by(router_logits.float().softmax(1) + e_score_correction_bias, weights, ids)
+        return weights, ids, weights.masked_fill(ids < experts, 0).sum(1)
 
 
-@right("routers.sparsemixer", fits=finite, dtypes=("float32",), oracle=True, validates=False)
+@peer(
+    "routers.sparsemixer",
+    dtypes=DTYPES,
+    right_in=("float32",),
+    fits=lambda case: case.regime != "ties",
+    rounding="eager",
+    oracle=True,
+)
 class TransformersSparsemixer:
     """Phi-3.5-MoE's function, as at inference."""
 
     def __call__(self, router_logits, *, jitter_eps):
-        return sparsemixer(router_logits, jitter_eps, training=False)
+        weights, ids = sparsemixer(router_logits, jitter_eps, training=False)
+        return weights.float(), ids
 
 
 class TransformersExperts:
-    """An experts module with the given weights."""
+    """An experts module with the given weights; its ids are int64."""
 
-    def __init__(self, module_class, config_class, implementation):
-        self.module_class, self.config_class, self.implementation = module_class, config_class, implementation
+    module_class: Any = Qwen3MoeExperts
+    config_class: Any = Qwen3MoeConfig
+    implementation: str
 
     def __call__(self, hidden_states, w13, w2, topk_weights, topk_ids, **options):
         num_experts, hidden_size, intermediate_size = w2.shape
         sizes = {"intermediate_size": intermediate_size, "moe_intermediate_size": intermediate_size, **options}
         config = self.config_class(hidden_size=hidden_size, num_local_experts=num_experts, num_experts=num_experts, **sizes)
         config._experts_implementation = self.implementation
-        state = {"gate_up_proj": w13, "down_proj": w2}
-        return functional_call(self.module_class(config), state, (hidden_states, topk_ids.long(), topk_weights))
+        module = without_parameters(self.module_class, config)
+        return functional_call(module, {"gate_up_proj": w13, "down_proj": w2}, (hidden_states, topk_ids.long(), topk_weights))
 
 
-@right("experts.fused_swiglu", dtypes=("float32",), oracle=True, batch_invariant=False)
-class TransformersMixtralExperts(TransformersExperts):
+@peer("experts.fused_swiglu", dtypes=DTYPES, rounding="eager", oracle=True)
+class TransformersEagerExperts(TransformersExperts):
     """Mixtral's experts, one after the other."""
 
-    def __init__(self):
-        super().__init__(MixtralExperts, MixtralConfig, "eager")
+    module_class, config_class, implementation = MixtralExperts, MixtralConfig, "eager"
 
 
-@right("experts.fused_swiglu", dtypes=("float16", "bfloat16"), rounding="eager", batch_invariant=False)
-class TransformersMixtralExpertsEager(TransformersMixtralExperts):
-    """Mixtral's experts in low precision, which rounds every result."""
-
-
-@right("experts.fused_swiglu", dtypes=("float32",), oracle=True, batch_invariant=False)
-class TransformersQwen3Experts(TransformersExperts):
+@peer("experts.fused_swiglu", dtypes=DTYPES, rounding="eager", oracle=True, right_in=("float32",))
+class TransformersBatchedExperts(TransformersExperts):
     """Qwen3-MoE's experts by batched products of copied matrices."""
 
-    def __init__(self):
-        super().__init__(Qwen3MoeExperts, Qwen3MoeConfig, "batched_mm")
+    implementation = "batched_mm"
 
 
-@right("experts.fused_swiglu", fits=aligned, dtypes=("float32",), batch_invariant=False)
+@peer("experts.fused_swiglu", only="hidden_size % 8 == 0 and intermediate_size % 8 == 0", dtypes=DTYPES, rounding="eager")
 class TransformersGroupedExperts(TransformersExperts):
-    """Qwen3-MoE's experts by torch's grouped products."""
+    """Qwen3-MoE's experts by torch's grouped products, which take rows that are multiples of 16 bytes."""
 
-    def __init__(self):
-        super().__init__(Qwen3MoeExperts, Qwen3MoeConfig, "grouped_mm")
+    implementation = "grouped_mm"
 
 
+<<<<<<< HEAD
 @right("experts.fused_geglu", dtypes=("float32",), oracle=True, batch_invariant=False, validates=False)
 class TransformersGegluExperts:
     """Mixtral's experts with another activation."""
 
+=======
+@peer("experts.fused_geglu", dtypes=("float32",), oracle=True)
+class TransformersGegluExperts(TransformersExperts):
+    """Mixtral's experts with another activation."""
+
+    module_class, config_class, implementation = MixtralExperts, MixtralConfig, "eager"
+
+>>>>>>> kernels
     def __call__(self, hidden_states, w13, w2, topk_weights, topk_ids, *, approximate):
         activation = {"none": "gelu", "tanh": "gelu_pytorch_tanh"}[approximate]
         mixtral = TransformersExperts(MixtralExperts, MixtralConfig, "eager")
         return mixtral(hidden_states, w13, w2, topk_weights, topk_ids, hidden_act=activation)
 
 
-@right("experts.fused_gelu_mlp", dtypes=("float32",), oracle=True, batch_invariant=False, validates=False)
+@peer("experts.fused_gelu_mlp", dtypes=("float32",), oracle=True)
 class TransformersGpt2Experts:
     """GPT-2's MLP with the weights of one expert after the other, whose tokens are gathered."""
 
@@ -275,7 +324,7 @@ class TransformersGpt2Experts:
         return total
 
 
-@right("experts.fused_swiglu_oai", dtypes=("float32",), oracle=True, batch_invariant=False, validates=False)
+@peer("experts.fused_swiglu_oai", dtypes=("float32",), oracle=True)
 class TransformersGptOssExperts:
     """gpt-oss' experts, whose matrices are the transposed ones."""
 
@@ -290,7 +339,7 @@ class TransformersGptOssExperts:
         return functional_call(GptOssExperts(config), state, (hidden_states, topk_ids.long(), topk_weights))
 
 
-@right("experts.shared_swiglu", dtypes=("float32",), oracle=True, batch_invariant=False, validates=False)
+@peer("experts.shared_swiglu", dtypes=("float32",), oracle=True)
 class TransformersDeepseekSharedExpert:
     """DeepSeek-V3's shared experts."""
 
@@ -301,7 +350,7 @@ class TransformersDeepseekSharedExpert:
         return functional_call(module, state, hidden_states)
 
 
-@right("experts.gated_shared_swiglu", dtypes=("float32",), oracle=True, batch_invariant=False, validates=False)
+@peer("experts.gated_shared_swiglu", dtypes=("float32",), oracle=True)
 class TransformersQwen2SharedExpert:
     """Qwen2-MoE's block, whose one routed expert returns 0."""
 
@@ -318,7 +367,7 @@ class TransformersQwen2SharedExpert:
         return functional_call(block, state | {"shared_expert_gate.weight": shared_gate}, hidden_states[None])[0]
 
 
-@right("moe_layers.mixtral_moe", dtypes=("float32",), oracle=True, batch_invariant=False)
+@peer("moe_layers.mixtral_moe", dtypes=DTYPES, rounding="eager", oracle=True, right_in=("float32",))
 class TransformersMixtralBlock:
     """Mixtral's sparse block; its router's results are those of the router called by itself."""
 
@@ -326,21 +375,16 @@ class TransformersMixtralBlock:
         experts, width, inner = state["experts.down_proj"].shape
         config = MixtralConfig(hidden_size=width, intermediate_size=inner, num_local_experts=experts, num_experts_per_tok=top_k)
         config._experts_implementation = "eager"
-        block = MixtralSparseMoeBlock(config).eval()
+        block = without_parameters(MixtralSparseMoeBlock, config)
         out = functional_call(block, dict(state), hidden_states[None])[0]
         logits, _, ids = functional_call(block.gate, {"weight": state["gate.weight"]}, hidden_states)
-        return out, logits, ids
+        return out, logits.float(), ids
 
 
-def ordinary_padding(case: Case) -> bool:
-    """transformers multiplies padding by 0, where ours may hold NaN."""
-    return case.regime != "special" and bool(case.parameters["num_tokens"])
-
-
-@right("auxiliary_losses.router_z_loss", fits=ordinary_padding, dtypes=("float32",), oracle=True)
+@peer("auxiliary_losses.router_z_loss", dtypes=DTYPES, rounding="eager", oracle=True, right_in=("float32", "bfloat16"))
 class TransformersZLoss:
     """Switch's z-loss of the tokens that count, which are taken for one group."""
 
     def __call__(self, router_logits, attention_mask):
         kept = router_logits[attention_mask]
-        return router_z_loss_func(kept[None]) if len(kept) else 0 * router_logits.sum()
+        return (router_z_loss_func(kept[None]) if len(kept) else kept.sum()).float()

@@ -1,7 +1,6 @@
 """What a right variant is, and all of them."""
 
 import functools
-import importlib.util
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +13,6 @@ from gaugeblock.conformance.engine.vocabulary import DTYPES, DType
 from gaugeblock.conformance.selftest.fault import contract_of, name_of, right_kernels
 
 LOG2_E = 1.4426950408889634
-PUBLIC = ("transformers", "diffusers")  # modules of these libraries, where they are installed
 _variants: list["Variant"] = []
 
 
@@ -79,10 +77,10 @@ def right(
 @functools.cache
 def variants() -> tuple[Variant, ...]:
     """Every right variant: simulated kernels, others derived from them, modules of public libraries where they are installed."""
+    from gaugeblock.conformance.peers.peer import peers  # which registers its right ones here
+
     for kernel in right_kernels():
         right(**vars(kernel).get("claims", {}))(kernel)
     import_folder("gaugeblock.conformance.selftest.right")
-    for name in PUBLIC:
-        if importlib.util.find_spec(name):
-            importlib.import_module(f"gaugeblock.conformance.peers.{name}")
+    peers()
     return tuple(_variants)
