@@ -288,23 +288,15 @@ class TransformersGroupedExperts(TransformersExperts):
     implementation = "grouped_mm"
 
 
-<<<<<<< HEAD
-@right("experts.fused_geglu", dtypes=("float32",), oracle=True, batch_invariant=False, validates=False)
-class TransformersGegluExperts:
-    """Mixtral's experts with another activation."""
-
-=======
 @peer("experts.fused_geglu", dtypes=("float32",), oracle=True)
 class TransformersGegluExperts(TransformersExperts):
     """Mixtral's experts with another activation."""
 
     module_class, config_class, implementation = MixtralExperts, MixtralConfig, "eager"
 
->>>>>>> kernels
     def __call__(self, hidden_states, w13, w2, topk_weights, topk_ids, *, approximate):
         activation = {"none": "gelu", "tanh": "gelu_pytorch_tanh"}[approximate]
-        mixtral = TransformersExperts(MixtralExperts, MixtralConfig, "eager")
-        return mixtral(hidden_states, w13, w2, topk_weights, topk_ids, hidden_act=activation)
+        return super().__call__(hidden_states, w13, w2, topk_weights, topk_ids, hidden_act=activation)
 
 
 @peer("experts.fused_gelu_mlp", dtypes=("float32",), oracle=True)
