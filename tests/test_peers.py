@@ -12,8 +12,8 @@ from gaugeblock.conformance.peers import peer, trial
 from gaugeblock.conformance.peers.peer import LIBRARIES, peers
 from gaugeblock.conformance.selftest.fault import name_of
 
-FOLDER = trial.README.parent
-ROWS = trial.rows_of(trial.README.read_text())
+FOLDER = trial.VERDICTS.parent
+ROWS = trial.rows_of(trial.VERDICTS.read_text())
 PASSED = Verdict(
     contract="experts.fused_swiglu", implementation="transformers-eager-experts", kind="user", property="parity", dtype="float32",
     device="cpu", status="pass", cases=3,

@@ -131,7 +131,7 @@ class TransformersSwitchRouter:
 class TransformersNllbRouter:
     """NLLB-MoE's router, whose draws are the noise; it returns the weights of all experts, 0 where not chosen or dropped.
 
-    Its choices are made here once more: of equal logits the first, as inside.
+    Its choices are made here once more: of equal logits the first, as inside; of padding, for which it chooses nothing, any.
     """
 
     def __call__(self, router_logits, noise, attention_mask, *, second_expert_policy, normalize_before_dropping, capacity_factor):
@@ -139,7 +139,9 @@ class TransformersNllbRouter:
         logits = torch.where(attention_mask[:, None], router_logits, 0)
         first = logits.detach().softmax(1).argmax(1, keepdim=True)
         scores = logits.detach() + noise if second_expert_policy == "sampling" else logits.detach()
-        ids = scores.scatter(1, first, torch.inf).argsort(dim=1, descending=True, stable=True)[:, :2]
+        ranked = scores.scatter(1, first, torch.inf)
+        ids = ranked.argsort(dim=1, descending=True, stable=True)[:, :2]
+        ids = torch.where(attention_mask[:, None], ids, ranked.topk(2).indices)
         config = NllbMoeConfig(
             num_experts=experts, d_model=experts, expert_capacity=expert_capacity(tokens, experts, capacity_factor),
             second_expert_policy=second_expert_policy, normalize_router_prob_before_dropping=normalize_before_dropping,
@@ -239,7 +241,7 @@ class TransformersLongcatRouter:
     "routers.sparsemixer",
     dtypes=DTYPES,
     right_in=("float32",),
-    fits=lambda case: case.regime != "ties",
+    fits=lambda case: case.regime not in ("ties", "special"),
     rounding="eager",
     oracle=True,
 )

@@ -1,4 +1,4 @@
-"""`gaugeblock check --peers`: what is on trial, what its exit status says, and the table in the README of this folder."""
+"""`gaugeblock check --peers`: what is on trial, what its exit status says, and the table of VERDICTS.md."""
 
 import re
 import tomllib
@@ -12,7 +12,7 @@ from gaugeblock.conformance.peers.peer import LIBRARIES, UNDOCUMENTED, Peer, ins
 from gaugeblock.conformance.report import view
 
 SOURCE = "gaugeblock.conformance.peers.candidates"
-README = Path(__file__).with_name("README.md")
+VERDICTS = Path(__file__).with_name("VERDICTS.md")
 FINDINGS = Path(__file__).with_name("findings.toml")
 MARKED = re.compile(r"(?<=<!-- peers:begin -->\n).*?(?=<!-- peers:end -->)", re.DOTALL)
 HEADERS = ("peer", "library", "contract", "claims", "verdicts", "what fails, and why", "judged")
