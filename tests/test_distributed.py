@@ -129,9 +129,9 @@ def count_exchanges() -> list[int]:
 
 
 def test_a_rank_without_tokens_takes_part_in_every_exchange(on_ranks):
-    """Forward: what ranks tell each other, ids, rows, rows back; backward: rows, rows back."""
+    """Forward: what ranks tell each other, ids, rows, rows back; backward: rows, their weights, rows back."""
     assert 0 in TOKENS[RANKS]
-    assert on_ranks(count_exchanges) == [[4, 2]] * RANKS
+    assert on_ranks(count_exchanges) == [[4, 3]] * RANKS
 
 
 def call_experts(change: str) -> str:
