@@ -43,10 +43,10 @@ from gaugeblock.conformance.peers.peer import peer
 from gaugeblock.reference.torch.capacity_routers import expert_capacity
 
 
-def without_parameters(module_class: Callable[[Any], torch.nn.Module], config: Any) -> Any:
+def without_parameters(module_class: Callable[..., torch.nn.Module], *arguments: Any) -> Any:
     """A module as at inference, of no memory: what parameters it needs are handed in, and no random numbers are drawn."""
     with torch.device("meta"):
-        return module_class(config).eval()
+        return module_class(*arguments).eval()
 
 
 @contextmanager
@@ -307,7 +307,7 @@ class TransformersGpt2Experts:
 
     def __call__(self, hidden_states, w1, b1, w2, b2, topk_weights, topk_ids, *, approximate):
         activation = {"none": "gelu", "tanh": "gelu_new"}[approximate]
-        mlp = GPT2MLP(w1.shape[1], GPT2Config(n_embd=w1.shape[2], activation_function=activation)).eval()
+        mlp = without_parameters(GPT2MLP, w1.shape[1], GPT2Config(n_embd=w1.shape[2], activation_function=activation))
         total = torch.zeros_like(hidden_states)
         for expert in range(len(w1)):
             tokens, choices = (topk_ids == expert).nonzero(as_tuple=True)
@@ -330,7 +330,7 @@ class TransformersGptOssExperts:
         )  # fmt: skip
         config._experts_implementation = "eager"
         state = {"gate_up_proj": w13.mT, "gate_up_proj_bias": b13, "down_proj": w2.mT, "down_proj_bias": b2}
-        return functional_call(GptOssExperts(config), state, (hidden_states, topk_ids.long(), topk_weights))
+        return functional_call(without_parameters(GptOssExperts, config), state, (hidden_states, topk_ids.long(), topk_weights))
 
 
 @peer("experts.shared_swiglu", dtypes=("float32",), oracle=True)
@@ -339,7 +339,8 @@ class TransformersDeepseekSharedExpert:
 
     def __call__(self, hidden_states, w13, w2):
         gate, up = w13.chunk(2)
-        module = DeepseekV3MLP(DeepseekV3Config(hidden_size=len(w2), moe_intermediate_size=len(gate)), len(gate))
+        config = DeepseekV3Config(hidden_size=len(w2), moe_intermediate_size=len(gate))
+        module = without_parameters(DeepseekV3MLP, config, len(gate))
         state = {"gate_proj.weight": gate, "up_proj.weight": up, "down_proj.weight": w2}
         return functional_call(module, state, hidden_states)
 
@@ -355,8 +356,8 @@ class TransformersQwen2SharedExpert:
             num_experts_per_tok=1,
         )  # fmt: skip
         config._experts_implementation = "eager"
-        block = Qwen2MoeSparseMoeBlock(config).eval()
-        state = {name: torch.zeros_like(each) for name, each in block.state_dict().items()}
+        block = without_parameters(Qwen2MoeSparseMoeBlock, config)
+        state = {name: torch.zeros(each.shape, dtype=w2.dtype) for name, each in block.state_dict().items()}
         state |= {f"shared_expert.{name}_proj.weight": each for name, each in (("gate", gate), ("up", up), ("down", w2))}
         return functional_call(block, state | {"shared_expert_gate.weight": shared_gate}, hidden_states[None])[0]
 
