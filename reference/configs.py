@@ -11,6 +11,7 @@ TimestepSampling = Literal["uniform", "logit-normal"]
 SecondExpertPolicy = Literal["all", "sampling", "random"]
 GeluApproximation = Literal["none", "tanh"]
 
+E4M3_MAX = 448.0  # the largest number of float8_e4m3fn
 SMALLEST_WEIGHT_SUM = 2.0**-23  # what `gshard_top2` divides by at least: float32's epsilon, as in public models
 
 

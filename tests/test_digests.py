@@ -154,7 +154,8 @@ def test_what_is_built_in_hides_nothing():
     judged = [*(PACKAGE / "reference").rglob("*.py"), *(PACKAGE / "optimized").rglob("*.py")]
     hiding = {each.relative_to(PACKAGE).as_posix() for each in judged if told(each.read_bytes()).hides}
     assert hiding == {
-        "reference/validation/arrays.py",  # looks for a framework that is loaded
+        "reference/validation/arrays.py", "reference/expert_layouts.py",  # look for a framework that is loaded
+        "reference/expert_checkpoints.py",  # reads a checkpoint
         "reference/jax/train_image_diffusion.py", "reference/torch/train_image_diffusion.py",  # read a checkpoint
     }  # fmt: skip
 

@@ -14,7 +14,7 @@ from gaugeblock.conformance.engine.vocabulary import DTYPES
 if TYPE_CHECKING:
     from gaugeblock.conformance.engine.contract import Contract, Input
 
-FIXED_DTYPES = ("bool", "uint8", "int8", "int32", "int64", "float64", *DTYPES)
+FIXED_DTYPES = ("bool", "uint8", "int8", "int32", "int64", "float64", "float8_e4m3fn", *DTYPES)
 
 
 class ContractError(Exception):

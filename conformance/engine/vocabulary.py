@@ -19,7 +19,8 @@ DEVICES: tuple[Device, ...] = get_args(Device)
 FRAMEWORKS: tuple[Framework, ...] = get_args(Framework)
 ROUNDINGS: tuple[Rounding, ...] = get_args(Rounding)  # the tightest first
 PROFILES: tuple[ProfileName, ...] = get_args(ProfileName)
-BYTES = {"float64": 8, "int64": 8, "float32": 4, "int32": 4, "bool": 1}  # of an element, where a contract fixes the dtype
+# Of an element, where a contract fixes the dtype.
+BYTES = {"float64": 8, "int64": 8, "float32": 4, "int32": 4, "float8_e4m3fn": 1, "int8": 1, "bool": 1}
 
 Parameters = Mapping[str, Any]  # sizes and options of a case
 Tensors = dict[str, "torch.Tensor"]

@@ -242,12 +242,12 @@ def _trivial(right: Tensors, stale: Tensors, inputs: Tensors) -> dict[str, Tenso
     floats = any(
         each.is_floating_point() for each in right.values()
     )  # where there are none, whole numbers are all that is judged
-    numbers = [each.flatten() for each in inputs.values() if each.is_floating_point()]
+    numbers = [each.flatten().double() for each in inputs.values() if each.is_floating_point()]
     echo = torch.cat(numbers or [each.flatten() for each in inputs.values()])
     changes: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
         "zero": torch.zeros_like,
-        "half": lambda each: (each / 2).to(each.dtype),
-        "negated": torch.neg,
+        "half": lambda each: (each.double() / 2).to(each.dtype),  # no arithmetic has eight bits
+        "negated": lambda each: (-each.double()).to(each.dtype),
         "NaN": lambda each: torch.full_like(each, math.nan),
         "echoed": lambda each: echo.repeat(-(-each.numel() // echo.numel()))[: each.numel()].view_as(each).to(each.dtype),
     }

@@ -56,6 +56,8 @@ from gaugeblock.reference.validation.objectives import (
     rectified_flow_times,
     velocity_sign,
 )
+from gaugeblock.reference.validation.quantization import quantize_token_groups
+from gaugeblock.reference.validation.quantized_experts import fused_swiglu_fp8, fused_swiglu_int8
 from gaugeblock.reference.validation.routers import (
     biased_softmax_topk,
     grouped_sigmoid_topk,

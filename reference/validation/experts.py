@@ -19,9 +19,9 @@ from gaugeblock.reference.validation.arrays import (
 
 def fused_swiglu(hidden_states: Any, w13: Any, w2: Any, topk_weights: Any, topk_ids: Any) -> None:
     """Check the arguments of `experts.fused_swiglu`; the ids' values are left to `expert_ids_in_range`."""
-    _tokens(hidden_states)
+    require_tokens(hidden_states)
     _gated_experts(hidden_states, w13, w2)
-    _routing(hidden_states, topk_weights, topk_ids)
+    require_routing(hidden_states, topk_weights, topk_ids)
 
 
 def fused_geglu(hidden_states: Any, w13: Any, w2: Any, topk_weights: Any, topk_ids: Any, approximate: Any) -> None:
@@ -34,16 +34,16 @@ def fused_gelu_mlp(
     hidden_states: Any, w1: Any, b1: Any, w2: Any, b2: Any, topk_weights: Any, topk_ids: Any, approximate: Any
 ) -> None:
     """Check the arguments of `experts.fused_gelu_mlp`; the ids' values are left to `expert_ids_in_range`."""
-    _tokens(hidden_states)
+    require_tokens(hidden_states)
     hidden_size = hidden_states.shape[1]
     require_like("w1", w1, "hidden_states", hidden_states, num_experts=None, intermediate_size=None, hidden_size=hidden_size)
     num_experts, intermediate_size = w1.shape[:2]
-    _at_least_one("w1", w1)
+    require_experts("w1", w1)
     require_like("b1", b1, "hidden_states", hidden_states, num_experts=num_experts, intermediate_size=intermediate_size)
     down = {"num_experts": num_experts, "hidden_size": hidden_size, "intermediate_size": intermediate_size}
     require_like("w2", w2, "hidden_states", hidden_states, **down)
     require_like("b2", b2, "hidden_states", hidden_states, num_experts=num_experts, hidden_size=hidden_size)
-    _routing(hidden_states, topk_weights, topk_ids)
+    require_routing(hidden_states, topk_weights, topk_ids)
     require_one_of("approximate", approximate, GeluApproximation)
 
 
@@ -59,22 +59,22 @@ def fused_swiglu_oai(
     limit: Any,
 ) -> None:
     """Check the arguments of `experts.fused_swiglu_oai`; the ids' values are left to `expert_ids_in_range`."""
-    _tokens(hidden_states)
+    require_tokens(hidden_states)
     _gated_experts(hidden_states, w13, w2)
     num_experts, gate_and_up = w13.shape[:2]
     require_like("b13", b13, "hidden_states", hidden_states, num_experts=num_experts, twice_intermediate_size=gate_and_up)
     require_like("b2", b2, "hidden_states", hidden_states, num_experts=num_experts, hidden_size=hidden_states.shape[1])
-    _routing(hidden_states, topk_weights, topk_ids)
+    require_routing(hidden_states, topk_weights, topk_ids)
     require_number("alpha", alpha)
     require_positive("limit", limit)
 
 
 def shared_swiglu(hidden_states: Any, w13: Any, w2: Any) -> None:
     """Check the arguments of `experts.shared_swiglu`."""
-    _tokens(hidden_states)
+    require_tokens(hidden_states)
     hidden_size = hidden_states.shape[1]
     require_like("w13", w13, "hidden_states", hidden_states, twice_intermediate_size=None, hidden_size=hidden_size)
-    intermediate_size = _half(w13)
+    intermediate_size = require_gate_and_up(w13)
     require_like("w2", w2, "hidden_states", hidden_states, hidden_size=hidden_size, intermediate_size=intermediate_size)
 
 
@@ -89,7 +89,7 @@ def expert_ids_in_range(topk_ids: Any, num_experts: int) -> None:
     require_values("topk_ids", topk_ids, num_experts - 1)
 
 
-def _tokens(hidden_states: Any) -> None:
+def require_tokens(hidden_states: Any) -> None:
     require_dtype("hidden_states", hidden_states, FLOATING)
     require_shape("hidden_states", hidden_states, num_tokens=None, hidden_size=None)
 
@@ -99,17 +99,17 @@ def _gated_experts(hidden_states: Any, w13: Any, w2: Any) -> None:
     hidden_size = hidden_states.shape[1]
     up = {"num_experts": None, "twice_intermediate_size": None, "hidden_size": hidden_size}
     require_like("w13", w13, "hidden_states", hidden_states, **up)
-    _at_least_one("w13", w13)
-    down = {"num_experts": w13.shape[0], "hidden_size": hidden_size, "intermediate_size": _half(w13)}
+    require_experts("w13", w13)
+    down = {"num_experts": w13.shape[0], "hidden_size": hidden_size, "intermediate_size": require_gate_and_up(w13)}
     require_like("w2", w2, "hidden_states", hidden_states, **down)
 
 
-def _at_least_one(name: str, weights: Any) -> None:
+def require_experts(name: str, weights: Any) -> None:
     if weights.shape[0] == 0:
         raise ValueError(f"{name} must hold at least one expert, got {tuple(weights.shape)}")
 
 
-def _half(w13: Any) -> int:
+def require_gate_and_up(w13: Any) -> int:
     """As many rows as up has."""
     gate_and_up = int(w13.shape[-2])
     if gate_and_up % 2:
@@ -117,7 +117,7 @@ def _half(w13: Any) -> int:
     return gate_and_up // 2
 
 
-def _routing(hidden_states: Any, topk_weights: Any, topk_ids: Any) -> None:
+def require_routing(hidden_states: Any, topk_weights: Any, topk_ids: Any) -> None:
     """Weights and ids of each token's experts."""
     require_dtype("topk_weights", topk_weights, FLOATING)
     require_dtype("topk_ids", topk_ids, INTEGER)

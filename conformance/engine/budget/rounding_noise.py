@@ -127,6 +127,8 @@ class RoundingNoise(Watching):
         name = func.overloadpacket.__name__
         if name in MATRIX_PRODUCTS:
             return self._matrix_product(func, MATRIX_PRODUCTS[name], args, kwargs)
+        if name == "_to_copy" and kwargs.get("dtype") is torch.float8_e4m3fn:  # near a tie it may go either way
+            return self._held(self._round(self._values(args[0]), torch.float8_e4m3fn), writable=True)
         adds = name in SCATTERED_SUMS and (not name.startswith("index_put") or (len(args) > 3 and bool(args[3])))
         if not func.is_view and name not in MOVES and name not in SUMS:
             args, kwargs = tuple(map(self._constant, args)), {key: self._constant(each) for key, each in kwargs.items()}

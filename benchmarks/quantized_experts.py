@@ -1,0 +1,19 @@
+"""Quantized experts: the questions of gaugeblock.conformance.bench.history."""
+
+from gaugeblock.conformance.bench import history
+
+
+class Cost(history.Cost, family="quantized_experts"):
+    """Time over roofline time and peak memory, at published sizes."""
+
+
+class Counters(history.Counters, family="quantized_experts"):
+    """Bytes allocated, operations dispatched, kernels launched."""
+
+
+class Accuracy(history.Accuracy, family="quantized_experts"):
+    """rms and bias of the errors, in units of their limits."""
+
+
+class Determinism(history.Determinism, family="quantized_experts"):
+    """Distinct bit patterns over several runs of one input: 1 is right."""
