@@ -1,9 +1,10 @@
 """What `gaugeblock codegen` launches: every Triton implementation of ours, as its contract says it is called.
 
 The compiler makes another version for each dtype, each `tl.constexpr` (so for each number of experts), for addresses, sizes
-and strides that are multiples of 16 or not, and for sizes and strides of 1. The contracts' first landmarks (sizes with tails
-and even ones), each in two layouts, and their published workloads bring them. `SAMPLE` is a part of these that takes a fifth of
-the time: each contract's first landmark, laid out badly, in the last dtype, and its last workload in the first one.
+and strides that are multiples of 16 or not, and for sizes and strides of 1. The contracts' landmarks (the first, of sizes
+with tails, and the first of even ones), each in two layouts, and their published workloads bring them. `SAMPLE` is a part of
+these that takes a fifth of the time: each contract's first landmark, laid out badly, in the last dtype, and its last workload
+in the first one.
 """
 
 import math
@@ -18,6 +19,7 @@ from gaugeblock.conformance.engine.frameworks import Call, call_torch
 from gaugeblock.conformance.engine.implementation import Implementation
 from gaugeblock.conformance.engine.inputs.cases import Case, Layout, lay_out, make_inputs, options
 from gaugeblock.conformance.engine.registry import builtin_implementations, contracts, load
+from gaugeblock.conformance.engine.vocabulary import Parameters
 from gaugeblock.optimized.triton import random
 
 LAYOUTS: tuple[Layout, ...] = ("contiguous", "sliced")
@@ -33,11 +35,19 @@ def _launch(contract: Contract, implementation: Implementation, case: Case, dtyp
     call_torch(contract, load(implementation), Call(inputs, options(contract, case), rounded_cotangents(contract, case, dtype)))
 
 
+def _is_even(contract: Contract, sizes: Parameters) -> bool:
+    """Whether all rows of the tested dtype are multiples of 16, as tiles for matrix instructions want them."""
+    specs = (spec for spec in contract.specs(sizes).values() if spec.dtype == "tested")
+    return all(size % 16 == 0 for spec in specs for size in spec.sizes(sizes)[1:])
+
+
 def _cases(contract: Contract) -> Iterator[tuple[str, Case]]:
     regime = contract.regimes[0].name
-    for number, landmark in enumerate(contract.landmarks[:2]):
+    first, *others = contract.landmarks
+    even = [each for each in others if _is_even(contract, each)] or others
+    for name, landmark in (("first", first), *(("even", each) for each in even[:1])):
         for layout in LAYOUTS:
-            yield f"landmark {number}, {layout}", Case(**landmark, regime=regime, layout=layout)
+            yield f"{name} landmark, {layout}", Case(**landmark, regime=regime, layout=layout)
     for workload in contract.workloads:
         parameters = {**workload.parameters, contract.batch: FEW}
         if max(math.prod(spec.sizes(parameters)) for spec in contract.specs(parameters).values()) <= MOST_ELEMENTS:
