@@ -37,7 +37,7 @@ for name, dtype in (
     ("routers.grouped_sigmoid_topk", "float16"), ("layers.layer_norm_modulate", "bfloat16"),
 ):
     contract = contracts()[name]
-    (triton,) = (each for each in builtin_implementations(contract) if each.kind == "triton")
+    (triton,) = (each for each in builtin_implementations(contract) if each.name == "triton")
     case = Case(**contract.landmarks[0], regime=contract.regimes[0].name)
     print(name, dtype, digest(Trial(Subject(triton, dtype, "cpu"), case).run(gradients=True)))
 """

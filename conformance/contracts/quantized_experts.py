@@ -272,10 +272,10 @@ def _with_least(weights: torch.Tensor) -> torch.Tensor:
 NARROW_SCALES = Trait("bfloat16", "dtype of scales", dtypes={"w13_scales": "bfloat16", "w2_scales": "bfloat16"})
 INT8_TRAITS = (
     NARROW_SCALES,
-    Trait("-128", "w13", lambda tensors: {"w13": _with_least(tensors["w13"])}),
-    Trait("-128", "w2", lambda tensors: {"w2": _with_least(tensors["w2"])}),
+    Trait("-128 in w13", "w13", lambda tensors: {"w13": _with_least(tensors["w13"])}),
+    Trait("-128 in w2", "w2", lambda tensors: {"w2": _with_least(tensors["w2"])}),
     Trait("every other one 0", "w13_scales", lambda tensors: {"w13_scales": _every_other(tensors["w13_scales"])}),
-    Trait("negative", "w2_scales", lambda tensors: {"w2_scales": -tensors["w2_scales"]}),
+    Trait("negative w2_scales", "w2_scales", lambda tensors: {"w2_scales": -tensors["w2_scales"].abs()}),
 )
 
 

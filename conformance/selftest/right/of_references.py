@@ -25,14 +25,21 @@ Results = tuple[torch.Tensor, ...]
 
 
 class OfReference:
-    """A variant of the reference of a contract: one that returns several tensors."""
+    """A variant of the reference of a contract: one that returns tensors."""
 
     of: str
 
-    def __call__(self, *arguments: torch.Tensor, **options: Any) -> Results:
+    def __call__(self, *arguments: torch.Tensor, **options: Any) -> torch.Tensor | Results:
         contract = contracts()[self.of]
         inputs = dict(zip((spec.name for spec in contract.inputs), arguments, strict=True))
-        return self.compute(contract, inputs, lambda tensors: contract.reference(*tensors.values(), **options))
+        alone = len(contract.outputs) == 1
+
+        def reference(tensors: Inputs) -> Results:
+            results = contract.reference(*tensors.values(), **options)
+            return (results,) if alone else results
+
+        computed = self.compute(contract, inputs, reference)
+        return computed[0] if alone else computed
 
     def compute(self, contract: Contract, inputs: Inputs, reference: Callable[[Inputs], Results]) -> Results:
         """Returns the outputs."""
@@ -44,7 +51,9 @@ class InFloat64(OfReference):
 
     def compute(self, contract, inputs, reference):
         wide = {name: each.double() if each.is_floating_point() else each for name, each in inputs.items()}
-        return tuple(each.float() if each.is_floating_point() else each for each in reference(wide))
+        tested = next(inputs[spec.name].dtype for spec in contract.inputs if spec.dtype == "tested")
+        dtypes = (tested if spec.dtype == "tested" else getattr(torch, spec.dtype) for spec in contract.outputs)
+        return tuple(each.to(dtype) for each, dtype in zip(reference(wide), dtypes, strict=True))
 
 
 class OneByOne(OfReference):
@@ -83,6 +92,17 @@ def _register(variant: type, of: str) -> None:
     right(of, validates=False)(type(variant.__name__, (variant,), {"of": of, "__doc__": variant.__doc__}))
 
 
+EXPERTS = (
+    "experts.fused_geglu",
+    "experts.fused_gelu_mlp",
+    "experts.fused_swiglu_oai",
+    "experts.shared_swiglu",
+    "experts.gated_shared_swiglu",
+)
+
+for _of in EXPERTS:
+    for _variant in (InFloat64, OneByOne):
+        _register(_variant, _of)
 for _of in ROUTERS:
     for _variant in (InFloat64, OneByOne, NamesReversed):
         _register(_variant, _of)
