@@ -55,6 +55,16 @@ def rows_of(columns, intermediate_size, GATED: tl.constexpr, INTERLEAVED: tl.con
 
 
 @triton.jit
+def distance_to_up(row_stride, intermediate_size, INTERLEAVED: tl.constexpr):
+    """Return how far behind a row of gate the row of up lies that goes with it: one address less to hold."""
+    if INTERLEAVED:
+        distance = row_stride
+    else:
+        distance = tl.cast(intermediate_size, tl.int64) * row_stride
+    return distance
+
+
+@triton.jit
 def _sigmoid(x):
     decay = tl.exp(-tl.abs(x))  # not exp(-x), which overflows
     return tl.where(x < 0, decay, 1.0) / (1.0 + decay)

@@ -53,7 +53,8 @@ class Saved(NamedTuple):
         hidden_states: [num_tokens, hidden_size].
         w1, b1, w2, b2: Those of `Expert`.
         topk_weights: [num_tokens, top_k].
-        kept: [num_rows, products * intermediate_size] float32, the pre-activations; None if they are to be computed again.
+        kept: [num_rows, products * intermediate_size] float32, the pre-activations, of gate, then of up; None if they are to be
+            computed again.
         rows: [num_rows] int64, the routed row at each position.
         expert_offsets: [num_experts + 1] int64, the positions of each expert.
     """

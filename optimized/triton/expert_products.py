@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from gaugeblock.optimized.triton.activations import Activation, activate, activate_backward, rows_of
+from gaugeblock.optimized.triton.activations import Activation, activate, activate_backward, distance_to_up, rows_of
 from gaugeblock.optimized.triton.dispatch import Blocks
 from gaugeblock.optimized.triton.grouped_matmul import Tiles
 
@@ -60,19 +60,20 @@ def _first_product_kernel(
 
     expert = tl.load(experts_ptr + block)
     hidden_ptrs = hidden_ptr + tl.load(rows_ptr + positions) // top_k * token_stride
-    w1_ptr += expert * w1_expert_stride
+    w1_gate_ptrs = w1_ptr + expert * w1_expert_stride + gate_rows * w1_row_stride
+    up_distance = distance_to_up(w1_row_stride, intermediate_size, INTERLEAVED)
     gate = tl.full([BLOCK_ROWS, BLOCK_COLUMNS], 0.0, tl.float32)
     up = tl.full([BLOCK_ROWS, BLOCK_COLUMNS], 0.0, tl.float32)
     for first in range(0, hidden_size, BLOCK_DEPTH):
         steps = first + tl.arange(0, BLOCK_DEPTH).to(tl.int64)
         exists = steps < hidden_size
         weight_mask = exists[:, None] & column_exists
-        w1_ptrs = w1_ptr + (steps * w1_hidden_stride)[:, None]
+        w1_ptrs = w1_gate_ptrs + (steps * w1_hidden_stride)[:, None]
         hidden = tl.load(hidden_ptrs + (steps * hidden_stride)[None, :], mask=exists[None, :], other=0.0)
-        of_gate = tl.load(w1_ptrs + gate_rows * w1_row_stride, mask=weight_mask, other=0.0)
+        of_gate = tl.load(w1_ptrs, mask=weight_mask, other=0.0)
         gate = tl.dot(hidden, of_gate, gate, input_precision="ieee")
         if GATED:
-            of_up = tl.load(w1_ptrs + up_rows * w1_row_stride, mask=weight_mask, other=0.0)
+            of_up = tl.load(w1_ptrs + up_distance, mask=weight_mask, other=0.0)
             up = tl.dot(hidden, of_up, up, input_precision="ieee")
 
     if b1_ptr is not None:
@@ -83,9 +84,9 @@ def _first_product_kernel(
     mask = row_exists & column_exists
     if kept_ptr is not None:
         kept_ptrs = kept_ptr + positions * (intermediate_size * (2 if GATED else 1))
-        tl.store(kept_ptrs + gate_rows, gate, mask=mask)
+        tl.store(kept_ptrs + columns, gate, mask=mask)
         if GATED:
-            tl.store(kept_ptrs + up_rows, up, mask=mask)
+            tl.store(kept_ptrs + intermediate_size + columns, up, mask=mask)
     activation = activate(gate, up, alpha, limit, NONLINEARITY, GATED)
     tl.store(activation_ptr + positions * intermediate_size + columns, activation, mask=mask)
 
@@ -105,7 +106,7 @@ def first_product(
 
     Returns:
         activation: [num_rows, intermediate_size] by position, in the dtype of hidden_states.
-        kept: [num_rows, products * intermediate_size] by position, in the order of w1's rows, float32; or None.
+        kept: [num_rows, products * intermediate_size] by position, of gate, then of up, float32; or None.
     """
     num_rows, intermediate_size = rows.shape[0], expert.w2.shape[2]
     out = hidden_states.new_empty(num_rows, intermediate_size)
@@ -147,7 +148,8 @@ def _through_activation_kernel(
     width = intermediate_size * (2 if GATED else 1)
 
     expert = tl.load(experts_ptr + block)
-    w1_ptr += expert * w1_expert_stride
+    w1_gate_ptrs = w1_ptr + expert * w1_expert_stride + gate_rows * w1_row_stride
+    up_distance = distance_to_up(w1_row_stride, intermediate_size, INTERLEAVED)
     hidden_ptrs = hidden_ptr + tokens * token_stride
     gradient_ptrs = out_gradient_ptr + tokens * gradient_token_stride
     w2_ptrs = w2_ptr + expert * w2_expert_stride + columns * w2_column_stride
@@ -163,12 +165,12 @@ def _through_activation_kernel(
         w2 = tl.load(w2_ptrs + (steps * w2_hidden_stride)[:, None], mask=weight_mask, other=0.0)
         product = tl.dot(gradient, w2, product, input_precision="ieee")
         if kept_ptr is None:
-            w1_ptrs = w1_ptr + (steps * w1_hidden_stride)[:, None]
+            w1_ptrs = w1_gate_ptrs + (steps * w1_hidden_stride)[:, None]
             hidden = tl.load(hidden_ptrs + (steps * hidden_stride)[None, :], mask=exists[None, :], other=0.0)
-            of_gate = tl.load(w1_ptrs + gate_rows * w1_row_stride, mask=weight_mask, other=0.0)
+            of_gate = tl.load(w1_ptrs, mask=weight_mask, other=0.0)
             gate = tl.dot(hidden, of_gate, gate, input_precision="ieee")
             if GATED:
-                of_up = tl.load(w1_ptrs + up_rows * w1_row_stride, mask=weight_mask, other=0.0)
+                of_up = tl.load(w1_ptrs + up_distance, mask=weight_mask, other=0.0)
                 up = tl.dot(hidden, of_up, up, input_precision="ieee")
         if b2_ptr is not None:
             b2 = tl.load(b2_ptr + expert * b2_expert_stride + steps * b2_hidden_stride, mask=exists, other=0.0)
@@ -176,9 +178,9 @@ def _through_activation_kernel(
 
     if kept_ptr is not None:
         kept_ptrs = kept_ptr + positions * width
-        gate = tl.load(kept_ptrs + gate_rows, mask=column_exists, other=0.0)
+        gate = tl.load(kept_ptrs + columns, mask=column_exists, other=0.0)
         if GATED:
-            up = tl.load(kept_ptrs + up_rows, mask=column_exists, other=0.0)
+            up = tl.load(kept_ptrs + intermediate_size + columns, mask=column_exists, other=0.0)
     elif b1_ptr is not None:
         b1_ptr += expert * b1_expert_stride
         gate += tl.load(b1_ptr + gate_rows * b1_row_stride, mask=column_exists, other=0.0).to(tl.float32)
