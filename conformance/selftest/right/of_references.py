@@ -100,6 +100,7 @@ EXPERTS = (
     "experts.gated_shared_swiglu",
 )
 
+_variant: type[OfReference]
 for _of in EXPERTS:
     for _variant in (InFloat64, OneByOne):
         _register(_variant, _of)
