@@ -301,6 +301,19 @@ def test_choices_in_another_order_do_not_deviate():
     assert problem.deviation({key: each[:, :-1] for key, each in expected.items()}, expected) == float("inf")
 
 
+@pytest.mark.parametrize(("others", "deviates"), [(1, False), (10, True)])
+def test_choices_of_a_few_examples_may_be_others(others, deviates):
+    """They are, where scores tie; what is computed for the other examples is compared."""
+    problem = make_problem(ROUTER, ROUTER.landmarks[0] | {"num_tokens": 100}, "forward", MACHINE)
+    expected = problem.expected()
+    found = {key: each.clone() for key, each in expected.items()}
+    found["topk_ids"][:others] = (found["topk_ids"][:others] + 1) % ROUTER.landmarks[0]["num_experts"]
+    found["topk_weights"][:others] *= 2
+    assert (problem.deviation(found, expected) > 0) == deviates
+    found["topk_weights"][-1] *= 2
+    assert problem.deviation(found, expected) > 0
+
+
 def test_the_fastest_of_ours_stands_beside_the_fastest_peer():
     contract = find_contract("experts.fused_swiglu")
     medians = {"torch-grouped": 3.0, "reference": 4.0, "transformers eager": 4.0, "torch grouped_mm": 5.0, "triton": None}

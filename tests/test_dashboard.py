@@ -41,15 +41,16 @@ setInterval(() => {
   const page = document.getElementById("page").contentWindow;
   const plot = page.$ && page.$("#main-graph").data("plot");
   if (!plot) return;
-  const series = plot.getData().filter(each => each.data && each.data.length);
-  const at = plot.pointOffset({x: series[0].data[0][0], y: series[0].data[0][1]});
+  const series = plot.getData().map(each => (each.data || []).filter(point => point[1] !== null)).filter(each => each.length);
+  const longest = series.reduce((one, other) => other.length > one.length ? other : one);  // others began later
+  const at = plot.pointOffset({x: longest[0][0], y: longest[0][1]});
   const pixels = plot.getCanvas().getContext("2d").getImageData(at.left - 5, at.top - 5, 11, 11).data;
   let coloured = 0;
   for (let i = 0; i < pixels.length; i += 4) {
     const channels = [pixels[i], pixels[i + 1], pixels[i + 2]];
     coloured += pixels[i + 3] > 0 && Math.max(...channels) - Math.min(...channels) > 40;
   }
-  const answer = {points: series[0].data.map(each => each[1]), series: series.length, coloured: coloured};
+  const answer = {points: longest.map(each => each[1]), series: series.length, coloured: coloured};
   document.getElementById("answer").textContent = JSON.stringify(answer);
 }, 100);
 </script>"""
