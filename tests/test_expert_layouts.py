@@ -39,7 +39,7 @@ MODELS = {
 def model_of(name):
     torch.manual_seed(0)
     config = getattr(transformers, name + "Config")(**SIZES | MODELS[name][0])
-    model = getattr(transformers, name.removesuffix("Text") + "ForCausalLM")(config).eval()
+    model = getattr(transformers, name.removesuffix("Text") + "ForCausalLM")(config).eval().double()
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter.data)
     return model
@@ -49,23 +49,26 @@ def model_of(name):
 def test_what_transformers_saves_computes_what_its_module_does(name, tmp_path):
     _, layer, layout = MODELS[name]
     model = model_of(name)
+    model.set_experts_implementation("eager")  # its grouped products take no float64
     model.save_pretrained(tmp_path)
     ours = resolve_expert_weights(
         tmp_path / "model.safetensors", layout, prefix=f"model.layers.0.{layer}.experts.", num_experts=3
     )
     module = getattr(model.model.layers[0], layer.replace("block_sparse_moe", "mlp")).experts
-    hidden = torch.randn(6, 8)
+    hidden = torch.randn(6, 8, dtype=torch.float64)
     ids = torch.tensor([[0, 1], [0, 2], [1, 2], [2, 1], [1, 0], [2, 0]])
     if name == "Llama4Text":  # its experts take a copy of the tokens each
         expected = module(hidden.repeat(3, 1)).view(3, 6, 8)[ids.T, torch.arange(6)].sum(0)
     else:
-        expected = module(hidden, ids, torch.ones(6, 2))
-    torch.testing.assert_close(evaluate(ours, hidden, ids), expected, rtol=1e-4, atol=1e-4)
+        expected = module(hidden, ids, torch.ones(6, 2, dtype=torch.float64))
+    torch.testing.assert_close(
+        evaluate(ours, hidden, ids), expected, rtol=1e-10, atol=1e-10
+    )  # of float64; sums run in another order
 
 
 def evaluate(weights, hidden, ids):
     if not weights.interleaved:
-        return experts.fused_swiglu(hidden, weights.w13, weights.w2, torch.ones(ids.shape), ids)
+        return experts.fused_swiglu(hidden, weights.w13, weights.w2, torch.ones(ids.shape, dtype=hidden.dtype), ids)
     gate_up = torch.einsum("tkrh,th->tkr", weights.w13[ids], hidden) + weights.b13[ids]
     gate, up = gate_up[..., ::2].clamp(max=7), gate_up[..., 1::2].clamp(-7, 7)
     activation = gate * torch.sigmoid(1.702 * gate) * (up + 1)

@@ -12,7 +12,7 @@ import torch
 from gaugeblock.conformance.engine.registry import find_contract
 from gaugeblock.conformance.engine.triton.interpreter import watch
 from gaugeblock.optimized.triton import grouped_matmul, launch
-from gaugeblock.optimized.triton.dispatch import sort_by_expert, split_into_blocks, sum_rows
+from gaugeblock.optimized.triton.dispatch import group_by, split_into_blocks, sum_rows
 from gaugeblock.optimized.triton.experts import fused_swiglu, fused_swiglu_recomputed
 from gaugeblock.reference.torch import experts as reference
 
@@ -50,7 +50,7 @@ def out_and_gradients(function, *tensors):
 
 
 def test_rows_are_sorted_by_expert_and_stay_in_order():
-    rows, offsets = sort_by_expert(torch.tensor([[2, 0], [2, 2], [0, 4]], device=DEVICE), num_experts=6)
+    rows, offsets = group_by(torch.tensor([[2, 0], [2, 2], [0, 4]], device=DEVICE), 6)
     assert rows.tolist() == [1, 4, 0, 2, 3, 5]
     assert offsets.tolist() == [0, 2, 2, 5, 5, 6, 6]
 

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch.autograd.function import once_differentiable
 
-from gaugeblock.optimized.triton.launch import device_of, program_rows, reject_float64, require_triton_device
+from gaugeblock.optimized.triton.launch import device_of, program_columns, program_rows, reject_float64, require_triton_device
 from gaugeblock.reference import validation
 
 # Of a row that a program moves or adds up at a time: two of each thread of four warps.
@@ -36,21 +36,22 @@ class Blocks(NamedTuple):
     ends: torch.Tensor
 
 
-def sort_by_expert(topk_ids: torch.Tensor, num_experts: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sort routed rows by expert; rows of one expert stay in the order of their tokens.
+def group_by(keys: torch.Tensor, num_groups: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Group the elements of an array by key; those of one key stay in their order.
+
+    It is torch's sort, as fast as whoever wrote it for the device; `sorting.py` has kernels that do it by counting.
 
     Args:
-        topk_ids: [num_tokens, top_k], integer, each in 0..num_experts - 1.
-        num_experts: Number of experts.
+        keys: Any shape, integer, each in 0..num_groups - 1: of routed rows their experts, of places their tokens.
+        num_groups: Number of keys.
 
     Returns:
-        rows: [num_tokens * top_k] int64, the routed row at each position.
-        expert_offsets: [num_experts + 1] int64; expert e has the positions from offset e to offset e + 1.
+        order: [number of keys] int64, the element (of the flat array) at each position.
+        offsets: [num_groups + 1] int64; key g has the positions from offset g to offset g + 1.
     """
-    ids_N, rows_N = torch.sort(topk_ids.reshape(-1).to(torch.int64), stable=True)
+    keys_N, order_N = torch.sort(keys.reshape(-1).to(torch.int64), stable=True)
     # a search, since a bincount waits for the GPU
-    offsets = torch.searchsorted(ids_N, torch.arange(num_experts + 1, device=ids_N.device))
-    return rows_N, offsets
+    return order_N, torch.searchsorted(keys_N, torch.arange(num_groups + 1, device=keys_N.device))
 
 
 def split_into_blocks(expert_offsets: torch.Tensor, num_rows: int, block_rows: int) -> Blocks:
@@ -61,7 +62,7 @@ def split_into_blocks(expert_offsets: torch.Tensor, num_rows: int, block_rows: i
     this routing does not need are empty and come last.
 
     Args:
-        expert_offsets: [num_experts + 1] int64, as from `sort_by_expert`.
+        expert_offsets: [num_experts + 1] int64, as from `group_by`.
         num_rows: Number of routed rows.
         block_rows: Rows in a full block.
     """
@@ -76,6 +77,18 @@ def split_into_blocks(expert_offsets: torch.Tensor, num_rows: int, block_rows: i
     starts_B = expert_offsets[experts_B] + (blocks_B - (last_E - num_blocks_E)[experts_B]) * block_rows
     expert_ends_B = expert_offsets[experts_B + 1]
     return Blocks(experts_B, starts_B.minimum(expert_ends_B), (starts_B + block_rows).minimum(expert_ends_B))
+
+
+@triton.jit
+def positions_of(block, starts_ptr, ends_ptr, BLOCK_ROWS: tl.constexpr):
+    """Return a block's positions, [BLOCK_ROWS, 1], which of them exist, and whether none does.
+
+    Past the end comes the last row again, so that every lane may read; it is not to be stored.
+    """
+    start = tl.load(starts_ptr + block)
+    end = tl.load(ends_ptr + block)
+    positions = start + tl.arange(0, BLOCK_ROWS)[:, None]
+    return tl.minimum(positions, end - 1), positions < end, start == end
 
 
 def block_offsets(expert_offsets: torch.Tensor, block_rows: int) -> torch.Tensor:
@@ -94,7 +107,7 @@ def _sum_rows_kernel(
     PARTS: tl.constexpr, BLOCK_TOKENS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
 ):  # fmt: skip
     tokens = program_rows(BLOCK_TOKENS)[:, None]
-    columns = (tl.program_id(1).to(tl.int64) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS))[None, :]
+    columns = program_columns(BLOCK_COLUMNS)
     exists = tokens < num_tokens
     mask = exists & (columns < width)
 
@@ -146,7 +159,7 @@ def _gather_kernel(
 ):  # fmt: skip
     """rows[n] = source[order[n] // top_k]."""
     rows = program_rows(BLOCK_ROWS)[:, None]
-    columns = (tl.program_id(1).to(tl.int64) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS))[None, :]
+    columns = program_columns(BLOCK_COLUMNS)
     exists = rows < num_rows
     mask = exists & (columns < width)
     tokens = tl.load(order_ptr + rows * order_stride, mask=exists, other=0).to(tl.int64) // top_k
@@ -248,12 +261,6 @@ def sum_listed(
     return sums
 
 
-def _group(keys: torch.Tensor, num_groups: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the places of keys sorted by key, in their order, and where each key's begin, [num_groups + 1]."""
-    keys, order = torch.sort(keys, stable=True)
-    return order, torch.searchsorted(keys, torch.arange(num_groups + 1, device=keys.device))
-
-
 class _Permute(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden_states: torch.Tensor, order: torch.Tensor, top_k: int) -> torch.Tensor:
@@ -266,7 +273,7 @@ class _Permute(torch.autograd.Function):
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (order,) = ctx.saved_tensors
         with device_of(grad):
-            places, starts = _group(order.to(torch.int64) // ctx.top_k, ctx.num_tokens)
+            places, starts = group_by(order // ctx.top_k, ctx.num_tokens)
             return sum_listed(grad, starts, top_k=1, entries=places), None, None
 
 
@@ -286,7 +293,7 @@ class _Unpermute(torch.autograd.Function):
         rows_gradient = weights_gradient = None
         with device_of(rows):
             if ctx.needs_input_grad[0]:
-                entries, starts = _group(inverse.flatten().to(torch.int64), num_rows)
+                entries, starts = group_by(inverse, num_rows)
                 rows_gradient = sum_listed(grad, starts, top_k=top_k, entries=entries, weights=topk_weights)
             if ctx.needs_input_grad[2]:
                 weights_gradient = topk_weights.new_empty(inverse.shape)

@@ -23,7 +23,7 @@ from typing import NamedTuple
 import torch
 
 from gaugeblock.optimized.triton.activations import Activation
-from gaugeblock.optimized.triton.dispatch import Blocks, block_offsets, sort_by_expert, split_into_blocks, sum_listed, sum_rows
+from gaugeblock.optimized.triton.dispatch import Blocks, block_offsets, group_by, split_into_blocks, sum_listed, sum_rows
 from gaugeblock.optimized.triton.expert_products import Expert, first_product, through_activation
 from gaugeblock.optimized.triton.grouped_matmul import Tiles, choose_splits, choose_tiles, rows_times_matrices, sum_of_products
 
@@ -74,7 +74,7 @@ def forward_pass(
     plan: Plan, hidden_states: torch.Tensor, expert: Expert, topk_weights: torch.Tensor, topk_ids: torch.Tensor
 ) -> tuple[torch.Tensor, Saved]:
     """Return the experts' outputs, added up for each token, and what `backward_pass` needs."""
-    rows, expert_offsets = sort_by_expert(topk_ids, num_experts=expert.w1.shape[0])
+    rows, expert_offsets = group_by(topk_ids, expert.w1.shape[0])
     few = plan.rows_per_expert(rows, expert)
     tiles = choose_tiles(hidden_states, expert.w1, expert.w2, rows_per_expert=few)
     first_tiles = choose_tiles(

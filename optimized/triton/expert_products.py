@@ -13,8 +13,9 @@ import triton
 import triton.language as tl
 
 from gaugeblock.optimized.triton.activations import Activation, activate, activate_backward, distance_to_up, rows_of
-from gaugeblock.optimized.triton.dispatch import Blocks
+from gaugeblock.optimized.triton.dispatch import Blocks, positions_of
 from gaugeblock.optimized.triton.grouped_matmul import Tiles
+from gaugeblock.optimized.triton.launch import program_columns
 
 
 class Expert(NamedTuple):
@@ -47,14 +48,10 @@ def _first_product_kernel(
     BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, BLOCK_DEPTH: tl.constexpr,
 ):  # fmt: skip
     block = tl.program_id(0)
-    start = tl.load(starts_ptr + block)
-    end = tl.load(ends_ptr + block)
-    if start == end:
+    positions, row_exists, is_empty = positions_of(block, starts_ptr, ends_ptr, BLOCK_ROWS)
+    if is_empty:
         return
-    positions = start + tl.arange(0, BLOCK_ROWS)[:, None]
-    row_exists = positions < end
-    positions = tl.minimum(positions, end - 1)  # past the end, the last row again, not to be stored
-    columns = tl.program_id(1).to(tl.int64) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)[None, :]
+    columns = program_columns(BLOCK_COLUMNS)
     column_exists = columns < intermediate_size
     gate_rows, up_rows = rows_of(columns, intermediate_size, GATED, INTERLEAVED)
 
@@ -131,17 +128,13 @@ def _through_activation_kernel(
     BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, BLOCK_DEPTH: tl.constexpr,
 ):  # fmt: skip
     block = tl.program_id(0)
-    start = tl.load(starts_ptr + block)
-    end = tl.load(ends_ptr + block)
-    if start == end:
+    positions, row_exists, is_empty = positions_of(block, starts_ptr, ends_ptr, BLOCK_ROWS)
+    if is_empty:
         return
-    positions = start + tl.arange(0, BLOCK_ROWS)[:, None]
-    row_exists = positions < end
-    positions = tl.minimum(positions, end - 1)  # past the end, the last row again, not to be stored
     rows = tl.load(rows_ptr + positions)
     tokens = rows // top_k
     column_block = tl.program_id(1).to(tl.int64)
-    columns = column_block * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)[None, :]
+    columns = program_columns(BLOCK_COLUMNS)
     column_exists = columns < intermediate_size
     mask = row_exists & column_exists
     gate_rows, up_rows = rows_of(columns, intermediate_size, GATED, INTERLEAVED)

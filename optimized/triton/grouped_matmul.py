@@ -14,8 +14,8 @@ import torch
 import triton
 import triton.language as tl
 
-from gaugeblock.optimized.triton.dispatch import Blocks
-from gaugeblock.optimized.triton.launch import on_amd
+from gaugeblock.optimized.triton.dispatch import Blocks, positions_of
+from gaugeblock.optimized.triton.launch import on_amd, program_columns
 
 # Of a GPU as kernels meet them today: an H100 has 132, an MI300X 304. It is a constant so that bits do not depend on the chip.
 MULTIPROCESSORS = 128
@@ -99,14 +99,10 @@ def _rows_times_matrices_kernel(
     BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, BLOCK_DEPTH: tl.constexpr,
 ):  # fmt: skip
     block = tl.program_id(0)
-    start = tl.load(starts_ptr + block)
-    end = tl.load(ends_ptr + block)
-    if start == end:
+    positions, row_exists, is_empty = positions_of(block, starts_ptr, ends_ptr, BLOCK_ROWS)
+    if is_empty:
         return
-    positions = start + tl.arange(0, BLOCK_ROWS)[:, None]
-    row_exists = positions < end
-    positions = tl.minimum(positions, end - 1)  # past the end, the last row again, not to be stored
-    columns = tl.program_id(1).to(tl.int64) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)[None, :]
+    columns = program_columns(BLOCK_COLUMNS)
     column_exists = columns < width
     split = tl.program_id(2)
 
@@ -179,7 +175,7 @@ def _sum_of_products_kernel(
     start = tl.load(expert_offsets_ptr + expert)
     end = tl.load(expert_offsets_ptr + expert + 1)
     lefts = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)[:, None]
-    rights = tl.program_id(1).to(tl.int64) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)[None, :]
+    rights = program_columns(BLOCK_COLUMNS)
     left_exists = lefts < left_width
     right_exists = rights < right_width
 
@@ -218,7 +214,7 @@ def sum_of_products(
         right: [num_tokens, right_width], any strides; dtype of left.
         out: [num_experts, left_width, right_width], any strides; every element is written.
         rows: [num_rows] int64, the routed row at each position.
-        expert_offsets: [num_experts + 1] int64, as from `sort_by_expert`.
+        expert_offsets: [num_experts + 1] int64, as from `group_by`.
         top_k: Routed rows per token.
         tiles: From `choose_tiles`.
     """

@@ -16,6 +16,12 @@ def program_rows(BLOCK_ROWS: tl.constexpr):
     return tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
 
 
+@triton.jit
+def program_columns(BLOCK_COLUMNS: tl.constexpr):
+    """Return the columns of this program along the second axis of the grid, [1, BLOCK_COLUMNS] int64."""
+    return tl.program_id(1).to(tl.int64) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)[None, :]
+
+
 def require_triton_device(tensor_name: str, tensor: torch.Tensor) -> None:
     """Raise unless a Triton kernel can work on `tensor`.
 

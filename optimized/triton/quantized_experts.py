@@ -16,9 +16,9 @@ import triton.language as tl
 from torch.autograd.function import once_differentiable
 
 from gaugeblock.optimized.triton.activations import activate, activate_backward
-from gaugeblock.optimized.triton.dispatch import Blocks, sort_by_expert, split_into_blocks, sum_rows
+from gaugeblock.optimized.triton.dispatch import Blocks, group_by, positions_of, split_into_blocks, sum_rows
 from gaugeblock.optimized.triton.grouped_matmul import Tiles, choose_tiles
-from gaugeblock.optimized.triton.launch import device_of, reject_float64, require_triton_device
+from gaugeblock.optimized.triton.launch import device_of, program_columns, reject_float64, require_triton_device
 from gaugeblock.reference import validation
 
 
@@ -71,14 +71,10 @@ def _first_product_kernel(
     BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, BLOCK_DEPTH: tl.constexpr,
 ):  # fmt: skip
     block = tl.program_id(0)
-    start = tl.load(starts_ptr + block)
-    end = tl.load(ends_ptr + block)
-    if start == end:
+    positions, row_exists, is_empty = positions_of(block, starts_ptr, ends_ptr, BLOCK_ROWS)
+    if is_empty:
         return
-    positions = start + tl.arange(0, BLOCK_ROWS)[:, None]
-    row_exists = positions < end
-    positions = tl.minimum(positions, end - 1)  # past the end, the last row again, not to be stored
-    columns = tl.program_id(1).to(tl.int64) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)[None, :]
+    columns = program_columns(BLOCK_COLUMNS)
     column_exists = columns < intermediate_size
 
     expert = tl.load(experts_ptr + block)
@@ -99,14 +95,10 @@ def _rows_times_quantized_kernel(
     SCALES_OF_COLUMNS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, BLOCK_DEPTH: tl.constexpr,
 ):  # fmt: skip
     block = tl.program_id(0)
-    start = tl.load(starts_ptr + block)
-    end = tl.load(ends_ptr + block)
-    if start == end:
+    positions, row_exists, is_empty = positions_of(block, starts_ptr, ends_ptr, BLOCK_ROWS)
+    if is_empty:
         return
-    positions = start + tl.arange(0, BLOCK_ROWS)[:, None]
-    row_exists = positions < end
-    positions = tl.minimum(positions, end - 1)  # past the end, the last row again, not to be stored
-    columns = tl.program_id(1).to(tl.int64) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)[None, :]
+    columns = program_columns(BLOCK_COLUMNS)
     column_exists = columns < width
 
     expert = tl.load(experts_ptr + block)
@@ -133,17 +125,13 @@ def _through_activation_kernel(
     BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, BLOCK_DEPTH: tl.constexpr,
 ):  # fmt: skip
     block = tl.program_id(0)
-    start = tl.load(starts_ptr + block)
-    end = tl.load(ends_ptr + block)
-    if start == end:
+    positions, row_exists, is_empty = positions_of(block, starts_ptr, ends_ptr, BLOCK_ROWS)
+    if is_empty:
         return
-    positions = start + tl.arange(0, BLOCK_ROWS)[:, None]
-    row_exists = positions < end
-    positions = tl.minimum(positions, end - 1)  # past the end, the last row again, not to be stored
     rows = tl.load(rows_ptr + positions)
     tokens = rows // top_k
     column_block = tl.program_id(1).to(tl.int64)
-    columns = column_block * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)[None, :]
+    columns = program_columns(BLOCK_COLUMNS)
     column_exists = columns < intermediate_size
 
     expert = tl.load(experts_ptr + block)
@@ -271,7 +259,7 @@ class _FusedSwigluInt8(torch.autograd.Function):
         topk_weights: torch.Tensor,
         topk_ids: torch.Tensor,
     ) -> torch.Tensor:
-        rows, expert_offsets = sort_by_expert(topk_ids, num_experts=w13.shape[0])
+        rows, expert_offsets = group_by(topk_ids, w13.shape[0])
         ctx.save_for_backward(hidden_states, w13, w13_scales, w2, w2_scales, topk_weights, rows, expert_offsets)
 
         tiles = choose_tiles(hidden_states, w13, w2)

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from gaugeblock.reference import moe_parts
+from gaugeblock.reference import moe_parts, validation
 from gaugeblock.reference.jax import experts, routers
 from gaugeblock.reference.jax.precision import at_least_float32
 
@@ -37,10 +37,13 @@ def bypass(router_logits: jax.Array) -> tuple[jax.Array]:
 
 
 def input_scaled_swiglu(
-    hidden_states: jax.Array, w13: jax.Array, w2: jax.Array, input_weights: jax.Array, topk_ids: jax.Array
+    hidden_states: jax.Array, w13: jax.Array, w2: jax.Array, topk_weights: jax.Array, topk_ids: jax.Array
 ) -> jax.Array:
     """As `gaugeblock.reference.torch.moe_building.input_scaled_swiglu`."""
-    scaled_TKH = at_least_float32(input_weights)[..., None] * at_least_float32(hidden_states)[:, None]
+    validation.fused_swiglu(hidden_states, w13, w2, topk_weights, topk_ids)
+    validation.expert_ids_in_range(topk_ids, num_experts=w13.shape[0])
+
+    scaled_TKH = at_least_float32(topk_weights)[..., None] * at_least_float32(hidden_states)[:, None]
     scaled_NH, ids_N1 = scaled_TKH.reshape(-1, hidden_states.shape[1]), topk_ids.reshape(-1, 1)
     ones_N1 = jnp.ones_like(ids_N1, dtype=scaled_NH.dtype)
     out_NH = experts.fused_swiglu(scaled_NH, w13.astype(scaled_NH.dtype), w2.astype(scaled_NH.dtype), ones_N1, ids_N1)

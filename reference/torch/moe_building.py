@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from gaugeblock.reference import moe_parts
+from gaugeblock.reference import moe_parts, validation
 from gaugeblock.reference.torch import experts, routers
 from gaugeblock.reference.torch.precision import at_least_float32
 
@@ -55,18 +55,18 @@ def bypass(router_logits: torch.Tensor) -> tuple[torch.Tensor]:
 
 
 def input_scaled_swiglu(
-    hidden_states: torch.Tensor, w13: torch.Tensor, w2: torch.Tensor, input_weights: torch.Tensor, topk_ids: torch.Tensor
+    hidden_states: torch.Tensor, w13: torch.Tensor, w2: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor
 ) -> torch.Tensor:
     """Apply the chosen SwiGLU experts to each token times its weight, and add up their outputs.
 
         out[t] = sum over j of w2[e] @ (silu(gate) * up)
-        gate, up = the halves of w13[e] @ (input_weights[t, j] * hidden_states[t]),  e = topk_ids[t, j]
+        gate, up = the halves of w13[e] @ (topk_weights[t, j] * hidden_states[t]),  e = topk_ids[t, j]
 
     Args:
         hidden_states: [num_tokens, hidden_size], floating; w13 and w2 have its dtype.
         w13: [num_experts, 2 * intermediate_size, hidden_size], gate rows, then up rows.
         w2: [num_experts, hidden_size, intermediate_size].
-        input_weights: [num_tokens, top_k], floating, usually float32.
+        topk_weights: [num_tokens, top_k], floating, usually float32.
         topk_ids: [num_tokens, top_k], integer in 0..num_experts - 1.
 
     Returns:
@@ -76,7 +76,10 @@ def input_scaled_swiglu(
 
     Source: Llama 4 (`Llama4TextMoe` of transformers).
     """
-    scaled_TKH = at_least_float32(input_weights)[..., None] * at_least_float32(hidden_states)[:, None]
+    validation.fused_swiglu(hidden_states, w13, w2, topk_weights, topk_ids)
+    validation.expert_ids_in_range(topk_ids, num_experts=w13.shape[0])
+
+    scaled_TKH = at_least_float32(topk_weights)[..., None] * at_least_float32(hidden_states)[:, None]
     scaled_NH, ids_N1 = scaled_TKH.flatten(0, 1), topk_ids.reshape(-1, 1)
     ones_N1 = torch.ones_like(ids_N1, dtype=scaled_NH.dtype)
     out_NH = experts.fused_swiglu(scaled_NH, w13.to(scaled_NH.dtype), w2.to(scaled_NH.dtype), ones_N1, ids_N1)

@@ -1,5 +1,6 @@
 """Right variants that follow from a reference alone: in float64, one example after the other, or with all names reversed."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -24,7 +25,7 @@ Inputs = Mapping[str, torch.Tensor]
 Results = tuple[torch.Tensor, ...]
 
 
-class OfReference:
+class OfReference(ABC):
     """A variant of the reference of a contract: one that returns tensors."""
 
     of: str
@@ -41,9 +42,9 @@ class OfReference:
         computed = self.compute(contract, inputs, reference)
         return computed[0] if alone else computed
 
+    @abstractmethod
     def compute(self, contract: Contract, inputs: Inputs, reference: Callable[[Inputs], Results]) -> Results:
         """Returns the outputs."""
-        raise NotImplementedError
 
 
 class InFloat64(OfReference):

@@ -1,5 +1,6 @@
 """Experts beside SwiGLU, simulated: a bias is one column more of its matrix, which a 1 is multiplied by."""
 
+from abc import ABC, abstractmethod
 from typing import Any
 
 import torch
@@ -28,7 +29,7 @@ class GegluExperts(RoutedExperts):
         return torch.nn.functional.gelu(gate, approximate=self.approximate)
 
 
-class BiasedExperts(RoutedExperts):
+class BiasedExperts(RoutedExperts, ABC):
     """Experts with two matrices and two biases."""
 
     def __call__(self, hidden_states, w1, b1, w2, b2, topk_weights, topk_ids, **options: Any):
@@ -39,9 +40,9 @@ class BiasedExperts(RoutedExperts):
         first, second = (torch.cat(each, 2) for each in ((w1, b1[:, :, None]), (w2, b2[:, :, None])))
         return self.compute(with_ones, first, second, topk_weights, topk_ids)
 
+    @abstractmethod
     def check(self, *call: Any) -> None:
         """Raises what the contract demands."""
-        raise NotImplementedError
 
     def allocate(self, rows: int, columns: int) -> torch.Tensor:
         """Memory for the experts' outputs: no column for the ones."""
