@@ -1,21 +1,22 @@
 """Fused SwiGLU experts in PyTorch on the CPU: rows sorted by expert, each expert's rows together.
 
-Bound by the matrix products; everything else is done expert by expert, while it lies in the cache. What the
-speed comes from, measured on 2 cores with MKL:
+Few rows for each expert are bound by reading weights, many by the products. What the speed comes from, measured on 2 cores with
+MKL on an AMD EPYC:
 
-- A product with weights is a batched one, with a part of the weights for each thread: 190 GFLOP/s, where one
-  product of 256 rows reaches 140 to 180.
-- The experts borrow their memory in turn, since fresh memory costs page faults: gathering 33 MB takes 1 ms
-  instead of 13.
+- A product with weights is a batched one, with a part of the weights for each thread, since MKL divides a product of few rows
+  badly: 8 rows for each of 64 experts of 512 x 512 take 8.5 ms, with one product for each expert 17.7. Both products are divided
+  along intermediate_size, so that all between them stays in parts. The second one leaves a summand for each part.
+- What is done element by element is done for a batch of experts at once. With 256 experts and 64 tokens, calls for each expert
+  were half of the time.
+- One batch after the other borrows the same memory, since fresh memory costs page faults; gradients of weights are pages that are
+  zeros until somebody writes them (`expert_rows.zeros`), so that an expert without rows costs nothing.
 - The routing weight scales the activation (I wide), not the expert's output (H wide).
 - The gradients of the weights are written where they stay; autograd of `w13[e]` would add up E of full size.
 
-A token's sum over its experts runs in the order of the experts: the same bits in every run. They depend on
-how many tokens share an expert, since MKL picks its kernel by the size of the product.
+A token's sum over its experts runs in the order of the experts: the same bits in every run. They depend on how many tokens share
+an expert, since MKL picks its kernel by the size of the product.
 
-Shapes: T num_tokens, E num_experts, K top_k, N routed rows (T * K), H hidden_size, I intermediate_size,
-F gate and up together (2 * I), R routed rows of one expert, P the same padded to an even number; S parts of
-a width, one for each thread, and a part in a small letter: [S, P, i] is [P, I] in S blocks of columns.
+Shapes: those of `expert_rows.py`; H hidden_size.
 """
 
 import math
@@ -24,9 +25,8 @@ from typing import Any, NamedTuple
 import torch
 from torch.autograd.function import once_differentiable
 
+from gaugeblock.optimized.compiled.expert_rows import Routes, Scratch, routes_in_parts, zeros
 from gaugeblock.reference import validation
-
-ROWS_MULTIPLE = 2  # the gradients of weights are sums over rows, and 12 % slower over an odd number of them
 
 
 def fused_swiglu(
@@ -63,7 +63,7 @@ def fused_swiglu(
     inputs = (hidden_states, w13, w2, topk_weights)
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs):
         return _FusedSwiGLU.apply(*inputs, topk_ids)
-    return _forward(hidden_states, w13, w2, _group_by_expert(topk_weights, topk_ids, w13))
+    return _forward(hidden_states, w13, w2, _routes(topk_weights, topk_ids, w2))
 
 
 class _FusedSwiGLU(torch.autograd.Function):
@@ -78,169 +78,135 @@ class _FusedSwiGLU(torch.autograd.Function):
         topk_weights: torch.Tensor,
         topk_ids: torch.Tensor,
     ) -> torch.Tensor:
-        ctx.groups = _group_by_expert(topk_weights, topk_ids, w13)
-        gate_ups: list[torch.Tensor] = []
-        out = _forward(hidden_states, w13, w2, ctx.groups, keep=gate_ups)
-        ctx.save_for_backward(hidden_states, w13, w2, topk_weights, *gate_ups)
+        ctx.routes = _routes(topk_weights, topk_ids, w2)
+        kept = tuple(zeros(topk_ids.numel(), w2.shape[2], dtype=_accurate_dtype(w2)) for _ in range(2))
+        out = _forward(hidden_states, w13, w2, ctx.routes, kept)
+        ctx.save_for_backward(hidden_states, w13, w2, topk_weights, *kept)
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_out: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        hidden_states, w13, w2, topk_weights, *gate_ups = ctx.saved_tensors
+        hidden_states, w13, w2, topk_weights, gate_NI, up_NI = ctx.saved_tensors
         needs_hidden, needs_w13, needs_w2, needs_weights, _ = ctx.needs_input_grad
         hidden_TH, d_out_TH = _accurate(hidden_states), _accurate(d_out)
+        parts = ctx.routes.place_NS.shape[1]
+        weights = _in_parts(w13, w2, parts)
+        d_w13, d_w2 = (zeros(*each.shape, dtype=each.dtype) for each in (w13, w2))
+        d_weights = _in_parts(d_w13, d_w2, parts)
         d_hidden_TH = hidden_TH.new_zeros(hidden_TH.shape)
-        d_weight_N = hidden_TH.new_empty(topk_weights.numel())
-        d_w13, d_w2 = _gradient(w13, needs_w13, ctx.groups), _gradient(w2, needs_w2, ctx.groups)
-        borrow = _Scratch(hidden_TH)
+        d_topk_weights_B = hidden_TH.new_empty(ctx.routes.place_NS.numel())
+        borrow = Scratch(hidden_TH)
 
-        for (expert, row_R, token_P, weight_P1), gate_up_SPi in zip(ctx.groups, gate_ups, strict=True):
-            gate_SPi, up_SPi = gate_up_SPi.chunk(2)
-            parts, padded, part = gate_SPi.shape
-            sigmoid_SPi = torch.sigmoid(gate_SPi, out=borrow("sigmoid", parts, padded, part))
-            silu_SPi = torch.mul(gate_SPi, sigmoid_SPi, out=borrow("silu", parts, padded, part))
-            activation_PI = borrow("activation", padded, parts * part)
-            activation_SPi = torch.mul(silu_SPi, up_SPi, out=_in_parts(activation_PI, parts))
+        for batch in ctx.routes.batches:
+            d_out_SnH = batch.for_all_parts(borrow.rows("d_out", d_out_TH, batch.token_R))
+            d_activation_Bi = borrow("d_activation", len(batch.token_B), w2.shape[2] // parts)
+            for expert, left, out in zip(batch.experts, d_out_SnH, batch.each(d_activation_Bi), strict=True):
+                torch.bmm(left, _accurate(weights.down_ESHi[expert]), out=out)
 
-            rows_PH = borrow("rows", padded, hidden_TH.shape[1])
-            d_out_PH = torch.index_select(d_out_TH, 0, token_P, out=rows_PH)
-            d_activation_SPi = borrow("d_activation", parts, padded, part)
-            _project(d_out_PH, _accurate(w2[expert]).mT, out=d_activation_SPi)
+            gate_Bi, up_Bi = batch.of_all(gate_NI), batch.of_all(up_NI)
+            sigmoid_Bi = torch.sigmoid(gate_Bi, out=borrow("sigmoid", *gate_Bi.shape))
+            silu_Bi = torch.mul(gate_Bi, sigmoid_Bi, out=borrow("silu", *gate_Bi.shape))
+            activation_Bi = torch.mul(silu_Bi, up_Bi, out=borrow("activation", *gate_Bi.shape))
             if needs_weights:
-                d_weight_N[row_R] = (d_activation_SPi * activation_SPi).sum((0, 2))[: len(row_R)]
-            d_activation_SPi.mul_(weight_P1)
-            if d_w2 is not None:
-                _multiply(d_out_PH.mT, activation_PI.mul_(weight_P1), out=d_w2[expert])
+                torch.sum(d_activation_Bi * activation_Bi, 1, out=d_topk_weights_B[batch.in_parts])
+            d_activation_Bi.mul_(batch.weight_B1)
+            activation_Bi.mul_(batch.weight_B1)
+            d_up_Bi = torch.mul(d_activation_Bi, silu_Bi, out=borrow("d_up", *gate_Bi.shape))
+            d_silu_Bi = sigmoid_Bi.addcmul_(silu_Bi, 1 - sigmoid_Bi)
+            d_gate_Bi = d_activation_Bi.mul_(up_Bi).mul_(d_silu_Bi)
 
-            d_gate_up_PF = borrow("d_gate_up", padded, 2 * parts * part)
-            d_gate_SPi, d_up_SPi = _in_parts(d_gate_up_PF, 2 * parts).chunk(2)
-            torch.mul(d_activation_SPi, silu_SPi, out=d_up_SPi)
-            d_silu_SPi = sigmoid_SPi.addcmul_(silu_SPi, 1 - sigmoid_SPi)
-            torch.mul(d_activation_SPi.mul_(up_SPi), d_silu_SPi, out=d_gate_SPi)
-            if d_w13 is not None:
-                hidden_PH = torch.index_select(hidden_TH, 0, token_P, out=rows_PH)
-                _multiply(d_gate_up_PF.mT, hidden_PH, out=d_w13[expert])
+            d_gate_Sni, d_up_Sni = batch.each(d_gate_Bi), batch.each(d_up_Bi)
+            if needs_w2:
+                for expert, left, right in zip(batch.experts, d_out_SnH, batch.each(activation_Bi), strict=True):
+                    _multiply(left.mT, right, out=d_weights.down_ESHi[expert])
+            if needs_w13:
+                hidden_SnH = batch.for_all_parts(borrow.rows("hidden", hidden_TH, batch.token_R))
+                for expert, d_gate, d_up, right in zip(batch.experts, d_gate_Sni, d_up_Sni, hidden_SnH, strict=True):
+                    _multiply(d_gate.mT, right, out=d_weights.gate_ESiH[expert])
+                    _multiply(d_up.mT, right, out=d_weights.up_ESiH[expert])
             if needs_hidden:
-                d_hidden_SPh = borrow("d_hidden", *_shape_in_parts(padded, hidden_TH.shape[1]))
-                _project(d_gate_up_PF, _accurate(w13[expert]).mT, out=d_hidden_SPh)
-                _add_rows(d_hidden_TH, token_P[: len(row_R)], d_hidden_SPh)
+                d_hidden_BH = borrow("d_hidden", len(batch.token_B), hidden_TH.shape[1])
+                for expert, d_gate, d_up, out in zip(batch.experts, d_gate_Sni, d_up_Sni, batch.each(d_hidden_BH), strict=True):
+                    torch.bmm(d_gate, _accurate(weights.gate_ESiH[expert]), out=out)
+                    out.baddbmm_(d_up, _accurate(weights.up_ESiH[expert]))
+                d_hidden_TH.index_add_(0, batch.token_B, d_hidden_BH)
 
-        d_hidden = d_hidden_TH.to(hidden_states.dtype) if needs_hidden else None
-        d_weights = d_weight_N.view(topk_weights.shape).to(topk_weights.dtype) if needs_weights else None
-        return d_hidden, d_w13, d_w2, d_weights, None
+        d_topk_weights = ctx.routes.sum_of_parts(d_topk_weights_B).view(topk_weights.shape) if needs_weights else None
+        return (
+            d_hidden_TH.to(hidden_states.dtype) if needs_hidden else None,
+            d_w13 if needs_w13 else None,
+            d_w2 if needs_w2 else None,
+            d_topk_weights,
+            None,
+        )
 
 
-class _Group(NamedTuple):
-    """The routed rows of one expert; the padding repeats the first of them, at weight 0."""
+class _Weights(NamedTuple):
+    """Weights, or their gradients, in parts along intermediate_size."""
 
-    expert: int
-    row_R: torch.Tensor  # positions in topk_ids.flatten(), ascending
-    token_P: torch.Tensor
-    weight_P1: torch.Tensor
+    gate_ESiH: torch.Tensor
+    up_ESiH: torch.Tensor
+    down_ESHi: torch.Tensor
+
+
+def _in_parts(w13: torch.Tensor, w2: torch.Tensor, parts: int) -> _Weights:
+    part = w2.shape[2] // parts
+    gate_ESiH, up_ESiH = w13.unflatten(1, (2, parts, part)).unbind(1)
+    return _Weights(gate_ESiH, up_ESiH, w2.unflatten(2, (parts, part)).transpose(1, 2))
+
+
+def _routes(topk_weights: torch.Tensor, topk_ids: torch.Tensor, w2: torch.Tensor) -> Routes:
+    # a part for each thread, or as many as divide the width; two for one thread, so that the gate, which has one, sees parts
+    parts = math.gcd(w2.shape[2], max(2, torch.get_num_threads()))
+    return routes_in_parts(
+        topk_weights.to(_accurate_dtype(w2)), topk_ids, num_experts=w2.shape[0], width=w2.shape[2], parts=parts
+    )
 
 
 def _forward(
     hidden_states: torch.Tensor,
     w13: torch.Tensor,
     w2: torch.Tensor,
-    groups: list[_Group],
-    keep: list[torch.Tensor] | None = None,
+    routes: Routes,
+    keep: tuple[torch.Tensor, ...] = (),
 ) -> torch.Tensor:
-    """Return the output [T, H]; append gate and up of each group, [2 * S, P, i], to `keep`."""
+    """Return the output [T, H]; what comes before the activation, gate and up, [N, I] each, is written to `keep`."""
     hidden_TH = _accurate(hidden_states)
     out_TH = hidden_TH.new_zeros(hidden_TH.shape)
-    hidden_size, intermediate_size = w2.shape[1:]
-    borrow = _Scratch(hidden_TH)
-    for expert, row_R, token_P, weight_P1 in groups:
-        padded = len(token_P)
-        hidden_PH = torch.index_select(hidden_TH, 0, token_P, out=borrow("hidden", padded, hidden_size))
-        parts, _, part = _shape_in_parts(padded, intermediate_size)
-        if keep is None:
-            gate_up_SPi = borrow("gate_up", 2 * parts, padded, part)
-        else:
-            gate_up_SPi = hidden_TH.new_empty(2 * parts, padded, part)
-            keep.append(gate_up_SPi)
-        _project(hidden_PH, _accurate(w13[expert]), out=gate_up_SPi)
-        gate_SPi, up_SPi = gate_up_SPi.chunk(2)
-        activation_PI = borrow("activation", padded, intermediate_size)
-        torch.sigmoid(gate_SPi, out=_in_parts(activation_PI, parts)).mul_(gate_SPi).mul_(up_SPi)
-        out_SPh = borrow("out", *_shape_in_parts(padded, hidden_size))
-        _project(activation_PI.mul_(weight_P1), _accurate(w2[expert]), out=out_SPh)
-        _add_rows(out_TH, token_P[: len(row_R)], out_SPh)
+    parts = routes.place_NS.shape[1]
+    gate_ESHi, up_ESHi, down_ESiH = (each.mT for each in _in_parts(w13, w2, parts))
+    borrow = Scratch(hidden_TH)
+    for batch in routes.batches:
+        shape = len(batch.token_B), w2.shape[2] // parts
+        gate_Bi, up_Bi = (batch.of_all(each) for each in keep) if keep else (borrow("gate", *shape), borrow("up", *shape))
+        hidden_SnH = batch.for_all_parts(borrow.rows("hidden", hidden_TH, batch.token_R))
+        for expert, left, gate, up in zip(batch.experts, hidden_SnH, batch.each(gate_Bi), batch.each(up_Bi), strict=True):
+            torch.bmm(left, _accurate(gate_ESHi[expert]), out=gate)
+            torch.bmm(left, _accurate(up_ESHi[expert]), out=up)
+
+        activation_Bi = torch.sigmoid(gate_Bi, out=borrow("activation", *shape)).mul_(gate_Bi).mul_(up_Bi)
+        activation_Bi.mul_(batch.weight_B1)
+
+        out_BH = borrow("out", len(batch.token_B), hidden_TH.shape[1])
+        for expert, left, out in zip(batch.experts, batch.each(activation_Bi), batch.each(out_BH), strict=True):
+            torch.bmm(left, _accurate(down_ESiH[expert]), out=out)
+        out_TH.index_add_(0, batch.token_B, out_BH)
     return out_TH.to(hidden_states.dtype)
 
 
-def _group_by_expert(topk_weights: torch.Tensor, topk_ids: torch.Tensor, w13: torch.Tensor) -> list[_Group]:
-    """Return a group for every expert that has rows."""
-    expert_N = topk_ids.flatten()
-    compute_dtype = torch.promote_types(w13.dtype, torch.float32)
-    sizes = expert_N.bincount(minlength=w13.shape[0]).tolist()
-    groups = []
-    for expert, row_R in enumerate(expert_N.argsort(stable=True).split(sizes)):
-        rows = len(row_R)
-        if rows:
-            row_P = torch.cat([row_R, row_R[:1].expand(-rows % ROWS_MULTIPLE)])
-            weight_P1 = topk_weights.take(row_P).to(compute_dtype)[:, None]
-            weight_P1[rows:] = 0
-            groups.append(_Group(expert, row_R, row_P // topk_ids.shape[1], weight_P1))
-    return groups
-
-
-def _project(rows_PD: torch.Tensor, weight_OD: torch.Tensor, out: torch.Tensor) -> None:
-    """Write rows @ weight.T to `out` [S, P, o]: O in S parts, each of which a thread multiplies alone."""
-    parts, _, part = out.shape
-    torch.bmm(rows_PD.expand(parts, -1, -1), weight_OD.unflatten(0, (parts, part)).mT, out=out)
-
-
 def _multiply(left: torch.Tensor, right: torch.Tensor, out: torch.Tensor) -> None:
-    """Write left @ right to `out`, rounded once to its dtype."""
+    """Write left @ right, batches of matrices, to `out`, rounded once to its dtype."""
     if out.dtype == left.dtype:
-        torch.mm(left, right, out=out)
+        torch.bmm(left, right, out=out)
     else:
         out.copy_(left @ right)
 
 
-def _add_rows(sums_TH: torch.Tensor, token_R: torch.Tensor, rows_SPh: torch.Tensor) -> None:
-    """Add each row to its token's sum, one after the other; the padding is left out."""
-    _in_parts(sums_TH, len(rows_SPh)).index_add_(1, token_R, rows_SPh[:, : len(token_R)])
-
-
-def _shape_in_parts(rows: int, width: int) -> tuple[int, int, int]:
-    """Return [S, rows, width / S], with a part for each thread, or as many as divide the width."""
-    parts = math.gcd(width, torch.get_num_threads())
-    return parts, rows, width // parts
-
-
-def _in_parts(x_PI: torch.Tensor, parts: int) -> torch.Tensor:
-    """Return a view [S, P, i] of [P, I]."""
-    return x_PI.unflatten(1, (parts, x_PI.shape[1] // parts)).transpose(0, 1)
-
-
-def _gradient(weights: torch.Tensor, needed: bool, groups: list[_Group]) -> torch.Tensor | None:
-    """Return memory for the gradient of weights [E, ...], 0 for experts without rows; None if not needed."""
-    if not needed:
-        return None
-    gradient = torch.empty_like(weights, memory_format=torch.contiguous_format)
-    for expert in set(range(len(weights))) - {group.expert for group in groups}:
-        gradient[expert].zero_()
-    return gradient
+def _accurate_dtype(x: torch.Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
 
 
 def _accurate(x: torch.Tensor) -> torch.Tensor:
     """Return `x` in float32, or in float64 where it has that dtype already."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
-class _Scratch:
-    """Memory that one expert after the other borrows, by name; it grows to what the largest group needs."""
-
-    def __init__(self, like: torch.Tensor) -> None:
-        self.like = like
-        self.memory: dict[str, torch.Tensor] = {}
-
-    def __call__(self, name: str, *shape: int) -> torch.Tensor:
-        size = math.prod(shape)
-        if name not in self.memory or len(self.memory[name]) < size:
-            self.memory[name] = self.like.new_empty(size)
-        return self.memory[name][:size].view(shape)
+    return x if x.dtype in (torch.float32, torch.float64) else x.float()

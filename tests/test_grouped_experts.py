@@ -1,0 +1,59 @@
+"""The experts on the CPU, at what the gate's small cases don't reach: several threads, batches and large memory."""
+
+import pytest
+import torch
+
+from gaugeblock.optimized.compiled import expert_rows, experts
+from gaugeblock.reference.torch import experts as reference
+
+NUM_TOKENS, HIDDEN_SIZE, INTERMEDIATE_SIZE, NUM_EXPERTS, TOP_K = 23, 10, 12, 7, 3
+
+
+@pytest.fixture
+def threads(request):
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+def arguments():
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.rand(NUM_TOKENS, NUM_EXPERTS - 1, generator=generator).topk(TOP_K).indices
+    shapes = (
+        (NUM_TOKENS, HIDDEN_SIZE), (NUM_EXPERTS, 2 * INTERMEDIATE_SIZE, HIDDEN_SIZE),
+        (NUM_EXPERTS, HIDDEN_SIZE, INTERMEDIATE_SIZE), (NUM_TOKENS, TOP_K),
+    )  # fmt: skip
+    drawn = [torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_() for shape in shapes]
+    return *drawn, ids + (ids >= 2)  # expert 2 has no rows
+
+
+def results_of(function, inputs):
+    out = function(*inputs)
+    return out, *torch.autograd.grad(out, inputs[:4], torch.cos(torch.arange(out.numel(), dtype=out.dtype)).view_as(out))
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3, 5], indirect=True)  # 5 divides no width
+@pytest.mark.parametrize("batch_elements", [1, 12 * 20, 2**19])  # one expert each, some, all
+@pytest.mark.parametrize("fresh_bytes", [1, 2**25])
+def test_threads_batches_and_memory_change_no_result(threads, batch_elements, fresh_bytes, monkeypatch):
+    monkeypatch.setattr(expert_rows, "BATCH_ELEMENTS", batch_elements)
+    monkeypatch.setattr(expert_rows, "FRESH_BYTES", fresh_bytes)
+    inputs = arguments()
+    for ours, right in zip(results_of(experts.fused_swiglu, inputs), results_of(reference.fused_swiglu, inputs), strict=True):
+        torch.testing.assert_close(ours, right, rtol=1e-12, atol=1e-12)  # float64; sums run in another order
+    without_gradients = experts.fused_swiglu(*(each.detach() for each in inputs))
+    torch.testing.assert_close(without_gradients, reference.fused_swiglu(*inputs).detach(), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("size", [2**25 // 4 - 1, 2**25 // 4, 2**25 // 4 + 1])
+def test_large_zeros_are_zeros_that_can_be_written(size):
+    numbers = expert_rows.zeros(size, dtype=torch.float32)
+    assert numbers.shape == (size,) and not numbers.any()
+    numbers[::1000] = 1
+    assert numbers.sum() == -(-size // 1000)
+    assert not expert_rows.zeros(size, dtype=torch.float32).any()  # of another tensor's memory
+
+
+def test_zeros_of_no_size():
+    assert expert_rows.zeros(0, 5, dtype=torch.bfloat16).shape == (0, 5)
