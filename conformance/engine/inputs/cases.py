@@ -6,7 +6,7 @@ seeded generator. A case's repr is its reproduction.
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields, is_dataclass, replace
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Any, Literal, get_args
 
 import torch
@@ -81,6 +81,7 @@ class Case:
         return f"Case({', '.join(f'{name}={value!r}' for name, value in self.to_json().items())})"
 
 
+@cache  # a strategy that is made anew is validated anew, which takes longer than a draw
 def cases(
     contract: Contract, regime: str, sizes: Literal["free", "landmarks", "both"] = "both", landmarks: int | None = None
 ) -> SearchStrategy[Case]:
@@ -96,6 +97,7 @@ def cases(
     return st.builds(case, drawn, st.integers(0, 2**16), st.sampled_from(names))
 
 
+@cache
 def free_parameters(contract: Contract) -> SearchStrategy[dict[str, Any]]:
     """Sizes and options as the contract draws them, or else of its factors' values, sizes also between those."""
     if contract.parameters is not None:
