@@ -159,9 +159,7 @@ def _in_parts(w13: torch.Tensor, w2: torch.Tensor, parts: int) -> _Weights:
 def _routes(topk_weights: torch.Tensor, topk_ids: torch.Tensor, w2: torch.Tensor) -> Routes:
     # a part for each thread, or as many as divide the width; two for one thread, so that the gate, which has one, sees parts
     parts = math.gcd(w2.shape[2], max(2, torch.get_num_threads()))
-    return routes_in_parts(
-        topk_weights.to(_accurate_dtype(w2)), topk_ids, num_experts=w2.shape[0], width=w2.shape[2], parts=parts
-    )
+    return routes_in_parts(topk_weights.to(_accurate_dtype(w2)), topk_ids, width=w2.shape[2], parts=parts)
 
 
 def _forward(
