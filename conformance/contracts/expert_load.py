@@ -39,7 +39,7 @@ def expert_load() -> Contract:
         ),
         factors=of_losses.LOSS_FACTORS,
         build=of_losses.loss_point,
-        traits=(*of_losses.MASK_TRAITS, INT32),
+        traits=(*of_losses.MASK_TRAITS, of_experts.INT32, of_experts.UINT8),
         regimes=(Regime("dithered", chosen), Regime("skew", at_the_ends), Regime("repeated ids", repeated)),
         dtypes=("float32",),
         cases=0.5,
@@ -104,9 +104,6 @@ def correction_bias_update() -> Contract:
             "empty_and_one": "no experts are no router: they are rejected; one is a landmark",
         },
     )
-
-
-INT32 = Trait("int32", "dtype of topk_ids", dtypes={"topk_ids": "int32"})
 
 
 def _masked(draw: Draw, ids: torch.Tensor) -> Tensors:
