@@ -139,7 +139,7 @@ def expert_choice() -> Contract:
         options=("capacity_factor",),
         batch="num_tokens",
         landmarks=(
-            sizes(66, 8, 2.0),
+            sizes(66, 8, 2),  # a number may be an integer
             sizes(33, 5, 1.1),
             sizes(65, 64, 2.0),  # the paper's 64 experts
             sizes(17, 300, 1.0),
