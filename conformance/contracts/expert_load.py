@@ -34,7 +34,7 @@ def expert_load() -> Contract:
             of_losses.loss_sizes(33, 8, 2),  # Mixtral
             of_losses.loss_sizes(17, 300, 8),  # ids above 255
             of_losses.loss_sizes(513, 513, 1),  # each of 512 programs goes on to a second tile of a token
-            of_losses.loss_sizes(700, 1, 1),  # more than bfloat16 can count, or a byte
+            of_losses.loss_sizes(1100, 3, 1),  # more than bfloat16 can count, or a byte
             of_losses.loss_sizes(17, 128, 8),  # Qwen3
         ),
         factors=of_losses.LOSS_FACTORS,
