@@ -20,7 +20,7 @@ from gaugeblock.conformance.engine.registry import contracts, find_contract
 from gaugeblock.conformance.exit_status import CONFORM, FAILS
 from gaugeblock.conformance.selftest.mutants import command, equivalents, table
 from gaugeblock.conformance.selftest.mutants.copies import between, path_of
-from gaugeblock.conformance.selftest.mutants.judging import Outcome, judge, judge_elsewhere
+from gaugeblock.conformance.selftest.mutants.judging import Outcome, apart, judge, judge_elsewhere
 from gaugeblock.conformance.selftest.mutants.rules import RULES
 from gaugeblock.conformance.selftest.mutants.sources import Mutant, Source, source_of
 from gaugeblock.conformance.selftest.mutants.tracing import module_of, mutants_of, rows_of, trace
@@ -188,6 +188,14 @@ def test_a_helper_that_survives_is_judged_where_else_it_is_used() -> None:
     before = Outcome(device, "objectives.rectified_flow_velocity", "reference")
     after = judge_elsewhere(before)
     assert after.killed_by == "rejections" and after.contract != before.contract
+
+
+def test_every_kernel_of_a_contract_gets_a_second_chance() -> None:
+    """What a backward pass computes again is computed by one of them alone."""
+    rows = rows_of(find_contract("experts.fused_swiglu"))
+    names = {each.name for each in apart(rows)}
+    assert {"reference", "reference-jax", "triton", "triton-fast", "triton-recomputed"} <= names
+    assert len(names) < len(rows)
 
 
 def entry(mutant: Mutant, **changed: object) -> equivalents.Equivalent:

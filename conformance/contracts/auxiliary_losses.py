@@ -178,7 +178,7 @@ def _each_expert(sizes: Parameters) -> bool:
 
 BALANCE_TRAITS = (
     *MASK_TRAITS,
-    Trait("int32", "dtype of topk_ids", dtypes={"topk_ids": "int32"}),
+    of_experts.INT32,
     Trait("each expert in turn", "values of topk_ids", _in_turn, fits=_each_expert),
 )
 

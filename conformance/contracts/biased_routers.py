@@ -118,11 +118,20 @@ def hash_router() -> Contract:
         landmarks=(hash_sizes(33, 17), hash_sizes(64, 300), hash_sizes(17, 1)),
         factors=(of_routers.TOKENS, kinds("vocabulary_size", kind_of_count, 1, 2, 8, 13, 300)),
         build=hash_sizes,
-        traits=(Trait("one word", "token_ids", lambda tensors: {"token_ids": 0 * tensors["token_ids"]}),),
+        traits=HASH_TRAITS,
         regimes=(Regime("random", any_table), Regime("all experts alike", one_expert, "exact")),
         flops=lambda parameters: 0.0,
         workloads=(Workload("hash-layers/train-16384", hash_sizes(16384, 8008), "arXiv:2106.04426 section 4.1"),),
     )
+
+
+HASH_TRAITS = (
+    Trait("one word", "values of token_ids", lambda tensors: {"token_ids": 0 * tensors["token_ids"]}),
+    Trait("int32", "dtype of token_ids", dtypes={"token_ids": "int32"}),
+    # to torch a mask, if it is an index
+    Trait("uint8", "dtype of token_ids", dtypes={"token_ids": "uint8"}, fits=lambda sizes: sizes["vocabulary_size"] <= 256),
+    Trait("int32", "dtype of table", dtypes={"table": "int32"}),
+)
 
 
 def biased_sizes(num_tokens: int, num_experts: int, top_k: int, norm_min: float) -> dict[str, Any]:

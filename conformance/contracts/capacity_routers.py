@@ -139,7 +139,7 @@ def expert_choice() -> Contract:
         options=("capacity_factor",),
         batch="num_tokens",
         landmarks=(
-            sizes(66, 8, 2.0),
+            sizes(66, 8, 2),  # a number may be an integer
             sizes(33, 5, 1.1),
             sizes(65, 64, 2.0),  # the paper's 64 experts
             sizes(17, 300, 1.0),
@@ -228,7 +228,7 @@ TOP2_FACTORS = (
     kinds("num_experts", kind_of_count, 2, 8, 32, 5, 13, 257),
     either("second_expert_policy", "all", "sampling", "random"),
     either("normalize_before_dropping", False, True),
-    Factor("capacity_factor", _side_of_1, values=(0.5, 2**-6, 1.0, 1.1, 2.0, 300.0), option=True),
+    Factor("capacity_factor", _side_of_1, values=(0.5, 2**-6, 1.0, 1.1, 2, 300.0), option=True),
     Factor("room", str, of=_room),
 )
 LOGIT_TRAITS = tuple(  # "random" has noise that lies beside a threshold of just these logits

@@ -7,6 +7,7 @@ import torch
 
 from gaugeblock.conformance.contracts import expert_load as of_load
 from gaugeblock.conformance.contracts import moe_layers as of_layers
+from gaugeblock.conformance.contracts import routed_experts as of_experts
 from gaugeblock.conformance.engine.contract import Contract, Derived, Input, Output, Regime, Rejection, Workload, row
 from gaugeblock.conformance.engine.factors import Trait, edges, kind_of_count, kind_of_width, kinds
 from gaugeblock.conformance.engine.implementation import triton
@@ -37,12 +38,12 @@ def sort_by_expert() -> Contract:
             sort_sizes(100, 5, 3),
             sort_sizes(33, 8, 2),  # Mixtral
             sort_sizes(17, 300, 8),  # ids above 255
-            sort_sizes(700, 2, 1),  # more rows of one expert than a byte can count
+            sort_sizes(707, 2, 1),  # more rows of one expert than a byte can count, or bfloat16
             sort_sizes(17, 128, 8),  # Qwen3
         ),
         factors=SORT_FACTORS,
         build=sort_point,
-        traits=(of_load.INT32,),
+        traits=(of_experts.INT32, of_experts.UINT8),
         regimes=REGIMES,
         dtypes=("float32",),
         cases=0.5,
@@ -79,11 +80,12 @@ def align_to_blocks() -> Contract:
             align_sizes(33, 8, 2, 64),  # Mixtral
             align_sizes(17, 300, 8, 16),  # ids above 255, most experts without rows
             align_sizes(64, 2, 1, 32),  # blocks may be just full
+            align_sizes(707, 2, 1, 64),  # more rows of one expert than a byte can count, or bfloat16
             align_sizes(17, 128, 8, 16),  # Qwen3
         ),
         factors=(*SORT_FACTORS, edges("block_size", 1, 2, 16, 64, option=True)),
         build=align_point,
-        traits=(of_load.INT32,),
+        traits=(of_experts.INT32, of_experts.UINT8),
         regimes=(*REGIMES, Regime("full blocks", full_blocks)),
         dtypes=("float32",),
         cases=0.5,
@@ -235,7 +237,7 @@ def unpermute_sizes(num_tokens: int, hidden_size: int, top_k: int, padding: int 
 
 SORT_FACTORS = (
     edges("num_tokens", 1, 2, 15, 16, 17, 65),
-    kinds("num_experts", kind_of_count, 1, 2, 8, 32, 5, 13, 257),
+    kinds("num_experts", kind_of_count, 1, 2, 8, 32, 5, 13, 256, 257),  # 256 is 0 in eight bits
     edges("top_k", 1, 2, 3, 4),
 )
 ROW_FACTORS = (

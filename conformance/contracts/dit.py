@@ -191,6 +191,8 @@ def _all(value: Callable[[Tensors], Any], name: str) -> Callable[[Tensors], Tens
 
 TRAITS = (
     Trait("int32", "dtype of class_labels", dtypes={"class_labels": "int32"}),
+    # to torch a mask, if it is an index
+    Trait("uint8", "dtype of class_labels", dtypes={"class_labels": "uint8"}, fits=lambda sizes: sizes["num_classes"] < 256),
     Trait("the first class", "values of class_labels", _all(lambda tensors: 0, "class_labels")),
     Trait("all dropped", "values of class_labels", _all(lambda tensors: len(tensors[LABELS]) - 1, "class_labels")),
     Trait("0", "values of timesteps", _all(lambda tensors: 0.0, "timesteps")),

@@ -34,12 +34,12 @@ def expert_load() -> Contract:
             of_losses.loss_sizes(33, 8, 2),  # Mixtral
             of_losses.loss_sizes(17, 300, 8),  # ids above 255
             of_losses.loss_sizes(513, 513, 1),  # each of 512 programs goes on to a second tile of a token
-            of_losses.loss_sizes(700, 1, 1),  # more than bfloat16 can count, or a byte
+            of_losses.loss_sizes(1100, 3, 1),  # more than bfloat16 can count, or a byte
             of_losses.loss_sizes(17, 128, 8),  # Qwen3
         ),
         factors=of_losses.LOSS_FACTORS,
         build=of_losses.loss_point,
-        traits=(*of_losses.MASK_TRAITS, INT32),
+        traits=(*of_losses.MASK_TRAITS, of_experts.INT32, of_experts.UINT8),
         regimes=(Regime("dithered", chosen), Regime("skew", at_the_ends), Regime("repeated ids", repeated)),
         dtypes=("float32",),
         cases=0.5,
@@ -104,9 +104,6 @@ def correction_bias_update() -> Contract:
             "empty_and_one": "no experts are no router: they are rejected; one is a landmark",
         },
     )
-
-
-INT32 = Trait("int32", "dtype of topk_ids", dtypes={"topk_ids": "int32"})
 
 
 def _masked(draw: Draw, ids: torch.Tensor) -> Tensors:

@@ -43,7 +43,7 @@ def fused_swiglu_int8() -> Contract:
         parameters=of_experts.parameters,
         landmarks=(
             of_experts.LANDMARKS[0],
-            sizes(17, 64, 48, 8, 2),  # aligned: kernels read neighbours together
+            sizes(16, 128, 96, 16, 2),  # aligned, tokens and experts too: kernels read neighbours together
             *of_experts.LANDMARKS[1:4],
             sizes(9, 24, 24, 4, 2),  # hidden and intermediate size equal: scales of rows fit along columns
             sizes(3, 16, 8, 128, 8),  # Qwen3's

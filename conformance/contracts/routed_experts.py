@@ -119,8 +119,11 @@ def _in_turn(tensors: Tensors) -> Tensors:
     return {"topk_ids": (torch.arange(len(ids))[:, None] + torch.arange(ids.shape[1])) % experts}
 
 
+INT32 = Trait("int32", "dtype of topk_ids", dtypes={"topk_ids": "int32"})
+# the number of experts itself may be none of them: as 256, what a kernel pads ids with is expert 0
+UINT8 = Trait("uint8", "dtype of topk_ids", dtypes={"topk_ids": "uint8"}, fits=lambda sizes: sizes["num_experts"] <= 256)
 TRAITS = (
-    Trait("int32", "dtype of topk_ids", dtypes={"topk_ids": "int32"}),
+    INT32,
     Trait("each expert in turn", "values of topk_ids", _in_turn, fits=lambda sizes: sizes["num_tokens"] >= sizes["num_experts"]),
     Trait(
         "one twice in a row",

@@ -106,7 +106,7 @@ def _in_turn(tensors: Tensors) -> Tensors:
 TRAITS = (
     *of_losses.MASK_TRAITS,
     Trait("a sequence of padding", "attention_mask", _first_all_padding),
-    Trait("int32", "dtype of topk_ids", dtypes={"topk_ids": "int32"}),
+    of_experts.INT32,
     Trait(
         "each expert in turn", "values of topk_ids", _in_turn, fits=lambda sizes: sizes["sequence_length"] >= sizes["num_experts"]
     ),

@@ -90,6 +90,7 @@ def sinkhorn() -> Contract:
             sinkhorn_sizes(5, 3, 3, 0, "sigmoid"),  # every expert chosen
             sinkhorn_sizes(33, 8, 1, 3, "sigmoid"),  # Megatron-LM, one expert
             sinkhorn_sizes(33, 8, 2, 3, "softmax"),  # and two
+            sinkhorn_sizes(9, 4, 2, 50, "softmax"),  # as many iterations as it takes to make shares even
         ),
         factors=(
             of_routers.TOKENS,

@@ -77,7 +77,7 @@ def embed_conditions(state: State, timesteps: torch.Tensor, class_labels: torch.
     )
     table = state["y_embedder.embedding_table.weight"]
     inner_BD = linear(state, "t_embedder.mlp.0", waves_BF.to(table.dtype))
-    return linear(state, "t_embedder.mlp.2", functional.silu(inner_BD)) + table[class_labels]
+    return linear(state, "t_embedder.mlp.2", functional.silu(inner_BD)) + table[class_labels.long()]
 
 
 def attention(block: State, modulated_BSD: torch.Tensor, num_heads: int) -> torch.Tensor:

@@ -27,7 +27,8 @@ def _load_ids(ids_ptr, rows, num_rows, top_k, token_stride, choice_stride, nobod
     """Return the experts of these rows, int32; `nobody` where there is none."""
     exists = rows < num_rows
     ids_ptrs = ids_ptr + rows // top_k * token_stride + rows % top_k * choice_stride
-    return tl.load(ids_ptrs, mask=exists, other=nobody).to(tl.int32)
+    # not by `other`, which is cast to the dtype of the ids: 256 is 0 in eight bits
+    return tl.where(exists, tl.load(ids_ptrs, mask=exists, other=0).to(tl.int32), nobody)
 
 
 @triton.jit(do_not_specialize=["num_rows"])

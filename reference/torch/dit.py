@@ -100,7 +100,7 @@ def embed_conditions(
     inner_BD = layers.linear(waves_BF, state["t_embedder.mlp.0.weight"], state["t_embedder.mlp.0.bias"])
     active_BD = torch.nn.functional.silu(inner_BD)
     time_BD = layers.linear(active_BD, state["t_embedder.mlp.2.weight"], state["t_embedder.mlp.2.bias"])
-    return time_BD + state["y_embedder.embedding_table.weight"][class_labels]
+    return time_BD + state["y_embedder.embedding_table.weight"][class_labels.long()]
 
 
 def block(

@@ -370,7 +370,8 @@ def hash_router(token_ids: torch.Tensor, table: torch.Tensor) -> tuple[torch.Ten
     validation.hash_router(token_ids, table)
     validation.token_ids_in_range(token_ids, vocabulary_size=table.shape[0])
 
-    ids_T = table[token_ids].to(torch.int64)
+    # an index of narrower integers is a mask, or an error
+    ids_T = table[token_ids.to(torch.int64)].to(torch.int64)
     return torch.ones(ids_T.shape, dtype=torch.float32, device=ids_T.device), ids_T
 
 

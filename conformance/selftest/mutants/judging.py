@@ -77,13 +77,18 @@ def judge_elsewhere(outcome: Outcome) -> Outcome:
     start, mutant = time.monotonic(), outcome.mutant
     for contract in sorted(contracts().values(), key=lambda each: -each.cases):
         others = [each for each in rows_of(contract) if mutant.module in reached(module_of(each))]
-        for row in {each.framework: each for each in reversed(others)}.values():
+        for row in apart(others):
             if (contract.name, row.name) != (outcome.contract, outcome.implementation):
                 names = contract.name, row.name
                 found = _rejected(contract, row, mutant) if is_validation(mutant) else judge(*names, mutant, LIKELY[:2])
                 if found.killed_by:
                     return replace(found, seconds=outcome.seconds + time.monotonic() - start)
     return replace(outcome, seconds=outcome.seconds + time.monotonic() - start)
+
+
+def apart(rows: Sequence[Implementation]) -> list[Implementation]:
+    """The first of each framework, and every kernel: of those in one module each takes another way through it."""
+    return [*{(each.framework, each.name * (each.kind == "triton")): each for each in reversed(rows)}.values()]
 
 
 def _rejected(contract: Contract, row: Implementation, mutant: Mutant) -> Outcome:
