@@ -73,6 +73,7 @@ BAD = [
     ("too much shared memory", partial(matmul, torch.bfloat16, step=256, num_stages=4)),
     ("spilling", lambda: hoarding_kernel[(1,)](torch.empty(1), torch.empty(1), 2**15, num_warps=1)),
     ("two warps", partial(matmul, torch.float16, num_warps=2)),
+    ("two warps of e4m3", partial(matmul, torch.float8_e4m3fn, num_warps=2)),
     ("wrong", lambda: wrong_kernel[(1,)](torch.empty(1))),
     ("raising", lambda: torch.empty(1).view(2)),
     ("empty", lambda: None),

@@ -80,9 +80,10 @@ def test_spills_are_a_problem(bad, target):
     assert row.spilled_bytes > 0 and any("spills" in problem for problem in row.problems)
 
 
-def test_a_missing_matrix_instruction_is_a_problem(bad):
-    (row,) = select(bad, "two warps", "sm_90")
-    assert row.problems == ("has a tl.dot of 64 rows of f16, but no wgmma.mma_async",)
+@pytest.mark.parametrize(("label", "dtype"), [("two warps", "f16"), ("two warps of e4m3", "f8E4M3FN")])
+def test_a_missing_matrix_instruction_is_a_problem(bad, label, dtype):
+    (row,) = select(bad, label, "sm_90")
+    assert row.problems == (f"has a tl.dot of 64 rows of {dtype}, but no wgmma.mma_async",)
 
 
 @pytest.mark.parametrize(
@@ -102,7 +103,7 @@ def test_a_launch_that_compiles_nothing_is_a_problem(bad, label, problem):
     ("launches", "status", "num_rows", "last_words"),
     [
         ("GOOD", 0, 7, "7 versions of 3 kernels compiled, 0 problems"),
-        ("BAD", 1, 6, "3 versions of 2 kernels compiled, 6 problems"),
+        ("BAD", 1, 7, "4 versions of 2 kernels compiled, 7 problems"),
         ("NOTHING", 3, 0, "0 versions"),
     ],
 )

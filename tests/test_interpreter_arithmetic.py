@@ -107,7 +107,7 @@ class TestArithmetic:
             atomic_add_kernel[(2,)](target, index, torch.ones(64, dtype=dtype), 32)
         assert target.eq(16).all()
 
-    @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float8_e5m2])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2])
     def test_dots_are_summed_exactly_and_rounded_once(self, dtype):
         a, b = floats(2, 32, 32).to(dtype)
         target = torch.empty(32, 32)

@@ -3,7 +3,7 @@
 The launchers run unchanged, on CPU tensors; a driver that only compiles turns every launch into a compilation
 for the chip, with the launch's own specialization, since alignment and strides decide what becomes of it.
 Checked is what the compiler lets pass: spilled registers, more shared memory than the chip has, and dots of
-fp16 or bf16 that do not become matrix instructions.
+fp16, bf16 or e4m3 that do not become matrix instructions.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from typing import Any
 
 from tabulate import tabulate
 
-from gaugeblock.conformance.engine.triton.chips import CHIPS, Chip, dots
+from gaugeblock.conformance.engine.triton.chips import CHIPS, MULTIPLIED, Chip, dots
 from gaugeblock.conformance.engine.triton.driver import driver_of
 from gaugeblock.conformance.engine.triton.patching import wrapped
 
@@ -55,7 +55,7 @@ class CompiledKernel:
     shared_limit: int = 0
     """shared memory per program, and what the chip has."""
     matrix_instructions: dict[str, int] = field(default_factory=dict)
-    """how many of which for 16-bit operands."""
+    """how many of which."""
     problems: tuple[str, ...] = ()
     """what is wrong with it, in words; empty if nothing."""
 
@@ -136,7 +136,7 @@ def _examine(label: str, kernel: Any, chip: Chip) -> CompiledKernel:
         problems.append(f"needs {shared_bytes} bytes of shared memory, {chip.name} has {chip.shared_bytes}")
     for dot in sorted(set(dots(kernel.asm["ttir"]))):
         expected = chip.matrix_instruction(dot.rows)
-        if dot.dtype in ("f16", "bf16") and not found[expected]:
+        if dot.dtype in MULTIPLIED and not found[expected]:
             problems.append(f"has a tl.dot of {dot.rows} rows of {dot.dtype}, but no {expected}")
 
     return CompiledKernel(

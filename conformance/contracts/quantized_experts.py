@@ -100,13 +100,15 @@ def fused_swiglu_fp8() -> Contract:
         batch="num_tokens",
         landmarks=(
             fp8_sizes(33, 100, 70, 5, 2, 32),  # tails everywhere, and a block of gates and ups
+            fp8_sizes(9, 256, 128, 2, 1, 128),  # DeepSeek-V3's blocks, all whole
             fp8_sizes(17, 64, 48, 8, 2, 16),
-            fp8_sizes(9, 192, 40, 3, 2, 64),
+            fp8_sizes(9, 192, 104, 3, 2, 48),  # no power of two
             fp8_sizes(5, 40, 24, 32, 4, 128),  # one block
-            fp8_sizes(9, 300, 150, 2, 1, 128),  # DeepSeek-V3's blocks, with tails
+            fp8_sizes(9, 300, 150, 2, 1, 128),  # blocks with tails
+            fp8_sizes(150, 20, 24, 3, 2, 16),  # several tiles of rows for an expert
             fp8_sizes(3, 8, 8, 257, 3, 4),  # ids above 255
         ),
-        factors=(*of_experts.FACTORS, edges("block_size", 1, 2, 16, 17, 32, 64, 128, option=True)),
+        factors=(*of_experts.FACTORS, edges("block_size", 1, 2, 16, 17, 32, 48, 64, 128, option=True)),
         build=fp8_point,
         traits=(*of_experts.TRAITS, NARROW_SCALES),
         regimes=(
@@ -129,6 +131,7 @@ def fused_swiglu_fp8() -> Contract:
             Rejection("a row of blocks too few", "w13_scales", changed("w13_scales", lambda each: each[:, 1:])),
             Rejection("a column of blocks too many", "w2_scales", changed("w2_scales", lambda each: each.repeat(1, 1, 2))),
         ),
+        implementations=(triton("fp8_experts:fused_swiglu_fp8"),),
     )
 
 

@@ -110,6 +110,12 @@ def activate(gate, up, alpha, limit, NONLINEARITY: tl.constexpr, GATED: tl.const
 
 
 @triton.jit
+def swiglu(gate, up):
+    """Return silu(gate) * up."""
+    return activate(gate, up, 1.0, 0.0, NONLINEARITY="silu", GATED=True)
+
+
+@triton.jit
 def activate_backward(gate, up, slope, alpha, limit, NONLINEARITY: tl.constexpr, GATED: tl.constexpr):
     """Return the activation, and the gradients of gate and up for this gradient of the activation.
 

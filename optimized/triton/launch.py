@@ -56,6 +56,14 @@ def on_amd() -> bool:
     return not INTERPRETED and triton.runtime.driver.active.get_current_target().backend == "hip"
 
 
+def multiplies_e4m3() -> bool:
+    """Return whether matrix units take float8_e4m3fn: NVIDIA's from sm_89 on, and not those of kernels that are interpreted."""
+    if INTERPRETED:
+        return False
+    target = triton.runtime.driver.active.get_current_target()
+    return target.backend == "cuda" and int(target.arch) >= 89
+
+
 def device_of(tensor: torch.Tensor) -> AbstractContextManager:
     """Make the device of `tensor` the current one, where Triton launches; nothing to do on the CPU."""
     return torch.cuda.device_of(tensor)

@@ -32,6 +32,16 @@ def e4m3_bits(x):
 
 
 @triton.jit
+def from_e4m3_bits(bits):
+    """Return the numbers of float8_e4m3fn that have these eight bits, in float16, where each is exact."""
+    wide = bits.to(tl.uint16)
+    magnitude = wide & 0x7F
+    # the exponent's four bits become the last of five, whose bias is 15 and not 7
+    number = (((wide & 0x80) << 8) | (magnitude << 7)).to(tl.float16, bitcast=True) * 256.0
+    return tl.where(magnitude == 0x7F, float("nan"), number)
+
+
+@triton.jit
 def _quantize_kernel(
     hidden_ptr, quantized_ptr, scales_ptr,
     num_tokens, hidden_size, group_size, num_groups, token_stride, hidden_stride,

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch.autograd.function import once_differentiable
 
-from gaugeblock.optimized.triton.activations import activate, activate_backward
+from gaugeblock.optimized.triton.activations import activate_backward, swiglu
 from gaugeblock.optimized.triton.dispatch import Blocks, group_by, positions_of, split_into_blocks, sum_rows
 from gaugeblock.optimized.triton.grouped_matmul import Tiles, choose_tiles
 from gaugeblock.optimized.triton.launch import device_of, program_columns, reject_float64, require_triton_device
@@ -84,7 +84,7 @@ def _first_product_kernel(
         columns, column_exists, intermediate_size, w13_row_stride, w13_hidden_stride, scales_row_stride,
         tl.full([BLOCK_ROWS, BLOCK_COLUMNS], 0.0, tl.float32), BLOCK_DEPTH,
     )  # fmt: skip
-    activation = activate(gate, up, 1.0, 0.0, NONLINEARITY="silu", GATED=True)
+    activation = swiglu(gate, up)
     tl.store(activation_ptr + positions * intermediate_size + columns, activation, mask=row_exists & column_exists)
 
 

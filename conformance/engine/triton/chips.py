@@ -26,10 +26,10 @@ class Chip:
     shared_bytes: int
     """shared memory that one program can have."""
     matrix_instructions: tuple[MatrixInstruction, ...]
-    """those for fp16 and bf16 operands, from the one for most rows to the one for any."""
+    """those for operands of `MULTIPLIED`, from the one for most rows to the one for any."""
 
     def matrix_instruction(self, rows: int) -> str:
-        """The name of the instruction that a `tl.dot` of fp16 or bf16 with so many rows should become."""
+        """The name of the instruction that a `tl.dot` of such operands with so many rows should become."""
         return next(known.name for known in self.matrix_instructions if rows >= known.min_rows)
 
 
@@ -38,6 +38,7 @@ _MMA_SYNC = MatrixInstruction("mma.sync")
 
 # Shared memory per block: CUDA C++ Programming Guide, table "Technical Specifications per Compute Capability"
 # (less the 1 KiB that the system keeps); gfx942: AMD CDNA 3 ISA guide, 64 KiB of LDS.
+MULTIPLIED = ("f16", "bf16", "f8E4M3FN")  # what matrix units multiply, by the names of TTIR
 CHIPS: dict[str, Chip] = {
     chip.name: chip
     for chip in (
