@@ -56,6 +56,21 @@ def on_amd() -> bool:
     return not INTERPRETED and triton.runtime.driver.active.get_current_target().backend == "hip"
 
 
+def has_tensor_descriptors() -> bool:
+    """Return whether the chip reads tiles by descriptors: from sm_90 on; kernels that are interpreted do."""
+    if INTERPRETED:
+        return True
+    target = triton.runtime.driver.active.get_current_target()
+    return target.backend == "cuda" and target.arch >= 90
+
+
+def multiprocessors_of(tensor: torch.Tensor) -> int:
+    """Return how many the device of `tensor` has; interpreted, or only compiled, two: small cases have many tiles for each."""
+    if tensor.device.type == "cpu":
+        return 2
+    return torch.cuda.get_device_properties(tensor.device).multi_processor_count
+
+
 def device_of(tensor: torch.Tensor) -> AbstractContextManager:
     """Make the device of `tensor` the current one, where Triton launches; nothing to do on the CPU."""
     return torch.cuda.device_of(tensor)
