@@ -6,6 +6,8 @@ import torch
 import triton
 import triton.language as tl
 
+from gaugeblock.conformance.codegen.launches import LAUNCHES
+
 
 @triton.jit
 def matmul_kernel(a, b, c, depth, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr):
@@ -78,4 +80,5 @@ BAD = [
     ("raising", lambda: torch.empty(1).view(2)),
     ("empty", lambda: None),
 ]
+MANY_TILES = [each for each in LAUNCHES if each[0] == "experts.fused_swiglu largest landmark, contiguous, bfloat16"]
 NOTHING: list = []

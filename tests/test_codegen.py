@@ -61,6 +61,12 @@ def test_alignment_makes_another_version(good):
     assert len(select(good, "bfloat16 unaligned", "sm_90")) == 1
 
 
+def test_large_products_of_experts_read_weights_by_descriptors():
+    rows = codegen.compile_in_subprocesses("kernels_to_compile:MANY_TILES", ["sm_90"])
+    assert not any(row.problems for row in rows)
+    assert {row.kernel for row in rows if row.tile_copies} == {"_first_product_kernel", "_rows_times_matrices_kernel"}
+
+
 @pytest.mark.parametrize("target", CHIPS)
 def test_every_autotuner_config_is_compiled(good, target):
     configs = {row.config for row in select(good, "autotuned", target)}

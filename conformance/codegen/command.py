@@ -56,6 +56,8 @@ class CompiledKernel:
     """shared memory per program, and what the chip has."""
     matrix_instructions: dict[str, int] = field(default_factory=dict)
     """how many of which."""
+    tile_copies: int = 0
+    """instructions that copy a tile as a descriptor says."""
     problems: tuple[str, ...] = ()
     """what is wrong with it, in words; empty if nothing."""
 
@@ -149,6 +151,7 @@ def _examine(label: str, kernel: Any, chip: Chip) -> CompiledKernel:
         shared_bytes=shared_bytes,
         shared_limit=chip.shared_bytes,
         matrix_instructions={name: count for name, count in found.items() if count},
+        tile_copies=assembly.count(chip.tile_copy) if chip.tile_copy else 0,
         problems=tuple(problems),
     )
 
@@ -244,6 +247,7 @@ def summarize(rows: list[CompiledKernel]) -> str:
                 "shared B": max(row.shared_bytes for row in group),
                 "of": group[0].shared_limit,
                 "matrix instructions": ", ".join(sorted(instructions)),
+                "tile copies": max(row.tile_copies for row in group),
                 "problems": sum(len(row.problems) for row in group),
             }
         )

@@ -2,14 +2,15 @@
 
 The compiler makes another version for each dtype, each `tl.constexpr` (so for each number of experts), for addresses, sizes
 and strides that are multiples of 16 or not, and for sizes and strides of 1. The contracts' landmarks (the first, of sizes
-with tails, and the first of even ones), each in two layouts, and their published workloads bring them. `SAMPLE` is a part of
-these that takes a fifth of the time: each contract's first landmark, laid out badly, in the last dtype, and its last workload
-in the first one.
+with tails, and the first of even ones), each in two layouts, and their published workloads bring them; an implementation whose
+kernels may depend on the batch, the even landmark with the most examples too. `SAMPLE` is a part of these that takes a fifth of
+the time: each contract's first landmark, laid out badly, in the last dtype, and its last workload in the first one.
 """
 
 import math
 from collections.abc import Callable, Iterator
 from functools import partial
+from operator import itemgetter
 
 import torch
 
@@ -24,7 +25,7 @@ from gaugeblock.optimized.triton import random
 
 LAYOUTS: tuple[Layout, ...] = ("contiguous", "sliced")
 MOST_ELEMENTS = 10**7  # of an input: larger workloads have the kernels of smaller ones
-FEW = 64  # examples are enough, since no kernel depends on their number
+FEW = 64  # examples are enough, since no kernel depends on their number, but where an implementation says so
 
 Launch = tuple[str, Callable[[], object]]
 
@@ -41,11 +42,14 @@ def _is_even(contract: Contract, sizes: Parameters) -> bool:
     return all(size % 16 == 0 for spec in specs for size in spec.sizes(sizes)[1:])
 
 
-def _cases(contract: Contract) -> Iterator[tuple[str, Case]]:
+def _cases(contract: Contract, implementation: Implementation) -> Iterator[tuple[str, Case]]:
     regime = contract.regimes[0].name
     first, *others = contract.landmarks
     even = [each for each in others if _is_even(contract, each)] or others
-    for name, landmark in (("first", first), *(("even", each) for each in even[:1])):
+    chosen = [("first", first), *(("even", each) for each in even[:1])]
+    if not implementation.batch_invariant:
+        chosen += [("largest", max(even, key=itemgetter(contract.batch)))]
+    for name, landmark in chosen:
         for layout in LAYOUTS:
             yield f"{name} landmark, {layout}", Case(**landmark, regime=regime, layout=layout)
     for workload in contract.workloads:
@@ -59,7 +63,7 @@ def _launches(*, sample: bool = False) -> Iterator[Launch]:
         # layers and models are composed of other contracts' kernels, and look at what those computed, which here is nothing
         for implementation in () if contract.state else builtin_implementations(contract):
             if implementation.kind == "triton":
-                dtypes, all_cases = implementation.dtypes, list(_cases(contract))
+                dtypes, all_cases = implementation.dtypes, list(_cases(contract, implementation))
                 pairs = [(case, dtype) for case in all_cases for dtype in dtypes]
                 if sample:
                     pairs = [(all_cases[len(LAYOUTS) - 1], dtypes[-1]), (all_cases[-1], dtypes[0])]

@@ -92,7 +92,12 @@ def fused_swiglu_oai() -> Contract:
         options=("alpha", "limit"),
         batch="num_tokens",
         landmarks=of_experts.dealt(
-            (*of_experts.LANDMARKS, sizes(17, 45, 45, 32, 4), of_experts.IDS_ABOVE_255),  # the sixth: gpt-oss-20b's proportions
+            (
+                *of_experts.LANDMARKS,
+                sizes(17, 45, 45, 32, 4),  # gpt-oss-20b's proportions
+                of_experts.MANY_TILES,
+                of_experts.IDS_ABOVE_255,
+            ),
             {"alpha": 1.702, "limit": 7.0},
             {"alpha": 1.702, "limit": 1.0},
             {"alpha": 1.0, "limit": 7.0},
@@ -124,7 +129,11 @@ def fused_swiglu_oai() -> Contract:
             of_experts.ODD_ROWS,
             Rejection("limit of 0", "limit", lambda call: {"limit": 0.0}),
         ),
-        implementations=(triton(), of_experts.EXPERT_PARALLEL),
+        implementations=(
+            triton(),
+            triton("experts:fused_swiglu_oai_fast", name="triton-fast", dtypes=("bfloat16", "float32"), batch_invariant=False),
+            of_experts.EXPERT_PARALLEL,
+        ),
     )
 
 

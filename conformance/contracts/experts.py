@@ -34,6 +34,7 @@ def fused_swiglu() -> Contract:
             *of_experts.LANDMARKS,
             sizes(17, 24, 16, 8, 2),  # Mixtral's experts
             sizes(3, 16, 8, 128, 8),  # Qwen3's
+            of_experts.MANY_TILES,
             of_experts.IDS_ABOVE_255,
         ),
         factors=of_experts.FACTORS,
@@ -64,7 +65,8 @@ def fused_swiglu() -> Contract:
         rejections=(of_experts.IDS_FOR_MORE_TOKENS, of_experts.ODD_ROWS),
         implementations=(
             triton(),
-            triton("experts:fused_swiglu_fast", name="triton-fast", dtypes=COMPILED_DTYPES, batch_invariant=False),
+            # bfloat16 first: float32 has no descriptors
+            triton("experts:fused_swiglu_fast", name="triton-fast", dtypes=("bfloat16", "float32"), batch_invariant=False),
             triton("experts:fused_swiglu_recomputed", name="triton-recomputed", dtypes=("bfloat16",)),
             compiled("torch-grouped"),
             jax("jax-grouped", dtypes=COMPILED_DTYPES),

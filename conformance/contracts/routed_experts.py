@@ -99,6 +99,7 @@ LANDMARKS = (
     sizes(260, 16, 32, 2, 2),  # gradients of weights over many tiles of rows
 )
 IDS_ABOVE_255 = sizes(3, 8, 8, 257, 3)
+MANY_TILES = sizes(264, 144, 80, 2, 1)  # all that there are full, and several along each axis: a grid may be persistent
 APPROXIMATE = either("approximate", "none", "tanh")
 
 

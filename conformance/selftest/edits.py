@@ -80,11 +80,12 @@ def mutant(
     caught_by: str,
     kind: Kind,
     source: str = "",
+    implementation: str = "triton",
     **claims: Any,
 ) -> None:
-    """Registers a change of text as a fault."""
-    kernels = (each.function for each in find_contract(contract).implementations if each.kind == "triton")
-    function = str(next(kernels)).removeprefix(f"{KERNELS}.").replace(":", ".")
+    """Registers a change of text as a fault of one of a contract's implementations."""
+    kernels = {each.name: each.function for each in find_contract(contract).implementations if each.kind == "triton"}
+    function = str(kernels[implementation]).removeprefix(f"{KERNELS}.").replace(":", ".")
     candidate = partial(load_mutant, function, name, place, old, new)
     plant(
         Fault(

@@ -11,8 +11,8 @@ out_gradient> without the output; of the matrices, sums over each expert's rows;
 forward pass.
 
 By default no token's bits depend on its batch: tiles are chosen by widths alone. With `batch_invariant=False` they
-are chosen by the rows of an expert too, and where there are too few programs for a GPU, sums over the depth are
-split; both are deterministic.
+are chosen by the rows of an expert too, where there are too few programs for a GPU, sums over the depth are split, and
+where there are many, each computes several tiles (`persistent.py`); all of it is deterministic.
 
 Matrices are read once per block of rows, from cache where an expert has several; tokens once per block of columns. Many rows per
 expert are bound by the matrix units, few by reading the matrices.
@@ -26,6 +26,7 @@ from gaugeblock.optimized.triton.activations import Activation
 from gaugeblock.optimized.triton.dispatch import Blocks, block_offsets, group_by, split_into_blocks, sum_listed, sum_rows
 from gaugeblock.optimized.triton.expert_products import Expert, first_product, through_activation
 from gaugeblock.optimized.triton.grouped_matmul import Tiles, choose_splits, choose_tiles, rows_times_matrices, sum_of_products
+from gaugeblock.optimized.triton.launch import multiprocessors_of
 
 
 class Plan(NamedTuple):
@@ -36,9 +37,11 @@ class Plan(NamedTuple):
     keep: bool
     """Whether the pre-activations are kept for the backward pass."""
 
-    def rows_per_expert(self, rows: torch.Tensor, expert: Expert) -> int | None:
-        """What tiles are chosen by beside widths."""
-        return None if self.batch_invariant else -(-rows.shape[0] // expert.w1.shape[0])
+    def by_batch(self, rows: torch.Tensor, expert: Expert) -> dict[str, int]:
+        """What tiles are chosen by beside widths: keyword arguments of `choose_tiles`."""
+        if self.batch_invariant:
+            return {}
+        return {"rows_per_expert": -(-rows.shape[0] // expert.w1.shape[0]), "multiprocessors": multiprocessors_of(rows)}
 
     def splits(self, blocks: Blocks, matrices: torch.Tensor, tiles: Tiles) -> int:
         """Into how many parts the sums of a product with matrices [num_experts, width, depth] are split."""
@@ -75,11 +78,9 @@ def forward_pass(
 ) -> tuple[torch.Tensor, Saved]:
     """Return the experts' outputs, added up for each token, and what `backward_pass` needs."""
     rows, expert_offsets = group_by(topk_ids, expert.w1.shape[0])
-    few = plan.rows_per_expert(rows, expert)
-    tiles = choose_tiles(hidden_states, expert.w1, expert.w2, rows_per_expert=few)
-    first_tiles = choose_tiles(
-        hidden_states, expert.w1, expert.w2, accumulators=plan.activation.products, rows_per_expert=few
-    )  # fmt: skip
+    by_batch = plan.by_batch(rows, expert)
+    tiles = choose_tiles(hidden_states, expert.w1, expert.w2, **by_batch)
+    first_tiles = choose_tiles(hidden_states, expert.w1, expert.w2, accumulators=plan.activation.products, **by_batch)
     blocks = split_into_blocks(expert_offsets, rows.shape[0], tiles.rows)
 
     of_rows = (rows, blocks, topk_ids.shape[1])
@@ -103,9 +104,9 @@ def backward_pass(
     hidden_rows = w1_gradient = b1_gradient = w2_gradient = b2_gradient = weights_gradient = None
 
     operands = (hidden_states, out_gradient, w1, w2)
-    few, products = plan.rows_per_expert(rows, expert), plan.activation.products
-    tiles = choose_tiles(*operands, rows_per_expert=few)
-    first_tiles = choose_tiles(*operands, accumulators=1 + products, rows_per_expert=few)
+    by_batch, products = plan.by_batch(rows, expert), plan.activation.products
+    tiles = choose_tiles(*operands, **by_batch)
+    first_tiles = choose_tiles(*operands, accumulators=1 + products, **by_batch)
     blocks = split_into_blocks(expert_offsets, rows.shape[0], tiles.rows)
     slopes = through_activation(
         hidden_states, out_gradient, expert, plan.activation, topk_weights, kept, rows, blocks, first_tiles
@@ -119,7 +120,7 @@ def backward_pass(
         summands = slopes.weight_summands[None, :, None]
         weights_gradient = sum_rows(summands, None, topk_weights.dtype).view_as(topk_weights)
 
-    of_rows = (rows, expert_offsets, top_k, choose_tiles(*operands))
+    of_rows = (rows, expert_offsets, top_k, choose_tiles(*operands)._replace(multiprocessors=tiles.multiprocessors))
     if needs_w1:
         w1_gradient = w1.new_empty(w1.shape)
         sum_of_products(slopes.pre_activations, hidden_states, w1_gradient, *of_rows)

@@ -11,11 +11,13 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from gaugeblock.optimized.triton.activations import Activation, activate, activate_backward, distance_to_up, rows_of
 from gaugeblock.optimized.triton.dispatch import Blocks, positions_of
 from gaugeblock.optimized.triton.grouped_matmul import Tiles
 from gaugeblock.optimized.triton.launch import program_columns
+from gaugeblock.optimized.triton.persistent import choose_grid, descriptor_of, tile_of
 
 
 class Expert(NamedTuple):
@@ -40,18 +42,14 @@ class Expert(NamedTuple):
 
 
 @triton.jit
-def _first_product_kernel(
-    hidden_ptr, w1_ptr, b1_ptr, activation_ptr, kept_ptr, rows_ptr, experts_ptr, starts_ptr, ends_ptr,
-    hidden_size, intermediate_size, top_k, token_stride, hidden_stride,
+def _tile_of_first_product(
+    block, positions, row_exists, column_block, hidden_ptr, w1_ptr, w1_descriptor, b1_ptr, activation_ptr, kept_ptr, rows_ptr,
+    experts_ptr, hidden_size, intermediate_size, top_k, token_stride, hidden_stride,
     w1_expert_stride, w1_row_stride, w1_hidden_stride, b1_expert_stride, b1_row_stride, alpha, limit,
     NONLINEARITY: tl.constexpr, GATED: tl.constexpr, INTERLEAVED: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, BLOCK_DEPTH: tl.constexpr,
 ):  # fmt: skip
-    block = tl.program_id(0)
-    positions, row_exists, is_empty = positions_of(block, starts_ptr, ends_ptr, BLOCK_ROWS)
-    if is_empty:
-        return
-    columns = program_columns(BLOCK_COLUMNS)
+    columns = column_block.to(tl.int64) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)[None, :]
     column_exists = columns < intermediate_size
     gate_rows, up_rows = rows_of(columns, intermediate_size, GATED, INTERLEAVED)
 
@@ -67,10 +65,18 @@ def _first_product_kernel(
         weight_mask = exists[:, None] & column_exists
         w1_ptrs = w1_gate_ptrs + (steps * w1_hidden_stride)[:, None]
         hidden = tl.load(hidden_ptrs + (steps * hidden_stride)[None, :], mask=exists[None, :], other=0.0)
-        of_gate = tl.load(w1_ptrs, mask=weight_mask, other=0.0)
+        if w1_descriptor is None:
+            of_gate = tl.load(w1_ptrs, mask=weight_mask, other=0.0)
+        else:
+            of_gate = w1_descriptor.load([expert.to(tl.int32), 0, column_block * BLOCK_COLUMNS, first])
+            of_gate = of_gate.reshape(BLOCK_COLUMNS, BLOCK_DEPTH).T
         gate = tl.dot(hidden, of_gate, gate, input_precision="ieee")
         if GATED:
-            of_up = tl.load(w1_ptrs + up_distance, mask=weight_mask, other=0.0)
+            if w1_descriptor is None:
+                of_up = tl.load(w1_ptrs + up_distance, mask=weight_mask, other=0.0)
+            else:
+                of_up = w1_descriptor.load([expert.to(tl.int32), 1, column_block * BLOCK_COLUMNS, first])
+                of_up = of_up.reshape(BLOCK_COLUMNS, BLOCK_DEPTH).T
             up = tl.dot(hidden, of_up, up, input_precision="ieee")
 
     if b1_ptr is not None:
@@ -86,6 +92,41 @@ def _first_product_kernel(
             tl.store(kept_ptrs + intermediate_size + columns, up, mask=mask)
     activation = activate(gate, up, alpha, limit, NONLINEARITY, GATED)
     tl.store(activation_ptr + positions * intermediate_size + columns, activation, mask=mask)
+
+
+@triton.jit(do_not_specialize=["num_blocks"])
+def _first_product_kernel(
+    hidden_ptr, w1_ptr, w1_descriptor, b1_ptr, activation_ptr, kept_ptr, rows_ptr, experts_ptr, starts_ptr, ends_ptr, num_blocks,
+    hidden_size, intermediate_size, top_k, token_stride, hidden_stride,
+    w1_expert_stride, w1_row_stride, w1_hidden_stride, b1_expert_stride, b1_row_stride, alpha, limit,
+    NONLINEARITY: tl.constexpr, GATED: tl.constexpr, INTERLEAVED: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, BLOCK_DEPTH: tl.constexpr,
+):  # fmt: skip
+    if num_blocks is not None:
+        num_column_blocks = tl.cdiv(intermediate_size, BLOCK_COLUMNS)
+        for index in range(tl.program_id(0), num_blocks * num_column_blocks, tl.num_programs(0)):
+            block, column_block = tile_of(index, num_blocks, num_column_blocks)
+            positions, row_exists, is_empty = positions_of(block, starts_ptr, ends_ptr, BLOCK_ROWS)
+            if not is_empty:
+                _tile_of_first_product(
+                    block, positions, row_exists, column_block,
+                    hidden_ptr, w1_ptr, w1_descriptor, b1_ptr, activation_ptr, kept_ptr, rows_ptr, experts_ptr,
+                    hidden_size, intermediate_size, top_k, token_stride, hidden_stride, w1_expert_stride, w1_row_stride,
+                    w1_hidden_stride, b1_expert_stride, b1_row_stride, alpha, limit,
+                    NONLINEARITY, GATED, INTERLEAVED, BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_DEPTH,
+                )  # fmt: skip
+    else:
+        block = tl.program_id(0)
+        positions, row_exists, is_empty = positions_of(block, starts_ptr, ends_ptr, BLOCK_ROWS)
+        if is_empty:
+            return
+        _tile_of_first_product(
+            block, positions, row_exists, tl.program_id(1),
+            hidden_ptr, w1_ptr, w1_descriptor, b1_ptr, activation_ptr, kept_ptr, rows_ptr, experts_ptr,
+            hidden_size, intermediate_size, top_k, token_stride, hidden_stride, w1_expert_stride, w1_row_stride,
+            w1_hidden_stride, b1_expert_stride, b1_row_stride, alpha, limit,
+            NONLINEARITY, GATED, INTERLEAVED, BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_DEPTH,
+        )  # fmt: skip
 
 
 def first_product(
@@ -108,12 +149,24 @@ def first_product(
     num_rows, intermediate_size = rows.shape[0], expert.w2.shape[2]
     out = hidden_states.new_empty(num_rows, intermediate_size)
     kept = hidden_states.new_empty(num_rows, expert.w1.shape[1], dtype=torch.float32) if keep else None
-    grid = (blocks.experts.shape[0], triton.cdiv(intermediate_size, tiles.columns))
-    _first_product_kernel[grid](
-        hidden_states, expert.w1, expert.b1, out, kept, rows, *blocks, hidden_states.shape[1], intermediate_size, top_k,
-        *hidden_states.stride(), *expert.w1.stride(), *expert.bias_strides[:2], **activation.options, **tiles.options,
+    num_blocks = blocks.experts.shape[0]
+    # what is interleaved has no descriptor, since its gates lie farther apart than gate and up; by pointers, sm_100 spills
+    multiprocessors = None if activation.interleaved else tiles.multiprocessors
+    grid = choose_grid((num_blocks, triton.cdiv(intermediate_size, tiles.columns), 1), multiprocessors)
+    descriptor = _describe_w1(expert, activation, tiles) if grid.persistent else None
+    _first_product_kernel[grid.shape](
+        hidden_states, expert.w1, descriptor, expert.b1, out, kept, rows, *blocks, num_blocks if grid.persistent else None,
+        hidden_states.shape[1], intermediate_size, top_k,
+        *hidden_states.stride(), *expert.w1.stride(), *expert.bias_strides[:2],
+        **activation.options, **tiles.options,
     )  # fmt: skip
     return out, kept
+
+
+def _describe_w1(expert: Expert, activation: Activation, tiles: Tiles) -> TensorDescriptor | None:
+    """Return a descriptor of w1, which is not interleaved, as [num_experts, products, intermediate_size, hidden_size]."""
+    of_products = expert.w1.unflatten(1, (activation.products, expert.w2.shape[2]))
+    return descriptor_of(of_products, (1, 1, tiles.columns, tiles.depth), tiles.rows)
 
 
 @triton.jit

@@ -255,3 +255,6 @@ def fused_swiglu_oai(
     activation = Activation("clamped", interleaved=True, alpha=alpha, limit=limit)
     expert = Expert(w13, b13, w2, b2)
     return _apply(activation, hidden_states, expert, topk_weights, topk_ids, batch_invariant=batch_invariant, recompute=recompute)
+
+
+fused_swiglu_oai_fast = partial(fused_swiglu_oai, batch_invariant=False)

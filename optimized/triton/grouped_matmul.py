@@ -13,11 +13,14 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from gaugeblock.optimized.triton.dispatch import Blocks, positions_of
-from gaugeblock.optimized.triton.launch import on_amd, program_columns
+from gaugeblock.optimized.triton.launch import on_amd
+from gaugeblock.optimized.triton.persistent import choose_grid, descriptor_of, tile_of
 
-# Of a GPU as kernels meet them today: an H100 has 132, an MI300X 304. It is a constant so that bits do not depend on the chip.
+# Of a GPU as kernels meet them today: an H100 has 132, an MI300X 304. It is a constant where bits depend on it, which are not
+# to depend on the chip.
 MULTIPROCESSORS = 128
 
 
@@ -29,6 +32,8 @@ class Tiles(NamedTuple):
     depth: int
     num_warps: int
     num_stages: int
+    multiprocessors: int | None = None
+    """Those of the chip, if a program may compute many tiles; else each computes one."""
 
     @property
     def options(self) -> dict[str, int]:
@@ -42,7 +47,9 @@ class Tiles(NamedTuple):
         }
 
 
-def choose_tiles(*operands: torch.Tensor, accumulators: int = 1, rows_per_expert: int | None = None) -> Tiles:
+def choose_tiles(
+    *operands: torch.Tensor, accumulators: int = 1, rows_per_expert: int | None = None, multiprocessors: int | None = None
+) -> Tiles:
     """Choose the tiles of a product.
 
     Dtype, strides and the sizes of rows and matrices decide, and the number of tokens or experts only where
@@ -55,6 +62,8 @@ def choose_tiles(*operands: torch.Tensor, accumulators: int = 1, rows_per_expert
         accumulators: Results that a program keeps of each column.
         rows_per_expert: How many there are on average. Few take tiles of twice as many rows, so that most experts have one
             block with little padding.
+        multiprocessors: Those of the chip, if grids may depend on it. Few rows keep a program for each tile: matrices are read
+            the faster the more programs read.
     """
     if operands[0].dtype == torch.float32:
         # no matrix unit of NVIDIA multiplies float32 exactly: operands pass through registers, so small tiles
@@ -71,6 +80,8 @@ def choose_tiles(*operands: torch.Tensor, accumulators: int = 1, rows_per_expert
     if rows_per_expert is not None and rows_per_expert <= tiles.rows // 2:
         rows = min(max(triton.next_power_of_2(2 * rows_per_expert), 16), tiles.rows)
         tiles = tiles._replace(rows=rows, num_warps=4)
+    else:
+        tiles = tiles._replace(multiprocessors=multiprocessors)
     return tiles._replace(columns=tiles.columns // triton.next_power_of_2(accumulators))
 
 
@@ -93,16 +104,12 @@ def _is_aligned(operand: torch.Tensor) -> bool:
 
 
 @triton.jit
-def _rows_times_matrices_kernel(
-    left_ptr, matrices_ptr, biases_ptr, out_ptr, rows_ptr, experts_ptr, starts_ptr, ends_ptr,
-    width, depth, split_depth, expert_stride, column_stride, depth_stride, bias_expert_stride, bias_column_stride,
-    BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, BLOCK_DEPTH: tl.constexpr,
+def _tile_of_rows_times_matrices(
+    block, positions, row_exists, column_block, left_ptr, matrices_ptr, matrices_descriptor, biases_ptr, out_ptr, rows_ptr,
+    experts_ptr, width, depth, split_depth, expert_stride, column_stride, depth_stride, bias_expert_stride, bias_column_stride,
+    WIDTH_LAST: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, BLOCK_DEPTH: tl.constexpr,
 ):  # fmt: skip
-    block = tl.program_id(0)
-    positions, row_exists, is_empty = positions_of(block, starts_ptr, ends_ptr, BLOCK_ROWS)
-    if is_empty:
-        return
-    columns = program_columns(BLOCK_COLUMNS)
+    columns = column_block.to(tl.int64) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)[None, :]
     column_exists = columns < width
     split = tl.program_id(2)
 
@@ -114,8 +121,15 @@ def _rows_times_matrices_kernel(
         steps = first + tl.arange(0, BLOCK_DEPTH).to(tl.int64)
         exists = steps < depth
         left = tl.load(left_ptrs + steps[None, :], mask=exists[None, :], other=0.0)
-        matrix_offsets = (steps * depth_stride)[:, None]
-        matrix = tl.load(matrix_ptrs + matrix_offsets, mask=exists[:, None] & column_exists, other=0.0)
+        if matrices_descriptor is None:
+            matrix_offsets = (steps * depth_stride)[:, None]
+            matrix = tl.load(matrix_ptrs + matrix_offsets, mask=exists[:, None] & column_exists, other=0.0)
+        elif WIDTH_LAST:
+            matrix = matrices_descriptor.load([expert.to(tl.int32), first, column_block * BLOCK_COLUMNS])
+            matrix = matrix.reshape(BLOCK_DEPTH, BLOCK_COLUMNS)
+        else:
+            matrix = matrices_descriptor.load([expert.to(tl.int32), column_block * BLOCK_COLUMNS, first])
+            matrix = matrix.reshape(BLOCK_COLUMNS, BLOCK_DEPTH).T
         total = tl.dot(left, matrix, total, input_precision="ieee")
 
     if biases_ptr is not None:
@@ -124,6 +138,35 @@ def _rows_times_matrices_kernel(
         total += tl.where(split == 0, bias, 0.0)
     rows = tl.load(rows_ptr + positions) * tl.num_programs(2) + split
     tl.store(out_ptr + rows * width + columns, total, mask=row_exists & column_exists)
+
+
+@triton.jit(do_not_specialize=["num_blocks"])
+def _rows_times_matrices_kernel(
+    left_ptr, matrices_ptr, matrices_descriptor, biases_ptr, out_ptr, rows_ptr, experts_ptr, starts_ptr, ends_ptr, num_blocks,
+    width, depth, split_depth, expert_stride, column_stride, depth_stride, bias_expert_stride, bias_column_stride,
+    WIDTH_LAST: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, BLOCK_DEPTH: tl.constexpr,
+):  # fmt: skip
+    if num_blocks is not None:
+        num_column_blocks = tl.cdiv(width, BLOCK_COLUMNS)
+        for index in range(tl.program_id(0), num_blocks * num_column_blocks, tl.num_programs(0)):
+            block, column_block = tile_of(index, num_blocks, num_column_blocks)
+            positions, row_exists, is_empty = positions_of(block, starts_ptr, ends_ptr, BLOCK_ROWS)
+            if not is_empty:
+                _tile_of_rows_times_matrices(
+                    block, positions, row_exists, column_block, left_ptr, matrices_ptr, matrices_descriptor, biases_ptr, out_ptr,
+                    rows_ptr, experts_ptr, width, depth, split_depth, expert_stride, column_stride, depth_stride,
+                    bias_expert_stride, bias_column_stride, WIDTH_LAST, BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_DEPTH,
+                )  # fmt: skip
+    else:
+        block = tl.program_id(0)
+        positions, row_exists, is_empty = positions_of(block, starts_ptr, ends_ptr, BLOCK_ROWS)
+        if is_empty:
+            return
+        _tile_of_rows_times_matrices(
+            block, positions, row_exists, tl.program_id(1), left_ptr, matrices_ptr, matrices_descriptor, biases_ptr, out_ptr,
+            rows_ptr, experts_ptr, width, depth, split_depth, expert_stride, column_stride, depth_stride,
+            bias_expert_stride, bias_column_stride, WIDTH_LAST, BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_DEPTH,
+        )  # fmt: skip
 
 
 def rows_times_matrices(
@@ -156,26 +199,35 @@ def rows_times_matrices(
     width = matrices.shape[1]
     out = torch.empty(num_rows, splits, width, dtype=torch.float32, device=left.device)
     split_depth = triton.cdiv(depth, splits * tiles.depth) * tiles.depth
-    grid = (blocks.experts.shape[0], triton.cdiv(width, tiles.columns), splits)
-    _rows_times_matrices_kernel[grid](
-        left, matrices, biases, out, rows, *blocks, width, depth, split_depth,
-        *matrices.stride(), *((0, 0) if biases is None else biases.stride()), **tiles.options,
+    num_blocks = blocks.experts.shape[0]
+    grid = choose_grid((num_blocks, triton.cdiv(width, tiles.columns), splits), tiles.multiprocessors, splits=splits)
+    descriptor, width_last = _describe(matrices, tiles) if grid.persistent else (None, False)
+    _rows_times_matrices_kernel[grid.shape](
+        left, matrices, descriptor, biases, out, rows, *blocks, num_blocks if grid.persistent else None,
+        width, depth, split_depth, *matrices.stride(), *((0, 0) if biases is None else biases.stride()),
+        WIDTH_LAST=width_last, **tiles.options,
     )  # fmt: skip
     return out
 
 
+def _describe(matrices: torch.Tensor, tiles: Tiles) -> tuple[TensorDescriptor | None, bool]:
+    """Return a descriptor of matrices [num_experts, width, depth], and whether it is one of their transposes."""
+    if matrices.stride(1) == 1:
+        return descriptor_of(matrices.mT, (1, tiles.depth, tiles.columns), tiles.rows), True
+    return descriptor_of(matrices, (1, tiles.columns, tiles.depth), tiles.rows), False
+
+
 @triton.jit
-def _sum_of_products_kernel(
-    left_ptr, right_ptr, out_ptr, rows_ptr, expert_offsets_ptr,
+def _tile_of_sum_of_products(
+    expert, left_block, right_block, left_ptr, right_ptr, out_ptr, rows_ptr, expert_offsets_ptr,
     left_width, right_width, top_k, right_row_stride, right_column_stride,
     out_expert_stride, out_left_stride, out_right_stride,
     BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, BLOCK_DEPTH: tl.constexpr,
 ):  # fmt: skip
-    expert = tl.program_id(2).to(tl.int64)
     start = tl.load(expert_offsets_ptr + expert)
     end = tl.load(expert_offsets_ptr + expert + 1)
-    lefts = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)[:, None]
-    rights = program_columns(BLOCK_COLUMNS)
+    lefts = left_block.to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)[:, None]
+    rights = right_block.to(tl.int64) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)[None, :]
     left_exists = lefts < left_width
     right_exists = rights < right_width
 
@@ -194,6 +246,31 @@ def _sum_of_products_kernel(
 
     out_ptrs = out_ptr + expert * out_expert_stride + lefts * out_left_stride + rights * out_right_stride
     tl.store(out_ptrs, total, mask=left_exists & right_exists)
+
+
+@triton.jit
+def _sum_of_products_kernel(
+    left_ptr, right_ptr, out_ptr, rows_ptr, expert_offsets_ptr, num_experts,
+    left_width, right_width, top_k, right_row_stride, right_column_stride,
+    out_expert_stride, out_left_stride, out_right_stride,
+    BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, BLOCK_DEPTH: tl.constexpr,
+):  # fmt: skip
+    if num_experts is not None:
+        num_lefts, num_rights = tl.cdiv(left_width, BLOCK_ROWS), tl.cdiv(right_width, BLOCK_COLUMNS)
+        of_expert = num_lefts * num_rights
+        for index in range(tl.program_id(0), num_experts * of_expert, tl.num_programs(0)):
+            left_block, right_block = tile_of(index % of_expert, num_lefts, num_rights)
+            _tile_of_sum_of_products(
+                tl.cast(index // of_expert, tl.int64), left_block, right_block, left_ptr, right_ptr, out_ptr, rows_ptr,
+                expert_offsets_ptr, left_width, right_width, top_k, right_row_stride, right_column_stride,
+                out_expert_stride, out_left_stride, out_right_stride, BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_DEPTH,
+            )  # fmt: skip
+    else:
+        _tile_of_sum_of_products(
+            tl.program_id(2).to(tl.int64), tl.program_id(0), tl.program_id(1), left_ptr, right_ptr, out_ptr, rows_ptr,
+            expert_offsets_ptr, left_width, right_width, top_k, right_row_stride, right_column_stride,
+            out_expert_stride, out_left_stride, out_right_stride, BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_DEPTH,
+        )  # fmt: skip
 
 
 def sum_of_products(
@@ -219,8 +296,9 @@ def sum_of_products(
         tiles: From `choose_tiles`.
     """
     num_experts, left_width, right_width = out.shape
-    grid = (triton.cdiv(left_width, tiles.rows), triton.cdiv(right_width, tiles.columns), num_experts)
-    _sum_of_products_kernel[grid](
-        left, right, out, rows, expert_offsets,
+    num_tiles = (triton.cdiv(left_width, tiles.rows), triton.cdiv(right_width, tiles.columns), num_experts)
+    grid = choose_grid(num_tiles, tiles.multiprocessors)
+    _sum_of_products_kernel[grid.shape](
+        left, right, out, rows, expert_offsets, num_experts if grid.persistent else None,
         left_width, right_width, top_k, *right.stride(), *out.stride(), **tiles.options,
     )  # fmt: skip

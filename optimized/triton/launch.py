@@ -58,10 +58,24 @@ def on_amd() -> bool:
 
 def multiplies_e4m3() -> bool:
     """Return whether matrix units take float8_e4m3fn: NVIDIA's from sm_89 on, and not those of kernels that are interpreted."""
-    if INTERPRETED:
-        return False
+    return not INTERPRETED and _is_nvidia_from(89)
+
+
+def has_tensor_descriptors() -> bool:
+    """Return whether the chip reads tiles by descriptors: NVIDIA's from sm_90 on; kernels that are interpreted do."""
+    return INTERPRETED or _is_nvidia_from(90)
+
+
+def _is_nvidia_from(architecture: int) -> bool:
     target = triton.runtime.driver.active.get_current_target()
-    return target.backend == "cuda" and int(target.arch) >= 89
+    return target.backend == "cuda" and int(target.arch) >= architecture
+
+
+def multiprocessors_of(tensor: torch.Tensor) -> int:
+    """Return how many the device of `tensor` has; interpreted, or only compiled, two: small cases have many tiles for each."""
+    if tensor.device.type == "cpu":
+        return 2
+    return torch.cuda.get_device_properties(tensor.device).multi_processor_count
 
 
 def device_of(tensor: torch.Tensor) -> AbstractContextManager:

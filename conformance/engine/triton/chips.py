@@ -27,6 +27,8 @@ class Chip:
     """shared memory that one program can have."""
     matrix_instructions: tuple[MatrixInstruction, ...]
     """those for operands of `MULTIPLIED`, from the one for most rows to the one for any."""
+    tile_copy: str = ""
+    """the instruction that copies a tile as a descriptor says; empty if it has none, and descriptors become pointers."""
 
     def matrix_instruction(self, rows: int) -> str:
         """The name of the instruction that a `tl.dot` of such operands with so many rows should become."""
@@ -35,6 +37,7 @@ class Chip:
 
 # wgmma multiplies 64 rows per warp group and tcgen05.mma 64 or 128; smaller dots rightly become mma.sync.
 _MMA_SYNC = MatrixInstruction("mma.sync")
+_TMA = "cp.async.bulk.tensor"
 
 # Shared memory per block: CUDA C++ Programming Guide, table "Technical Specifications per Compute Capability"
 # (less the 1 KiB that the system keeps); gfx942: AMD CDNA 3 ISA guide, 64 KiB of LDS.
@@ -43,8 +46,8 @@ CHIPS: dict[str, Chip] = {
     chip.name: chip
     for chip in (
         Chip("sm_80", "cuda", 80, 32, 166912, (_MMA_SYNC,)),
-        Chip("sm_90", "cuda", 90, 32, 232448, (MatrixInstruction("wgmma.mma_async", 64), _MMA_SYNC)),
-        Chip("sm_100", "cuda", 100, 32, 232448, (MatrixInstruction("tcgen05.mma", 64), _MMA_SYNC)),
+        Chip("sm_90", "cuda", 90, 32, 232448, (MatrixInstruction("wgmma.mma_async", 64), _MMA_SYNC), _TMA),
+        Chip("sm_100", "cuda", 100, 32, 232448, (MatrixInstruction("tcgen05.mma", 64), _MMA_SYNC), _TMA),
         Chip("gfx942", "hip", "gfx942", 64, 65536, (MatrixInstruction("v_mfma"),)),
     )
 }

@@ -46,7 +46,7 @@ mutant(
 )  # fmt: skip
 mutant(
     EXPERTS, "expert-offsets-in-32-bits", "The expert times the stride of w13 is an int32.",
-    "expert_products._first_product_kernel", "expert * w1_expert_stride",
+    "expert_products._tile_of_first_product", "expert * w1_expert_stride",
     "expert.to(tl.int32) * w1_expert_stride", "far_strides", "memory",
     "vLLM fused_moe fixes",
 )  # fmt: skip

@@ -18,11 +18,11 @@ mutant(
     "tl.where(column_block == 0, through_b2, 0.0)", "through_b2", "gradients", "gradient",
 )  # fmt: skip
 mutant(
-    MLP, "bias-stride-ignored", "Neighbouring biases are taken to lie side by side.", "expert_products._first_product_kernel",
+    MLP, "bias-stride-ignored", "Neighbouring biases are taken to lie side by side.", "expert_products._tile_of_first_product",
     "gate_rows * b1_row_stride", "gate_rows", "layout", "memory",
 )  # fmt: skip
 mutant(
-    MLP, "bias-of-the-first-expert", "Every expert adds expert 0's bias.", "expert_products._first_product_kernel",
+    MLP, "bias-of-the-first-expert", "Every expert adds expert 0's bias.", "expert_products._tile_of_first_product",
     "b1_ptr += expert * b1_expert_stride", "b1_ptr += 0", "parity", "structural", "vllm#57092",
 )  # fmt: skip
 mutant(
@@ -47,6 +47,6 @@ mutant(
     "tl.where(gate > limit, 0.0, gate_gradient)", "gate_gradient", "gradients", "gradient",
 )  # fmt: skip
 mutant(
-    OAI, "up-bias-of-the-gate", "Both add the bias of the gate.", "expert_products._first_product_kernel",
+    OAI, "up-bias-of-the-gate", "Both add the bias of the gate.", "expert_products._tile_of_first_product",
     "up_rows * b1_row_stride", "gate_rows * b1_row_stride", "parity", "structural",
 )  # fmt: skip

@@ -1,30 +1,33 @@
 """Bugs in the text of our Triton experts."""
 
+from typing import Any
+
 from gaugeblock.conformance.selftest.edits import mutant
 
 EXPERTS = "experts.fused_swiglu"
+FAST: dict[str, Any] = {"implementation": "triton-fast", "batch_invariant": False, "dtypes": ("bfloat16",)}
 
 mutant(
-    EXPERTS, "gate-and-up-swapped", "The first half of w13 is taken for up.", "expert_products._first_product_kernel",
+    EXPERTS, "gate-and-up-swapped", "The first half of w13 is taken for up.", "expert_products._tile_of_first_product",
     "activate(gate, up,", "activate(up, gate,", "parity", "structural", "gpt-oss ports",
 )  # fmt: skip
 mutant(
     EXPERTS, "depth-mask-dropped", "The last tile of a sum reads on behind the row.",
-    "grouped_matmul._rows_times_matrices_kernel",
+    "grouped_matmul._tile_of_rows_times_matrices",
     "steps < depth", "steps >= 0", "parity", "boundary", "vllm#2453",
 )  # fmt: skip
 mutant(
     EXPERTS, "other-missing", "Lanes behind the end of the sum hold whatever the load leaves there.",
-    "expert_products._first_product_kernel",
+    "expert_products._tile_of_first_product",
     ", other=0.0", "", "masked_lanes", "boundary",
 )  # fmt: skip
 mutant(
-    EXPERTS, "one-depth-tile-less", "The loop over the sum ends one tile early.", "expert_products._first_product_kernel",
+    EXPERTS, "one-depth-tile-less", "The loop over the sum ends one tile early.", "expert_products._tile_of_first_product",
     "range(0, hidden_size, BLOCK_DEPTH)", "range(0, hidden_size - BLOCK_DEPTH, BLOCK_DEPTH)", "parity", "boundary",
 )  # fmt: skip
 mutant(
     EXPERTS, "column-mask-dropped", "Columns behind the last are stored over the next row's.",
-    "grouped_matmul._rows_times_matrices_kernel",
+    "grouped_matmul._tile_of_rows_times_matrices",
     "mask=row_exists & column_exists", "mask=row_exists & (columns >= 0)", "parity", "memory",
 )  # fmt: skip
 mutant(
@@ -32,7 +35,7 @@ mutant(
     "columns < width", "columns <= width", "out_of_bounds", "memory",
 )  # fmt: skip
 mutant(
-    EXPERTS, "tf32-left-on", "Operands are rounded to tf32, as is tl.dot's default.", "expert_products._first_product_kernel",
+    EXPERTS, "tf32-left-on", "Operands are rounded to tf32, as is tl.dot's default.", "expert_products._tile_of_first_product",
     'input_precision="ieee"', 'input_precision="tf32"', "parity", "precision",
 )  # fmt: skip
 mutant(
@@ -41,7 +44,7 @@ mutant(
 )  # fmt: skip
 mutant(
     EXPERTS, "float16-accumulator", "Gate and up are rounded to float16 after each tile.",
-    "expert_products._first_product_kernel",
+    "expert_products._tile_of_first_product",
     'input_precision="ieee")', 'input_precision="ieee").to(tl.float16).to(tl.float32)', "parity", "precision",
     "pytorch/helion#2141",
     dtypes=("float16",),
@@ -66,7 +69,7 @@ mutant(
 )  # fmt: skip
 mutant(
     EXPERTS, "matrix-stride-ignored", "The rows of w13 are taken to lie one behind the other.",
-    "expert_products._first_product_kernel",
+    "expert_products._tile_of_first_product",
     " * w1_row_stride", " * hidden_size", "layout", "memory", "Liger-Kernel#1377",
 )  # fmt: skip
 mutant(
@@ -79,11 +82,11 @@ mutant(
 )  # fmt: skip
 mutant(
     EXPERTS, "weight-gradient-misses-the-last-row", "An expert's last row is left out of the gradients of w13 and w2.",
-    "grouped_matmul._sum_of_products_kernel", "positions < end", "positions < end - 1", "gradients", "gradient",
+    "grouped_matmul._tile_of_sum_of_products", "positions < end", "positions < end - 1", "gradients", "gradient",
 )  # fmt: skip
 mutant(
     EXPERTS, "gradient-of-unused-experts-unwritten", "Experts without rows write no gradient.",
-    "grouped_matmul._sum_of_products_kernel",
+    "grouped_matmul._tile_of_sum_of_products",
     "    tl.store(", "    if start == end:\n        return\n    tl.store(", "fully_written", "memory", "vllm-ascend#17009",
 )  # fmt: skip
 mutant(
@@ -102,4 +105,20 @@ mutant(
     "    return reference(hidden_states, w13, w2, topk_weights, topk_ids)\n"
     "    return _apply(activation, hidden_states, expert, topk_weights, topk_ids,",
     "path_witness", "structural",
+)  # fmt: skip
+mutant(
+    EXPERTS, "programs-share-tiles", "Each program of a persistent grid goes on with its neighbour's tile.",
+    "grouped_matmul._rows_times_matrices_kernel", "tl.num_programs(0)", "1", "races", "memory", **FAST,
+)  # fmt: skip
+mutant(
+    EXPERTS, "short-group-taken-for-full", "Tiles are counted as if the last group of row blocks were full.",
+    "persistent.tile_of", "tl.minimum(num_blocks - first, GROUP)", "GROUP", "out_of_bounds", "boundary", **FAST,
+)  # fmt: skip
+mutant(
+    EXPERTS, "descriptor-of-the-first-expert", "What a descriptor reads is expert 0's.",
+    "grouped_matmul._tile_of_rows_times_matrices", "expert.to(tl.int32)", "0", "parity", "structural", **FAST,
+)  # fmt: skip
+mutant(
+    EXPERTS, "gate-read-for-up", "Both are read from the first half by the descriptor.", "expert_products._tile_of_first_product",
+    "[expert.to(tl.int32), 1,", "[expert.to(tl.int32), 0,", "parity", "structural", **FAST,
 )  # fmt: skip
