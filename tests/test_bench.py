@@ -241,8 +241,8 @@ def test_workloads_are_scaled_by_a_named_factor():
 
 
 def test_an_unknown_name_is_answered_with_the_nearest():
-    with pytest.raises(ValueError, match="mixtral-8x7b/decode-64"):
-        list(select([], ["mixtral-8x7b/decode"]))
+    with pytest.raises(ValueError, match="mixtral-8x7b/prefill-4096"):
+        list(select([], ["mixtral-8x7b/prefill-409"]))
     with pytest.raises(RegistrationError, match=r"routers\.softmax_topk"):
         list(select(["routers.softmax_top"], []))
 

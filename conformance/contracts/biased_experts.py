@@ -116,9 +116,8 @@ def fused_swiglu_oai() -> Contract:
         flops=of_experts.flops,
         moved=oai_moved,
         workloads=(
-            Workload("gpt-oss-120b/prefill-4096", oai_sizes(4096, 2880, 2880, 128, 4), "openai/gpt-oss-120b config.json"),
+            *of_experts.published("gpt-oss-120b", (2880, 2880, 128, 4), "openai/gpt-oss-120b config.json", oai_sizes),
             Workload("gpt-oss-20b/prefill-4096", oai_sizes(4096, 2880, 2880, 32, 4), "openai/gpt-oss-20b config.json"),
-            Workload("gpt-oss-120b/decode-64", oai_sizes(64, 2880, 2880, 128, 4), "openai/gpt-oss-120b config.json"),
             Workload("two-cores/prefill-2048", oai_sizes(2048, 1024, 512, 32, 4), "a size for a CPU"),
         ),
         relabel=of_experts.shuffled,

@@ -130,7 +130,7 @@ HASH_TRAITS = (
     Trait("int32", "dtype of token_ids", dtypes={"token_ids": "int32"}),
     # to torch a mask, if it is an index
     Trait("uint8", "dtype of token_ids", dtypes={"token_ids": "uint8"}, fits=lambda sizes: sizes["vocabulary_size"] <= 256),
-    Trait("int32", "dtype of table", dtypes={"table": "int32"}),
+    Trait("table in int32", "dtype of table", dtypes={"table": "int32"}),
 )
 
 

@@ -47,11 +47,10 @@ def fused_swiglu() -> Contract:
         flops=of_experts.flops,
         moved=of_experts.moved,
         workloads=(
-            Workload("mixtral-8x7b/prefill-4096", sizes(4096, 4096, 14336, 8, 2), "mistralai/Mixtral-8x7B-v0.1 config.json"),
-            Workload("qwen3-30b-a3b/prefill-4096", sizes(4096, 2048, 768, 128, 8), "Qwen/Qwen3-30B-A3B config.json"),
-            Workload("deepseek-v3/prefill-4096", sizes(4096, 7168, 2048, 256, 8), "deepseek-ai/DeepSeek-V3 config.json"),
-            Workload("olmoe-1b-7b/prefill-4096", sizes(4096, 2048, 1024, 64, 8), "allenai/OLMoE-1B-7B-0924 config.json"),
-            Workload("mixtral-8x7b/decode-64", sizes(64, 4096, 14336, 8, 2), "mistralai/Mixtral-8x7B-v0.1 config.json"),
+            *of_experts.published("mixtral-8x7b", (4096, 14336, 8, 2), "mistralai/Mixtral-8x7B-v0.1 config.json"),
+            *of_experts.published("qwen3-30b-a3b", (2048, 768, 128, 8), "Qwen/Qwen3-30B-A3B config.json"),
+            *of_experts.published("deepseek-v3", (7168, 2048, 256, 8), "deepseek-ai/DeepSeek-V3 config.json"),
+            *of_experts.published("olmoe-1b-7b", (2048, 1024, 64, 8), "allenai/OLMoE-1B-7B-0924 config.json"),
             Workload("two-cores/prefill-2048", sizes(2048, 1024, 512, 32, 4), "a size for a CPU"),
             *(
                 Workload(f"{model}/small-{use}", sizes(num_tokens, *shape), f"a size for a CPU: {source}")

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from hypothesis import strategies as st
 
-from gaugeblock.conformance.engine.contract import Input, Output, Regime, Rejection
+from gaugeblock.conformance.engine.contract import Input, Output, Regime, Rejection, Workload
 from gaugeblock.conformance.engine.factors import Trait, edges, either, kind_of_count, kind_of_width, kinds
 from gaugeblock.conformance.engine.implementation import distributed
 from gaugeblock.conformance.engine.inputs.bad_calls import changed
@@ -62,6 +62,17 @@ def sizes(num_tokens: int, hidden_size: int, intermediate_size: int, num_experts
         "num_experts": num_experts,
         "top_k": top_k,
     }
+
+
+# tokens at a time; training is prefill with a backward pass, and benchmarks measure both directions of all
+USES = {"decode-1": 1, "decode-64": 64, "prefill-4096": 4096, "prefill-16384": 16384, "train-8192": 8192, "train-32768": 32768}
+
+
+def published(
+    model: str, shape: tuple[int, int, int, int], source: str, sized: Callable[..., Parameters] = sizes
+) -> tuple[Workload, ...]:
+    """What a public model's experts [hidden_size, intermediate_size, num_experts, top_k] are used for."""
+    return tuple(Workload(f"{model}/{use}", sized(num_tokens, *shape), source) for use, num_tokens in USES.items())
 
 
 @st.composite
