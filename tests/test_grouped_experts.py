@@ -35,7 +35,7 @@ def results_of(function, inputs):
 
 @pytest.mark.parametrize("threads", [1, 2, 3, 5], indirect=True)  # 5 divides no width
 @pytest.mark.parametrize("batch_elements", [1, 12 * 20, 2**19])  # one expert each, some, all
-@pytest.mark.parametrize("fresh_bytes", [1, 2**25])
+@pytest.mark.parametrize("fresh_bytes", [0, 2**25])
 def test_threads_batches_and_memory_change_no_result(threads, batch_elements, fresh_bytes, monkeypatch):
     monkeypatch.setattr(expert_rows, "BATCH_ELEMENTS", batch_elements)
     monkeypatch.setattr(expert_rows, "FRESH_BYTES", fresh_bytes)
@@ -46,14 +46,15 @@ def test_threads_batches_and_memory_change_no_result(threads, batch_elements, fr
     torch.testing.assert_close(without_gradients, reference.fused_swiglu(*inputs).detach(), rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("size", [2**25 // 4 - 1, 2**25 // 4, 2**25 // 4 + 1])
-def test_large_zeros_are_zeros_that_can_be_written(size):
-    numbers = expert_rows.zeros(size, dtype=torch.float32)
-    assert numbers.shape == (size,) and not numbers.any()
-    numbers[::1000] = 1
-    assert numbers.sum() == -(-size // 1000)
-    assert not expert_rows.zeros(size, dtype=torch.float32).any()  # of another tensor's memory
+@pytest.mark.parametrize("size", [1, 2**25 // 4 - 1, 2**25 // 4, 2**25 // 4 + 1])
+def test_large_memory_is_memory(size):
+    numbers = expert_rows.empty(size, dtype=torch.float32).fill_(1)
+    assert numbers.shape == (size,) and numbers.sum(dtype=torch.float64) == size
 
 
-def test_zeros_of_no_size():
-    assert expert_rows.zeros(0, 5, dtype=torch.bfloat16).shape == (0, 5)
+@pytest.mark.parametrize("experts", [[], [0], [4], [1, 2], [0, 2, 4], [0, 1, 2, 3, 4]], ids=str)
+def test_gradients_of_experts_without_rows_are_zero(experts, monkeypatch):
+    monkeypatch.setattr(expert_rows, "empty", lambda *shape, dtype: torch.full(shape, 7, dtype=dtype))
+    gradient = expert_rows.gradient_of(torch.empty(5, 2, 3, dtype=torch.bfloat16), experts)
+    assert gradient.shape == (5, 2, 3) and gradient.dtype == torch.bfloat16
+    assert [int(each) for each in gradient.amax((1, 2))] == [7 * (expert in experts) for expert in range(5)]

@@ -8,8 +8,8 @@ MKL on an AMD EPYC:
   along intermediate_size, so that all between them stays in parts. The second one leaves a summand for each part.
 - What is done element by element is done for a batch of experts at once. With 256 experts and 64 tokens, calls for each expert
   were half of the time.
-- One batch after the other borrows the same memory, since fresh memory costs page faults; gradients of weights are pages that are
-  zeros until somebody writes them (`expert_rows.zeros`), so that an expert without rows costs nothing.
+- One batch after the other borrows the same memory, since fresh memory costs page faults; gradients of weights are asked for as
+  huge pages (`expert_rows.empty`).
 - The routing weight scales the activation (I wide), not the expert's output (H wide).
 - The gradients of the weights are written where they stay; autograd of `w13[e]` would add up E of full size.
 
@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.autograd.function import once_differentiable
 
-from gaugeblock.optimized.compiled.expert_rows import Routes, Scratch, routes_in_parts, zeros
+from gaugeblock.optimized.compiled.expert_rows import Routes, Scratch, empty, gradient_of, routes_in_parts
 from gaugeblock.reference import validation
 
 
@@ -79,7 +79,7 @@ class _FusedSwiGLU(torch.autograd.Function):
         topk_ids: torch.Tensor,
     ) -> torch.Tensor:
         ctx.routes = _routes(topk_weights, topk_ids, w2)
-        kept = tuple(zeros(topk_ids.numel(), w2.shape[2], dtype=_accurate_dtype(w2)) for _ in range(2))
+        kept = tuple(empty(topk_ids.numel(), w2.shape[2], dtype=_accurate_dtype(w2)) for _ in range(2))
         out = _forward(hidden_states, w13, w2, ctx.routes, kept)
         ctx.save_for_backward(hidden_states, w13, w2, topk_weights, *kept)
         return out
@@ -92,7 +92,7 @@ class _FusedSwiGLU(torch.autograd.Function):
         hidden_TH, d_out_TH = _accurate(hidden_states), _accurate(d_out)
         parts = ctx.routes.place_NS.shape[1]
         weights = _in_parts(w13, w2, parts)
-        d_w13, d_w2 = (zeros(*each.shape, dtype=each.dtype) for each in (w13, w2))
+        d_w13, d_w2 = (gradient_of(each, ctx.routes.experts) for each in (w13, w2))
         d_weights = _in_parts(d_w13, d_w2, parts)
         d_hidden_TH = hidden_TH.new_zeros(hidden_TH.shape)
         d_topk_weights_B = hidden_TH.new_empty(ctx.routes.place_NS.numel())
