@@ -35,7 +35,7 @@ def results_of(function, inputs):
 
 @pytest.mark.parametrize("threads", [1, 2, 3, 5], indirect=True)  # 5 divides no width
 @pytest.mark.parametrize("batch_elements", [1, 12 * 20, 2**19])  # one expert each, some, all
-@pytest.mark.parametrize("fresh_bytes", [0, 2**25])
+@pytest.mark.parametrize("fresh_bytes", [1, 2**25])
 def test_threads_batches_and_memory_change_no_result(threads, batch_elements, fresh_bytes, monkeypatch):
     monkeypatch.setattr(expert_rows, "BATCH_ELEMENTS", batch_elements)
     monkeypatch.setattr(expert_rows, "FRESH_BYTES", fresh_bytes)
@@ -46,8 +46,10 @@ def test_threads_batches_and_memory_change_no_result(threads, batch_elements, fr
     torch.testing.assert_close(without_gradients, reference.fused_swiglu(*inputs).detach(), rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("size", [1, 2**25 // 4 - 1, 2**25 // 4, 2**25 // 4 + 1])
-def test_large_memory_is_memory(size):
+@pytest.mark.parametrize("numpy", [expert_rows.numpy, None], ids=["numpy", "no numpy"])
+@pytest.mark.parametrize("size", [0, 1, 2**25 // 4 - 1, 2**25 // 4, 2**25 // 4 + 1])
+def test_large_memory_is_memory(size, numpy, monkeypatch):
+    monkeypatch.setattr(expert_rows, "numpy", numpy)
     numbers = expert_rows.empty(size, dtype=torch.float32).fill_(1)
     assert numbers.shape == (size,) and numbers.sum(dtype=torch.float64) == size
 
