@@ -33,7 +33,7 @@ def fused_swiglu() -> Contract:
         landmarks=(
             *of_experts.LANDMARKS,
             sizes(17, 24, 16, 8, 2),  # Mixtral's experts
-            sizes(3, 16, 8, 128, 8),  # Qwen3's
+            sizes(16, 16, 8, 128, 8),  # Qwen3's, with rows for more than 64 experts
             of_experts.MANY_TILES,
             of_experts.IDS_ABOVE_255,
         ),

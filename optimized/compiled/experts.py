@@ -20,7 +20,7 @@ Shapes: those of `expert_rows.py`; H hidden_size.
 """
 
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch.autograd.function import once_differentiable
@@ -91,9 +91,9 @@ class _FusedSwiGLU(torch.autograd.Function):
         needs_hidden, needs_w13, needs_w2, needs_weights, _ = ctx.needs_input_grad
         hidden_TH, d_out_TH = _accurate(hidden_states), _accurate(d_out)
         parts = ctx.routes.place_NS.shape[1]
-        weights = _in_parts(w13, w2, parts)
-        d_w13, d_w2 = (gradient_of(each, ctx.routes.experts) for each in (w13, w2))
-        d_weights = _in_parts(d_w13, d_w2, parts)
+        (gate_ESiH, up_ESiH), down_ESHi = _w13_in_parts(w13, parts), _w2_in_parts(w2, parts)
+        d_w13 = gradient_of(w13, ctx.routes.experts) if needs_w13 else None
+        d_w2 = gradient_of(w2, ctx.routes.experts) if needs_w2 else None
         d_hidden_TH = hidden_TH.new_zeros(hidden_TH.shape)
         d_topk_weights_B = hidden_TH.new_empty(ctx.routes.place_NS.numel())
         borrow = Scratch(hidden_TH)
@@ -102,7 +102,7 @@ class _FusedSwiGLU(torch.autograd.Function):
             d_out_SnH = batch.for_all_parts(borrow.rows("d_out", d_out_TH, batch.token_R))
             d_activation_Bi = borrow("d_activation", len(batch.token_B), w2.shape[2] // parts)
             for expert, left, out in zip(batch.experts, d_out_SnH, batch.each(d_activation_Bi), strict=True):
-                torch.bmm(left, _accurate(weights.down_ESHi[expert]), out=out)
+                torch.bmm(left, _accurate(down_ESHi[expert]), out=out)
 
             gate_Bi, up_Bi = batch.of_all(gate_NI), batch.of_all(up_NI)
             sigmoid_Bi = torch.sigmoid(gate_Bi, out=borrow("sigmoid", *gate_Bi.shape))
@@ -117,43 +117,35 @@ class _FusedSwiGLU(torch.autograd.Function):
             d_gate_Bi = d_activation_Bi.mul_(up_Bi).mul_(d_silu_Bi)
 
             d_gate_Sni, d_up_Sni = batch.each(d_gate_Bi), batch.each(d_up_Bi)
-            if needs_w2:
+            if d_w2 is not None:
+                d_down_ESHi = _w2_in_parts(d_w2, parts)
                 for expert, left, right in zip(batch.experts, d_out_SnH, batch.each(activation_Bi), strict=True):
-                    _multiply(left.mT, right, out=d_weights.down_ESHi[expert])
-            if needs_w13:
+                    _multiply(left.mT, right, out=d_down_ESHi[expert])
+            if d_w13 is not None:
+                d_gate_ESiH, d_up_ESiH = _w13_in_parts(d_w13, parts)
                 hidden_SnH = batch.for_all_parts(borrow.rows("hidden", hidden_TH, batch.token_R))
                 for expert, d_gate, d_up, right in zip(batch.experts, d_gate_Sni, d_up_Sni, hidden_SnH, strict=True):
-                    _multiply(d_gate.mT, right, out=d_weights.gate_ESiH[expert])
-                    _multiply(d_up.mT, right, out=d_weights.up_ESiH[expert])
+                    _multiply(d_gate.mT, right, out=d_gate_ESiH[expert])
+                    _multiply(d_up.mT, right, out=d_up_ESiH[expert])
             if needs_hidden:
                 d_hidden_BH = borrow("d_hidden", len(batch.token_B), hidden_TH.shape[1])
                 for expert, d_gate, d_up, out in zip(batch.experts, d_gate_Sni, d_up_Sni, batch.each(d_hidden_BH), strict=True):
-                    torch.bmm(d_gate, _accurate(weights.gate_ESiH[expert]), out=out)
-                    out.baddbmm_(d_up, _accurate(weights.up_ESiH[expert]))
+                    torch.bmm(d_gate, _accurate(gate_ESiH[expert]), out=out)
+                    out.baddbmm_(d_up, _accurate(up_ESiH[expert]))
                 d_hidden_TH.index_add_(0, batch.token_B, d_hidden_BH)
 
         d_topk_weights = ctx.routes.sum_of_parts(d_topk_weights_B).view(topk_weights.shape) if needs_weights else None
-        return (
-            d_hidden_TH.to(hidden_states.dtype) if needs_hidden else None,
-            d_w13 if needs_w13 else None,
-            d_w2 if needs_w2 else None,
-            d_topk_weights,
-            None,
-        )
+        return d_hidden_TH.to(hidden_states.dtype) if needs_hidden else None, d_w13, d_w2, d_topk_weights, None
 
 
-class _Weights(NamedTuple):
-    """Weights, or their gradients, in parts along intermediate_size."""
-
-    gate_ESiH: torch.Tensor
-    up_ESiH: torch.Tensor
-    down_ESHi: torch.Tensor
+def _w13_in_parts(w13: torch.Tensor, parts: int) -> tuple[torch.Tensor, ...]:
+    """Return the halves of w13, or of its gradient, [E, S, i, H] each."""
+    return w13.unflatten(1, (2, parts, w13.shape[1] // 2 // parts)).unbind(1)
 
 
-def _in_parts(w13: torch.Tensor, w2: torch.Tensor, parts: int) -> _Weights:
-    part = w2.shape[2] // parts
-    gate_ESiH, up_ESiH = w13.unflatten(1, (2, parts, part)).unbind(1)
-    return _Weights(gate_ESiH, up_ESiH, w2.unflatten(2, (parts, part)).transpose(1, 2))
+def _w2_in_parts(w2: torch.Tensor, parts: int) -> torch.Tensor:
+    """Return w2, or its gradient, as [E, S, H, i]."""
+    return w2.unflatten(2, (parts, w2.shape[2] // parts)).transpose(1, 2)
 
 
 def _routes(topk_weights: torch.Tensor, topk_ids: torch.Tensor, w2: torch.Tensor) -> Routes:
@@ -173,7 +165,7 @@ def _forward(
     hidden_TH = _accurate(hidden_states)
     out_TH = hidden_TH.new_zeros(hidden_TH.shape)
     parts = routes.place_NS.shape[1]
-    gate_ESHi, up_ESHi, down_ESiH = (each.mT for each in _in_parts(w13, w2, parts))
+    gate_ESHi, up_ESHi, down_ESiH = (each.mT for each in (*_w13_in_parts(w13, parts), _w2_in_parts(w2, parts)))
     borrow = Scratch(hidden_TH)
     for batch in routes.batches:
         shape = len(batch.token_B), w2.shape[2] // parts
