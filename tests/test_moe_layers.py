@@ -241,7 +241,7 @@ def without(name: str) -> dict[str, torch.Tensor]:
             "state",
             STATE | {"experts.gate_up_proj": torch.zeros(6, 9, 4)},
             ValueError,
-            "[num_experts=6, gate_and_up=10, hidden_size=4], got (6, 9, 4)",
+            "[num_experts=6, two_intermediate_sizes=10, hidden_size=4], got (6, 9, 4)",
         ),
         (
             "mixtral_moe",

@@ -1,18 +1,19 @@
-"""Contracts of the MoE layers and of their losses."""
+"""Contracts of the MoE layers with a softmax router."""
 
-import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from gaugeblock.conformance.contracts import routed_experts as of_experts
-from gaugeblock.conformance.engine.contract import Contract, Input, Output, Regime, Rejection, Selection, Workload, row
-from gaugeblock.conformance.engine.factors import Trait
-from gaugeblock.conformance.engine.implementation import jax, triton
+from gaugeblock.conformance.contracts import routed_layers as of_layers
+from gaugeblock.conformance.contracts.routed_layers import GATE, W2, W13
+from gaugeblock.conformance.engine.contract import Contract, Rejection, Selection, Workload, row
+from gaugeblock.conformance.engine.factors import either
+from gaugeblock.conformance.engine.implementation import compiled, jax, triton
 from gaugeblock.conformance.engine.inputs.bad_calls import changed
 from gaugeblock.conformance.engine.inputs.draw import Draw
 from gaugeblock.conformance.engine.vocabulary import Parameters, Tensors
+from gaugeblock.reference import moe_states
 from gaugeblock.reference.torch import experts, moe_layers
 
 
@@ -28,164 +29,175 @@ def mixtral_moe() -> Contract:
         ),
         source="Mixtral of Experts (arXiv:2401.04088) section 2.1; names of parameters as in transformers' MixtralSparseMoeBlock",
         reference=moe_layers.mixtral_moe,
-        inputs=(
-            Input("hidden_states", ("num_tokens", "hidden_size"), differentiable=True),
-            Input("state", differentiable=True, leaves=mixtral_state),
-        ),
-        outputs=(
-            Output("hidden_states_out", ("num_tokens", "hidden_size"), differentiable=True),
-            Output("router_logits", ("num_tokens", "num_experts"), dtype="float32", differentiable=True),
-            Output("topk_ids", ("num_tokens", "top_k"), dtype="int64", indexes="num_experts"),
-        ),
+        inputs=of_layers.inputs(moe_states.QWEN3),
+        outputs=of_layers.OUTPUTS,
         options=("top_k",),
         batch="num_tokens",
         parameters=of_experts.parameters,
         landmarks=(
-            of_experts.sizes(33, 40, 24, 5, 2),  # tails everywhere
-            of_experts.sizes(70, 16, 32, 3, 2),  # several tiles of rows for an expert
-            of_experts.sizes(5, 40, 24, 32, 4),  # most experts without tokens
-            of_experts.sizes(17, 24, 16, 6, 1),  # one expert per token, whose weight is 1: no gradient reaches the gate by it
+            *of_layers.LANDMARKS,
             of_experts.sizes(17, 24, 16, 8, 2),  # Mixtral's experts
             of_experts.sizes(3, 16, 8, 128, 8),  # Qwen3's
         ),
         factors=of_experts.FACTORS,
         build=of_experts.point,
-        traits=(
-            Trait(
-                "each expert in turn",
-                "choice",
-                _gate_in_turn,
-                fits=lambda sizes: sizes["num_tokens"] >= sizes["num_experts"] and sizes["hidden_size"] > 1,
-            ),
-        ),
-        regimes=(
-            Regime("dithered", _gated(of_experts.dithered)),
-            Regime("skew", skewed),
-            Regime("ties", tied, "worst element", differentiable=False),
-            Regime("special", _gated(of_experts.special(of_experts.dithered)), "worst element", differentiable=False),
-            Regime("lattice", lattice, "exact", differentiable=False),
-        ),
+        traits=(of_layers.gate_in_turn(),),
+        regimes=of_layers.regimes(of_layers.ROUTED),
         cases=0.5,
-        flops=mixtral_flops,
-        moved=mixtral_moved,
+        flops=of_layers.flops,
+        moved=of_layers.moved,
         workloads=(
-            Workload("mixtral-8x7b/prefill-4096", of_experts.sizes(4096, 4096, 14336, 8, 2), MIXTRAL_8X7B),
-            Workload("mixtral-8x22b/prefill-4096", of_experts.sizes(4096, 6144, 16384, 8, 2), MIXTRAL_8X22B),
-            Workload("mixtral-8x7b/decode-64", of_experts.sizes(64, 4096, 14336, 8, 2), MIXTRAL_8X7B),
-            Workload("two-cores/prefill-2048", of_experts.sizes(2048, 1024, 512, 32, 4), "this project's goal on a CPU, issue 2"),
+            *of_layers.workloads("mixtral-8x7b", (4096, 14336, 8, 2), MIXTRAL_8X7B),
+            *of_layers.workloads("mixtral-8x22b", (6144, 16384, 8, 2), MIXTRAL_8X22B, uses=("prefill-4096",)),
+            Workload("two-cores/prefill-2048", of_experts.sizes(2048, 1024, 512, 32, 4), "a size for a CPU"),
         ),
         formulas=(_softmax_of_chosen,),
-        selection=Selection("topk_ids", _scores, "top_k"),
+        selection=Selection("topk_ids", scores, "top_k"),
         relabel=of_experts.shuffled,
-        rejections=MIXTRAL_REJECTIONS,
+        rejections=of_layers.rejections(),
         implementations=(
             triton(),
+            compiled("torch-grouped"),
             jax("jax-grouped"),
         ),
     )
 
 
+@row
+def qwen3_moe() -> Contract:
+    """The row of `moe_layers.qwen3_moe`."""
+    return Contract(
+        name="moe_layers.qwen3_moe",
+        summary="The same, with probabilities as they are or renormalized: Qwen3-MoE's, OLMoE's and SDAR-MoE's layer.",
+        formula=(
+            "router_logits = hidden_states @ gate.weight.T; topk_weights, topk_ids = softmax_topk(router_logits, renormalize); "
+            "hidden_states_out = fused_swiglu(hidden_states, experts.gate_up_proj, experts.down_proj, topk_weights, topk_ids)"
+        ),
+        source="Qwen3 (arXiv:2505.09388) section 2; OLMoE (arXiv:2409.02060) section 2; SDAR (arXiv:2510.06303)",
+        reference=moe_layers.qwen3_moe,
+        inputs=of_layers.inputs(moe_states.QWEN3),
+        outputs=of_layers.OUTPUTS,
+        options=("top_k", "renormalize"),
+        batch="num_tokens",
+        landmarks=of_experts.dealt(
+            (*of_layers.LANDMARKS, of_experts.sizes(3, 16, 8, 128, 8), of_experts.sizes(5, 16, 8, 64, 8)), *RENORMALIZE
+        ),
+        factors=(*of_experts.FACTORS, either("renormalize", False, True)),
+        build=qwen3_point,
+        traits=(of_layers.gate_in_turn(),),
+        regimes=of_layers.regimes(of_layers.ROUTED),
+        cases=0.25,
+        flops=of_layers.flops,
+        moved=of_layers.moved,
+        workloads=(
+            *of_layers.workloads("qwen3-30b-a3b", (2048, 768, 128, 8), QWEN3_30B_A3B, renormalize=True),
+            *of_layers.workloads("olmoe-1b-7b", (2048, 1024, 64, 8), OLMOE, renormalize=False),
+            *of_layers.workloads("sdar-30b-a3b", (2048, 768, 128, 8), SDAR, uses=("decode-64",), renormalize=True),
+            Workload(
+                "two-cores/prefill-2048", {**of_experts.sizes(2048, 512, 256, 64, 8), "renormalize": True}, "a size for a CPU"
+            ),
+        ),
+        selection=Selection("topk_ids", scores, "top_k"),
+        relabel=of_experts.shuffled,
+        rejections=of_layers.rejections(),
+        implementations=(triton(), compiled("torch-grouped")),
+    )
+
+
+@row
+def qwen2_moe() -> Contract:
+    """The row of `moe_layers.qwen2_moe`."""
+    return Contract(
+        name="moe_layers.qwen2_moe",
+        summary="The same, and an expert that all tokens pass, as far as a gate of each token is open.",
+        formula=(
+            "hidden_states_out = qwen3_moe(hidden_states) + sigmoid(shared_expert_gate.weight @ hidden_states[t]) * "
+            "shared_swiglu(hidden_states, shared_expert)"
+        ),
+        source="Qwen2 (arXiv:2407.10671) section 2.2.2; names of parameters as in transformers' Qwen2MoeSparseMoeBlock",
+        reference=moe_layers.qwen2_moe,
+        inputs=of_layers.inputs(moe_states.QWEN2),
+        outputs=of_layers.OUTPUTS,
+        options=("top_k", "renormalize"),
+        batch="num_tokens",
+        landmarks=tuple(
+            {**point, "shared_intermediate_size": width}
+            for point, width in zip(of_experts.dealt(of_layers.LANDMARKS, *RENORMALIZE), (28, 17, 40, 8), strict=True)
+        ),
+        factors=(*of_experts.FACTORS, of_layers.SHARED_WIDTH, either("renormalize", False, True)),
+        build=qwen2_point,
+        traits=(of_layers.gate_in_turn(),),
+        regimes=of_layers.regimes(QWEN2, more=_and_gated_shared),
+        cases=0.25,
+        flops=of_layers.flops,
+        moved=of_layers.moved,
+        workloads=(
+            *of_layers.workloads(
+                "qwen2-57b-a14b", (3584, 2560, 64, 8), QWEN2_57B_A14B, shared_intermediate_size=20480, renormalize=False
+            ),
+            Workload(
+                "two-cores/prefill-2048",
+                {**TWO_CORES, "shared_intermediate_size": 1024, "renormalize": False},
+                "a size for a CPU",
+            ),
+        ),
+        selection=Selection("topk_ids", scores, "top_k"),
+        relabel=of_experts.shuffled,
+        rejections=(
+            *of_layers.rejections(),
+            Rejection("a shared expert of two widths", SHARED_DOWN, changed(f"state/{SHARED_DOWN}", lambda each: each[:, :-1])),
+        ),
+        implementations=(triton(), compiled("torch-grouped")),
+    )
+
+
+TWO_CORES = of_experts.sizes(2048, 512, 256, 64, 8)
 MIXTRAL_8X7B = "mistralai/Mixtral-8x7B-v0.1 config.json"
 MIXTRAL_8X22B = "mistralai/Mixtral-8x22B-v0.1 config.json"
-GATE, W13, W2 = "gate.weight", "experts.gate_up_proj", "experts.down_proj"
+QWEN3_30B_A3B = "Qwen/Qwen3-30B-A3B config.json"
+QWEN2_57B_A14B = "Qwen/Qwen2-57B-A14B config.json"
+OLMOE = "allenai/OLMoE-1B-7B-0924 config.json"
+SDAR = "JetLM/SDAR-30B-A3B-Chat config.json"
+RENORMALIZE = ({"renormalize": True}, {"renormalize": False})
+SHARED_DOWN = "shared_expert.down_proj.weight"
+QWEN2: of_layers.Entries = {
+    **of_layers.ROUTED,
+    **of_layers.shared_entries("shared_expert"),
+    "shared_expert_gate.weight": lambda drawn: drawn["shared_gate"],
+}
 
 
-def mixtral_state(parameters: Parameters) -> dict[str, Input]:
-    """The parameters of one layer."""
-    return {
-        GATE: Input(GATE, ("num_experts", "hidden_size")),
-        W13: Input(W13, ("num_experts", "two_intermediate_sizes", "hidden_size")),
-        W2: Input(W2, ("num_experts", "hidden_size", "intermediate_size")),
-    }
+def qwen3_point(*, renormalize: bool, **values: int) -> dict[str, Any] | None:
+    """The point with these values of the factors."""
+    point = of_experts.point(**values)
+    return None if point is None else {**point, "renormalize": renormalize}
 
 
-def mixtral_flops(parameters: Parameters) -> float:
-    """Those of the experts, and one more product."""
-    gate = 2.0 * parameters["num_tokens"] * parameters["num_experts"] * parameters["hidden_size"]
-    return of_experts.flops(parameters) + gate
+def qwen2_point(*, shared_intermediate_size: int, **values: Any) -> dict[str, Any] | None:
+    """The same with the width of the expert that all tokens pass."""
+    return of_layers.with_shared(qwen3_point(**values), shared_intermediate_size)
 
 
-def mixtral_moved(parameters: Parameters, itemsize: int) -> float:
-    """As of the experts, whose weights stay inside; the gate; logits are written in float32."""
-    gate = itemsize * parameters["num_experts"] * parameters["hidden_size"]
-    logits = 4 * parameters["num_tokens"] * parameters["num_experts"]
-    topk_weights = 4 * parameters["num_tokens"] * parameters["top_k"]
-    return of_experts.moved(parameters, itemsize) + gate + logits - topk_weights
+def _and_gated_shared(make: of_layers.Make, exact: bool) -> of_layers.Make:
+    """The expert that all tokens pass, and its gate: where sums are to be exact, it is half open, or open."""
 
+    def made(draw: Draw, parameters: Parameters) -> Tensors:
+        tensors, width = of_layers.and_shared(make, exact)(draw, parameters), parameters["hidden_size"]
+        if not exact:
+            return {**tensors, "shared_gate": draw.normal(1, width) * width**-0.5}
+        shared_gate = torch.zeros(1, width, dtype=torch.float64)
+        shared_gate[0, 0] = 41 * draw.integers(0, 2, 1)
+        return {**tensors, "shared_gate": shared_gate}
 
-def _gate_in_turn(tensors: Tensors) -> Tensors:
-    """Each expert is the first choice of some token: the first two values of each token point to its expert's row of the gate."""
-    tokens, gate = tensors["hidden_states"].clone(), tensors[f"state/{GATE}"].clone()
-    angles = 2 * math.pi * torch.arange(len(gate)) / len(gate)
-    directions = torch.stack([angles.cos(), angles.sin()], 1).to(torch.float64)
-    gate[:, :2], tokens[:, :2] = 16 * directions, directions[torch.arange(len(tokens)) % len(gate)]
-    gate[:, 2:] = gate[:, 2:].sign() / 64
-    return {"hidden_states": tokens, f"state/{GATE}": gate}
-
-
-def _layer(tensors: Tensors, gate: torch.Tensor) -> Tensors:
-    """The tokens and the weights of experts' tensors, and a gate in the place of their routing."""
-    state = {f"state/{GATE}": gate, f"state/{W13}": tensors["w13"], f"state/{W2}": tensors["w2"]}
-    return {"hidden_states": tensors["hidden_states"], **state}
-
-
-def _gate(draw: Draw, parameters: Parameters) -> torch.Tensor:
-    """Logits with a deviation of 2, for tokens of unit variance."""
-    width = parameters["hidden_size"]
-    return 2 * draw.normal(parameters["num_experts"], width) * width**-0.5
-
-
-def _gated(make: Callable[[Draw, Parameters], Tensors]) -> Callable[[Draw, Parameters], Tensors]:
-    return lambda draw, parameters: _layer(make(draw, parameters), _gate(draw, parameters))
-
-
-def skewed(draw: Draw, parameters: Parameters) -> Tensors:
-    """All tokens on the same experts, or a tile's rows of them, one less or one more, and the others on the opposite ones."""
-    tensors, tokens = of_experts.dithered(draw, parameters), parameters["num_tokens"]
-    edges = [tile + step for tile in of_experts.TILES for step in (-1, 0, 1) if tile + step < tokens]
-    one_side = [tokens, *edges][int(draw.integers(0, 1 + len(edges), 1))]
-    tensors["hidden_states"][:, 0] = torch.where(torch.arange(tokens) < one_side, 1.0, -1.0)
-    gate = torch.zeros(parameters["num_experts"], parameters["hidden_size"], dtype=torch.float64)
-    gate[:, 0] = draw.permutation(parameters["num_experts"]) / 2
-    return _layer(tensors, gate)
-
-
-def tied(draw: Draw, parameters: Parameters) -> Tensors:
-    """Half of the experts have the same row of the gate, the others have zeros."""
-    same, gate = draw.permutation(parameters["num_experts"]) % 2, _gate(draw, parameters)
-    return _layer(of_experts.dithered(draw, parameters), same[:, None] * gate[:1])
-
-
-def lattice(draw: Draw, parameters: Parameters) -> Tensors:
-    """Logits of 0 and -256, a power of two of them 0, and that many or more chosen: weights are powers of two, or 0.
-
-    Which are 0 depends on a token's second value, 0 or 1. The rest is the experts' lattice.
-    """
-    experts, width = parameters["num_experts"], parameters["hidden_size"]
-    favoured = draw.distinct_rows(2, 2 ** int(math.log2(parameters["top_k"])), experts)
-    logits = torch.full((2, experts), -256.0, dtype=torch.float64).scatter(1, favoured, 0.0)
-    gate = torch.zeros(experts, width, dtype=torch.float64)
-    gate[:, 0] = logits[0]  # the lattice's tokens all begin with 1
-    gate[:, 1:2] = (logits[1] - logits[0])[:, None]
-    return _layer(of_experts.lattice(draw, parameters), gate)
-
-
-MIXTRAL_REJECTIONS = (
-    Rejection("tokens of another width", "hidden_size", changed("hidden_states", lambda each: torch.cat([each, each], 1))),
-    Rejection("top_k above num_experts", "top_k", lambda call: {"top_k": call[f"state/{GATE}"].shape[0] + 1}),
-    Rejection("top_k of zero", "top_k", lambda call: {"top_k": 0}),
-    *(Rejection(f"{name} of fewer experts", name, changed(f"state/{name}", lambda each: each[:-1])) for name in (W13, W2)),
-    Rejection("gate of another width", GATE, changed(f"state/{GATE}", lambda each: each[:, :-1])),
-    Rejection("w13 with an odd number of rows", W13, changed(f"state/{W13}", lambda each: each[:, :-1])),
-    Rejection("w2 of another width", W2, changed(f"state/{W2}", lambda each: each[:, :-1])),
-)
+    return made
 
 
 def _logits(hidden_states: torch.Tensor, state: Tensors) -> torch.Tensor:
     return hidden_states @ state[GATE].mT
 
 
-def _scores(hidden_states: torch.Tensor, state: Tensors, **_: Any) -> torch.Tensor:
+def scores(hidden_states: torch.Tensor, state: Tensors, **_: Any) -> torch.Tensor:
+    """What experts are chosen by."""
     return torch.softmax(_logits(hidden_states, state), -1)
 
 

@@ -29,7 +29,7 @@ from transformers.models.gpt2.modeling_gpt2 import GPT2MLP
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts, GptOssTopKRouter
 from transformers.models.llama4.modeling_llama4 import Llama4Router
 from transformers.models.longcat_flash.modeling_longcat_flash import LongcatFlashTopkRouter
-from transformers.models.mixtral.modeling_mixtral import MixtralExperts, MixtralSparseMoeBlock, MixtralTopKRouter
+from transformers.models.mixtral.modeling_mixtral import MixtralExperts, MixtralTopKRouter
 from transformers.models.nllb_moe.modeling_nllb_moe import NllbMoeTop2Router
 from transformers.models.olmoe.modeling_olmoe import OlmoeTopKRouter
 from transformers.models.phimoe.modeling_phimoe import sparsemixer
@@ -360,20 +360,6 @@ class TransformersQwen2SharedExpert:
         state = {name: torch.zeros(each.shape, dtype=w2.dtype) for name, each in block.state_dict().items()}
         state |= {f"shared_expert.{name}_proj.weight": each for name, each in (("gate", gate), ("up", up), ("down", w2))}
         return functional_call(block, state | {"shared_expert_gate.weight": shared_gate}, hidden_states[None])[0]
-
-
-@peer("moe_layers.mixtral_moe", dtypes=DTYPES, rounding="eager", oracle=True, right_in=("float32",))
-class TransformersMixtralBlock:
-    """Mixtral's sparse block; its router's results are those of the router called by itself."""
-
-    def __call__(self, hidden_states, state, *, top_k):
-        experts, width, inner = state["experts.down_proj"].shape
-        config = MixtralConfig(hidden_size=width, intermediate_size=inner, num_local_experts=experts, num_experts_per_tok=top_k)
-        config._experts_implementation = "eager"
-        block = without_parameters(MixtralSparseMoeBlock, config)
-        out = functional_call(block, dict(state), hidden_states[None])[0]
-        logits, _, ids = functional_call(block.gate, {"weight": state["gate.weight"]}, hidden_states)
-        return out, logits.float(), ids
 
 
 @peer("auxiliary_losses.router_z_loss", dtypes=DTYPES, rounding="eager", oracle=True, right_in=("float32", "bfloat16"))

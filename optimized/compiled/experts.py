@@ -35,6 +35,8 @@ def fused_swiglu(
     w2: torch.Tensor,
     topk_weights: torch.Tensor,
     topk_ids: torch.Tensor,
+    *,
+    out_dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
     """Apply the chosen SwiGLU experts to each token and add up their weighted outputs.
 
@@ -47,9 +49,10 @@ def fused_swiglu(
         w2: [num_experts, hidden_size, intermediate_size].
         topk_weights: [num_tokens, top_k], floating, usually float32.
         topk_ids: [num_tokens, top_k], integer in 0..num_experts - 1. An id that comes twice counts twice.
+        out_dtype: Of the result; None for that of hidden_states. A layer that adds more to it takes float32.
 
     Returns:
-        [num_tokens, hidden_size], dtype as hidden_states; computed in float32 (float64 for float64 inputs)
+        [num_tokens, hidden_size], of `out_dtype`; computed in float32 (float64 for float64 inputs)
         and rounded once, as is each gradient. Differentiable once, by every floating argument.
 
     Raises:
@@ -62,8 +65,8 @@ def fused_swiglu(
     validation.expert_ids_in_range(topk_ids, num_experts=w13.shape[0])
     inputs = (hidden_states, w13, w2, topk_weights)
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs):
-        return _FusedSwiGLU.apply(*inputs, topk_ids)
-    return _forward(hidden_states, w13, w2, _routes(topk_weights, topk_ids, w2))
+        return _FusedSwiGLU.apply(*inputs, topk_ids, out_dtype)
+    return _forward(hidden_states, w13, w2, _routes(topk_weights, topk_ids, w2), out_dtype)
 
 
 class _FusedSwiGLU(torch.autograd.Function):
@@ -77,10 +80,11 @@ class _FusedSwiGLU(torch.autograd.Function):
         w2: torch.Tensor,
         topk_weights: torch.Tensor,
         topk_ids: torch.Tensor,
+        out_dtype: torch.dtype | None,
     ) -> torch.Tensor:
         ctx.routes = _routes(topk_weights, topk_ids, w2)
         kept = tuple(empty(topk_ids.numel(), w2.shape[2], dtype=_accurate_dtype(w2)) for _ in range(2))
-        out = _forward(hidden_states, w13, w2, ctx.routes, kept)
+        out = _forward(hidden_states, w13, w2, ctx.routes, out_dtype, kept)
         ctx.save_for_backward(hidden_states, w13, w2, topk_weights, *kept)
         return out
 
@@ -88,7 +92,7 @@ class _FusedSwiGLU(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, d_out: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         hidden_states, w13, w2, topk_weights, gate_NI, up_NI = ctx.saved_tensors
-        needs_hidden, needs_w13, needs_w2, needs_weights, _ = ctx.needs_input_grad
+        needs_hidden, needs_w13, needs_w2, needs_weights, *_ = ctx.needs_input_grad
         hidden_TH, d_out_TH = _accurate(hidden_states), _accurate(d_out)
         parts = ctx.routes.place_NS.shape[1]
         (gate_ESiH, up_ESiH), down_ESHi = _w13_in_parts(w13, parts), _w2_in_parts(w2, parts)
@@ -135,7 +139,7 @@ class _FusedSwiGLU(torch.autograd.Function):
                 d_hidden_TH.index_add_(0, batch.token_B, d_hidden_BH)
 
         d_topk_weights = ctx.routes.sum_of_parts(d_topk_weights_B).view(topk_weights.shape) if needs_weights else None
-        return d_hidden_TH.to(hidden_states.dtype) if needs_hidden else None, d_w13, d_w2, d_topk_weights, None
+        return d_hidden_TH.to(hidden_states.dtype) if needs_hidden else None, d_w13, d_w2, d_topk_weights, None, None
 
 
 def _w13_in_parts(w13: torch.Tensor, parts: int) -> tuple[torch.Tensor, ...]:
@@ -159,6 +163,7 @@ def _forward(
     w13: torch.Tensor,
     w2: torch.Tensor,
     routes: Routes,
+    out_dtype: torch.dtype | None,
     keep: tuple[torch.Tensor, ...] = (),
 ) -> torch.Tensor:
     """Return the output [T, H]; what comes before the activation, gate and up, [N, I] each, is written to `keep`."""
@@ -182,7 +187,7 @@ def _forward(
         for expert, left, out in zip(batch.experts, batch.each(activation_Bi), batch.each(out_BH), strict=True):
             torch.bmm(left, _accurate(down_ESiH[expert]), out=out)
         out_TH.index_add_(0, batch.token_B, out_BH)
-    return out_TH.to(hidden_states.dtype)
+    return out_TH.to(out_dtype or hidden_states.dtype)
 
 
 def _multiply(left: torch.Tensor, right: torch.Tensor, out: torch.Tensor) -> None:

@@ -36,6 +36,8 @@ class Plan(NamedTuple):
     batch_invariant: bool
     keep: bool
     """Whether the pre-activations are kept for the backward pass."""
+    out_dtype: torch.dtype | None = None
+    """Of the result, to which sums are rounded; None for that of the tokens."""
 
     def by_batch(self, rows: torch.Tensor, expert: Expert) -> dict[str, int]:
         """What tiles are chosen by beside widths: keyword arguments of `choose_tiles`."""
@@ -87,7 +89,7 @@ def forward_pass(
     activation, kept = first_product(hidden_states, expert, plan.activation, *of_rows, first_tiles, keep=plan.keep)
     splits = plan.splits(blocks, expert.w2, tiles)
     out = rows_times_matrices(activation, expert.w2, rows, blocks, tiles, biases=expert.b2, splits=splits)
-    out = sum_rows(out.view(*topk_ids.shape, *out.shape[1:]), topk_weights, hidden_states.dtype)
+    out = sum_rows(out.view(*topk_ids.shape, *out.shape[1:]), topk_weights, plan.out_dtype or hidden_states.dtype)
     return out, Saved(hidden_states, *expert, topk_weights, kept, rows, expert_offsets)
 
 

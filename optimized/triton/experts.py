@@ -39,7 +39,9 @@ class _Experts(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, out_gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         with device_of(out_gradient):
-            hidden, *others = backward_pass(ctx.plan, ctx.needs_input_grad[1:7], out_gradient, Saved(*ctx.saved_tensors))
+            saved = Saved(*ctx.saved_tensors)
+            out_gradient = out_gradient.to(saved.hidden_states.dtype)  # operands of a product have one dtype
+            hidden, *others = backward_pass(ctx.plan, ctx.needs_input_grad[1:7], out_gradient, saved)
             hidden = None if hidden is None else sum_rows(hidden, None, out_gradient.dtype)
             return None, hidden, *others, None
 
@@ -53,6 +55,7 @@ def _apply(
     *,
     batch_invariant: bool,
     recompute: bool,
+    out_dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
     """Look at what validation leaves to kernels, and launch them."""
     for name, tensor in (("hidden_states", hidden_states), ("topk_weights", topk_weights)):
@@ -61,7 +64,7 @@ def _apply(
     require_triton_device("hidden_states", hidden_states)
     with device_of(hidden_states):
         keep = not recompute and will_differentiate(hidden_states, *expert, topk_weights)
-        plan = Plan(activation, batch_invariant, keep)
+        plan = Plan(activation, batch_invariant, keep, out_dtype)
         return _Experts.apply(plan, hidden_states, *expert, topk_weights, topk_ids)
 
 
@@ -74,6 +77,7 @@ def fused_swiglu(
     *,
     batch_invariant: bool = True,
     recompute: bool = False,
+    out_dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
     """Apply the chosen SwiGLU experts to each token and add up their weighted outputs.
 
@@ -92,9 +96,10 @@ def fused_swiglu(
         topk_ids: [num_tokens, top_k], integer, each in 0..num_experts - 1. An id given twice counts twice.
         batch_invariant: Whether a token's bits must not depend on its batch; if not, tiles are chosen by its rows too.
         recompute: Whether the backward pass computes the pre-activations again; if not, the forward pass keeps them.
+        out_dtype: Of the result; None for that of hidden_states. A layer that adds more to it takes float32.
 
     Returns:
-        [num_tokens, hidden_size], dtype of hidden_states.
+        [num_tokens, hidden_size], of `out_dtype`.
 
     Raises:
         TypeError: An argument is not a tensor of the dtype above.
@@ -104,8 +109,8 @@ def fused_swiglu(
     Source: `gaugeblock.reference.torch.experts.fused_swiglu`.
     """
     validation.fused_swiglu(hidden_states, w13, w2, topk_weights, topk_ids)
-    activation, expert = SWIGLU, Expert(w13, None, w2, None)
-    return _apply(activation, hidden_states, expert, topk_weights, topk_ids, batch_invariant=batch_invariant, recompute=recompute)
+    how: dict[str, Any] = {"batch_invariant": batch_invariant, "recompute": recompute, "out_dtype": out_dtype}
+    return _apply(SWIGLU, hidden_states, Expert(w13, None, w2, None), topk_weights, topk_ids, **how)
 
 
 fused_swiglu_fast = partial(fused_swiglu, batch_invariant=False)

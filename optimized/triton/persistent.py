@@ -78,7 +78,7 @@ def descriptor_of(weights: torch.Tensor, block_shape: tuple[int, ...], rows: int
 def _is_describable(tensor: torch.Tensor) -> bool:
     """Whether the last axis is contiguous, rows lie at multiples of 16 bytes, and each stride is a multiple of the next.
 
-    So says the documentation of CUDA's cuTensorMapEncodeTiled.
+    That is what CUDA's tensor maps need, and Triton's descriptors check in part, or a little more.
     """
     strides = tensor.stride()
     return (

@@ -38,6 +38,7 @@ class _Shared(torch.autograd.Function):
         _, needs_hidden, needs_w13, needs_w2, needs_gate = ctx.needs_input_grad
         through_gate = shared_gate is not None and (needs_hidden or needs_gate)
         needed = (needs_hidden, needs_w13, False, needs_w2, False, through_gate)
+        out_gradient = out_gradient.to(saved.hidden_states.dtype)
         with device_of(out_gradient):
             rows, w13_gradient, _, w2_gradient, _, weights_gradient = backward_pass(ctx.plan, needed, out_gradient, saved)
         hidden_gradient = None if rows is None else sum_rows(rows, None, torch.float32)
@@ -54,15 +55,23 @@ class _Shared(torch.autograd.Function):
         return None, hidden_gradient, w13_gradient, w2_gradient, gate_gradient
 
 
-def _launch(hidden_states: torch.Tensor, w13: torch.Tensor, w2: torch.Tensor, shared_gate: torch.Tensor | None) -> torch.Tensor:
+def _launch(
+    hidden_states: torch.Tensor,
+    w13: torch.Tensor,
+    w2: torch.Tensor,
+    shared_gate: torch.Tensor | None,
+    out_dtype: torch.dtype | None,
+) -> torch.Tensor:
     reject_float64("hidden_states", hidden_states)
     require_triton_device("hidden_states", hidden_states)
     with device_of(hidden_states):
-        plan = Plan(SWIGLU, batch_invariant=True, keep=will_differentiate(hidden_states, w13, w2, shared_gate))
+        plan = Plan(SWIGLU, True, will_differentiate(hidden_states, w13, w2, shared_gate), out_dtype)
         return _Shared.apply(plan, hidden_states, w13, w2, shared_gate)
 
 
-def shared_swiglu(hidden_states: torch.Tensor, w13: torch.Tensor, w2: torch.Tensor) -> torch.Tensor:
+def shared_swiglu(
+    hidden_states: torch.Tensor, w13: torch.Tensor, w2: torch.Tensor, *, out_dtype: torch.dtype | None = None
+) -> torch.Tensor:
     """Apply the SwiGLU expert that all tokens pass: `reference.torch.experts.shared_swiglu`.
 
     Rounding as in `experts.fused_swiglu`. Any strides will do. Differentiable once.
@@ -71,9 +80,10 @@ def shared_swiglu(hidden_states: torch.Tensor, w13: torch.Tensor, w2: torch.Tens
         hidden_states: [num_tokens, hidden_size], bfloat16, float16 or float32.
         w13: [2 * intermediate_size, hidden_size], gate rows, then up rows; same dtype.
         w2: [hidden_size, intermediate_size]; same dtype.
+        out_dtype: Of the result; None for that of hidden_states. A layer that adds more to it takes float32.
 
     Returns:
-        [num_tokens, hidden_size], dtype of hidden_states.
+        [num_tokens, hidden_size], of `out_dtype`.
 
     Raises:
         TypeError: An argument is not a tensor of the dtype above.
@@ -82,11 +92,16 @@ def shared_swiglu(hidden_states: torch.Tensor, w13: torch.Tensor, w2: torch.Tens
     Source: `gaugeblock.reference.torch.experts.shared_swiglu`.
     """
     validation.shared_swiglu(hidden_states, w13, w2)
-    return _launch(hidden_states, w13, w2, None)
+    return _launch(hidden_states, w13, w2, None, out_dtype)
 
 
 def gated_shared_swiglu(
-    hidden_states: torch.Tensor, w13: torch.Tensor, w2: torch.Tensor, shared_gate: torch.Tensor
+    hidden_states: torch.Tensor,
+    w13: torch.Tensor,
+    w2: torch.Tensor,
+    shared_gate: torch.Tensor,
+    *,
+    out_dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
     """Apply the SwiGLU expert that all tokens pass, as far as a gate is open: `reference.torch.experts.gated_shared_swiglu`.
 
@@ -97,9 +112,10 @@ def gated_shared_swiglu(
         w13: [2 * intermediate_size, hidden_size], gate rows, then up rows; same dtype.
         w2: [hidden_size, intermediate_size]; same dtype.
         shared_gate: [1, hidden_size]; same dtype.
+        out_dtype: As of `shared_swiglu`.
 
     Returns:
-        [num_tokens, hidden_size], dtype of hidden_states.
+        [num_tokens, hidden_size], of `out_dtype`.
 
     Raises:
         TypeError: An argument is not a tensor of the dtype above.
@@ -108,4 +124,4 @@ def gated_shared_swiglu(
     Source: `gaugeblock.reference.torch.experts.gated_shared_swiglu`.
     """
     validation.gated_shared_swiglu(hidden_states, w13, w2, shared_gate)
-    return _launch(hidden_states, w13, w2, shared_gate)
+    return _launch(hidden_states, w13, w2, shared_gate, out_dtype)

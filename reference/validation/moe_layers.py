@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from gaugeblock.reference import moe_states
 from gaugeblock.reference.validation.arrays import (
     FLOATING,
     dtype_name,
@@ -14,19 +15,28 @@ from gaugeblock.reference.validation.arrays import (
 
 
 def mixtral_moe(hidden_states: Any, state: Any, top_k: int) -> None:
-    """Check the arguments of `moe_layers.mixtral_moe`."""
+    """Check the arguments of `moe_layers.mixtral_moe` and of `moe_layers.qwen3_moe`."""
+    require_layer(hidden_states, state, moe_states.QWEN3, top_k)
+
+
+def qwen2_moe(hidden_states: Any, state: Any, top_k: int) -> None:
+    """Check the arguments of `moe_layers.qwen2_moe`."""
+    require_layer(hidden_states, state, moe_states.QWEN2, top_k)
+
+
+def require_layer(hidden_states: Any, state: Any, axes_of: moe_states.StateAxes, top_k: int) -> dict[str, int]:
+    """Check what every layer has; return the sizes by the names of the axes, of which one name is one size."""
     require_dtype("hidden_states", hidden_states, FLOATING)
     require_shape("hidden_states", hidden_states, num_tokens=None, hidden_size=None)
-    require_entry_names("state", state, ("gate.weight", "experts.gate_up_proj", "experts.down_proj"))
-    entries = {f"state[{name!r}]": array for name, array in state.items()}
-    gate, w13, w2 = "state['gate.weight']", "state['experts.gate_up_proj']", "state['experts.down_proj']"
-    for name, array in entries.items():
+    require_entry_names("state", state, axes_of)
+    sizes: dict[str, int] = {"hidden_size": hidden_states.shape[1], "one": 1}
+    for entry, axes in axes_of.items():
+        name, array = f"state[{entry!r}]", state[entry]
         require_dtype(name, array, (dtype_name(hidden_states),))
         require_same_device(name, array, "hidden_states", hidden_states)
-
-    hidden_size = hidden_states.shape[1]
-    require_shape(gate, entries[gate], num_experts=None, hidden_size=hidden_size)
-    num_experts = entries[gate].shape[0]
-    require_shape(w2, entries[w2], num_experts=num_experts, hidden_size=hidden_size, intermediate_size=None)
-    require_shape(w13, entries[w13], num_experts=num_experts, gate_and_up=2 * entries[w2].shape[2], hidden_size=hidden_size)
-    require_between("top_k", top_k, 1, num_experts, "num_experts=")
+        require_shape(name, array, **{axis: sizes.get(axis) for axis in axes})
+        sizes |= dict(zip(axes, array.shape, strict=True))
+        if "intermediate_size" in sizes:
+            sizes["two_intermediate_sizes"] = 2 * sizes["intermediate_size"]
+    require_between("top_k", top_k, 1, sizes["num_experts"], "num_experts=")
+    return sizes
