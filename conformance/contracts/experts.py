@@ -60,7 +60,7 @@ def fused_swiglu() -> Contract:
         ),
         relabel=of_experts.shuffled,
         cases=0.5,
-        sharded=of_experts.SHARDED,
+        shardings=of_experts.SHARDINGS,
         rejections=(of_experts.IDS_FOR_MORE_TOKENS, of_experts.ODD_ROWS),
         implementations=(
             triton(),
@@ -117,7 +117,7 @@ def fused_geglu() -> Contract:
         formulas=(geglu_by_sums,),
         relabel=of_experts.shuffled,
         cases=0.5,
-        sharded=of_experts.SHARDED,
+        shardings=of_experts.SHARDINGS,
         rejections=(of_experts.IDS_FOR_MORE_TOKENS, of_experts.ODD_ROWS),
         implementations=(triton(), of_experts.EXPERT_PARALLEL),
     )
