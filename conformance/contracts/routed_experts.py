@@ -28,7 +28,8 @@ TENSOR_PARALLEL_PAIRS: Sharding = {
     "intermediate_size": "even",
     "two_intermediate_sizes": Blocks("intermediate_size", interleaved=True),
 }
-EXPERT_PARALLEL = distributed("expert-parallel", dtypes=("float32", "bfloat16"), devices=DEVICES, world_sizes=(1, 2, 4))
+ON_RANKS: dict[str, Any] = {"dtypes": ("float32", "bfloat16"), "devices": DEVICES, "world_sizes": (1, 2, 4)}
+EXPERT_PARALLEL = distributed("expert-parallel", **ON_RANKS)
 
 HIDDEN_STATES = Input("hidden_states", ("num_tokens", "hidden_size"), differentiable=True)
 W13 = Input("w13", ("num_experts", "two_intermediate_sizes", "hidden_size"), differentiable=True)
