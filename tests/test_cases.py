@@ -105,7 +105,7 @@ def test_landmarks_workloads_and_drawn_parameters_name_the_same_sizes(contract, 
         assert {*parameters} == named
     specs = contract.specs(contract.landmarks[0]).values()
     sizes = {size for spec in specs for size in spec.shape if isinstance(size, str)}
-    assert sizes | {*contract.sharded} <= named
+    assert sizes.union(*contract.shardings.values()) <= named
     assert contract.configure or {*contract.options} <= named
 
 

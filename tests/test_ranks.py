@@ -18,10 +18,11 @@ from gaugeblock.conformance.engine.judging.judge import Violation
 from gaugeblock.conformance.engine.judging.verdict import Verdict
 from gaugeblock.conformance.engine.processes import ranks
 from gaugeblock.conformance.engine.processes.loading import describe_candidates
-from gaugeblock.conformance.engine.processes.ranks import fit, join
+from gaugeblock.conformance.engine.processes.ranks import join
 from gaugeblock.conformance.engine.processes.seats import Seat
 from gaugeblock.conformance.engine.properties import properties
 from gaugeblock.conformance.engine.registry import RegistrationError, find_contract, implements
+from gaugeblock.conformance.engine.shardings import Blocks, fit, part
 from gaugeblock.conformance.engine.trial import Subject
 
 CANDIDATES = Path(__file__).parent / "distributed_candidates.py"
@@ -82,24 +83,56 @@ def test_the_ranks_of_one_candidate_serve_every_case(candidates):
 # ---------------------------------------------------------------------------------------------------- shards and claims
 
 
-def test_shards_are_joined_and_gradients_of_what_all_ranks_have_are_added_up():
-    parts = [torch.ones(2, 3), torch.ones(1, 3)]
-    assert join("out", parts, [0]).shape == (3, 3)
-    assert torch.equal(join("gradient of state", [torch.ones(2), torch.ones(2)], []), torch.full((2,), 2.0))
+W13 = ("num_experts", "two_intermediate_sizes", "hidden_size")
 
 
-def test_what_ranks_must_have_alike_must_be_alike():
-    with pytest.raises(Violation, match="rank 2 differs from that of rank 0"):
-        join("state", [torch.ones(2), torch.ones(2), torch.zeros(2)], [])
-    with pytest.raises(Violation, match="shards do not fit together"):
-        join("out", [torch.ones(2, 3), torch.ones(2, 4)], [0])
+@pytest.mark.parametrize(
+    ("split", "rows_of_rank_1"),
+    [
+        ({"two_intermediate_sizes": Blocks("intermediate_size")}, [2, 3, 6, 7]),
+        ({"two_intermediate_sizes": Blocks("intermediate_size", interleaved=True)}, [4, 5, 6, 7]),
+        ({"num_experts": "even"}, [12, 13, 14, 15]),
+        ({"num_tokens": "uneven"}, [0, 1, 2, 3]),
+    ],
+)
+def test_what_is_split_is_put_together_again(split, rows_of_rank_1):
+    tensor = torch.arange(16.0).view(2, 8, 1).expand(2, 8, 3)
+    parts = [part(tensor, W13, split, rank, 2) for rank in range(2)]
+    assert set(rows_of_rank_1) <= set(parts[1].flatten().tolist())
+    assert torch.equal(join("w13", parts, W13, split), tensor)
+
+
+def test_uneven_shards_are_joined():
+    assert join("out", [torch.ones(2, 3), torch.ones(1, 3)], ("num_tokens", "hidden_size"), {"num_tokens": "uneven"}).shape == (
+        3,
+        3,
+    )
+    with pytest.raises(Violation, match="out: the ranks' shards do not fit together"):
+        join("out", [torch.ones(2, 3), torch.ones(2, 4)], ("num_tokens", "hidden_size"), {"num_tokens": "uneven"})
+
+
+@pytest.mark.parametrize("other", [torch.zeros(2), torch.tensor([1, torch.nan]), torch.tensor([1, torch.inf]), torch.ones(1)])
+def test_what_ranks_must_have_alike_must_be_alike(other):
+    """Gradients of what all ranks have as well: each has the whole of it."""
+    same = torch.ones(2)
+    for key in ("state", "gradient of state"):
+        assert join(key, [same, same.clone()], ("width",), {}) is same
+        with pytest.raises(Violation, match="rank 2 differs from that of rank 0"):
+            join(key, [same, same.clone(), other], ("width",), {})
+
+
+def test_zeros_of_both_signs_are_not_alike_and_nan_is_nan():
+    with pytest.raises(Violation, match="rank 1 differs"):
+        join("state", [torch.zeros(1), -torch.zeros(1)], ("width",), {})
+    nan = torch.tensor([torch.nan])
+    assert join("state", [nan, -nan], ("width",), {}) is nan
 
 
 def test_sizes_that_must_divide_are_rounded_up():
-    assert fit(find_contract("experts.fused_swiglu"), {"num_tokens": 5, "num_experts": 5}, 4) == {
-        "num_tokens": 5,
-        "num_experts": 8,
-    }
+    contract = find_contract("experts.fused_swiglu")
+    sizes = {"num_tokens": 5, "num_experts": 5, "intermediate_size": 5, "two_intermediate_sizes": 10}
+    assert fit(contract.sharding(""), sizes, 4) == sizes | {"num_experts": 8}
+    assert fit(contract.sharding("tensor_parallel"), sizes, 4) == sizes | {"intermediate_size": 8, "two_intermediate_sizes": 16}
 
 
 @pytest.mark.parametrize("sizes", [(0,), "2", (1.5,)])
@@ -112,6 +145,10 @@ def test_world_sizes_need_a_mesh_and_a_contract_that_shards():
     assert "world_sizes" in CLAIMS and isinstance(find_contract("experts.fused_swiglu").inputs[0], Input)
     with pytest.raises(RegistrationError, match="with mesh="):
         implements("experts.fused_swiglu", name="odd", world_sizes=(1, 2))(lambda a, b, c, d, e: None)
+    with pytest.raises(
+        RegistrationError, match="no sharding 'pipeline', only expert_parallel, replicated_tokens, tensor_parallel"
+    ):
+        implements("experts.fused_swiglu", name="odd", world_sizes=(2,), sharding="pipeline")(lambda *arguments, mesh: None)
     with pytest.raises(RegistrationError, match="does not shard"):
         implements("routers.softmax_topk", name="odd", world_sizes=(2,))(lambda logits, *, top_k, renormalize, mesh: None)
 

@@ -8,7 +8,9 @@ import pytest
 
 from gaugeblock.conformance.engine.contract import ContractError, Derived, Input, Recurrence, Rejection, Selection
 from gaugeblock.conformance.engine.factors import edges
+from gaugeblock.conformance.engine.implementation import distributed
 from gaugeblock.conformance.engine.registry import contracts, find_contract, import_folder
+from gaugeblock.conformance.engine.shardings import Blocks
 from gaugeblock.conformance.selftest.fault import Fault
 
 ROUTER = find_contract("routers.softmax_topk")
@@ -35,7 +37,16 @@ LANDMARK = ROUTER.landmarks[0]
         ({"workloads": (replace(ROUTER.workloads[0], parameters={}),)}, "workloads['mixtral-8x7b/prefill-4096']: lacks"),
         ({"options": ("top_p",)}, "options: landmarks lack 'top_p'; did you mean 'top_k'?"),
         ({"batch": "tokens"}, "batch: no input or output has the dimension 'tokens'; did you mean 'num_tokens'?"),
-        ({"sharded": {"token": "even"}}, "sharded: no input or output has the dimension 'token'"),
+        ({"shardings": {"spread": {"token": "even"}}}, "shardings['spread']: no input or output has the dimension 'token'"),
+        (
+            {"shardings": {"spread": {"num_tokens": "even", "num_experts": "even"}}},
+            "shardings['spread']: expected one dimension of router_logits to be split, got ['num_tokens', 'num_experts']",
+        ),
+        (
+            {"shardings": {"spread": {"num_experts": Blocks("num_tokens")}}},
+            "shardings['spread']['num_experts']: expected 'num_tokens' to be split evenly, got None",
+        ),
+        ({"implementations": (distributed("fast", sharding="spread"),)}, "implementations['fast']: no sharding 'spread'"),
         ({"selection": Selection("ids", len, "top_k")}, "selection: no output 'ids'; did you mean 'topk_ids'?"),
         ({"selection": Selection("topk_ids", len, "top_kk")}, "selection: landmarks lack 'top_kk'; did you mean 'top_k'?"),
         (

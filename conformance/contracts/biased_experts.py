@@ -61,7 +61,7 @@ def fused_gelu_mlp() -> Contract:
         formulas=(mlp_by_sums,),
         relabel=of_experts.shuffled,
         cases=0.5,
-        sharded=of_experts.SHARDED,
+        shardings=of_experts.SHARDINGS | {"tensor_parallel": {"intermediate_size": "even"}},
         rejections=(of_experts.IDS_FOR_MORE_TOKENS,),
         implementations=(triton(), of_experts.EXPERT_PARALLEL),
     )
@@ -122,7 +122,7 @@ def fused_swiglu_oai() -> Contract:
         ),
         relabel=of_experts.shuffled,
         cases=0.5,
-        sharded=of_experts.SHARDED,
+        shardings=of_experts.SHARDINGS | {"tensor_parallel": of_experts.TENSOR_PARALLEL_PAIRS},
         rejections=(
             of_experts.IDS_FOR_MORE_TOKENS,
             of_experts.ODD_ROWS,

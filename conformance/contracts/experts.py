@@ -60,7 +60,7 @@ def fused_swiglu() -> Contract:
         ),
         relabel=of_experts.shuffled,
         cases=0.5,
-        sharded=of_experts.SHARDED,
+        shardings=of_experts.SHARDINGS,
         rejections=(of_experts.IDS_FOR_MORE_TOKENS, of_experts.ODD_ROWS),
         implementations=(
             triton(),
@@ -70,6 +70,16 @@ def fused_swiglu() -> Contract:
             compiled("torch-grouped"),
             jax("jax-grouped", dtypes=COMPILED_DTYPES),
             of_experts.EXPERT_PARALLEL,
+            distributed("gathered-tokens", "experts_gathered_tokens:fused_swiglu", **of_experts.ON_RANKS),
+            distributed(
+                "replicated-tokens",
+                "experts_replicated_tokens:fused_swiglu",
+                sharding="replicated_tokens",
+                **of_experts.ON_RANKS,
+            ),
+            distributed(
+                "tensor-parallel", "experts_tensor_parallel:fused_swiglu", sharding="tensor_parallel", **of_experts.ON_RANKS
+            ),
             # each number of devices takes a compilation: tests/test_jax_sharding.py has 1 and 2
             distributed("jax-expert-parallel", "expert_parallel:fused_swiglu", framework="jax", world_sizes=(4,)),
         ),
@@ -117,7 +127,7 @@ def fused_geglu() -> Contract:
         formulas=(geglu_by_sums,),
         relabel=of_experts.shuffled,
         cases=0.5,
-        sharded=of_experts.SHARDED,
+        shardings=of_experts.SHARDINGS,
         rejections=(of_experts.IDS_FOR_MORE_TOKENS, of_experts.ODD_ROWS),
         implementations=(triton(), of_experts.EXPERT_PARALLEL),
     )

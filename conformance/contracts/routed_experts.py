@@ -1,7 +1,7 @@
 """What the contracts of routed experts share: sizes, factors, traits, and the values that tokens, weights and routes have."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,14 +12,24 @@ from gaugeblock.conformance.engine.factors import Trait, edges, either, kind_of_
 from gaugeblock.conformance.engine.implementation import distributed
 from gaugeblock.conformance.engine.inputs.bad_calls import changed
 from gaugeblock.conformance.engine.inputs.draw import Draw
+from gaugeblock.conformance.engine.shardings import Blocks, Sharding
 from gaugeblock.conformance.engine.vocabulary import DEVICES, Parameters, Tensors
 
 Make = Callable[[Draw, Parameters], Tensors]
 
 TILES = (16, 32, 64, 128)  # block sizes that grouped kernels use: regimes put group sizes just below, at and above one
 WEIGHTS = ("w13", "w1", "b13", "b1", "w2", "b2")  # what an expert has of its own
-SHARDED: Mapping[str, Any] = {"num_tokens": "uneven", "num_experts": "even"}
-EXPERT_PARALLEL = distributed("expert-parallel", dtypes=("float32", "bfloat16"), devices=DEVICES, world_sizes=(1, 2, 4))
+SHARDINGS: dict[str, Sharding] = {
+    "expert_parallel": {"num_tokens": "uneven", "num_experts": "even"},
+    "replicated_tokens": {"num_experts": "even"},
+    "tensor_parallel": {"intermediate_size": "even", "two_intermediate_sizes": Blocks("intermediate_size")},
+}
+TENSOR_PARALLEL_PAIRS: Sharding = {
+    "intermediate_size": "even",
+    "two_intermediate_sizes": Blocks("intermediate_size", interleaved=True),
+}
+ON_RANKS: dict[str, Any] = {"dtypes": ("float32", "bfloat16"), "devices": DEVICES, "world_sizes": (1, 2, 4)}
+EXPERT_PARALLEL = distributed("expert-parallel", **ON_RANKS)
 
 HIDDEN_STATES = Input("hidden_states", ("num_tokens", "hidden_size"), differentiable=True)
 W13 = Input("w13", ("num_experts", "two_intermediate_sizes", "hidden_size"), differentiable=True)

@@ -84,7 +84,7 @@ def train_step() -> Contract:
         cases=0.25,
         recurrence=Recurrence(steps="num_steps", carried={"state": "new_state"}),
         microbatches="accumulation_steps",
-        sharded={"batch_size": "uneven"},
+        shardings={"data_parallel": {"batch_size": "uneven"}},
         rejections=REJECTIONS,
         implementations=(
             distributed("fsdp2", devices=DEVICES, world_sizes=(1, 2, 4)),

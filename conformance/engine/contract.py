@@ -15,6 +15,7 @@ from gaugeblock.conformance.engine.calls import argument_of
 from gaugeblock.conformance.engine.factors import Factor, Trait
 from gaugeblock.conformance.engine.implementation import Implementation
 from gaugeblock.conformance.engine.row_checks import ContractError, check_row
+from gaugeblock.conformance.engine.shardings import Sharding
 from gaugeblock.conformance.engine.vocabulary import BYTES, DTYPES, DType, Parameters, Tensors
 
 if TYPE_CHECKING:
@@ -247,9 +248,9 @@ class Contract:
     """How many cases a property gets, relative to others: a training step costs as much as twenty routers."""
     microbatches: str | None = None
     """The parameter that says in how many parts a batch is processed, which must not matter."""
-    sharded: Mapping[str, Literal["even", "uneven"]] = field(default_factory=dict)
-    """Dimensions that are split over the ranks of a distributed implementation, in contiguous chunks as by `torch.tensor_split`;
-    whether the ranks' shares must be of one size. All else is on every rank, in and out."""
+    shardings: Mapping[str, Sharding] = field(default_factory=dict)
+    """By name, the ways in which inputs and outputs may lie over the ranks of a distributed implementation, which names its own,
+    by default the first: how each dimension is split. All else is on every rank alike, in and out, gradients too."""
     rejections: tuple[Rejection, ...] = ()
     """Bad calls."""
     without: Mapping[str, str] = field(default_factory=dict)
@@ -272,6 +273,10 @@ class Contract:
         """The public call, as text."""
         arguments = [spec.name for spec in self.inputs]
         return f"{self.name}({', '.join([*arguments, *(['*'] if self.options else []), *self.options])})"
+
+    def sharding(self, name: str) -> Sharding:
+        """The way of that name in which tensors lie over ranks; with an empty one, the first."""
+        return self.shardings[name or next(iter(self.shardings))]
 
     def regime(self, name: str) -> Regime:
         """The regime of that name."""

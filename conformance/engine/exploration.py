@@ -16,9 +16,9 @@ from gaugeblock.conformance.engine.inputs.coverage import Demand, few_visits, la
 from gaugeblock.conformance.engine.judging.judge import Violation, describe_statistics, name_worst
 from gaugeblock.conformance.engine.judging.verdict import Failure, Status, Verdict
 from gaugeblock.conformance.engine.processes.handle import Lost
-from gaugeblock.conformance.engine.processes.ranks import fit
 from gaugeblock.conformance.engine.processes.seats import Seat
 from gaugeblock.conformance.engine.registry import is_built_in
+from gaugeblock.conformance.engine.shardings import fit
 from gaugeblock.conformance.engine.trial import Ledger, OutOfTime, Property, Subject, Trial, violation_of
 
 WARNING = 0.9  # of a limit: a right implementation has an rms of about 1 deviation, which is 0.83 of its limit
@@ -147,7 +147,7 @@ def _fitted(subject: Subject, prop: Property) -> Callable[[Case], Case]:
     if not subject.implementation.world_sizes:
         return lambda case: case
     most = max(prop.world_sizes(subject.implementation))
-    return lambda case: case.replace(**fit(subject.contract, case.parameters, most))
+    return lambda case: case.replace(**fit(subject.sharding, case.parameters, most))
 
 
 def pooled_violation(ledger: Ledger) -> Violation | None:
@@ -248,7 +248,7 @@ def size_of(case: Case) -> tuple[float, str]:
 def check(subject: Subject, prop: Property, case: Case, ledger: Ledger) -> Violation | None:
     """One property on one case, at each number of devices that it is about."""
     for size in prop.world_sizes(subject.implementation):
-        fitting = Case(**{**case.to_json(), **fit(subject.contract, case.parameters, size)}) if size else case
+        fitting = Case(**{**case.to_json(), **fit(subject.sharding, case.parameters, size)}) if size else case
         violation = violation_of(prop, Trial(subject, fitting, ledger, size))
         if violation is not None:
             if size:

@@ -53,6 +53,8 @@ class Implementation:
     world_sizes: tuple[int, ...] = ()
     """Numbers of devices that it runs on; it is called with `mesh` too, of one dimension "ranks": in PyTorch once per rank, with
     the rank's shard and a `DeviceMesh`; in JAX once, with global arrays and a `Mesh`."""
+    sharding: str = ""
+    """How its tensors lie over the ranks: the name of one of the contract's `shardings`, if not the first."""
     only: str = ""
     """Which sizes and options it takes, if not all: an expression of their names, such as `hidden_size % 8 == 0`."""
     memory_gib: float = 8.0

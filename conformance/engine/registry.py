@@ -41,8 +41,8 @@ def implements(contract: str, *, name: str, **claims: Any) -> Callable[[Function
         contract: A contract's name, e.g. `"routers.softmax_topk"` (`gaugeblock list` shows them).
         name: How the report calls the implementation.
         **claims: Fields of `Implementation`: `framework`, `dtypes`, `devices`, `rounding`, `differentiable`,
-            `deterministic`, `batch_invariant`, `validates`, `assumes_zero_masked_lanes`, `jit`, `world_sizes`, `only`,
-            `memory_gib`, `kind`.
+            `deterministic`, `batch_invariant`, `validates`, `assumes_zero_masked_lanes`, `jit`, `world_sizes`, `sharding`,
+            `only`, `memory_gib`, `kind`.
 
     Raises:
         RegistrationError: If the contract, a claim, a claim's value, or the function's signature is wrong, or the name is
@@ -113,6 +113,11 @@ def _check_claims(contract: str, name: str, claims: dict[str, Any]) -> None:
         if claim == "world_sizes":
             _check_world_sizes(contract, name, value)
             continue
+        if claim == "sharding":
+            ways = find_contract(contract).shardings
+            if value and value not in ways:
+                raise RegistrationError(f"{contract} ({name}): no sharding {value!r}, only {', '.join(ways) or 'none'}")
+            continue
         if claim == "memory_gib":
             if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 2**20:
                 raise RegistrationError(f"{contract} ({name}): memory_gib must be a positive number, got {value!r}")
@@ -132,7 +137,7 @@ def _check_world_sizes(contract: str, name: str, value: Any) -> None:
     sizes = (value,) if isinstance(value, int) else value
     if not isinstance(sizes, tuple | list) or not all(isinstance(each, int) and each >= 1 for each in sizes):
         raise RegistrationError(f"{contract} ({name}): world_sizes must be positive integers, got {value!r}")
-    if sizes and not find_contract(contract).sharded:
+    if sizes and not find_contract(contract).shardings:
         raise RegistrationError(f"{contract} ({name}): world_sizes={value!r}, but the contract does not shard its inputs")
 
 

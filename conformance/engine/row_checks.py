@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from gaugeblock.conformance.engine.property_names import property_names
+from gaugeblock.conformance.engine.shardings import Blocks
 from gaugeblock.conformance.engine.suggestion import suggest
 from gaugeblock.conformance.engine.vocabulary import DTYPES
 
@@ -27,7 +28,7 @@ def check_row(row: "Contract") -> None:
     Raises:
         ContractError: With the row's name, the field, what was expected and what stands there.
     """
-    for check in (names, landmarks, shapes, dimensions, choice, steps, values, classes, rejections, exceptions):
+    for check in (names, landmarks, shapes, dimensions, shardings, choice, steps, values, classes, rejections, exceptions):
         for wrong in check(row):
             raise ContractError(f"{row.name}: {wrong}")
 
@@ -87,7 +88,8 @@ def _tensor(place: str, spec: "Input", known: Mapping[str, Any]) -> Iterator[str
 def dimensions(row: "Contract") -> Iterator[str]:
     """What is said of a dimension is said of one that there is; options are parameters."""
     shaped = {each for spec in (*row.inputs, *row.outputs) for each in spec.shape if isinstance(each, str)}
-    for field, dimension in (("batch", row.batch), *(("sharded", each) for each in row.sharded)):
+    split = [(f"shardings[{name!r}]", each) for name, sharding in row.shardings.items() for each in sharding]
+    for field, dimension in (("batch", row.batch), *split):
         if dimension not in shaped:
             yield f"{field}: no input or output has the dimension {dimension!r}{suggest(dimension, shaped)}"
     needed = [("options", each) for each in row.options if row.configure is None]
@@ -95,6 +97,21 @@ def dimensions(row: "Contract") -> Iterator[str]:
     for field, name in needed:
         if name not in row.landmarks[0]:
             yield f"{field}: landmarks lack {name!r}{suggest(name, row.landmarks[0])}"
+
+
+def shardings(row: "Contract") -> Iterator[str]:
+    """A tensor is split along one dimension, blocks follow what is split evenly, and implementations name what there is."""
+    for name, sharding in row.shardings.items():
+        for spec in (*row.inputs, *row.outputs):
+            split = [each for each in spec.shape if each in sharding]
+            if len(split) > 1:
+                yield f"shardings[{name!r}]: expected one dimension of {spec.name} to be split, got {split}"
+        for dimension, share in sharding.items():
+            if isinstance(share, Blocks) and (found := sharding.get(share.of)) != "even":
+                yield f"shardings[{name!r}][{dimension!r}]: expected {share.of!r} to be split evenly, got {found!r}"
+    for each in row.implementations:
+        if (each.world_sizes or each.sharding) and (each.sharding or not row.shardings) and each.sharding not in row.shardings:
+            yield f"implementations[{each.name!r}]: no sharding {each.sharding!r}{suggest(each.sharding, row.shardings)}"
 
 
 def choice(row: "Contract") -> Iterator[str]:

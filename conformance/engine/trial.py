@@ -25,6 +25,7 @@ from gaugeblock.conformance.engine.processes.handle import Lost
 from gaugeblock.conformance.engine.processes.perform import Conditions, Findings
 from gaugeblock.conformance.engine.processes.seats import Seat
 from gaugeblock.conformance.engine.registry import find_contract
+from gaugeblock.conformance.engine.shardings import Sharding
 from gaugeblock.conformance.engine.vocabulary import DEVICES, FRAMEWORKS, ROUNDINGS, Device, Framework, Rounding, Tensors
 
 
@@ -45,6 +46,11 @@ class Subject:
         """The contract that it claims to fulfil, with such sizes and options alone as it takes."""
         contract = find_contract(self.implementation.contract)
         return narrowed(contract, self.implementation.only) if self.implementation.only else contract
+
+    @property
+    def sharding(self) -> Sharding:
+        """How its tensors lie over ranks."""
+        return find_contract(self.implementation.contract).sharding(self.implementation.sharding)
 
     @property
     def on_ranks(self) -> bool:

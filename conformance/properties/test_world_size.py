@@ -4,7 +4,7 @@ from gaugeblock.conformance.engine.properties import conformance_property
 from gaugeblock.conformance.engine.trial import Trial
 
 
-@conformance_property(needs=("world_sizes",), requires=("sharded",), weight=0.5, every_world_size=True, every_dtype=True)
+@conformance_property(needs=("world_sizes",), requires=("shardings",), weight=0.5, every_world_size=True, every_dtype=True)
 def test_world_size(trial: Trial) -> None:
     """On every number of devices the result is the oracle's, also where devices have no part of the batch."""
     size = trial.world_size

@@ -134,11 +134,20 @@ def explain(contract: Contract, properties: Sequence["Property"], console: Conso
     )
     workloads = [[each.name, _parameters(each.parameters), each.source] for each in contract.workloads]
     _table("workloads", workloads, console)
+    _table("how tensors may lie over ranks, what is not split being whole on each", _shardings(contract), console)
     claimed = [
         [each.name, each.kind, each.framework, ", ".join(each.dtypes), ", ".join(each.devices), each.rounding]
         for each in implementations(contract.name)
     ]
     _table("implementations", claimed, console)
+
+
+def _shardings(contract: Contract) -> list[list[str]]:
+    shares = {"even": "split evenly", "uneven": "split, evenly or not"}
+    return [
+        [name, ", ".join(f"{dimension}: {shares.get(str(share), share)}" for dimension, share in sharding.items())]
+        for name, sharding in contract.shardings.items()
+    ]
 
 
 def _section(title: str, lines: Sequence[str], console: Console) -> None:

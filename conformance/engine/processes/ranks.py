@@ -25,6 +25,7 @@ from gaugeblock.conformance.engine.processes.door import Door
 from gaugeblock.conformance.engine.processes.handle import START_SECONDS, Answer, Lost, Process, candidates_part, place_in
 from gaugeblock.conformance.engine.processes.messages import Group
 from gaugeblock.conformance.engine.processes.perform import Conditions, Findings
+from gaugeblock.conformance.engine.shardings import Sharding, alike, part, split_along, whole
 from gaugeblock.conformance.engine.vocabulary import Parameters, Tensors
 
 PATIENCE_SECONDS = 20.0  # without any rank coming back, until all are taken to be stuck
@@ -61,6 +62,7 @@ class Ranks:
     def call(
         self,
         contract: Contract,
+        sharding: Sharding,
         parameters: Parameters,
         implementation: Implementation,
         call: Call,
@@ -76,19 +78,21 @@ class Ranks:
             Violation: If what they return does not fit together.
         """
         ranks = self.processes[: conditions.world_size]
-        shards = [_shard(contract, parameters, call, rank, len(ranks)) for rank in range(len(ranks))]
+        shards = [_shard(contract, sharding, parameters, call, rank, len(ranks)) for rank in range(len(ranks))]
         finish = [
             process.send_call(implementation, shard, conditions, most_bytes, **how)
             for process, shard in zip(ranks, shards, strict=True)
         ]
         answers = self._gather(ranks, finish, f"{implementation.contract} {implementation.name}")
-        return Answer(_whole(contract, parameters, [each.results for each in answers]), _all_findings(answers))
+        return Answer(_whole(contract, sharding, parameters, [each.results for each in answers]), _all_findings(answers))
 
-    def again(self, contract: Contract, parameters: Parameters, size: int, number: int, most_bytes: int) -> Tensors:
+    def again(
+        self, contract: Contract, sharding: Sharding, parameters: Parameters, size: int, number: int, most_bytes: int
+    ) -> Tensors:
         """What now stands in the memory of the results of an earlier call."""
         last = self.number
         parts = [each.again(each.number - (last - number), most_bytes) for each in self.processes[:size]]
-        return _whole(contract, parameters, parts)
+        return _whole(contract, sharding, parameters, parts)
 
     def printed(self) -> str:
         """What the ranks have printed since this was last asked."""
@@ -247,57 +251,47 @@ def _meeting() -> LocalMeeting | TorchrunMeeting:
     return _meetings[0]
 
 
-def _shard(contract: Contract, parameters: Parameters, call: Call, rank: int, size: int) -> Call:
+def _shard(contract: Contract, sharding: Sharding, parameters: Parameters, call: Call, rank: int, size: int) -> Call:
     specs = contract.specs(parameters)
 
     def shards(tensors: Tensors) -> Tensors:
         shapes = {key: specs[key].shape if key in specs else () for key in tensors}
-        return {key: _part(tensor, shapes[key], contract.sharded, rank, size) for key, tensor in tensors.items()}
+        return {
+            key: part(each, shapes[key], sharding, rank, size) if isinstance(each, torch.Tensor) else each
+            for key, each in tensors.items()
+        }
 
     cotangents = None if call.cotangents is None else shards(call.cotangents)
     return replace(call, inputs=shards(call.inputs), cotangents=cotangents)
 
 
-def _part(tensor: Any, shape: tuple[object, ...], sharded: Mapping[str, Any], rank: int, size: int) -> Any:
-    for place, name in enumerate(shape):
-        if name in sharded and isinstance(tensor, torch.Tensor) and place < tensor.ndim:
-            tensor = tensor.tensor_split(size, dim=place)[rank]
-    return tensor
-
-
-def fit(contract: Contract, parameters: Parameters, size: int) -> dict[str, Any]:
-    """Parameters with those sizes rounded up that must divide evenly among the ranks."""
-    even = {name for name, share in contract.sharded.items() if share == "even"}
-    return {name: -(-value // size) * size if name in even else value for name, value in parameters.items()}
-
-
-def _whole(contract: Contract, parameters: Parameters, parts: list[Tensors]) -> Tensors:
+def _whole(contract: Contract, sharding: Sharding, parameters: Parameters, parts: list[Tensors]) -> Tensors:
     """The results of all ranks put together."""
     specs = contract.specs(parameters)
     for rank, each in enumerate(parts):
         if each.keys() != parts[0].keys():
             raise Violation(f"rank {rank} returns {', '.join(each)}, rank 0 {', '.join(parts[0])}")
-    whole = {}
+    results = {}
     for key in parts[0]:
         name = key.removeprefix(GRADIENT)
         shape = specs[name].shape if name in specs else ()
-        along = [place for place, dimension in enumerate(shape) if dimension in contract.sharded]
-        whole[key] = join(key, [each[key] for each in parts], along)
-    return whole
+        results[key] = join(key, [each[key] for each in parts], shape, sharding)
+    return results
 
 
-def join(key: str, parts: list[torch.Tensor], along: list[int]) -> torch.Tensor:
-    """One result of all ranks: shards in their order, gradients of what all have added up, or what all have alike."""
-    if along:
+def join(key: str, parts: list[torch.Tensor], shape: tuple[object, ...], sharding: Sharding) -> torch.Tensor:
+    """One result of all ranks: shards in their order, or what all have alike.
+
+    Raises:
+        Violation: If shards do not fit together, or ranks have not alike what they must.
+    """
+    if split_along(sharding, shape) is not None:
         try:
-            return torch.cat(parts, dim=along[0])
-        except (RuntimeError, IndexError):
-            shapes = ", ".join(str(tuple(part.shape)) for part in parts)
-            raise Violation(f"{key}: the ranks' shards do not fit together: {shapes}") from None
-    if key.startswith(GRADIENT):
-        return torch.stack(parts).sum(0)
-    for rank, part in enumerate(parts[1:], 1):
-        if part.shape != parts[0].shape or not torch.equal(part.nan_to_num(), parts[0].nan_to_num()):
+            return whole(parts, shape, sharding)
+        except ValueError as error:
+            raise Violation(f"{key}: {error}") from None
+    for rank, each in enumerate(parts[1:], 1):
+        if not alike(each, parts[0]):
             raise Violation(f"{key} of rank {rank} differs from that of rank 0, though every rank must have it alike")
     return parts[0]
 

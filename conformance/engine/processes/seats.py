@@ -45,7 +45,8 @@ class Seat:
         implementation, most_bytes = self.subject.implementation, _most_bytes(self.subject.contract, parameters, call)
         if self.subject.on_ranks:
             ranks = self._ranks()
-            return ranks.call(self.subject.contract, parameters, implementation, call, conditions, most_bytes, **how)
+            where = self.subject.contract, self.subject.sharding, parameters
+            return ranks.call(*where, implementation, call, conditions, most_bytes, **how)
         if self._is_here():
             if self.subject.device != "cpu":
                 call = _moved(call, self.subject.device)
@@ -69,7 +70,7 @@ class Seat:
         """What now stands in the memory of the results of an earlier call, of the last few."""
         contract = self.subject.contract
         if self.subject.on_ranks:
-            return self._ranks().again(contract, parameters, self.world_size, call, GIB)
+            return self._ranks().again(contract, self.subject.sharding, parameters, self.world_size, call, GIB)
         if self._is_here():
             return {key: tensor.cpu().clone() for key, tensor in call.items()}
         return self._process().again(call, GIB)

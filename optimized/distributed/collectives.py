@@ -1,0 +1,132 @@
+"""Rows between ranks, forward and backward: moved, gathered, and added up in the order of the ranks.
+
+A sum over ranks is one exchange, in which each rank gets all ranks' parts of its share of the rows, and adds them up in the order
+of the ranks; where all need all of it, a second one gathers the shares. That moves what a ring would. But a ring, as gloo and
+NCCL have it, begins each share's sum at another rank, so that a row's bits would depend on its place in the batch.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.autograd.function import once_differentiable
+
+from gaugeblock.reference.torch.precision import at_least_float32
+
+
+def exchange(rows: torch.Tensor, sent: Sequence[int], received: Sequence[int], group: dist.ProcessGroup) -> torch.Tensor:
+    """Send rows, sorted by rank, `sent[r]` of them to rank r; return those of all ranks, `received[r]` from rank r."""
+    arrived = rows.new_empty(sum(received), *rows.shape[1:])
+    dist.all_to_all_single(arrived, rows.contiguous(), list(received), list(sent), group=group)
+    return arrived
+
+
+def gather_rows(rows: torch.Tensor, sizes: Sequence[int], group: dist.ProcessGroup) -> torch.Tensor:
+    """Return the rows of all ranks, in the order of the ranks; `sizes[r]` of rank r, padded on the way to the most of any."""
+    most = max(sizes)
+    if most == 0:
+        return rows
+    padded = rows.new_zeros(most, *rows.shape[1:])
+    padded[: len(rows)] = rows
+    of_ranks = rows.new_empty(len(sizes) * most, *rows.shape[1:])
+    dist.all_gather_into_tensor(of_ranks, padded, group=group)
+    return torch.cat([each[:size] for each, size in zip(of_ranks.split(most), sizes, strict=True)])
+
+
+def sum_rows(rows: torch.Tensor, sizes: Sequence[int], group: dist.ProcessGroup) -> torch.Tensor:
+    """Add up all ranks' rows, sorted by the rank that wants them, `sizes[r]` by rank r; return this rank's."""
+    mine = sizes[dist.get_rank(group)]
+    parts = exchange(rows, sizes, [mine] * len(sizes), group).unflatten(0, (len(sizes), mine)).unbind()
+    total = parts[0]
+    for part in parts[1:]:  # not torch.sum, which adds up in an order of its own
+        total = total + part
+    return total
+
+
+def sum_over_ranks(rows: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+    """Add up what all ranks have, as many rows on each; return all of it, the same bits on every rank."""
+    ranks = dist.get_world_size(group)
+    if ranks == 1 or not len(rows):
+        return rows
+    share = -(-len(rows) // ranks)
+    padded = torch.cat([rows, rows.new_zeros(share * ranks - len(rows), *rows.shape[1:])])
+    return gather_rows(sum_rows(padded, [share] * ranks, group), [share] * ranks, group)[: len(rows)]
+
+
+class SumOverRanks(torch.autograd.Function):
+    """Rows that every rank has a part of, added up; each rank then has all of it, and the gradient of all of it."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+        return sum_over_ranks(rows, group)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_rows: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return d_rows, None
+
+
+class SumOfRows(torch.autograd.Function):
+    """Parts of all ranks' rows, added up in float32 at least; each rank gets its own rows, rounded once."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: torch.Tensor, dtype: torch.dtype, sizes: Sequence[int], group: dist.ProcessGroup) -> torch.Tensor:
+        ctx.sizes, ctx.group, ctx.dtype = sizes, group, rows.dtype
+        return sum_rows(rows, sizes, group).to(dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_rows: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        return gather_rows(d_rows, ctx.sizes, ctx.group).to(ctx.dtype), None, None, None
+
+
+def replicated(group: dist.ProcessGroup, *rows: torch.Tensor) -> list[torch.Tensor]:
+    """Take what every rank has alike, [num_rows, ...] each, as float32 at least; gradients are added up over the ranks.
+
+    They arrive in float32 and are rounded once they are added up; all of them travel in one exchange.
+    """
+    tracked = [each for each in rows if each.requires_grad]
+    wanted = iter(_Replicated.apply(group, *tracked) if tracked else ())
+    return [next(wanted) if each.requires_grad else at_least_float32(each) for each in rows]
+
+
+class _Replicated(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, group: dist.ProcessGroup, *rows: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        ctx.group, ctx.dtypes = group, [each.dtype for each in rows]
+        return tuple(at_least_float32(each) for each in rows)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *d_rows: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        return None, *_together(d_rows, ctx.dtypes, lambda rows: sum_over_ranks(rows, ctx.group))
+
+
+def gathered(sizes: Sequence[int], group: dist.ProcessGroup, *rows: torch.Tensor) -> list[torch.Tensor]:
+    """Gather what each rank has a part of, in its dtype, and take it as float32 at least.
+
+    Gradients are added up over the ranks, each rank getting those of its own rows, in one exchange.
+    """
+    tracked = [each for each in rows if each.requires_grad]
+    wanted = iter(_Gathered.apply(sizes, group, *tracked) if tracked else ())
+    return [next(wanted) if each.requires_grad else at_least_float32(gather_rows(each, sizes, group)) for each in rows]
+
+
+class _Gathered(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, sizes: Sequence[int], group: dist.ProcessGroup, *rows: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        ctx.sizes, ctx.group, ctx.dtypes = sizes, group, [each.dtype for each in rows]
+        return tuple(at_least_float32(gather_rows(each, sizes, group)) for each in rows)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *d_rows: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        return None, None, *_together(d_rows, ctx.dtypes, lambda rows: sum_rows(rows, ctx.sizes, ctx.group))
+
+
+def _together(tensors: Sequence[torch.Tensor], dtypes: Sequence[torch.dtype], summed: Any) -> list[torch.Tensor]:
+    """Add up tensors of two dimensions and as many rows side by side, then round each."""
+    total = summed(torch.cat([*tensors], dim=1))
+    parts = total.split([each.shape[1] for each in tensors], dim=1)
+    return [part.to(dtype) for part, dtype in zip(parts, dtypes, strict=True)]
