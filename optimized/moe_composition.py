@@ -1,7 +1,7 @@
 """MoE layers composed of routers and experts, which another module brings: kernels, CPU schedules, or experts on many ranks.
 
-What a realm brings is a namespace of functions by the names of the operations. Experts take `out_dtype`, so that what is added to
-their sums is added before it is rounded.
+What a realm brings is a namespace of functions by the names of the operations, `router_logits`, and `num_holders`, among how many
+ranks the experts are split. Experts take `out_dtype`, so that what is added to their sums is added before it is rounded.
 """
 
 from collections.abc import Mapping
@@ -17,8 +17,8 @@ State = Mapping[str, torch.Tensor]
 
 def qwen3_moe(parts: Any, hidden_states: torch.Tensor, state: State, *, top_k: int, renormalize: bool) -> Layer:
     """As `gaugeblock.reference.torch.moe_layers.qwen3_moe`, of these parts."""
-    validation.mixtral_moe(hidden_states, state, top_k)
-    logits = router_logits(hidden_states, state["gate.weight"])
+    validation.mixtral_moe(hidden_states, state, top_k, parts.num_holders)
+    logits = parts.router_logits(hidden_states, state["gate.weight"])
     routing = parts.softmax_topk(logits, top_k=top_k, renormalize=renormalize)
     out = parts.fused_swiglu(hidden_states, state["experts.gate_up_proj"], state["experts.down_proj"], *routing)
     return out, logits, routing[1]
@@ -31,8 +31,8 @@ def mixtral_moe(parts: Any, hidden_states: torch.Tensor, state: State, *, top_k:
 
 def qwen2_moe(parts: Any, hidden_states: torch.Tensor, state: State, *, top_k: int, renormalize: bool) -> Layer:
     """As `gaugeblock.reference.torch.moe_layers.qwen2_moe`, of these parts."""
-    validation.qwen2_moe(hidden_states, state, top_k)
-    logits = router_logits(hidden_states, state["gate.weight"])
+    validation.qwen2_moe(hidden_states, state, top_k, parts.num_holders)
+    logits = parts.router_logits(hidden_states, state["gate.weight"])
     routing = parts.softmax_topk(logits, top_k=top_k, renormalize=renormalize)
 
     dtype = accurate_dtype(hidden_states)

@@ -9,7 +9,7 @@ from gaugeblock.conformance.contracts import routed_layers as of_layers
 from gaugeblock.conformance.contracts.routed_layers import GATE, W2, W13
 from gaugeblock.conformance.engine.contract import Contract, Rejection, Selection, Workload, row
 from gaugeblock.conformance.engine.factors import either
-from gaugeblock.conformance.engine.implementation import compiled, jax, triton
+from gaugeblock.conformance.engine.implementation import compiled, distributed, jax, triton
 from gaugeblock.conformance.engine.inputs.bad_calls import changed
 from gaugeblock.conformance.engine.inputs.draw import Draw
 from gaugeblock.conformance.engine.vocabulary import Parameters, Tensors
@@ -54,11 +54,13 @@ def mixtral_moe() -> Contract:
         formulas=(_softmax_of_chosen,),
         selection=Selection("topk_ids", scores, "top_k"),
         relabel=of_experts.shuffled,
+        shardings=of_experts.SHARDINGS,
         rejections=of_layers.rejections(),
         implementations=(
             triton(),
             compiled("torch-grouped"),
             jax("jax-grouped"),
+            of_experts.EXPERT_PARALLEL,
         ),
     )
 
@@ -99,8 +101,9 @@ def qwen3_moe() -> Contract:
         ),
         selection=Selection("topk_ids", scores, "top_k"),
         relabel=of_experts.shuffled,
+        shardings=of_experts.SHARDINGS,
         rejections=of_layers.rejections(),
-        implementations=(triton(), compiled("torch-grouped")),
+        implementations=(triton(), compiled("torch-grouped"), of_experts.EXPERT_PARALLEL),
     )
 
 
@@ -143,11 +146,23 @@ def qwen2_moe() -> Contract:
         ),
         selection=Selection("topk_ids", scores, "top_k"),
         relabel=of_experts.shuffled,
+        shardings=of_experts.SHARDINGS,
         rejections=(
             *of_layers.rejections(),
             Rejection("a shared expert of two widths", SHARED_DOWN, changed(f"state/{SHARED_DOWN}", lambda each: each[:, :-1])),
         ),
-        implementations=(triton(), compiled("torch-grouped")),
+        implementations=(
+            triton(),
+            compiled("torch-grouped"),
+            of_experts.EXPERT_PARALLEL,
+            distributed("gathered-tokens", "moe_layers:qwen2_moe_gathered", **of_experts.ON_RANKS),
+            distributed(
+                "replicated-tokens", "moe_layers:qwen2_moe_replicated", sharding="replicated_tokens", **of_experts.ON_RANKS
+            ),
+            distributed(
+                "tensor-parallel", "moe_layers:qwen2_moe_tensor_parallel", sharding="tensor_parallel", **of_experts.ON_RANKS
+            ),
+        ),
     )
 
 

@@ -29,7 +29,7 @@ ROUTED: Entries = {GATE: lambda drawn: drawn["gate"], W13: lambda drawn: drawn["
 
 OUTPUTS = (
     Output("hidden_states_out", ("num_tokens", "hidden_size"), differentiable=True),
-    Output("router_logits", ("num_tokens", "num_experts"), dtype="float32", differentiable=True),
+    Output("router_logits", ("num_tokens", "num_experts"), dtype="float32", differentiable=True, whole=("num_experts",)),
     Output("topk_ids", ("num_tokens", "top_k"), dtype="int64", indexes="num_experts"),
 )
 
@@ -44,8 +44,13 @@ def shared_entries(prefix: str) -> Entries:
 
 
 def inputs(axes_of: StateAxes) -> tuple[Input, ...]:
-    """The tokens and the parameters of a layer."""
-    leaves = {name: Input(name, tuple(1 if axis == "one" else axis for axis in axes)) for name, axes in sorted(axes_of.items())}
+    """The tokens and the parameters of a layer; what is not an expert's is whole on every rank."""
+
+    def leaf(name: str, axes: tuple[str, ...]) -> Input:
+        shape = tuple(1 if axis == "one" else axis for axis in axes)
+        return Input(name, shape, whole=() if name.startswith("experts.") else axes)
+
+    leaves = {name: leaf(name, axes_of[name]) for name in sorted(axes_of)}
     return of_experts.HIDDEN_STATES, Input("state", differentiable=True, leaves=lambda parameters: leaves)
 
 

@@ -55,6 +55,13 @@ class Input:
     """The dimension whose indices its values are (`topk_ids` indexes `"num_experts"`), if any."""
     leaves: Callable[[Parameters], Mapping[str, "Input"]] | None = None
     """Of a dict of tensors (a state dict): its tensors by name, at given sizes."""
+    whole: tuple[str, ...] = ()
+    """Dimensions that every rank has whole, whatever a sharding says of their names: a router's, where experts are spread."""
+
+    @property
+    def spread(self) -> tuple[str | int | Derived, ...]:
+        """The shape, without the names of dimensions that every rank has whole."""
+        return tuple("" if each in self.whole else each for each in self.shape)
 
     def sizes(self, parameters: Parameters) -> tuple[int, ...]:
         """The shape in numbers."""

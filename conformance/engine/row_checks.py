@@ -85,9 +85,15 @@ def _tensor(place: str, spec: "Input", known: Mapping[str, Any]) -> Iterator[str
         yield f"{place}: unknown dtype {spec.dtype!r}{suggest(spec.dtype, ('tested', *FIXED_DTYPES))}"
 
 
+def _tensors(row: "Contract") -> Iterator["Input"]:
+    """Inputs and outputs, and of dicts what is in them."""
+    for spec in (*row.inputs, *row.outputs):
+        yield from (spec.leaves(row.landmarks[0]).values() if spec.leaves else [spec])
+
+
 def dimensions(row: "Contract") -> Iterator[str]:
     """What is said of a dimension is said of one that there is; options are parameters."""
-    shaped = {each for spec in (*row.inputs, *row.outputs) for each in spec.shape if isinstance(each, str)}
+    shaped = {each for spec in _tensors(row) for each in spec.shape if isinstance(each, str)}
     split = [(f"shardings[{name!r}]", each) for name, sharding in row.shardings.items() for each in sharding]
     for field, dimension in (("batch", row.batch), *split):
         if dimension not in shaped:
@@ -102,8 +108,8 @@ def dimensions(row: "Contract") -> Iterator[str]:
 def shardings(row: "Contract") -> Iterator[str]:
     """A tensor is split along one dimension, blocks follow what is split evenly, and implementations name what there is."""
     for name, sharding in row.shardings.items():
-        for spec in (*row.inputs, *row.outputs):
-            split = [each for each in spec.shape if each in sharding]
+        for spec in _tensors(row):
+            split = [each for each in spec.spread if each in sharding]
             if len(split) > 1:
                 yield f"shardings[{name!r}]: expected one dimension of {spec.name} to be split, got {split}"
         for dimension, share in sharding.items():

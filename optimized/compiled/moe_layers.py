@@ -20,6 +20,8 @@ def gated_shared_swiglu(*inputs: torch.Tensor, out_dtype: torch.dtype) -> torch.
 
 
 PARTS = SimpleNamespace(
+    num_holders=1,
+    router_logits=moe_composition.router_logits,
     softmax_topk=routers.softmax_topk,
     fused_swiglu=experts.fused_swiglu,
     gated_shared_swiglu=gated_shared_swiglu,

@@ -5,7 +5,7 @@ of the ranks; where all need all of it, a second one gathers the shares. That mo
 NCCL have it, begins each share's sum at another rank, so that a row's bits would depend on its place in the batch.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -17,9 +17,23 @@ from gaugeblock.reference.torch.precision import at_least_float32
 
 def exchange(rows: torch.Tensor, sent: Sequence[int], received: Sequence[int], group: dist.ProcessGroup) -> torch.Tensor:
     """Send rows, sorted by rank, `sent[r]` of them to rank r; return those of all ranks, `received[r]` from rank r."""
-    arrived = rows.new_empty(sum(received), *rows.shape[1:])
-    dist.all_to_all_single(arrived, rows.contiguous(), list(received), list(sent), group=group)
-    return arrived
+    return begin_exchange(rows, sent, received, group)()
+
+
+def begin_exchange(
+    rows: torch.Tensor, sent: Sequence[int], received: Sequence[int], group: dist.ProcessGroup
+) -> Callable[[], torch.Tensor]:
+    """Begin an `exchange`; what is returned waits for its end, and then returns the rows."""
+    leaving, arrived = rows.contiguous(), rows.new_empty(sum(received), *rows.shape[1:])
+    work = dist.all_to_all_single(arrived, leaving, list(received), list(sent), group=group, async_op=True)
+
+    def wait() -> torch.Tensor:
+        if work is not None:  # none on one rank of some backends
+            work.wait()
+        leaving.detach()  # held until now
+        return arrived
+
+    return wait
 
 
 def gather_rows(rows: torch.Tensor, sizes: Sequence[int], group: dist.ProcessGroup) -> torch.Tensor:
@@ -81,26 +95,29 @@ class SumOfRows(torch.autograd.Function):
         return gather_rows(d_rows, ctx.sizes, ctx.group).to(ctx.dtype), None, None, None
 
 
-def replicated(group: dist.ProcessGroup, *rows: torch.Tensor) -> list[torch.Tensor]:
-    """Take what every rank has alike, [num_rows, ...] each, as float32 at least; gradients are added up over the ranks.
+def replicated(group: dist.ProcessGroup, *tensors: torch.Tensor) -> list[torch.Tensor]:
+    """Take what every rank has alike, of any shapes, as float32 at least; gradients are added up over the ranks.
 
     They arrive in float32 and are rounded once they are added up; all of them travel in one exchange.
     """
-    tracked = [each for each in rows if each.requires_grad]
+    tracked = [each for each in tensors if each.requires_grad]
     wanted = iter(_Replicated.apply(group, *tracked) if tracked else ())
-    return [next(wanted) if each.requires_grad else at_least_float32(each) for each in rows]
+    return [next(wanted) if each.requires_grad else at_least_float32(each) for each in tensors]
 
 
 class _Replicated(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, group: dist.ProcessGroup, *rows: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        ctx.group, ctx.dtypes = group, [each.dtype for each in rows]
-        return tuple(at_least_float32(each) for each in rows)
+    def forward(ctx: Any, group: dist.ProcessGroup, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        ctx.group, ctx.dtypes = group, [each.dtype for each in tensors]
+        return tuple(at_least_float32(each) for each in tensors)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *d_rows: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        return None, *_together(d_rows, ctx.dtypes, lambda rows: sum_over_ranks(rows, ctx.group))
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        total = sum_over_ranks(torch.cat([each.flatten() for each in gradients]), ctx.group)
+        parts = total.split([each.numel() for each in gradients])
+        rounded = [part.view(each.shape).to(dtype) for part, each, dtype in zip(parts, gradients, ctx.dtypes, strict=True)]
+        return None, *rounded
 
 
 def gathered(sizes: Sequence[int], group: dist.ProcessGroup, *rows: torch.Tensor) -> list[torch.Tensor]:

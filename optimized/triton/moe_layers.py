@@ -11,6 +11,8 @@ from gaugeblock.optimized import moe_composition
 from gaugeblock.optimized.triton import experts, routers, shared_experts
 
 PARTS = SimpleNamespace(
+    num_holders=1,
+    router_logits=moe_composition.router_logits,
     softmax_topk=routers.softmax_topk,
     fused_swiglu=experts.fused_swiglu,
     gated_shared_swiglu=shared_experts.gated_shared_swiglu,

@@ -14,18 +14,24 @@ from gaugeblock.reference.validation.arrays import (
 )
 
 
-def mixtral_moe(hidden_states: Any, state: Any, top_k: int) -> None:
+def mixtral_moe(hidden_states: Any, state: Any, top_k: int, num_holders: int = 1) -> None:
     """Check the arguments of `moe_layers.mixtral_moe` and of `moe_layers.qwen3_moe`."""
-    require_layer(hidden_states, state, moe_states.QWEN3, top_k)
+    require_layer(hidden_states, state, moe_states.QWEN3, top_k, num_holders)
 
 
-def qwen2_moe(hidden_states: Any, state: Any, top_k: int) -> None:
+def qwen2_moe(hidden_states: Any, state: Any, top_k: int, num_holders: int = 1) -> None:
     """Check the arguments of `moe_layers.qwen2_moe`."""
-    require_layer(hidden_states, state, moe_states.QWEN2, top_k)
+    require_layer(hidden_states, state, moe_states.QWEN2, top_k, num_holders)
 
 
-def require_layer(hidden_states: Any, state: Any, axes_of: moe_states.StateAxes, top_k: int) -> dict[str, int]:
-    """Check what every layer has; return the sizes by the names of the axes, of which one name is one size."""
+def require_layer(
+    hidden_states: Any, state: Any, axes_of: moe_states.StateAxes, top_k: int, num_holders: int = 1
+) -> dict[str, int]:
+    """Check what every layer has; return the sizes by the names of the axes, of which one name is one size.
+
+    Args:
+        num_holders: Ranks among which the experts are split: of the entries `experts.*` each has as large a part.
+    """
     require_dtype("hidden_states", hidden_states, FLOATING)
     require_shape("hidden_states", hidden_states, num_tokens=None, hidden_size=None)
     require_entry_names("state", state, axes_of)
@@ -34,8 +40,11 @@ def require_layer(hidden_states: Any, state: Any, axes_of: moe_states.StateAxes,
         name, array = f"state[{entry!r}]", state[entry]
         require_dtype(name, array, (dtype_name(hidden_states),))
         require_same_device(name, array, "hidden_states", hidden_states)
-        require_shape(name, array, **{axis: sizes.get(axis) for axis in axes})
-        sizes |= dict(zip(axes, array.shape, strict=True))
+        held = {"num_experts": sizes["num_experts"] // num_holders} if entry.startswith("experts.") else {}
+        require_shape(name, array, **{axis: {**sizes, **held}.get(axis) for axis in axes})
+        sizes = {**dict(zip(axes, array.shape, strict=True)), **sizes}
+        if num_holders > 1 and sizes["num_experts"] % num_holders:
+            raise ValueError(f"num_experts must be a multiple of the ranks ({num_holders}), got {sizes['num_experts']}")
         if "intermediate_size" in sizes:
             sizes["two_intermediate_sizes"] = 2 * sizes["intermediate_size"]
     require_between("top_k", top_k, 1, sizes["num_experts"], "num_experts=")

@@ -255,7 +255,7 @@ def _shard(contract: Contract, sharding: Sharding, parameters: Parameters, call:
     specs = contract.specs(parameters)
 
     def shards(tensors: Tensors) -> Tensors:
-        shapes = {key: specs[key].shape if key in specs else () for key in tensors}
+        shapes = {key: specs[key].spread if key in specs else () for key in tensors}
         return {
             key: part(each, shapes[key], sharding, rank, size) if isinstance(each, torch.Tensor) else each
             for key, each in tensors.items()
@@ -274,7 +274,7 @@ def _whole(contract: Contract, sharding: Sharding, parameters: Parameters, parts
     results = {}
     for key in parts[0]:
         name = key.removeprefix(GRADIENT)
-        shape = specs[name].shape if name in specs else ()
+        shape = specs[name].spread if name in specs else ()
         results[key] = join(key, [each[key] for each in parts], shape, sharding)
     return results
 

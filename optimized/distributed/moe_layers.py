@@ -1,0 +1,132 @@
+"""MoE layers over ranks: each routes its own tokens, and the experts lie on all ranks in one of the ways of `experts*.py`.
+
+| way | a rank has | |
+|---|---|---|
+| all_to_all | some of the tokens, some experts | `experts.py` |
+| all_gather | some of the tokens, some experts | `experts_gathered_tokens.py` |
+| replicated_tokens | all tokens, some experts | `experts_replicated_tokens.py` |
+| tensor_parallel | all tokens, a slice of each expert | `experts_tensor_parallel.py` |
+
+The router, and the expert that all tokens pass, are whole on every rank. Where ranks have different tokens, their gradients are
+added up over the ranks in float32, in the order of the ranks; else each rank has them whole. A call that is bad on one rank
+raises on all: what is found before the experts run is told in their agreement.
+
+Each is the operation of its name in `gaugeblock.reference.torch`, called on every rank with its part of the tokens and of the
+entries `experts.*` of `state`, and `mesh`, which has one dimension. Differentiable once, in hidden_states and all of `state`.
+"""
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch.distributed.device_mesh import DeviceMesh
+
+from gaugeblock.optimized import moe_composition
+from gaugeblock.optimized.distributed import (
+    expert_calls,
+    expert_exchange,
+    experts_gathered_tokens,
+    experts_replicated_tokens,
+    experts_tensor_parallel,
+)
+from gaugeblock.optimized.distributed.collectives import replicated
+from gaugeblock.optimized.distributed.expert_calls import ExpertCall
+from gaugeblock.reference.torch import experts as reference
+from gaugeblock.reference.torch import routers
+from gaugeblock.reference.torch.precision import at_least_float32
+
+
+class Way(NamedTuple):
+    """How experts are spread over ranks."""
+
+    sum_of_experts: Callable[[ExpertCall, DeviceMesh], torch.Tensor]
+    splits_tokens: bool
+    splits_experts: bool
+
+
+WAYS: Mapping[str, Way] = {
+    "all_to_all": Way(expert_exchange.sum_of_experts, splits_tokens=True, splits_experts=True),
+    "all_gather": Way(experts_gathered_tokens.sum_of_experts, splits_tokens=True, splits_experts=True),
+    "replicated_tokens": Way(experts_replicated_tokens.sum_of_experts, splits_tokens=False, splits_experts=True),
+    "tensor_parallel": Way(experts_tensor_parallel.sum_of_experts, splits_tokens=False, splits_experts=False),
+}
+
+
+class _Parts:
+    """What a layer is composed of, in one call of one rank; the routers are those of one rank."""
+
+    def __init__(self, way: Way, mesh: DeviceMesh) -> None:
+        self.way, self.mesh = way, mesh
+        self.num_holders = mesh.size() if way.splits_experts else 1
+        self.has_told = False
+
+    def __getattr__(self, router: str) -> Callable[..., tuple[torch.Tensor, ...]]:
+        return partial(_route, router)
+
+    def router_logits(self, hidden_states: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        (weight,) = self._whole(weight)
+        return moe_composition.router_logits(hidden_states, weight)
+
+    def fused_swiglu(self, *inputs: torch.Tensor, out_dtype: torch.dtype | None = None) -> torch.Tensor:
+        return self.run(expert_calls.swiglu(*inputs)._replace(out_dtype=out_dtype))
+
+    def gated_shared_swiglu(self, hidden_states: torch.Tensor, *weights: torch.Tensor, out_dtype: torch.dtype) -> torch.Tensor:
+        return reference.gated_shared_swiglu(hidden_states.to(out_dtype), *self._whole(*weights))
+
+    def run(self, call: ExpertCall) -> torch.Tensor:
+        """Run the experts; what is wrong with the call of any rank raises on all."""
+        self.has_told = True
+        return self.way.sum_of_experts(call, self.mesh)
+
+    def _whole(self, *parameters: torch.Tensor) -> list[torch.Tensor]:
+        """What every rank has alike, as float32 at least, with the gradients of all ranks' tokens."""
+        if self.way.splits_tokens:
+            return replicated(self.mesh.get_group(), *parameters)
+        return [at_least_float32(each) for each in parameters]
+
+
+def _route(router: str, router_logits: torch.Tensor, *inputs: torch.Tensor, **options: Any) -> tuple[torch.Tensor, ...]:
+    """Triton's router on a GPU, which has no float64; else the reference."""
+    if router_logits.is_cuda and router_logits.dtype != torch.float64:
+        # imported here, since Triton is an optional package
+        from gaugeblock.optimized.triton import routers as kernels
+
+        return getattr(kernels, router)(router_logits, *inputs, **options)
+    return getattr(routers, router)(router_logits, *inputs, **options)
+
+
+def _layer(
+    composed: Callable[..., moe_composition.Layer],
+    weights: tuple[str, ...],
+    way: str,
+    hidden_states: torch.Tensor,
+    state: moe_composition.State,
+    *,
+    mesh: DeviceMesh,
+    **options: Any,
+) -> moe_composition.Layer:
+    """Run a composed layer on this rank.
+
+    Args:
+        composed: A function of `moe_composition`.
+        weights: What its experts call their weights, by which a rank whose call is bad joins the agreement of the others.
+        way: One of `WAYS`.
+    """
+    expert_calls.require_one_dimension(mesh)
+    parts = _Parts(WAYS[way], mesh)
+    try:
+        return composed(parts, hidden_states, state, **options)
+    except (TypeError, ValueError) as error:
+        if not parts.has_told:
+            parts.run(expert_calls.bad_call(error, weights))
+        raise
+
+
+SWIGLU = ("w13", "w2")
+mixtral_moe = partial(_layer, moe_composition.mixtral_moe, SWIGLU, "all_to_all")
+qwen3_moe = partial(_layer, moe_composition.qwen3_moe, SWIGLU, "all_to_all")
+qwen2_moe = partial(_layer, moe_composition.qwen2_moe, SWIGLU, "all_to_all")
+qwen2_moe_gathered = partial(_layer, moe_composition.qwen2_moe, SWIGLU, "all_gather")
+qwen2_moe_replicated = partial(_layer, moe_composition.qwen2_moe, SWIGLU, "replicated_tokens")
+qwen2_moe_tensor_parallel = partial(_layer, moe_composition.qwen2_moe, SWIGLU, "tensor_parallel")
