@@ -70,6 +70,7 @@ def fused_swiglu() -> Contract:
             compiled("torch-grouped"),
             jax("jax-grouped", dtypes=COMPILED_DTYPES),
             of_experts.EXPERT_PARALLEL,
+            distributed("expert-parallel-overlapped", "experts:fused_swiglu_overlapped", **of_experts.ON_RANKS),
             distributed("gathered-tokens", "experts_gathered_tokens:fused_swiglu", **of_experts.ON_RANKS),
             distributed(
                 "replicated-tokens",

@@ -5,7 +5,7 @@ of the ranks; where all need all of it, a second one gathers the shares. That mo
 NCCL have it, begins each share's sum at another rank, so that a row's bits would depend on its place in the batch.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -17,9 +17,23 @@ from gaugeblock.reference.torch.precision import at_least_float32
 
 def exchange(rows: torch.Tensor, sent: Sequence[int], received: Sequence[int], group: dist.ProcessGroup) -> torch.Tensor:
     """Send rows, sorted by rank, `sent[r]` of them to rank r; return those of all ranks, `received[r]` from rank r."""
-    arrived = rows.new_empty(sum(received), *rows.shape[1:])
-    dist.all_to_all_single(arrived, rows.contiguous(), list(received), list(sent), group=group)
-    return arrived
+    return begin_exchange(rows, sent, received, group)()
+
+
+def begin_exchange(
+    rows: torch.Tensor, sent: Sequence[int], received: Sequence[int], group: dist.ProcessGroup
+) -> Callable[[], torch.Tensor]:
+    """Begin an `exchange`; what is returned waits for its end, and then returns the rows."""
+    leaving, arrived = rows.contiguous(), rows.new_empty(sum(received), *rows.shape[1:])
+    work = dist.all_to_all_single(arrived, leaving, list(received), list(sent), group=group, async_op=True)
+
+    def wait() -> torch.Tensor:
+        if work is not None:  # none on one rank of some backends
+            work.wait()
+        leaving.detach()  # held until now
+        return arrived
+
+    return wait
 
 
 def gather_rows(rows: torch.Tensor, sizes: Sequence[int], group: dist.ProcessGroup) -> torch.Tensor:

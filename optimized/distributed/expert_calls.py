@@ -5,7 +5,7 @@ Shapes: R rows, sorted by expert, H hidden_size, I intermediate_size, F what the
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch.autograd.function import once_differentiable
@@ -17,12 +17,9 @@ from gaugeblock.reference.configs import GeluApproximation
 from gaugeblock.reference.torch import experts as reference
 from gaugeblock.reference.torch.precision import at_least_float32
 
-
-class Linear(NamedTuple):
-    """One of the two linear maps of all experts that a rank holds."""
-
-    weights: torch.Tensor  # [num_experts, out_features, in_features]
-    biases: torch.Tensor | None = None  # [num_experts, out_features]
+Weights: TypeAlias = Mapping[str, torch.Tensor]
+Linear: TypeAlias = tuple[str, str]
+"""Names of matrices [num_experts, out_features, in_features] and biases [num_experts, out_features]; empty for none."""
 
 
 class ExpertCall(NamedTuple):
@@ -31,22 +28,29 @@ class ExpertCall(NamedTuple):
     hidden_states: torch.Tensor
     topk_weights: torch.Tensor
     topk_ids: torch.Tensor
-    weights: Mapping[str, torch.Tensor]  # of this rank's experts, by name; the first is a matrix
+    weights: Weights  # of this rank's experts, by name; the first is a matrix
     up: Linear
     activate: Callable[[torch.Tensor], torch.Tensor]  # [R, F] -> [R, I]
     down: Linear
     check: Callable[[], None]  # raises what is wrong with the call
 
-    def outputs(self, rows_RH: torch.Tensor, group_sizes: torch.Tensor, *, down_biases: bool = True) -> torch.Tensor:
-        """What the experts make of rows sorted by expert, with or without the biases that come last; [R, H], float32 at least."""
+    @property
+    def num_experts(self) -> int:
+        """Of this rank."""
+        return len(next(iter(self.weights.values())))
+
+    def outputs(
+        self, rows_RH: torch.Tensor, group_sizes: torch.Tensor, weights: Weights, *, down_biases: bool = True
+    ) -> torch.Tensor:
+        """What experts make of rows sorted by expert, with or without the biases that come last; [R, H], float32 at least."""
         multiply = self._grouped_matmul()
 
-        def linear(rows: torch.Tensor, map_: Linear, biases: torch.Tensor | None) -> torch.Tensor:
-            out = multiply(rows, map_.weights, group_sizes)
-            return out if biases is None else out + spread(biases, group_sizes, len(rows))
+        def linear(rows: torch.Tensor, matrices: str, biases: str) -> torch.Tensor:
+            out = multiply(rows, weights[matrices], group_sizes)
+            return out + spread(weights[biases], group_sizes, len(rows)) if biases else out
 
-        inner_RI = self.activate(linear(rows_RH, self.up, self.up.biases))
-        return linear(inner_RI, self.down, self.down.biases if down_biases else None)
+        inner_RI = self.activate(linear(rows_RH, *self.up))
+        return linear(inner_RI, self.down[0], self.down[1] if down_biases else "")
 
     def error(self, mesh: DeviceMesh, num_holders: int) -> TypeError | ValueError | None:
         """What is wrong with this rank's call, if so many ranks hold other experts."""
@@ -55,7 +59,7 @@ class ExpertCall(NamedTuple):
             if self.hidden_states.device.type != mesh.device_type:
                 device = self.hidden_states.device
                 raise ValueError(f"hidden_states must be on the device of mesh, {mesh.device_type}, got {device}")
-            validation.expert_ids_in_range(self.topk_ids, num_experts=self.up.weights.shape[0] * num_holders)
+            validation.expert_ids_in_range(self.topk_ids, num_experts=self.num_experts * num_holders)
         except (TypeError, ValueError) as raised:
             return raised
         return None
@@ -107,7 +111,7 @@ def swiglu(
 
     check = partial(validation.fused_swiglu, hidden_states, w13, w2, topk_weights, topk_ids)
     weights = {"w13": w13, "w2": w2}
-    return ExpertCall(hidden_states, topk_weights, topk_ids, weights, Linear(w13), activate, Linear(w2), check)
+    return ExpertCall(hidden_states, topk_weights, topk_ids, weights, ("w13", ""), activate, ("w2", ""), check)
 
 
 def geglu(
@@ -126,7 +130,7 @@ def geglu(
 
     check = partial(validation.fused_geglu, hidden_states, w13, w2, topk_weights, topk_ids, approximate)
     weights = {"w13": w13, "w2": w2}
-    return ExpertCall(hidden_states, topk_weights, topk_ids, weights, Linear(w13), activate, Linear(w2), check)
+    return ExpertCall(hidden_states, topk_weights, topk_ids, weights, ("w13", ""), activate, ("w2", ""), check)
 
 
 def gelu_mlp(
@@ -143,7 +147,7 @@ def gelu_mlp(
     activate = partial(reference.gelu, approximate=approximate)
     check = partial(validation.fused_gelu_mlp, hidden_states, w1, b1, w2, b2, topk_weights, topk_ids, approximate)
     weights = {"w1": w1, "b1": b1, "w2": w2, "b2": b2}
-    return ExpertCall(hidden_states, topk_weights, topk_ids, weights, Linear(w1, b1), activate, Linear(w2, b2), check)
+    return ExpertCall(hidden_states, topk_weights, topk_ids, weights, ("w1", "b1"), activate, ("w2", "b2"), check)
 
 
 def swiglu_oai(
@@ -161,7 +165,7 @@ def swiglu_oai(
     activate = partial(reference.clamped_swiglu, alpha=alpha, limit=limit)
     check = partial(validation.fused_swiglu_oai, hidden_states, w13, b13, w2, b2, topk_weights, topk_ids, alpha, limit)
     weights = {"w13": w13, "b13": b13, "w2": w2, "b2": b2}
-    return ExpertCall(hidden_states, topk_weights, topk_ids, weights, Linear(w13, b13), activate, Linear(w2, b2), check)
+    return ExpertCall(hidden_states, topk_weights, topk_ids, weights, ("w13", "b13"), activate, ("w2", "b2"), check)
 
 
 def spread(biases: torch.Tensor, group_sizes: torch.Tensor, num_rows: int) -> torch.Tensor:

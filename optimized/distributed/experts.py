@@ -15,22 +15,15 @@ An expert gets the same rows in the same order on any number of ranks, and sums 
 bits in every run, and for 1, 2 or 4 ranks. On a GPU they depend on no other token; on the CPU, MKL picks its kernel by how many
 tokens share an expert.
 
-Shapes: T num_tokens of this rank, K top_k, N routed rows (T * K) of this rank, R rows that this rank's experts receive,
-W ranks, H hidden_size, I intermediate_size, F gate and up together (2 * I).
+What the exchange is made of stands in `expert_exchange.py`, what an expert does to a row in `expert_calls.py`.
 """
 
-from typing import Any, NamedTuple
-
 import torch
-import torch.distributed as dist
-from torch.autograd.function import once_differentiable
 from torch.distributed.device_mesh import DeviceMesh
 
 from gaugeblock.optimized.distributed import expert_calls
-from gaugeblock.optimized.distributed.agreement import agree
-from gaugeblock.optimized.distributed.collectives import exchange
+from gaugeblock.optimized.distributed.expert_exchange import sum_of_experts
 from gaugeblock.reference.configs import GeluApproximation
-from gaugeblock.reference.torch.precision import at_least_float32
 
 
 def fused_swiglu(
@@ -41,6 +34,7 @@ def fused_swiglu(
     topk_ids: torch.Tensor,
     *,
     mesh: DeviceMesh,
+    parts: int = 1,
 ) -> torch.Tensor:
     """Apply the chosen SwiGLU experts, which lie on all ranks, to each token of this rank; add up their weighted outputs.
 
@@ -59,6 +53,7 @@ def fused_swiglu(
         topk_weights: [num_tokens of this rank, top_k], floating, usually float32.
         topk_ids: [num_tokens of this rank, top_k], integer in 0..num_experts - 1, of all ranks' experts.
         mesh: One-dimensional; its device type is that of the tensors.
+        parts: In how many parts rows travel, one while another is multiplied; the same on every rank. Bits do not depend on it.
 
     Returns:
         [num_tokens of this rank, hidden_size], dtype as hidden_states.
@@ -71,7 +66,20 @@ def fused_swiglu(
     Source: `gaugeblock.reference.torch.experts.fused_swiglu`; the exchange is that of GShard (arXiv:2006.16668) section 3.2,
     without capacities.
     """
-    return sum_of_experts(expert_calls.swiglu(hidden_states, w13, w2, topk_weights, topk_ids), mesh)
+    return sum_of_experts(expert_calls.swiglu(hidden_states, w13, w2, topk_weights, topk_ids), mesh, parts)
+
+
+def fused_swiglu_overlapped(
+    hidden_states: torch.Tensor,
+    w13: torch.Tensor,
+    w2: torch.Tensor,
+    topk_weights: torch.Tensor,
+    topk_ids: torch.Tensor,
+    *,
+    mesh: DeviceMesh,
+) -> torch.Tensor:
+    """As `fused_swiglu`, in two parts: one is multiplied while the other travels."""
+    return fused_swiglu(hidden_states, w13, w2, topk_weights, topk_ids, mesh=mesh, parts=2)
 
 
 def fused_geglu(
@@ -122,95 +130,3 @@ def fused_swiglu_oai(
     """As `fused_swiglu` here, but of what `gaugeblock.reference.torch.experts.fused_swiglu_oai` computes."""
     call = expert_calls.swiglu_oai(hidden_states, w13, b13, w2, b2, topk_weights, topk_ids, alpha, limit)
     return sum_of_experts(call, mesh)
-
-
-def sum_of_experts(call: expert_calls.ExpertCall, mesh: DeviceMesh) -> torch.Tensor:
-    """Send tokens to their experts, and add up what these make of them."""
-    expert_calls.require_one_dimension(mesh)
-    routes = _route(call, mesh)
-    rows_RH = _Dispatch.apply(call.hidden_states, routes)
-    out_RH = call.outputs(rows_RH, routes.group_sizes)
-    return _Combine.apply(out_RH, call.topk_weights, call.hidden_states.dtype, routes)
-
-
-class _Routes(NamedTuple):
-    """Which row goes where: to_experts and from_experts undo each other."""
-
-    order_N: torch.Tensor  # routed rows of this rank, sorted by expert, so by rank
-    order_R: torch.Tensor  # received rows, sorted by expert; of one expert, in the order of ranks and tokens
-    group_sizes: torch.Tensor  # rows of each expert of this rank
-    sent: list[int]  # rows to each rank
-    received: list[int]  # rows from each rank
-    shape: torch.Size  # [num_tokens, top_k]
-    group: dist.ProcessGroup
-
-    @property
-    def token_N(self) -> torch.Tensor:
-        """The token of each row of order_N."""
-        return self.order_N // self.shape[1]
-
-    def to_experts(self, rows_NH: torch.Tensor) -> torch.Tensor:
-        """Send rows, in order_N, to their experts; return the rows received, sorted by expert, in the same dtype."""
-        return exchange(rows_NH, self.sent, self.received, self.group)[self.order_R]
-
-    def from_experts(self, rows_RH: torch.Tensor) -> torch.Tensor:
-        """Send rows, sorted by expert, back to their tokens; return those of this rank, [num_tokens, top_k, ...]."""
-        rows_RH = torch.empty_like(rows_RH).index_copy_(0, self.order_R, rows_RH)
-        rows_NH = exchange(rows_RH, self.received, self.sent, self.group)
-        return torch.empty_like(rows_NH).index_copy_(0, self.order_N, rows_NH).unflatten(0, self.shape)
-
-
-class _Dispatch(torch.autograd.Function):
-    """Tokens to their experts, as float32 there, so that autograd does not round their gradients before they are summed."""
-
-    @staticmethod
-    def forward(ctx: Any, hidden_states: torch.Tensor, routes: _Routes) -> torch.Tensor:
-        ctx.routes, ctx.dtype = routes, hidden_states.dtype
-        return at_least_float32(routes.to_experts(hidden_states[routes.token_N]))
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, d_rows_RH: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return ctx.routes.from_experts(d_rows_RH).sum(dim=1).to(ctx.dtype), None
-
-
-class _Combine(torch.autograd.Function):
-    """Outputs of the experts back to their tokens, weighted and added up."""
-
-    @staticmethod
-    def forward(ctx: Any, out_RH: torch.Tensor, topk_weights: torch.Tensor, dtype: torch.dtype, routes: _Routes) -> torch.Tensor:
-        out_TKH = routes.from_experts(out_RH)
-        ctx.save_for_backward(out_TKH, topk_weights)
-        ctx.routes = routes
-        return (topk_weights.to(out_TKH.dtype)[..., None] * out_TKH).sum(dim=1).to(dtype)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, d_out_TH: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        out_TKH, topk_weights = ctx.saved_tensors
-        d_rows_RH = d_topk_weights = None
-        if ctx.needs_input_grad[0]:
-            order_N, token_N = ctx.routes.order_N, ctx.routes.token_N
-            weight_R1 = ctx.routes.to_experts(topk_weights.flatten()[order_N, None]).to(out_TKH.dtype)
-            d_rows_RH = weight_R1 * ctx.routes.to_experts(d_out_TH[token_N]).to(out_TKH.dtype)
-        if ctx.needs_input_grad[1]:
-            d_topk_weights = (out_TKH * d_out_TH[:, None]).sum(dim=-1).to(topk_weights.dtype)
-        return d_rows_RH, d_topk_weights, None, None
-
-
-def _route(call: expert_calls.ExpertCall, mesh: DeviceMesh) -> _Routes:
-    """Check the call, here and on every rank; exchange how many rows go where, and which experts they are for."""
-    ranks, error = mesh.size(), call.error(mesh, num_holders=mesh.size())
-    ids_N = order_N = torch.empty(0, dtype=torch.int64, device=mesh.device_type)
-    experts_here = 1
-    if error is None:
-        ids_N, order_N = call.topk_ids.flatten().to(torch.int64).sort(stable=True)
-        experts_here = len(call.up.weights)
-
-    # searches, since a bincount waits for the GPU
-    sent_W = torch.searchsorted(ids_N, torch.arange(ranks + 1, device=ids_N.device) * experts_here).diff()
-    sent, received = agree(sent_W, call.facts(error), error, mesh)
-    group = mesh.get_group()
-    ids_R, order_R = (exchange(ids_N, sent, received, group) % experts_here).sort(stable=True)
-    group_sizes = torch.searchsorted(ids_R, torch.arange(experts_here + 1, device=ids_R.device)).diff()
-    return _Routes(order_N, order_R, group_sizes, sent, received, call.topk_ids.shape, group)

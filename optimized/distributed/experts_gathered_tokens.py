@@ -98,7 +98,7 @@ def sum_of_experts(call: expert_calls.ExpertCall, mesh: DeviceMesh) -> torch.Ten
     mine = torch.full((mesh.size(),), num_tokens, dtype=torch.int64, device=mesh.device_type)
     _, sizes = agree(mine, call.facts(error), error, mesh)
 
-    experts_here = len(call.up.weights)
+    experts_here = call.num_experts
     topk_ids = gather_rows(call.topk_ids.to(torch.int64), sizes, group)
     rows = rows_of_experts(topk_ids, mesh.get_local_rank() * experts_here, experts_here)
     hidden_states, topk_weights = gathered(sizes, group, call.hidden_states, call.topk_weights)

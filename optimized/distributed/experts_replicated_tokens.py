@@ -117,7 +117,7 @@ def sum_of_experts(call: expert_calls.ExpertCall, mesh: DeviceMesh) -> torch.Ten
     error, group = call.error(mesh, num_holders=mesh.size()), mesh.get_group()
     agree(torch.zeros(mesh.size(), dtype=torch.int64, device=mesh.device_type), call.facts(error, tokens_alike=True), error, mesh)
 
-    experts_here = len(call.up.weights)
+    experts_here = call.num_experts
     rows = rows_of_experts(call.topk_ids, mesh.get_local_rank() * experts_here, experts_here)
     hidden_states, topk_weights = replicated(group, call.hidden_states, call.topk_weights)
     return SumOverRanks.apply(rows.sums(call, hidden_states, topk_weights), group).to(call.hidden_states.dtype)

@@ -5,8 +5,8 @@ add up are float32 sums over a token's choices, once forward, and backward the g
 both: 8 * (world_size - 1) / world_size bytes a column of a token each, whatever the dtype. The biases that come last, which every
 rank has whole, are added by each to the sum; no rank's part has them, and their gradients are complete everywhere.
 
-Besides, one small all-to-all tells whether all ranks made the same good call. The host waits for it, for the range of the ids, and
-for how many rows there are.
+Besides, one small all-to-all tells whether all ranks made the same good call. The host waits for it, for the range of the ids,
+and for how many rows there are.
 
 Bits do not depend on the other tokens, and are the same on every rank. They depend on how many ranks there are: a sum over the
 intermediate features is added up rank by rank.
@@ -125,9 +125,9 @@ def sum_of_experts(call: expert_calls.ExpertCall, mesh: DeviceMesh) -> torch.Ten
     error, group = call.error(mesh, num_holders=1), mesh.get_group()
     agree(torch.zeros(mesh.size(), dtype=torch.int64, device=mesh.device_type), call.facts(error, tokens_alike=True), error, mesh)
 
-    rows = rows_of_experts(call.topk_ids, 0, len(call.up.weights))
+    rows = rows_of_experts(call.topk_ids, 0, call.num_experts)
     hidden_states, topk_weights = replicated(group, call.hidden_states, call.topk_weights)
     out_TH = SumOverRanks.apply(rows.sums(call, hidden_states, topk_weights, down_biases=False), group)
-    if call.down.biases is not None:
+    if call.down[1]:
         out_TH = out_TH + rows.sums_of_biases(call, at_least_float32(call.topk_weights))
     return out_TH.to(call.hidden_states.dtype)

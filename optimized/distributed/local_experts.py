@@ -27,12 +27,11 @@ class LocalRows(NamedTuple):
     ) -> torch.Tensor:
         """What these experts give to each token, [T, H] float32 at least; as are hidden_states and topk_weights."""
         rows_RH = _Take.apply(hidden_states, self)
-        return self.weighted_sum(call.outputs(rows_RH, self.group_sizes, down_biases=down_biases), topk_weights)
+        return self.weighted_sum(call.outputs(rows_RH, self.group_sizes, call.weights, down_biases=down_biases), topk_weights)
 
     def sums_of_biases(self, call: ExpertCall, topk_weights: torch.Tensor) -> torch.Tensor:
         """What of it comes of the biases that are added last."""
-        assert call.down.biases is not None
-        return self.weighted_sum(spread(call.down.biases, self.group_sizes, len(self.order_R)), topk_weights)
+        return self.weighted_sum(spread(call.weights[call.down[1]], self.group_sizes, len(self.order_R)), topk_weights)
 
 
 def rows_of_experts(topk_ids: torch.Tensor, first: int, count: int) -> LocalRows:
