@@ -4,16 +4,24 @@ import os
 
 os.environ.setdefault("TRITON_INTERPRET", "1")  # read when kernels are decorated
 
-import multiprocessing
-from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from datetime import timedelta
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from on_four_ranks import (
+    HIDDEN_SIZE,
+    INTERMEDIATE_SIZE,
+    NUM_EXPERTS,
+    RANKS,
+    TOKENS,
+    TOP_K,
+    assert_equal_to_rounding,
+    draw,
+    four_ranks,
+    mesh_of,
+    out_and_gradients,
+)
 
 from gaugeblock.optimized.distributed import experts, triton_grouped_matmul
 from gaugeblock.optimized.distributed.train_image_diffusion import ShardedTrainer
@@ -21,49 +29,7 @@ from gaugeblock.reference.configs import DiTConfig, ImageDiffusionConfig
 from gaugeblock.reference.torch import experts as reference
 from gaugeblock.reference.torch import train_image_diffusion as reference_trainer
 
-RANKS = 4
-NUM_EXPERTS, HIDDEN_SIZE, INTERMEDIATE_SIZE, TOP_K = 8, 12, 10, 3
-TOKENS = {2: [0, 9], 4: [5, 0, 1, 3]}  # of each rank: uneven, some none
-LONGEST_SUM = 9 * TOP_K * HIDDEN_SIZE  # of all products here
-
-Ranks = Callable[..., list[Any]]
-
-
-def join(rank: int, address: str) -> None:
-    torch.set_num_threads(1)
-    # a rank that waits in vain fails before the test does
-    dist.init_process_group("gloo", init_method=address, rank=rank, world_size=RANKS, timeout=timedelta(seconds=60))
-
-
-@pytest.fixture(scope="module")
-def on_ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
-    """Run a function in every process, and return what each returned or raised."""
-    address = f"file://{tmp_path_factory.mktemp('ranks') / 'store'}"
-    context = multiprocessing.get_context("spawn")
-    processes = [ProcessPoolExecutor(1, mp_context=context, initializer=join, initargs=(rank, address)) for rank in range(RANKS)]
-
-    def run(function: Callable[..., Any], *arguments: Any) -> list[Any]:
-        futures = [process.submit(function, *arguments) for process in processes]
-        return [future.exception(timeout=150) or future.result() for future in futures]
-
-    yield run
-    for process in processes:
-        process.shutdown()
-
-
-def mesh_of(ranks: int) -> DeviceMesh:
-    """This process's mesh of so many ranks; the other processes have theirs, and do the same."""
-    return init_device_mesh("cpu", (RANKS // ranks, ranks), mesh_dim_names=("replicas", "ranks"))["ranks"]
-
-
-def draw(*shape: int, seed: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
-
-
-def assert_equal_to_rounding(actual: torch.Tensor, expected: torch.Tensor) -> None:
-    """Differ by no more than two orders of adding up the longest sum may, each n units (Higham's gamma_n)."""
-    largest = max(expected.abs().flatten().tolist(), default=0)
-    torch.testing.assert_close(actual, expected, rtol=0, atol=LONGEST_SUM * torch.finfo(expected.dtype).eps * largest)
+on_ranks = pytest.fixture(scope="module")(four_ranks)
 
 
 def expert_arguments(num_tokens: int, dtype: torch.dtype = torch.float64) -> tuple[list[torch.Tensor], torch.Tensor]:
@@ -76,12 +42,6 @@ def expert_arguments(num_tokens: int, dtype: torch.dtype = torch.float64) -> tup
     )
     ids = torch.randint(1, NUM_EXPERTS, (num_tokens, TOP_K), generator=torch.Generator().manual_seed(4))
     return [draw(*shape, seed=seed, dtype=dtype) for seed, shape in enumerate(shapes)], ids
-
-
-def out_and_gradients(function: Callable, floats: list[torch.Tensor], cotangent: torch.Tensor) -> list[torch.Tensor]:
-    leaves = [tensor.detach().requires_grad_() for tensor in floats]
-    out = function(*leaves)
-    return [out.detach(), *torch.autograd.grad(out, leaves, cotangent)]
 
 
 def check_experts(ranks: int) -> None:

@@ -63,7 +63,7 @@ def fused_gelu_mlp() -> Contract:
         cases=0.5,
         shardings=of_experts.SHARDINGS | {"tensor_parallel": {"intermediate_size": "even"}},
         rejections=(of_experts.IDS_FOR_MORE_TOKENS,),
-        implementations=(triton(), of_experts.EXPERT_PARALLEL),
+        implementations=(triton(), of_experts.EXPERT_PARALLEL, of_experts.tensor_parallel("fused_gelu_mlp")),
     )
 
 
@@ -132,6 +132,7 @@ def fused_swiglu_oai() -> Contract:
             triton(),
             triton("experts:fused_swiglu_oai_fast", name="triton-fast", dtypes=("bfloat16", "float32"), batch_invariant=False),
             of_experts.EXPERT_PARALLEL,
+            of_experts.tensor_parallel("fused_swiglu_oai"),
         ),
     )
 

@@ -70,6 +70,7 @@ def fused_swiglu() -> Contract:
             compiled("torch-grouped"),
             jax("jax-grouped", dtypes=COMPILED_DTYPES),
             of_experts.EXPERT_PARALLEL,
+            distributed("expert-parallel-overlapped", "experts:fused_swiglu_overlapped", **of_experts.ON_RANKS),
             distributed("gathered-tokens", "experts_gathered_tokens:fused_swiglu", **of_experts.ON_RANKS),
             distributed(
                 "replicated-tokens",
@@ -77,9 +78,7 @@ def fused_swiglu() -> Contract:
                 sharding="replicated_tokens",
                 **of_experts.ON_RANKS,
             ),
-            distributed(
-                "tensor-parallel", "experts_tensor_parallel:fused_swiglu", sharding="tensor_parallel", **of_experts.ON_RANKS
-            ),
+            of_experts.tensor_parallel("fused_swiglu"),
             # each number of devices takes a compilation: tests/test_jax_sharding.py has 1 and 2
             distributed("jax-expert-parallel", "expert_parallel:fused_swiglu", framework="jax", world_sizes=(4,)),
         ),

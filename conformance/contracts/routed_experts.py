@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from gaugeblock.conformance.engine.contract import Input, Output, Regime, Rejection, Workload
 from gaugeblock.conformance.engine.factors import Trait, edges, either, kind_of_count, kind_of_width, kinds
-from gaugeblock.conformance.engine.implementation import distributed
+from gaugeblock.conformance.engine.implementation import Implementation, distributed
 from gaugeblock.conformance.engine.inputs.bad_calls import changed
 from gaugeblock.conformance.engine.inputs.draw import Draw
 from gaugeblock.conformance.engine.shardings import Blocks, Sharding
@@ -40,6 +40,11 @@ ROUTES = (
     Input("topk_ids", ("num_tokens", "top_k"), dtype="int64", indexes="num_experts"),
 )
 OUTPUTS = (Output("hidden_states_out", ("num_tokens", "hidden_size"), differentiable=True),)
+
+
+def tensor_parallel(operation: str) -> Implementation:
+    """The row of an operation's tensor-parallel version."""
+    return distributed("tensor-parallel", f"experts_tensor_parallel:{operation}", sharding="tensor_parallel", **ON_RANKS)
 
 
 def flops(parameters: Parameters, matrices: int = 3) -> float:

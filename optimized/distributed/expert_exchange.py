@@ -163,11 +163,15 @@ def _gradients(
     return routes.at_tokens(returning, like[:, 0]).sum(dim=1).to(ctx.dtype), d_weights
 
 
-def route(call: ExpertCall, mesh: DeviceMesh, parts: int) -> Routes:
-    """Check the call, here and on every rank; exchange how many rows go where, and which experts they are for."""
+def route(call: ExpertCall, mesh: DeviceMesh, parts: int = 1, *, error: Exception | None = None) -> Routes:
+    """Check the call, here and on every rank; exchange how many rows go where, and which experts they are for.
+
+    Args:
+        error: What is known to be wrong already.
+    """
     require_one_dimension(mesh)
     ranks, group = mesh.size(), mesh.get_group()
-    error = call.error(mesh, num_holders=ranks)
+    error = error or call.error(mesh, num_holders=ranks)
     if error is None and (not isinstance(parts, int) or parts < 1):
         error = ValueError(f"parts must be a positive integer, got {parts!r}")
     ids_N = order_N = torch.empty(0, dtype=torch.int64, device=mesh.device_type)
