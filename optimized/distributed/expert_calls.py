@@ -34,6 +34,7 @@ class ExpertCall(NamedTuple):
     down: Linear
     check: Callable[[], None]  # raises what is wrong with the call
     out_dtype: torch.dtype | None = None  # of the sums; None for that of hidden_states
+    tracked: int = 0  # which of a layer's parameters that every rank has require a gradient, a bit each
 
     @property
     def dtype(self) -> torch.dtype:
@@ -86,6 +87,7 @@ class ExpertCall(NamedTuple):
             "topk_weights must have the same dtype",
             "topk_ids must have the same top_k",
             *(["hidden_states must have the same num_tokens"] if tokens_alike else []),
+            "what is not an expert must require gradients alike (bits)",
             *(f"{name} must require a gradient alike" for name in ("hidden_states", "topk_weights", *self.weights)),
         )
         if error is not None:
@@ -93,7 +95,7 @@ class ExpertCall(NamedTuple):
         dtypes = [validation.FLOATING.index(validation.dtype_name(each)) for each in (self.hidden_states, self.topk_weights)]
         tracked = [torch.is_grad_enabled() and each.requires_grad for each in (*self[:2], *self.weights.values())]
         num_tokens = [len(self.hidden_states)] if tokens_alike else []
-        values = (*self.weights[first].shape, *dtypes, self.topk_ids.shape[1], *num_tokens, *tracked)
+        values = (*self.weights[first].shape, *dtypes, self.topk_ids.shape[1], *num_tokens, self.tracked, *tracked)
         return dict(zip(names, values, strict=True))
 
     def _grouped_matmul(self) -> Callable[..., torch.Tensor]:

@@ -56,8 +56,8 @@ WAYS: Mapping[str, Way] = {
 class _Parts:
     """What a layer is composed of, in one call of one rank; the routers are those of one rank."""
 
-    def __init__(self, way: Way, mesh: DeviceMesh) -> None:
-        self.way, self.mesh = way, mesh
+    def __init__(self, way: Way, mesh: DeviceMesh, state: moe_composition.State) -> None:
+        self.way, self.mesh, self.state = way, mesh, state
         self.num_holders = mesh.size() if way.splits_experts else 1
         self.has_told = False
 
@@ -77,7 +77,9 @@ class _Parts:
     def run(self, call: ExpertCall) -> torch.Tensor:
         """Run the experts; what is wrong with the call of any rank raises on all."""
         self.has_told = True
-        return self.way.sum_of_experts(call, self.mesh)
+        of_all = [each.requires_grad for name, each in sorted(self.state.items()) if not name.startswith("experts.")]
+        tracked = sum(1 << place for place, each in enumerate(of_all) if each and torch.is_grad_enabled())
+        return self.way.sum_of_experts(call._replace(tracked=tracked), self.mesh)
 
     def _whole(self, *parameters: torch.Tensor) -> list[torch.Tensor]:
         """What every rank has alike, as float32 at least, with the gradients of all ranks' tokens."""
@@ -114,12 +116,12 @@ def _layer(
         way: One of `WAYS`.
     """
     expert_calls.require_one_dimension(mesh)
-    parts = _Parts(WAYS[way], mesh)
+    parts = _Parts(WAYS[way], mesh, state)
     try:
         return composed(parts, hidden_states, state, **options)
     except (TypeError, ValueError) as error:
         if not parts.has_told:
-            parts.run(expert_calls.bad_call(error, weights))
+            parts.way.sum_of_experts(expert_calls.bad_call(error, weights), mesh)
         raise
 
 
