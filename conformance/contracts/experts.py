@@ -81,6 +81,20 @@ def fused_swiglu() -> Contract:
             of_experts.tensor_parallel("fused_swiglu"),
             # each number of devices takes a compilation: tests/test_jax_sharding.py has 1 and 2
             distributed("jax-expert-parallel", "expert_parallel:fused_swiglu", framework="jax", world_sizes=(4,)),
+            *(
+                distributed(
+                    f"jax-{way.replace('_', '-')}",
+                    f"sharded_experts:fused_swiglu_{way}",
+                    framework="jax",
+                    world_sizes=(4,),
+                    sharding=sharding,
+                )
+                for way, sharding in (
+                    ("gathered_tokens", "expert_parallel"),
+                    ("replicated_tokens", "replicated_tokens"),
+                    ("tensor_parallel", "tensor_parallel"),
+                )
+            ),
         ),
     )
 

@@ -156,15 +156,21 @@ def swiglu_of_rank(
     hidden_PH = jnp.tile(at_least_float32(hidden_TH), (num_ranks, 1))
     hidden_SH = exchange(move_rows(hidden_PH, pair_S, slot_P))
 
-    if load is None:
-        out_SH = ragged_swiglu_of_some(hidden_SH, w13, w2, weights_SK, ids_SK)
-    else:
-        slot_N = slots(ids_SK.reshape(-1) == jnp.arange(num_experts)[:, None], load).min(axis=0)
-        row_EL = inverse(slot_N, num_experts * load).reshape(num_experts, load)
-        out_SH = padded_swiglu(hidden_SH, w13, w2, weights_SK, row_EL, slot_N)
-
+    out_SH = swiglu_of_some(hidden_SH, w13, w2, weights_SK, ids_SK, load)
     out_RTH = move_rows(exchange(out_SH), slot_P, pair_S).reshape(num_ranks, num_tokens, hidden_size)
     return out_RTH.sum(axis=0).astype(hidden_TH.dtype)
+
+
+def swiglu_of_some(
+    hidden_SH: jax.Array, w13: jax.Array, w2: jax.Array, weights_SK: jax.Array, ids_SK: jax.Array, load: int | None
+) -> jax.Array:
+    """Run every expert on its own rows, and no expert on those of id num_experts, whose weights are zero."""
+    if load is None:
+        return ragged_swiglu_of_some(hidden_SH, w13, w2, weights_SK, ids_SK)
+    num_experts = w13.shape[0]
+    slot_N = slots(ids_SK.reshape(-1) == jnp.arange(num_experts)[:, None], load).min(axis=0)
+    row_EL = inverse(slot_N, num_experts * load).reshape(num_experts, load)
+    return padded_swiglu(hidden_SH, w13, w2, weights_SK, row_EL, slot_N)
 
 
 def exchange(rows_SX: jax.Array) -> jax.Array:
