@@ -58,6 +58,21 @@ def transformers_experts(implementation: str, problem: Problem) -> Callable[[], 
     return partial(call_torch, problem.contract, experts, problem.call)
 
 
+def transformers_layer(peer: str, implementation: str, problem: Problem) -> Callable[[], Results]:
+    """A MoE layer of transformers, a class of `transformers_layers.py`, with one of its experts implementations."""
+    if implementation == "grouped_mm":
+        _require_aligned_rows(problem)
+    from gaugeblock.conformance.peers import transformers_layers
+
+    layer = getattr(transformers_layers, peer)(implementation)
+    return partial(call_torch, problem.contract, layer, problem.call)
+
+
+def _layers(peer: str) -> dict[str, Callable[[Problem], Callable[[], Results]]]:
+    """transformers' layer with the implementations of its experts that are not dearer than the memory of most machines."""
+    return {f"transformers {each}": partial(transformers_layer, peer, each) for each in ("eager", "grouped_mm")}
+
+
 def transformers_softmax_router(problem: Problem) -> Callable[[], Results]:
     """transformers' router of Qwen3-MoE, with an identity for its projection."""
     from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeConfig, Qwen3MoeTopKRouter
@@ -134,6 +149,9 @@ OUTSIDERS: dict[str, dict[str, Callable[[Problem], Callable[[], Results]]]] = {
         "transformers grouped_mm": partial(transformers_experts, "grouped_mm"),
         "transformers batched_mm": partial(transformers_experts, "batched_mm"),
     },
+    "moe_layers.mixtral_moe": _layers("TransformersMixtralBlock"),
+    "moe_layers.qwen3_moe": _layers("TransformersQwen3Block"),
+    "moe_layers.qwen2_moe": _layers("TransformersQwen2Block"),
     "routers.softmax_topk": {"transformers, identity gate": transformers_softmax_router},
     "routers.grouped_sigmoid_topk": {"transformers, identity gate": transformers_grouped_router},
 }
