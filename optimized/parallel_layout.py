@@ -27,7 +27,8 @@ class ParallelLayout:
     whole, or over groups of ep_size * expert_tp_size, each in slices:
 
     kind               where                                      ranks       an expert-parallel group
-    base_model_only    ep_size == 1                               tp * dp     one rank
+    base_model_only    ep_size == 1                               tp * dp     one rank, but experts are dealt to tensor-
+                                                                              parallel ranks if they are whole
     pure_ep            tp_size == dp_size == 1                    ep          all ranks, which have the same tokens
     ep_per_dp_shard    ep_size == tp_size                         tp * dp     a tensor-parallel group
     global_ep          ep_size == tp_size * dp_size               tp * dp     all ranks
@@ -87,7 +88,12 @@ class ParallelLayout:
     @property
     def expert_axes(self) -> tuple[str, ...]:
         """Over which of these axes experts are dealt."""
-        of_kind: dict[Kind, tuple[str, ...]] = {"base_model_only": (), "ep_per_dp_shard": ("tp",), "global_ep": ("dp", "tp")}
+        of_base: tuple[str, ...] = ("tp",) if self.expert_tp_size == 1 else ()
+        of_kind: dict[Kind, tuple[str, ...]] = {
+            "base_model_only": of_base,
+            "ep_per_dp_shard": ("tp",),
+            "global_ep": ("dp", "tp"),
+        }
         return of_kind.get(self.kind, ("ep",))
 
     def coordinates(self, rank: int) -> Coordinates:

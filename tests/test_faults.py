@@ -20,6 +20,7 @@ from gaugeblock.conformance.selftest.edits import mutated
 from gaugeblock.conformance.selftest.fault import KINDS, Fault, faults, process_kept
 from gaugeblock.conformance.selftest.rates import CAUGHT, RIGHT
 from gaugeblock.conformance.selftest.simulated.ranks import DataParallel, ExpertParallel
+from gaugeblock.conformance.selftest.simulated.tensor_parallel import TensorParallel, TensorParallelMlp
 
 QUICK = replace(PROFILES["quick"], shrink_seconds=0)  # whether it fails, not how small a case does
 FEW = replace(QUICK, examples=1)  # right variants are judged on more in test_error_budget.py
@@ -55,6 +56,8 @@ def test_the_same_kernel_without_a_fault_passes_every_property(sparingly: None, 
     "implementation",
     [
         Implementation("experts.fused_swiglu", "right", ExpertParallel(), world_sizes=(1, 2)),
+        Implementation("experts.fused_swiglu", "right", TensorParallel(), world_sizes=(1, 2), sharding="tensor_parallel"),
+        Implementation("experts.fused_gelu_mlp", "right", TensorParallelMlp(), world_sizes=(1, 2), sharding="tensor_parallel"),
         Implementation("train_image_diffusion.train_step", "right", DataParallel(), world_sizes=(1, 2)),
     ],
     ids=lambda implementation: implementation.contract,

@@ -27,9 +27,10 @@ from test_references import (
     value_and_grads,
 )
 
-from gaugeblock.optimized.jax import expert_parallel
+from gaugeblock.optimized.jax import expert_parallel, sharded_experts
 from gaugeblock.optimized.jax import train_image_diffusion as sharded
-from gaugeblock.optimized.jax.mesh import mesh_of_ranks
+from gaugeblock.optimized.jax.mesh import mesh_of_layout, mesh_of_ranks
+from gaugeblock.optimized.parallel_layout import ParallelLayout
 from gaugeblock.reference.configs import DiTConfig, ImageDiffusionConfig
 from gaugeblock.reference.torch import experts
 from gaugeblock.reference.torch import train_image_diffusion as trainer
@@ -151,6 +152,76 @@ def test_bad_meshes_and_indivisible_experts_are_named():
         expert_parallel.fused_swiglu(*call[:4], call[4] % 10, mesh=mesh_of(4))
     with pytest.raises(ValueError, match=r"^topk_ids must be in 0..9, got"):
         expert_parallel.fused_swiglu(*call, mesh=mesh_of(2))
+
+
+WAYS = {
+    "slices": sharded_experts.fused_swiglu_tensor_parallel,
+    "all tokens": sharded_experts.fused_swiglu_replicated_tokens,
+    "gathered": sharded_experts.fused_swiglu_gathered_tokens,
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_the_other_ways_to_spread_experts_are_the_reference_for_traced_ids(way):
+    assert_right_for_every_routing(partial(WAYS[way], mesh=mesh_of(4)))
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(("num_ranks", "num_tokens"), [(1, 3), (2, 33), (4, 0)])
+def test_the_other_ways_to_spread_experts_are_the_reference(way, num_ranks, num_tokens):
+    arrays, ids, cotangent = inputs(num_tokens)
+    expected = value_and_grads(lambda *floats: experts.fused_swiglu(*floats, ids), arrays, cotangent)
+    actual = jax_value_and_grads(lambda *floats: WAYS[way](*floats, to_jax(ids), mesh=mesh_of(num_ranks)), arrays, cotangent)
+    assert_all_equal_to_rounding(actual, expected)
+
+
+@pytest.mark.parametrize(
+    ("way", "wanted"),
+    [("slices", {"all-reduce"}), ("all tokens", {"all-reduce"}), ("gathered", {"all-gather", "reduce-scatter"})],
+)
+def test_sums_are_added_up_over_the_ranks_in_float32(way, wanted):
+    arrays, ids, cotangent = (to_jax(each) for each in inputs(num_tokens=32))
+    hidden_states, w13, w2, topk_weights = (array.astype(jnp.bfloat16) for array in arrays)
+    call = (hidden_states, w13, w2, topk_weights.astype(jnp.float32))
+
+    @jax.jit
+    def gradients(*floats):
+        return jax.vjp(lambda *floats: WAYS[way](*floats, ids, mesh=mesh_of(4)), *floats)[1](cotangent.astype(jnp.bfloat16))
+
+    text = gradients.lower(*call).compile().as_text()
+    sums = re.findall(r"= \(?(\w+)\[[^=]* (all-reduce|reduce-scatter|all-to-all|all-gather)\(", text)
+    assert wanted <= {name for _, name in sums}
+    assert {dtype for dtype, name in sums if name in ("all-reduce", "reduce-scatter")} == {"f32"}
+
+
+@pytest.mark.parametrize(
+    ("way", "message"),
+    [("slices", "intermediate_size must be"), ("all tokens", "num_experts must be"), ("gathered", "num_experts must be")],
+)
+def test_what_the_ranks_do_not_divide_is_named(way, message):
+    arrays, ids, _ = inputs()
+    call = [jnp.asarray(array.numpy()) for array in (*arrays, ids)]
+    call[1], call[2] = (call[1][:, 2:], call[2][..., 1:]) if way == "slices" else (call[1][:10], call[2][:10])
+    with pytest.raises(ValueError, match=rf"^{message} a multiple of the ranks \(4\), got"):
+        WAYS[way](*call[:4], call[4] % 10, mesh=mesh_of(4))
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        ParallelLayout(tp_size=2, dp_size=2),
+        ParallelLayout(ep_size=4),
+        ParallelLayout(tp_size=2, dp_size=2, ep_size=4),
+        ParallelLayout(tp_size=2, dp_size=2, ep_size=2, expert_tp_size=2),
+    ],
+)
+def test_the_mesh_of_a_layout_puts_experts_where_it_says(layout):
+    mesh = mesh_of_layout(layout, jax.devices()[:4])
+    held = NamedSharding(mesh, PartitionSpec(layout.expert_axes)).devices_indices_map((8,))
+    for rank, device in enumerate(jax.devices()[:4]):
+        assert held[device][0].indices(8) == layout.experts_of(rank, 8).indices(8)
+    with pytest.raises(ValueError, match=r"^layout takes 4 devices, got 3"):
+        mesh_of_layout(layout, jax.devices()[:3])
 
 
 MODEL = DiTConfig(

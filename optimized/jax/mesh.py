@@ -1,9 +1,25 @@
 """The mesh that the sharded versions run on."""
 
+from collections.abc import Sequence
+
+import jax
 from jax.sharding import Mesh, PartitionSpec
+
+from gaugeblock.optimized.parallel_layout import ParallelLayout
 
 OVER_RANKS = PartitionSpec("ranks")
 REPLICATED = PartitionSpec()
+
+
+def mesh_of_layout(layout: ParallelLayout, devices: Sequence[jax.Device]) -> Mesh:
+    """Return the mesh of a layout, whose ranks are the devices in their order; experts lie over its `layout.expert_axes`.
+
+    Raises:
+        ValueError: There are not as many devices as the layout takes.
+    """
+    if len(devices) != layout.world_size:
+        raise ValueError(f"layout takes {layout.world_size} devices, got {len(devices)}: {layout}")
+    return jax.make_mesh(tuple(layout.axes.values()), tuple(layout.axes), devices=devices)
 
 
 def mesh_of_ranks(mesh: Mesh) -> Mesh:
