@@ -162,6 +162,7 @@ def qwen2_moe() -> Contract:
             distributed(
                 "tensor-parallel", "moe_layers:qwen2_moe_tensor_parallel", sharding="tensor_parallel", **of_experts.ON_RANKS
             ),
+            distributed("jax-expert-parallel", "sharded_layers:qwen2_moe", framework="jax", world_sizes=(4,)),
         ),
     )
 
