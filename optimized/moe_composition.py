@@ -42,6 +42,95 @@ def qwen2_moe(parts: Any, hidden_states: torch.Tensor, state: State, *, top_k: i
     return out.to(hidden_states.dtype), logits, routing[1]
 
 
+def deepseek_v2_moe(
+    parts: Any,
+    hidden_states: torch.Tensor,
+    state: State,
+    *,
+    top_k: int,
+    num_groups: int,
+    topk_groups: int,
+    renormalize: bool,
+    routed_scaling_factor: float,
+) -> Layer:
+    """As `gaugeblock.reference.torch.grouped_moe_layers.deepseek_v2_moe`, of these parts; torch divides weights."""
+    validation.deepseek_v2_moe(hidden_states, state, top_k, num_groups, topk_groups, routed_scaling_factor)
+    logits = router_logits(hidden_states, state["gate.weight"])
+    groups = {"num_groups": num_groups, "topk_groups": topk_groups}
+    weights, ids = parts.grouped_softmax_topk(logits, top_k=top_k, **groups, routed_scaling_factor=1.0)
+    if renormalize:
+        weights = weights / weights.sum(-1, keepdim=True)
+    return routed_and_shared(parts, hidden_states, state, weights * routed_scaling_factor, ids), logits, ids
+
+
+def deepseek_v3_moe(
+    parts: Any,
+    hidden_states: torch.Tensor,
+    state: State,
+    *,
+    top_k: int,
+    num_groups: int,
+    topk_groups: int,
+    renormalize: bool,
+    routed_scaling_factor: float,
+) -> Layer:
+    """As `gaugeblock.reference.torch.grouped_moe_layers.deepseek_v3_moe`, of these parts."""
+    validation.deepseek_v3_moe(hidden_states, state, top_k, num_groups, topk_groups, routed_scaling_factor)
+    logits = router_logits(hidden_states, state["gate.weight"])
+    weights, ids = parts.grouped_sigmoid_topk(
+        logits,
+        state["gate.e_score_correction_bias"],
+        top_k=top_k,
+        num_groups=num_groups,
+        topk_groups=topk_groups,
+        renormalize=renormalize,
+        routed_scaling_factor=routed_scaling_factor,
+    )
+    return routed_and_shared(parts, hidden_states, state, weights, ids), logits, ids
+
+
+def routed_and_shared(
+    parts: Any, hidden_states: torch.Tensor, state: State, topk_weights: torch.Tensor, topk_ids: torch.Tensor
+) -> torch.Tensor:
+    """Return what the chosen experts and the shared ones make of the tokens, added up before it is rounded."""
+    dtype = accurate_dtype(hidden_states)
+    w13, w2 = state["experts.gate_up_proj"], state["experts.down_proj"]
+    out = parts.fused_swiglu(hidden_states, w13, w2, topk_weights, topk_ids, out_dtype=dtype)
+    out = out + parts.shared_swiglu(hidden_states, *shared_weights(state, "shared_experts"), out_dtype=dtype)
+    return out.to(hidden_states.dtype)
+
+
+def llama4_moe(parts: Any, hidden_states: torch.Tensor, state: State, *, top_k: int) -> Layer:
+    """As `gaugeblock.reference.torch.input_scaled_moe_layers.llama4_moe`, of these parts."""
+    validation.llama4_moe(hidden_states, state, top_k)
+    logits = router_logits(hidden_states, state["router.weight"])
+    routing = parts.sigmoid_input_scaling(logits, top_k=top_k)
+    out = input_scaled_swiglu(parts, hidden_states, state["experts.gate_up_proj"].mT, state["experts.down_proj"].mT, *routing)
+    shared = shared_weights(state, "shared_expert")
+    out = out + parts.shared_swiglu(hidden_states, *shared, out_dtype=accurate_dtype(hidden_states))
+    return out.to(hidden_states.dtype), logits, routing[1]
+
+
+def input_scaled_swiglu(
+    parts: Any,
+    hidden_states: torch.Tensor,
+    w13: torch.Tensor,
+    w2: torch.Tensor,
+    topk_weights: torch.Tensor,
+    topk_ids: torch.Tensor,
+) -> torch.Tensor:
+    """As `gaugeblock.reference.torch.moe_building.input_scaled_swiglu`, of these parts, in float32 at least.
+
+    Each routed row is a token of its own, which its weight has scaled; it is rounded to the dtype of the tokens once, as an
+    operand of a product.
+    """
+    scaled = topk_weights[..., None] * hidden_states.to(topk_weights.dtype)[:, None]
+    rows, ids = scaled.flatten(0, 1).to(hidden_states.dtype), topk_ids.reshape(-1, 1)
+    ones = torch.ones_like(ids, dtype=topk_weights.dtype)
+    out = parts.fused_swiglu(rows, w13, w2, ones, ids, out_dtype=accurate_dtype(hidden_states))
+    return out.view(scaled.shape).sum(1)
+
+
 def router_logits(hidden_states: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """Return what a linear router says of each token, [num_tokens, num_experts], in float32 at least; the product is torch's."""
     dtype = accurate_dtype(hidden_states)

@@ -26,3 +26,21 @@ def _shared(prefix: str) -> StateAxes:
 QWEN3: StateAxes = MappingProxyType({**GATE, **EXPERTS})
 """Mixtral's, OLMoE's and SDAR's too."""
 QWEN2: StateAxes = MappingProxyType({**QWEN3, **_shared("shared_expert"), "shared_expert_gate.weight": ("one", "hidden_size")})
+DEEPSEEK_V2: StateAxes = MappingProxyType({**QWEN3, **_shared("shared_experts")})
+
+CORRECTION_BIAS = "gate.e_score_correction_bias"
+DEEPSEEK_V3: StateAxes = MappingProxyType({**DEEPSEEK_V2, CORRECTION_BIAS: ("num_experts",)})
+"""LLaDA2's, Kimi-K2's and GLM-4.5's too."""
+
+LLAMA4: StateAxes = MappingProxyType(
+    {
+        "router.weight": ("num_experts", "hidden_size"),
+        "experts.down_proj": ("num_experts", "intermediate_size", "hidden_size"),
+        "experts.gate_up_proj": ("num_experts", "hidden_size", "two_intermediate_sizes"),
+        **_shared("shared_expert"),
+    }
+)
+"""Experts' matrices are those of `QWEN3` transposed."""
+
+BUFFERS = frozenset({CORRECTION_BIAS})
+"""What is kept in a dtype of its own, float32 in checkpoints, and gets no gradient."""

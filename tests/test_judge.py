@@ -91,6 +91,12 @@ def test_a_right_result_passes_with_its_gradients(dtype):
     assert all(each.statistics().worst <= 1 for each in errors.values())
 
 
+def test_no_gradient_of_a_buffer_is_asked_for():
+    tensors, state = dict.fromkeys(["x", "state/weight"], torch.zeros(1)), PRODUCT.inputs[1]
+    with_buffer = replace(PRODUCT, inputs=(PRODUCT.inputs[0], replace(state, buffers=frozenset({"weight"}))))
+    assert PRODUCT.differentiable(tensors) == ["x", "state/weight"] and with_buffer.differentiable(tensors) == ["x"]
+
+
 def test_one_wrong_element_shows_in_max_and_is_named():
     results = results_of(PRODUCT, NORMAL)
     results["y"][3, 5] += 0.01

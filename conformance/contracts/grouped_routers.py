@@ -213,7 +213,7 @@ def shuffled_groups(draw: Draw, parameters: Parameters) -> torch.Tensor:
     return (draw.permutation(groups)[:, None] * members + order).flatten()
 
 
-def _no_divisor(number: int) -> int:
+def no_divisor(number: int) -> int:
     return number - 1 if number > 2 else number + 1
 
 
@@ -222,7 +222,7 @@ GROUPED_REJECTIONS = (
     Rejection(
         "groups that do not divide",
         "num_groups",
-        lambda call: {"num_groups": _no_divisor(call["router_logits"].shape[1])},
+        lambda call: {"num_groups": no_divisor(call["router_logits"].shape[1])},
     ),
     Rejection("no groups", "num_groups", lambda call: {"num_groups": 0}),
     Rejection("more groups kept than there are", "topk_groups", lambda call: {"topk_groups": call["num_groups"] + 1}),

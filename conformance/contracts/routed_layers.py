@@ -16,7 +16,7 @@ from gaugeblock.conformance.engine.factors import Factor, Trait, kind_of_width, 
 from gaugeblock.conformance.engine.inputs.bad_calls import changed
 from gaugeblock.conformance.engine.inputs.draw import Draw
 from gaugeblock.conformance.engine.vocabulary import Parameters, Tensors
-from gaugeblock.reference.moe_states import StateAxes
+from gaugeblock.reference.moe_states import BUFFERS, StateAxes
 
 Make = Callable[[Draw, Parameters], Tensors]
 Entries = Mapping[str, Callable[[Tensors], torch.Tensor]]
@@ -48,10 +48,12 @@ def inputs(axes_of: StateAxes) -> tuple[Input, ...]:
 
     def leaf(name: str, axes: tuple[str, ...]) -> Input:
         shape = tuple(1 if axis == "one" else axis for axis in axes)
-        return Input(name, shape, whole=() if name.startswith("experts.") else axes)
+        dtype = "float32" if name in BUFFERS else "tested"
+        return Input(name, shape, dtype=dtype, whole=() if name.startswith("experts.") else axes)
 
     leaves = {name: leaf(name, axes_of[name]) for name in sorted(axes_of)}
-    return of_experts.HIDDEN_STATES, Input("state", differentiable=True, leaves=lambda parameters: leaves)
+    buffers = BUFFERS & set(axes_of)
+    return of_experts.HIDDEN_STATES, Input("state", differentiable=True, leaves=lambda parameters: leaves, buffers=buffers)
 
 
 def with_shared(point: dict[str, Any] | None, shared_intermediate_size: int) -> dict[str, Any] | None:
@@ -173,9 +175,15 @@ def softmax_lattice(draw: Draw, parameters: Parameters) -> Tensors:
 
     Which are 0 depends on a token's second value, 0 or 1. The rest is the experts' lattice.
     """
+    favoured = draw.distinct_rows(2, 2 ** int(math.log2(parameters["top_k"])), parameters["num_experts"])
+    return sums_exact(draw, parameters, favoured, (0.0, -256.0))
+
+
+def sums_exact(draw: Draw, parameters: Parameters, favoured: torch.Tensor, levels: tuple[float, float]) -> Tensors:
+    """The experts' lattice, and two rows of logits, one of which each token has: the first level for its row of `favoured`, the
+    second for others."""
     experts, width = parameters["num_experts"], parameters["hidden_size"]
-    favoured = draw.distinct_rows(2, 2 ** int(math.log2(parameters["top_k"])), experts)
-    logits = torch.full((2, experts), -256.0, dtype=torch.float64).scatter(1, favoured, 0.0)
+    logits = torch.full((2, experts), levels[1], dtype=torch.float64).scatter(1, favoured, levels[0])
     gate = torch.zeros(experts, width, dtype=torch.float64)
     gate[:, 0] = logits[0]  # the lattice's tokens all begin with 1
     gate[:, 1:2] = (logits[1] - logits[0])[:, None]
@@ -210,16 +218,20 @@ def moved(parameters: Parameters, itemsize: int) -> float:
     return of_experts.moved(parameters, itemsize) + weights + logits - topk_weights
 
 
-def rejections(gate: str = GATE, w13: str = W13, w2: str = W2) -> tuple[Rejection, ...]:
-    """Bad calls of every layer."""
+def rejections(gate: str = GATE, w13: str = W13, w2: str = W2, *, rows: int = 1) -> tuple[Rejection, ...]:
+    """Bad calls of every layer, the rows of whose experts' matrices lie along that axis."""
+
+    def fewer_rows(each: torch.Tensor) -> torch.Tensor:
+        return each.narrow(rows, 0, each.shape[rows] - 1)
+
     return (
         Rejection("tokens of another width", "hidden_size", changed("hidden_states", lambda each: torch.cat([each, each], 1))),
         Rejection("top_k above num_experts", "top_k", lambda call: {"top_k": call[f"state/{gate}"].shape[0] + 1}),
         Rejection("top_k of zero", "top_k", lambda call: {"top_k": 0}),
         *(Rejection(f"{name} of fewer experts", name, changed(f"state/{name}", lambda each: each[:-1])) for name in (w13, w2)),
         Rejection("gate of another width", gate, changed(f"state/{gate}", lambda each: each[:, :-1])),
-        Rejection("w13 with an odd number of rows", w13, changed(f"state/{w13}", lambda each: each[:, :-1])),
-        Rejection("w2 of another width", w2, changed(f"state/{w2}", lambda each: each[:, :-1])),
+        Rejection("w13 with an odd number of rows", w13, changed(f"state/{w13}", fewer_rows)),
+        Rejection("w2 of another width", w2, changed(f"state/{w2}", fewer_rows)),
     )
 
 

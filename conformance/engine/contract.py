@@ -55,6 +55,8 @@ class Input:
     """The dimension whose indices its values are (`topk_ids` indexes `"num_experts"`), if any."""
     leaves: Callable[[Parameters], Mapping[str, "Input"]] | None = None
     """Of a dict of tensors (a state dict): its tensors by name, at given sizes."""
+    buffers: frozenset[str] = frozenset()
+    """Of a dict with gradients: the names of the tensors in it that have none."""
     whole: tuple[str, ...] = ()
     """Dimensions that every rank has whole, whatever a sharding says of their names: a router's, where experts are spread."""
 
@@ -311,9 +313,13 @@ class Contract:
         return next((spec for spec in self.inputs if spec.leaves), None)
 
     def differentiable(self, tensors: Mapping[str, Any]) -> list[str]:
-        """Keys of `tensors` (flat inputs or outputs) through which gradients flow; integers in a state dict have none."""
+        """Keys of `tensors` (flat inputs or outputs) through which gradients flow; integers and buffers of a dict have none."""
         flowing = {spec.name for spec in (*self.inputs, *self.outputs) if spec.differentiable}
-        return [key for key in tensors if argument_of(key) in flowing and "int" not in str(tensors[key].dtype)]
+        without = {f"{spec.name}/{each}" for spec in self.inputs for each in spec.buffers}
+        return [
+            key for key in tensors
+            if argument_of(key) in flowing and key not in without and "int" not in str(tensors[key].dtype)
+        ]  # fmt: skip
 
     def specs(self, parameters: Parameters) -> Mapping[str, Input]:
         """Every tensor of the inputs and outputs, by flat key, at given parameters."""

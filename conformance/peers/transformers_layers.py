@@ -5,15 +5,30 @@ from typing import Any
 
 import torch
 from torch.func import functional_call
-from transformers import MixtralConfig, OlmoeConfig, Qwen2MoeConfig, Qwen3MoeConfig
+from transformers import (
+    DeepseekV2Config,
+    DeepseekV3Config,
+    Glm4MoeConfig,
+    Llama4TextConfig,
+    MixtralConfig,
+    OlmoeConfig,
+    Qwen2MoeConfig,
+    Qwen3MoeConfig,
+)
+from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2Moe
+from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3MoE
+from transformers.models.glm4_moe.modeling_glm4_moe import Glm4MoeMoE
+from transformers.models.llama4.modeling_llama4 import Llama4TextMoe
 from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
 from transformers.models.olmoe.modeling_olmoe import OlmoeSparseMoeBlock
 from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeSparseMoeBlock
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBlock
 
+from gaugeblock.conformance.engine.inputs.cases import Case
 from gaugeblock.conformance.engine.vocabulary import DTYPES, Tensors
 from gaugeblock.conformance.peers.peer import peer
-from gaugeblock.conformance.peers.transformers import without_parameters
+from gaugeblock.conformance.peers.transformers import sorted_by, without_parameters
+from gaugeblock.reference.moe_states import CORRECTION_BIAS
 
 
 class TransformersBlock:
@@ -75,3 +90,82 @@ class TransformersQwen2Block(TransformersBlock):
     """Qwen2-MoE's."""
 
     block_class, config_class = Qwen2MoeSparseMoeBlock, Qwen2MoeConfig
+
+
+class TransformersGroupedBlock:
+    """A block with groups and shared experts, of any width; its router does not sort, so its ids are sorted here."""
+
+    block_class: Any
+    config_class: Any
+
+    def scores(self, router_logits, state):
+        """What experts are chosen by."""
+        return router_logits.sigmoid() + state[CORRECTION_BIAS]
+
+    def __call__(self, hidden_states, state, *, top_k, num_groups, topk_groups, renormalize, routed_scaling_factor):
+        experts, width, inner = state["experts.down_proj"].shape
+        config = self.config_class(
+            hidden_size=width, moe_intermediate_size=inner, n_routed_experts=experts, num_attention_heads=1,
+            num_experts_per_tok=top_k, n_group=num_groups, topk_group=topk_groups, topk_method="group_limited_greedy",
+            norm_topk_prob=renormalize, routed_scaling_factor=routed_scaling_factor,
+        )  # fmt: skip
+        config._experts_implementation = "eager"
+        block = without_parameters(self.block_class, config)
+        out = functional_call(block, dict(state), hidden_states[None])[0]
+        router = {name.removeprefix("gate."): each for name, each in state.items() if name.startswith("gate.")}
+        logits, weights, ids = functional_call(block.gate, router, hidden_states)
+        return out, logits, sorted_by(self.scores(logits, state), weights, ids)[1]
+
+
+def no_underflow(case: Case) -> bool:
+    """Not where probabilities are 0: DeepSeek-V2 excludes groups by that, and may choose from them."""
+    return case.regime != "lattice"
+
+
+@peer(
+    "grouped_moe_layers.deepseek_v2_moe", dtypes=DTYPES, rounding="eager", oracle=True, right_in=("float32",),
+    only="not renormalize", fits=no_underflow,
+)  # fmt: skip
+class TransformersDeepseekV2Block(TransformersGroupedBlock):
+    """DeepSeek-V2's, which never renormalizes."""
+
+    block_class, config_class = DeepseekV2Moe, DeepseekV2Config
+
+    def scores(self, router_logits, state):
+        return router_logits
+
+
+@peer(
+    "grouped_moe_layers.deepseek_v3_moe", dtypes=DTYPES, rounding="eager", oracle=True, right_in=("float32",),
+    only="num_experts // num_groups >= 2",
+)  # fmt: skip
+class TransformersDeepseekV3Block(TransformersGroupedBlock):
+    """DeepSeek-V3's, whose groups have two experts at least."""
+
+    block_class, config_class = DeepseekV3MoE, DeepseekV3Config
+
+
+@peer(
+    "grouped_moe_layers.deepseek_v3_moe", dtypes=DTYPES, rounding="eager", oracle=True, right_in=("float32",),
+    only="num_experts // num_groups >= 2",
+)  # fmt: skip
+class TransformersGlm4Block(TransformersGroupedBlock):
+    """GLM-4.5's."""
+
+    block_class, config_class = Glm4MoeMoE, Glm4MoeConfig
+
+
+@peer(
+    "input_scaled_moe_layers.llama4_moe", dtypes=DTYPES, rounding="eager", oracle=True, right_in=("float32",),
+    fits=lambda case: case.regime != "special",
+)  # fmt: skip
+class TransformersLlama4Block:
+    """Llama 4's: every expert gets every token, times 0 where it was not chosen, so that one that is no number spoils all."""
+
+    def __call__(self, hidden_states, state, *, top_k):
+        experts, inner, width = state["experts.down_proj"].shape
+        config = Llama4TextConfig(
+            hidden_size=width, intermediate_size=inner, num_local_experts=experts, num_experts_per_tok=top_k
+        )  # fmt: skip
+        out, logits = functional_call(without_parameters(Llama4TextMoe, config), dict(state), hidden_states[None])
+        return out, logits.float(), logits.topk(top_k, 1).indices

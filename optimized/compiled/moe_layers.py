@@ -19,6 +19,11 @@ def gated_shared_swiglu(*inputs: torch.Tensor, out_dtype: torch.dtype) -> torch.
     return reference.gated_shared_swiglu(*(each.to(out_dtype) for each in inputs))
 
 
+def shared_swiglu(*inputs: torch.Tensor, out_dtype: torch.dtype) -> torch.Tensor:
+    """As the reference's, in another dtype."""
+    return reference.shared_swiglu(*(each.to(out_dtype) for each in inputs))
+
+
 PARTS = SimpleNamespace(
     num_holders=1,
     router_logits=moe_composition.router_logits,

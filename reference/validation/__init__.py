@@ -37,6 +37,8 @@ from gaugeblock.reference.validation.experts import (
     gated_shared_swiglu,
     shared_swiglu,
 )
+from gaugeblock.reference.validation.grouped_moe_layers import deepseek_v2_moe, deepseek_v3_moe
+from gaugeblock.reference.validation.input_scaled_moe_layers import llama4_moe
 from gaugeblock.reference.validation.layers import (
     gated_residual,
     gated_residual_layer_norm_modulate,

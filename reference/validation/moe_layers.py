@@ -38,7 +38,7 @@ def require_layer(
     sizes: dict[str, int] = {"hidden_size": hidden_states.shape[1], "one": 1}
     for entry, axes in axes_of.items():
         name, array = f"state[{entry!r}]", state[entry]
-        require_dtype(name, array, (dtype_name(hidden_states),))
+        require_dtype(name, array, FLOATING if entry in moe_states.BUFFERS else (dtype_name(hidden_states),))
         require_same_device(name, array, "hidden_states", hidden_states)
         held = {"num_experts": sizes["num_experts"] // num_holders} if entry.startswith("experts.") else {}
         require_shape(name, array, **{axis: {**sizes, **held}.get(axis) for axis in axes})
