@@ -17,7 +17,8 @@ from typing import Any
 from gaugeblock.conformance.engine.registry import find_contract
 from gaugeblock.conformance.selftest.fault import Fault, Kind, plant
 
-KERNELS = "gaugeblock.optimized.triton"
+OPTIMIZED, KERNELS = "gaugeblock.optimized", "gaugeblock.optimized.triton"
+COMPOSITION = "moe_composition"  # the module of OPTIMIZED that layers are composed in: it is copied beside the kernels
 
 
 def mutated(source: str, place: str, old: str, new: str) -> str:
@@ -51,10 +52,11 @@ def load_mutant(function: str, name: str, place: str, old: str, new: str) -> Cal
     if not folder.exists():
         folder.mkdir()
         changed, _, inside = place.partition(".")
-        for file in files(KERNELS).iterdir():
+        for file in (*files(KERNELS).iterdir(), files(OPTIMIZED) / f"{COMPOSITION}.py"):
             if file.name.endswith(".py"):
                 text = file.read_text()
                 text = mutated(text, inside, old, new) if file.name == f"{changed}.py" else text
+                text = text.replace(f"from {OPTIMIZED} import {COMPOSITION}", f"from {package} import {COMPOSITION}")
                 (folder / file.name).write_text(text.replace(KERNELS, package))
     return getattr(importlib.import_module(f"{package}.{module}"), attribute)
 

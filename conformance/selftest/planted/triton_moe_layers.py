@@ -2,11 +2,35 @@
 
 from gaugeblock.conformance.selftest.edits import mutant
 
-MIXTRAL, BALANCE, Z = "moe_layers.mixtral_moe", "auxiliary_losses.load_balancing_loss", "auxiliary_losses.router_z_loss"
+MIXTRAL, QWEN3, QWEN2 = (f"moe_layers.{name}_moe" for name in ("mixtral", "qwen3", "qwen2"))
+BALANCE, Z = "auxiliary_losses.load_balancing_loss", "auxiliary_losses.router_z_loss"
 
 mutant(
     MIXTRAL, "weights-not-renormalized", "The weights of the chosen are their probabilities among all.",
-    "moe_layers.mixtral_moe", "renormalize=True", "renormalize=False", "parity", "structural",
+    "moe_composition.mixtral_moe", "renormalize=True", "renormalize=False", "parity", "structural",
+)  # fmt: skip
+mutant(
+    QWEN3, "always-renormalized", "The weights of a layer that does not renormalize are divided by their sum too.",
+    "moe_composition.qwen3_moe", "renormalize=renormalize", "renormalize=True", "parity", "structural",
+)  # fmt: skip
+mutant(
+    QWEN3, "logits-in-the-dtype-of-the-tokens", "The router's product is rounded before the softmax.",
+    "moe_composition.router_logits", "return hidden_states.to(dtype) @ weight.to(dtype).mT",
+    "return (hidden_states @ weight.mT).to(dtype)", "parity", "precision", dtypes=("float16", "bfloat16"),
+)  # fmt: skip
+mutant(
+    QWEN2, "shared-expert-ungated", "The expert that all tokens pass is added whole.", "moe_composition.qwen2_moe",
+    'state["shared_expert_gate.weight"], out', '1e4 + 0 * state["shared_expert_gate.weight"], out', "parity", "structural",
+)  # fmt: skip
+mutant(
+    QWEN2, "up-before-gate", "The shared expert's matrices are put together in the other order.", "moe_composition.shared_weights",
+    '[state[f"{prefix}.gate_proj.weight"], state[f"{prefix}.up_proj.weight"]]',
+    '[state[f"{prefix}.up_proj.weight"], state[f"{prefix}.gate_proj.weight"]]', "parity", "structural",
+)  # fmt: skip
+mutant(
+    QWEN2, "summed-in-the-dtype-of-the-tokens", "What routed and shared experts give is rounded before it is added.",
+    "moe_composition.qwen2_moe", "dtype = accurate_dtype(hidden_states)", "dtype = hidden_states.dtype",
+    "parity", "precision", dtypes=("float16", "bfloat16"),
 )  # fmt: skip
 mutant(
     BALANCE, "padding-counted", "Padding has a probability, the same for all experts.", "auxiliary_losses._balance_sums",
