@@ -206,15 +206,22 @@ def moved(parameters: Parameters, itemsize: int) -> float:
 
 
 def rejections(gate: str = GATE, w13: str = W13, w2: str = W2) -> tuple[Rejection, ...]:
-    """Bad calls of every layer."""
+    """Bad calls of every layer whose matrices are [out, in]."""
+    return (
+        *any_rejections(gate, (w13, w2)),
+        Rejection("w13 with an odd number of rows", w13, changed(f"state/{w13}", lambda each: each[:, :-1])),
+        Rejection("w2 of another width", w2, changed(f"state/{w2}", lambda each: each[:, :-1])),
+    )
+
+
+def any_rejections(gate: str, experts: tuple[str, ...]) -> tuple[Rejection, ...]:
+    """Bad calls of every layer: `experts` are the names of what each expert has one of."""
     return (
         Rejection("tokens of another width", "hidden_size", changed("hidden_states", lambda each: torch.cat([each, each], 1))),
         Rejection("top_k above num_experts", "top_k", lambda call: {"top_k": call[f"state/{gate}"].shape[0] + 1}),
         Rejection("top_k of zero", "top_k", lambda call: {"top_k": 0}),
-        *(Rejection(f"{name} of fewer experts", name, changed(f"state/{name}", lambda each: each[:-1])) for name in (w13, w2)),
+        *(Rejection(f"{name} of fewer experts", name, changed(f"state/{name}", lambda each: each[:-1])) for name in experts),
         Rejection("gate of another width", gate, changed(f"state/{gate}", lambda each: each[:, :-1])),
-        Rejection("w13 with an odd number of rows", w13, changed(f"state/{w13}", lambda each: each[:, :-1])),
-        Rejection("w2 of another width", w2, changed(f"state/{w2}", lambda each: each[:, :-1])),
     )
 
 

@@ -3,7 +3,8 @@
 from typing import Any
 
 from torch.func import functional_call
-from transformers import MixtralConfig, OlmoeConfig, Qwen2MoeConfig, Qwen3MoeConfig
+from transformers import GptOssConfig, MixtralConfig, OlmoeConfig, Qwen2MoeConfig, Qwen3MoeConfig
+from transformers.models.gpt_oss.modeling_gpt_oss import GptOssMLP
 from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
 from transformers.models.olmoe.modeling_olmoe import OlmoeSparseMoeBlock
 from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeSparseMoeBlock
@@ -66,3 +67,21 @@ class TransformersQwen2Block(TransformersBlock):
     """Qwen2-MoE's."""
 
     block_class, config_class = Qwen2MoeSparseMoeBlock, Qwen2MoeConfig
+
+
+@peer("biased_moe_layers.gpt_oss_moe", dtypes=DTYPES, rounding="eager", oracle=True, right_in=("float32",))
+class TransformersGptOssBlock:
+    """gpt-oss'."""
+
+    def __call__(self, hidden_states, state, *, top_k, alpha, limit):
+        experts, inner, width = state["experts.down_proj"].shape
+        config = GptOssConfig(
+            hidden_size=width, intermediate_size=inner, num_local_experts=experts, num_experts_per_tok=top_k,
+            swiglu_alpha=alpha, swiglu_limit=limit,
+        )  # fmt: skip
+        config._experts_implementation = "eager"
+        block = without_parameters(GptOssMLP, config)
+        out, _ = functional_call(block, dict(state), hidden_states[None])
+        of_router = {name: state[f"router.{name}"] for name in ("weight", "bias")}
+        logits, _, ids = functional_call(block.router, of_router, hidden_states)
+        return out[0], logits.float(), ids
