@@ -23,8 +23,9 @@ def upcycle(dense: Mapping[str, jax.Array], draws: Mapping[str, jax.Array], *, p
     for name in OF_AN_EXPERT:
         copies = jnp.broadcast_to(jax.lax.stop_gradient(dense[name]), (num_experts, *dense[name].shape))
         if perturbation_std:
-            noise = perturbation_std * deviation(dense[name]) * draws[f"experts.{name}"]
-            copies = (at_least_float32(copies) + noise).astype(copies.dtype)
+            values = at_least_float32(copies)
+            noise = perturbation_std * deviation(dense[name]) * draws[f"experts.{name}"].astype(values.dtype)
+            copies = (values + noise).astype(copies.dtype)
         state[f"experts.{name}"] = copies
     return state
 
@@ -39,7 +40,7 @@ def upcycling_draws(*, num_experts: int, hidden_size: int, intermediate_size: in
     """As `gaugeblock.reference.torch.upcycling.upcycling_draws`."""
     key = {"seed": seed, "step": 0, "purpose": purposes.UPCYCLING}
     uniform_EH = random.uniform((num_experts, hidden_size), **key, example=0)
-    draws = {GATE: (2 * uniform_EH - 1) / math.sqrt(hidden_size)}
+    draws = {GATE: (2 * uniform_EH - 1) * hidden_size**-0.5}
     shapes = ((hidden_size, intermediate_size), (intermediate_size,), (intermediate_size, hidden_size), (hidden_size,))
     for place, (name, shape) in enumerate(zip(OF_AN_EXPERT, shapes, strict=True)):
         example_E = 1 + len(shapes) * jnp.arange(num_experts) + place

@@ -51,8 +51,9 @@ def upcycle(
     for name in OF_AN_EXPERT:
         copies = dense[name].detach().expand(num_experts, *dense[name].shape).clone()
         if perturbation_std:
-            noise = perturbation_std * deviation(dense[name]) * draws[f"experts.{name}"]
-            copies = (at_least_float32(copies) + noise).to(copies.dtype)
+            values = at_least_float32(copies)
+            noise = perturbation_std * deviation(dense[name]) * draws[f"experts.{name}"].to(values.dtype)
+            copies = (values + noise).to(copies.dtype)
         state[f"experts.{name}"] = copies
     return state
 
@@ -87,7 +88,7 @@ def upcycling_draws(*, num_experts: int, hidden_size: int, intermediate_size: in
     """
     key = {"seed": seed, "step": 0, "purpose": purposes.UPCYCLING}
     uniform_EH = random.uniform((num_experts, hidden_size), **key, example=0)
-    draws = {GATE: (2 * uniform_EH - 1) / math.sqrt(hidden_size)}
+    draws = {GATE: (2 * uniform_EH - 1) * hidden_size**-0.5}
     shapes = ((hidden_size, intermediate_size), (intermediate_size,), (intermediate_size, hidden_size), (hidden_size,))
     for place, (name, shape) in enumerate(zip(OF_AN_EXPERT, shapes, strict=True)):
         example_E = 1 + len(shapes) * torch.arange(num_experts) + place
