@@ -105,14 +105,14 @@ def sizes(num_experts: int, expert_size: int, **others: float) -> dict[str, Any]
 
 
 def under_way(draw: Draw, parameters: Parameters) -> Tensors:
-    """The middle of a run: experts have had different numbers of steps, and a third of them has no tokens now."""
+    """The middle of a run: experts have had different numbers of steps, few or many, and a third of them has no tokens now."""
     experts, shape = parameters["num_experts"], (parameters["num_experts"], parameters["expert_size"])
     return {
         "parameter": draw.normal(*shape),
         "gradient": GRADIENT_SIZE * draw.normal(*shape),
         "exp_avg": GRADIENT_SIZE * draw.normal(*shape),
         "exp_avg_sq": GRADIENT_SIZE**2 * (0.5 + draw.uniform(*shape)),
-        "steps": draw.integers(0, 1000, experts),
+        "steps": draw.integers(0, 1000, experts) // 2 ** draw.integers(0, 10, experts),
         "tokens_per_expert": draw.integers(0, 3, experts),
     }
 

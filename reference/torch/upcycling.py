@@ -166,5 +166,5 @@ def adamw_of_used_experts(
 
 
 def share_averaged(steps: torch.Tensor, beta: float) -> torch.Tensor:
-    """Return 1 - beta**steps; in float32 the difference would keep four digits of it at the first step."""
+    """Return 1 - beta**steps; the difference in float32 would keep five digits of it at the first steps."""
     return -torch.expm1(steps * math.log(beta)) if beta else torch.ones_like(steps)
