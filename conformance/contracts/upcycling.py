@@ -105,22 +105,23 @@ def sizes(num_experts: int, expert_size: int, **others: float) -> dict[str, Any]
 
 
 def under_way(draw: Draw, parameters: Parameters) -> Tensors:
-    """The middle of a run: experts have had different numbers of steps, few or many, and a third of them has no tokens now."""
+    """The middle of a run: experts have had different numbers of steps, and a third of them has no tokens now."""
     experts, shape = parameters["num_experts"], (parameters["num_experts"], parameters["expert_size"])
     return {
         "parameter": draw.normal(*shape),
         "gradient": GRADIENT_SIZE * draw.normal(*shape),
         "exp_avg": GRADIENT_SIZE * draw.normal(*shape),
         "exp_avg_sq": GRADIENT_SIZE**2 * (0.5 + draw.uniform(*shape)),
-        "steps": draw.integers(0, 1000, experts) // 2 ** draw.integers(0, 10, experts),
+        "steps": draw.integers(0, 1000, experts),
         "tokens_per_expert": draw.integers(0, 3, experts),
     }
 
 
 def fresh(draw: Draw, parameters: Parameters) -> Tensors:
-    """The first step, where the corrections of the moments are largest."""
+    """The first steps, with the largest corrections of moments; parameters are 0, so that an update has all its digits."""
     tensors = under_way(draw, parameters)
-    return {**tensors, **{name: 0 * tensors[name] for name in (*MOMENTS, "steps")}}
+    few = draw.integers(0, 8, parameters["num_experts"])
+    return {**tensors, "parameter": 0 * tensors["parameter"], "exp_avg": 0 * tensors["exp_avg"], "steps": few}
 
 
 def special(draw: Draw, parameters: Parameters) -> Tensors:
