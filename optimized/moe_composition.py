@@ -146,3 +146,39 @@ def shared_weights(state: State, prefix: str) -> tuple[torch.Tensor, torch.Tenso
 def accurate_dtype(tensor: torch.Tensor) -> torch.dtype:
     """Return float32, or float64 for float64."""
     return torch.promote_types(tensor.dtype, torch.float32)
+
+
+def gpt_oss_moe(parts: Any, hidden_states: torch.Tensor, state: State, *, top_k: int, alpha: float, limit: float) -> Layer:
+    """As `gaugeblock.reference.torch.biased_moe_layers.gpt_oss_moe`, of these parts; matrices stay as they lie."""
+    validation.gpt_oss_moe(hidden_states, state, top_k, alpha, limit)
+    logits = router_logits(hidden_states, state["router.weight"])
+    logits = logits + state["router.bias"].to(logits.dtype)
+    routing = parts.topk_softmax(logits, top_k=top_k)
+    up = state["experts.gate_up_proj"].mT, state["experts.gate_up_proj_bias"]
+    down = state["experts.down_proj"].mT, state["experts.down_proj_bias"]
+    out = parts.fused_swiglu_oai(hidden_states, *up, *down, *routing, alpha=alpha, limit=limit)
+    return out, logits, routing[1]
+
+
+def upcycled_gpt2_moe(
+    parts: Any,
+    hidden_states: torch.Tensor,
+    state: State,
+    noise: torch.Tensor,
+    *,
+    top_k: int,
+    noise_std: float,
+    training: bool,
+) -> tuple[torch.Tensor, ...]:
+    """As `gaugeblock.reference.torch.biased_moe_layers.upcycled_gpt2_moe`, of these parts; matrices stay as they lie."""
+    validation.upcycled_gpt2_moe(hidden_states, state, noise, top_k, noise_std)
+    logits = router_logits(hidden_states, state["router.gate.weight"])
+    options = {"top_k": top_k, "noise_std": noise_std, "training": training}
+    topk_weights, topk_ids, probs, _, logits, entropy = parts.ste_topk(logits, noise, **options)
+    up = state["experts.c_fc.weight"].mT, state["experts.c_fc.bias"]
+    down = state["experts.c_proj.weight"].mT, state["experts.c_proj.bias"]
+    out = parts.fused_gelu_mlp(hidden_states, *up, *down, topk_weights, topk_ids, approximate="tanh")
+
+    counted = torch.ones(len(topk_ids), dtype=torch.bool, device=topk_ids.device)
+    assignments = parts.expert_load(topk_ids, counted, num_experts=logits.shape[1])
+    return out, logits, topk_ids, probs, entropy, assignments.to(logits.dtype) / max(1, topk_ids.numel())

@@ -7,7 +7,7 @@ Shapes: E num_experts, I intermediate_size, H hidden_size; R rows of gate and up
 """
 
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
@@ -220,7 +220,8 @@ def read_experts(
     if num_experts is None:
         num_experts = _count_experts(inside, LAYOUTS[layout][0], prefix)
     require_between("num_experts", num_experts, 1, sys.maxsize)
-    _require_names(inside, layout, prefix, num_experts)
+    expected = [name for entry in LAYOUTS[layout] for name in entry.names(prefix, num_experts)]
+    require_names(inside, expected, f"layout {layout!r} with num_experts={num_experts}")
     sizes = _sizes(inside, LAYOUTS[layout], prefix, num_experts)
 
     experts, columns = shard.experts(num_experts), shard.columns(sizes["I"])
@@ -242,7 +243,7 @@ def _read(tensors: Mapping[str, Any], entry: Entry, names: list[str], experts: s
     for place in places:
         at = {"E": experts, "H": slice(None), "I": place, "R": place}
         index = tuple(at[axis] for axis in entry.axes)
-        part = _stack([tensors[name][index] for name in names[experts]]) if entry.per_expert else tensors[names[0]][index]
+        part = stack([tensors[name][index] for name in names[experts]]) if entry.per_expert else tensors[names[0]][index]
         parts.append(part.swapaxes(-1, -2) if entry.transposed else part)
     return parts
 
@@ -256,8 +257,8 @@ def _count_experts(tensors: Mapping[str, Any], entry: Entry, prefix: str) -> int
     return max(numbers, default=0) + 1
 
 
-def _require_names(tensors: Mapping[str, Any], layout: ExpertLayout, prefix: str, num_experts: int) -> None:
-    expected = [name for entry in LAYOUTS[layout] for name in entry.names(prefix, num_experts)]
+def require_names(tensors: Collection[str], expected: list[str], of: str) -> None:
+    """Check that a checkpoint has just the expected names, as `of` has."""
     problems = {
         "is missing": [name for name in expected if name not in tensors],
         "is superfluous": sorted(set(tensors) - set(expected)),
@@ -265,8 +266,7 @@ def _require_names(tensors: Mapping[str, Any], layout: ExpertLayout, prefix: str
     for problem, names in problems.items():
         if names:
             also = f", and so are {len(names) - 1} others" if names[1:] else ""
-            has = f"layout {layout!r} with num_experts={num_experts} has {_list(expected)}"
-            raise ValueError(f"{names[0]} {problem}{also}: {has}; got {_list(sorted(tensors))}")
+            raise ValueError(f"{names[0]} {problem}{also}: {of} has {_list(expected)}; got {_list(sorted(tensors))}")
 
 
 def _list(names: list[str]) -> str:
@@ -307,7 +307,7 @@ def _require_fitting(weights: ExpertWeights, layout: ExpertLayout) -> None:
     _sizes(ours, tuple(Entry(name, name) for name in ours), "", len(weights.w13))
 
 
-def _stack(arrays: list[Any]) -> Any:
+def stack(arrays: list[Any]) -> Any:
     return _framework(arrays[0]).stack(arrays)
 
 

@@ -1,4 +1,4 @@
-"""The parameters of each MoE layer: their names, which are those of transformers 5, and the axes of each."""
+"""The parameters of each MoE layer: their names, those of transformers 5 where it has the layer, and the axes of each."""
 
 from collections.abc import Mapping
 from types import MappingProxyType
@@ -44,3 +44,26 @@ LLAMA4: StateAxes = MappingProxyType(
 
 BUFFERS = frozenset({CORRECTION_BIAS})
 """What is kept in a dtype of its own, float32 in checkpoints, and gets no gradient."""
+
+GPT_OSS: StateAxes = MappingProxyType(
+    {
+        "router.weight": ("num_experts", "hidden_size"),
+        "router.bias": ("num_experts",),
+        "experts.down_proj": ("num_experts", "intermediate_size", "hidden_size"),
+        "experts.down_proj_bias": ("num_experts", "hidden_size"),
+        "experts.gate_up_proj": ("num_experts", "hidden_size", "two_intermediate_sizes"),
+        "experts.gate_up_proj_bias": ("num_experts", "two_intermediate_sizes"),
+    }
+)
+"""Matrices are [in, out]; gate and up columns take turns."""
+UPCYCLED_GPT2: StateAxes = MappingProxyType(
+    {
+        "router.gate.weight": ("num_experts", "hidden_size"),
+        "experts.c_fc.weight": ("num_experts", "hidden_size", "intermediate_size"),
+        "experts.c_fc.bias": ("num_experts", "intermediate_size"),
+        "experts.c_proj.weight": ("num_experts", "intermediate_size", "hidden_size"),
+        "experts.c_proj.bias": ("num_experts", "hidden_size"),
+    }
+)
+"""Matrices are [in, out], as GPT-2's. In the public state each expert has its own, `experts.0.c_fc.weight`, …; ours are stacked,
+`upcycled_checkpoints.py`."""

@@ -92,7 +92,7 @@ def align_to_blocks() -> Contract:
         flops=lambda parameters: float(_routed(parameters)),
         workloads=_workloads(lambda _, experts, top_k: align_sizes(4096, experts, top_k, 64)),
         rejections=(*SORT_REJECTIONS, Rejection("no rows in a block", "block_size", lambda call: {"block_size": 0})),
-        without=IN_ORDER,
+        without={**IN_ORDER, "nan_containment": "ids are no floating numbers"},
         implementations=(triton("sorting:align_to_blocks", dtypes=("float32",)),),
     )
 

@@ -50,7 +50,7 @@ def expert_load() -> Contract:
             Rejection("no ids", "topk_ids", changed("topk_ids", lambda each: each[:, :0])),
             Rejection("no experts", "num_experts", lambda call: {"num_experts": 0}),
         ),
-        without={"batch_invariance": "a count is of all of its batch"},
+        without={"batch_invariance": "a count is of all of its batch", "nan_containment": "ids are no floating numbers"},
         implementations=(triton("expert_load:expert_load", dtypes=("float32",)),),
     )
 

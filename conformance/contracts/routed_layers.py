@@ -219,19 +219,26 @@ def moved(parameters: Parameters, itemsize: int) -> float:
 
 
 def rejections(gate: str = GATE, w13: str = W13, w2: str = W2, *, rows: int = 1) -> tuple[Rejection, ...]:
-    """Bad calls of every layer, the rows of whose experts' matrices lie along that axis."""
+    """Bad calls of every layer with matrices w13 and w2, whose rows lie along that axis."""
 
     def fewer_rows(each: torch.Tensor) -> torch.Tensor:
         return each.narrow(rows, 0, each.shape[rows] - 1)
 
     return (
+        *any_rejections(gate, (w13, w2)),
+        Rejection("w13 with an odd number of rows", w13, changed(f"state/{w13}", fewer_rows)),
+        Rejection("w2 of another width", w2, changed(f"state/{w2}", fewer_rows)),
+    )
+
+
+def any_rejections(gate: str, experts: tuple[str, ...]) -> tuple[Rejection, ...]:
+    """Bad calls of every layer: `experts` are the names of what each expert has one of."""
+    return (
         Rejection("tokens of another width", "hidden_size", changed("hidden_states", lambda each: torch.cat([each, each], 1))),
         Rejection("top_k above num_experts", "top_k", lambda call: {"top_k": call[f"state/{gate}"].shape[0] + 1}),
         Rejection("top_k of zero", "top_k", lambda call: {"top_k": 0}),
-        *(Rejection(f"{name} of fewer experts", name, changed(f"state/{name}", lambda each: each[:-1])) for name in (w13, w2)),
+        *(Rejection(f"{name} of fewer experts", name, changed(f"state/{name}", lambda each: each[:-1])) for name in experts),
         Rejection("gate of another width", gate, changed(f"state/{gate}", lambda each: each[:, :-1])),
-        Rejection("w13 with an odd number of rows", w13, changed(f"state/{w13}", fewer_rows)),
-        Rejection("w2 of another width", w2, changed(f"state/{w2}", fewer_rows)),
     )
 
 

@@ -9,6 +9,7 @@ from transformers import (
     DeepseekV2Config,
     DeepseekV3Config,
     Glm4MoeConfig,
+    GptOssConfig,
     Llama4TextConfig,
     MixtralConfig,
     OlmoeConfig,
@@ -18,6 +19,7 @@ from transformers import (
 from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2Moe
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3MoE
 from transformers.models.glm4_moe.modeling_glm4_moe import Glm4MoeMoE
+from transformers.models.gpt_oss.modeling_gpt_oss import GptOssMLP
 from transformers.models.llama4.modeling_llama4 import Llama4TextMoe
 from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
 from transformers.models.olmoe.modeling_olmoe import OlmoeSparseMoeBlock
@@ -169,3 +171,21 @@ class TransformersLlama4Block:
         )  # fmt: skip
         out, logits = functional_call(without_parameters(Llama4TextMoe, config), dict(state), hidden_states[None])
         return out, logits.float(), logits.topk(top_k, 1).indices
+
+
+@peer("biased_moe_layers.gpt_oss_moe", dtypes=DTYPES, rounding="eager", oracle=True, right_in=("float32",))
+class TransformersGptOssBlock:
+    """gpt-oss'."""
+
+    def __call__(self, hidden_states, state, *, top_k, alpha, limit):
+        experts, inner, width = state["experts.down_proj"].shape
+        config = GptOssConfig(
+            hidden_size=width, intermediate_size=inner, num_local_experts=experts, num_experts_per_tok=top_k,
+            swiglu_alpha=alpha, swiglu_limit=limit,
+        )  # fmt: skip
+        config._experts_implementation = "eager"
+        block = without_parameters(GptOssMLP, config)
+        out, _ = functional_call(block, dict(state), hidden_states[None])
+        of_router = {name: state[f"router.{name}"] for name in ("weight", "bias")}
+        logits, _, ids = functional_call(block.router, of_router, hidden_states)
+        return out[0], logits.float(), ids

@@ -18,6 +18,7 @@ from gaugeblock.reference.validation.auxiliary_losses import (
     routing_entropy,
     sequence_balance_loss,
 )
+from gaugeblock.reference.validation.biased_moe_layers import gpt_oss_moe, upcycled_gpt2_moe
 from gaugeblock.reference.validation.capacity_routers import expert_choice, gshard_top2, switch_top1
 from gaugeblock.reference.validation.dispatch import (
     align_to_blocks,
@@ -80,3 +81,4 @@ from gaugeblock.reference.validation.train_image_diffusion import (
     image_diffusion_state,
     image_diffusion_step,
 )
+from gaugeblock.reference.validation.upcycling import adamw_of_used_experts, upcycle

@@ -31,17 +31,17 @@ def ste_topk(router_logits: Any, noise: Any, top_k: int, noise_std: float) -> No
         require_shape("router_logits", router_logits, num_tokens=None, num_experts=None)
     require_between("top_k", top_k, 1, router_logits.shape[-1], "num_experts=")
     _require_noise(noise, router_logits)
-    _require_not_negative("noise_std", noise_std)
+    require_not_negative("noise_std", noise_std)
 
 
 def noise_std_at(step: int, total_steps: int, anneal_fraction: float, noise_std: float) -> None:
     """Check the arguments of `noisy_routers.noise_std_at`."""
     for name, steps in (("step", step), ("total_steps", total_steps)):
         require_between(name, steps, 0, 2**63 - 1)
-    _require_not_negative("anneal_fraction", anneal_fraction)
+    require_not_negative("anneal_fraction", anneal_fraction)
     if anneal_fraction > 1:
         raise ValueError(f"anneal_fraction must be at most 1, got {anneal_fraction}")
-    _require_not_negative("noise_std", noise_std)
+    require_not_negative("noise_std", noise_std)
 
 
 def _require_noise(noise: Any, router_logits: Any) -> None:
@@ -51,7 +51,8 @@ def _require_noise(noise: Any, router_logits: Any) -> None:
     require_same_device("noise", noise, "router_logits", router_logits)
 
 
-def _require_not_negative(name: str, value: Any) -> None:
+def require_not_negative(name: str, value: Any) -> None:
+    """Check that an option is a finite number, 0 or more."""
     require_number(name, value)
     if value < 0:
         raise ValueError(f"{name} must be 0 or more, got {value}")
