@@ -172,6 +172,11 @@ class Trial:
         """The inputs or outputs with the positions `index` along a named dimension; others unchanged."""
         return take(self.contract, self.case.parameters, tensors, dimension, index)
 
+    def of_examples(self, results: Tensors) -> Tensors:
+        """Those results that belong to one example each, as a mean over the batch does not."""
+        batch, specs = self.contract.batch, self.contract.specs(self.case.parameters)
+        return {key: tensor for key, tensor in results.items() if batch in specs[key].shape}
+
     def judge(self, results: Tensors, case: Case | None = None) -> None:
         """Form, choice and values of the results, against the oracle of the case."""
         case = case or self.case

@@ -32,6 +32,6 @@ def test_nan_containment(trial: Trial) -> None:
     dirty = trial.run(inputs, library_in_float64=True)
     trial.same_bits(
         trial.take(dirty, batch, others),
-        trial.take(clean, batch, others),
+        trial.of_examples(trial.take(clean, batch, others)),
         f"where one of the {batch} is NaN",
     )

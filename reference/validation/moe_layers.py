@@ -24,12 +24,14 @@ def qwen2_moe(hidden_states: Any, state: Any, top_k: int) -> None:
     require_layer(hidden_states, state, moe_states.QWEN2, top_k)
 
 
-def require_layer(hidden_states: Any, state: Any, axes_of: moe_states.StateAxes, top_k: int) -> dict[str, int]:
+def require_layer(
+    hidden_states: Any, state: Any, axes_of: moe_states.StateAxes, top_k: int, batch: tuple[str, ...] = ("num_tokens",)
+) -> dict[str, int]:
     """Check what every layer has; return the sizes by the names of the axes, of which one name is one size."""
     require_dtype("hidden_states", hidden_states, FLOATING)
-    require_shape("hidden_states", hidden_states, num_tokens=None, hidden_size=None)
+    require_shape("hidden_states", hidden_states, **dict.fromkeys((*batch, "hidden_size")))
     require_entry_names("state", state, axes_of)
-    sizes: dict[str, int] = {"hidden_size": hidden_states.shape[1], "one": 1}
+    sizes: dict[str, int] = {"hidden_size": hidden_states.shape[-1], "one": 1}
     for entry, axes in axes_of.items():
         name, array = f"state[{entry!r}]", state[entry]
         require_dtype(name, array, (dtype_name(hidden_states),))

@@ -25,7 +25,7 @@ def softmax_topk(router_logits: Any, top_k: int) -> None:
 topk_softmax = sigmoid_topk = sigmoid_input_scaling = softmax_topk  # which has the same array and top_k
 
 
-def _groups(num_experts: int, top_k: int, num_groups: int, topk_groups: int) -> None:
+def require_groups(num_experts: int, top_k: int, num_groups: int, topk_groups: int) -> None:
     """Check how many groups there are, how many are kept, and how many experts are chosen from those."""
     require_between("num_groups", num_groups, 1, num_experts, "num_experts=")
     if num_experts % num_groups:
@@ -38,7 +38,7 @@ def _groups(num_experts: int, top_k: int, num_groups: int, topk_groups: int) -> 
 def grouped_softmax_topk(router_logits: Any, top_k: int, num_groups: int, topk_groups: int, routed_scaling_factor: float) -> None:
     """Check the arguments of `routers.grouped_softmax_topk`."""
     softmax_topk(router_logits, top_k)
-    _groups(router_logits.shape[1], top_k, num_groups, topk_groups)
+    require_groups(router_logits.shape[1], top_k, num_groups, topk_groups)
     require_number("routed_scaling_factor", routed_scaling_factor)
 
 
@@ -47,7 +47,7 @@ def grouped_sigmoid_topk(
 ) -> None:
     """Check the arguments of `routers.grouped_sigmoid_topk`."""
     _biased(router_logits, e_score_correction_bias, top_k)
-    _groups(router_logits.shape[1], top_k, num_groups, topk_groups)
+    require_groups(router_logits.shape[1], top_k, num_groups, topk_groups)
     require_number("routed_scaling_factor", routed_scaling_factor)
 
 
