@@ -162,7 +162,9 @@ def scores(hidden_states: torch.Tensor, state: Tensors, *, config: DiTMoEConfig)
 def group_scores(hidden_states: torch.Tensor, state: Tensors, *, config: DiTMoEConfig) -> torch.Tensor:
     """What groups are chosen by."""
     chosen_by = scores(hidden_states, state, config=config)
-    return routers.best_of_groups(chosen_by.flatten(0, 1), config.num_groups, 1).reshape(*hidden_states.shape[:2], config.num_groups)
+    return routers.best_of_groups(chosen_by.flatten(0, 1), config.num_groups, 1).reshape(
+        *hidden_states.shape[:2], config.num_groups
+    )
 
 
 def _options(**changes: Callable[[int], int]) -> Callable[[dict[str, Any]], dict[str, Any]]:

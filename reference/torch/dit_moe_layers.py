@@ -27,7 +27,8 @@ def dit_moe(
         weights = s[ids] * routed_scaling_factor                          if not renormalize
         weights = s[ids] / (sum(s[ids]) + 1e-20) * routed_scaling_factor  if renormalize
         out = fused_swiglu(hidden_states, experts, weights, ids) + shared_swiglu(hidden_states, shared_experts)
-        auxiliary_loss = aux_loss_alpha * sum over e of load[e] * probability[e], of all tokens, or the mean of that of each sample
+        auxiliary_loss = aux_loss_alpha * sum over e of load[e] * probability[e], of all tokens
+        auxiliary_loss = mean of that over the samples, of the tokens of each  if per_sample
         load[e] = num_experts / (top_k * tokens) * assignments of expert e; no gradient
         probability[e] = mean over tokens of s[e] / sum of s
 
@@ -62,7 +63,10 @@ def dit_moe(
     """
     validation.dit_moe(hidden_states, state, config)
 
-    hidden_TH, state = at_least_float32(hidden_states).flatten(0, 1), {name: at_least_float32(each) for name, each in state.items()}
+    hidden_TH, state = (
+        at_least_float32(hidden_states).flatten(0, 1),
+        {name: at_least_float32(each) for name, each in state.items()},
+    )
     logits_TE = router_logits(hidden_TH, state["gate.weight"])
     weights_TK, ids_TK = gate(logits_TE, config)
     out_TH = fused_swiglu(hidden_TH, state["experts.gate_up_proj"], state["experts.down_proj"], weights_TK, ids_TK)
