@@ -13,7 +13,7 @@ import torch
 
 from gaugeblock.conformance.engine.budget.error_budget import Errors
 from gaugeblock.conformance.engine.budget.oracle import rounded_cotangents
-from gaugeblock.conformance.engine.contract import Contract
+from gaugeblock.conformance.engine.contract import Contract, ContractError
 from gaugeblock.conformance.engine.devices import available_world_size, triton_is_interpreted
 from gaugeblock.conformance.engine.frameworks import BadResult, Call, Raised
 from gaugeblock.conformance.engine.implementation import Implementation
@@ -172,10 +172,13 @@ class Trial:
         """The inputs or outputs with the positions `index` along a named dimension; others unchanged."""
         return take(self.contract, self.case.parameters, tensors, dimension, index)
 
-    def of_examples(self, results: Tensors) -> Tensors:
-        """Those results that belong to one example each, as a mean over the batch does not."""
-        batch, specs = self.contract.batch, self.contract.specs(self.case.parameters)
-        return {key: tensor for key, tensor in results.items() if batch in specs[key].shape}
+    def examples(self, results: Tensors, index: torch.Tensor) -> Tensors:
+        """The outputs at the positions `index` of the batch, without those that have no examples: a load is of all of them."""
+        batch = self.contract.batch
+        of_examples = {key: each for key, each in results.items() if batch in self.contract.spec(key, self.case.parameters).shape}
+        if not of_examples:
+            raise ContractError(f"{self.contract.name}: no output has the dimension {batch!r}: tell it in `without`")
+        return self.take(of_examples, batch, index)
 
     def judge(self, results: Tensors, case: Case | None = None) -> None:
         """Form, choice and values of the results, against the oracle of the case."""

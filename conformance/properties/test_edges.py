@@ -31,7 +31,7 @@ def test_nan_containment(trial: Trial) -> None:
             tensor.select(spec.shape.index(batch), poisoned).fill_(torch.nan)
     dirty = trial.run(inputs, library_in_float64=True)
     trial.same_bits(
-        trial.take(dirty, batch, others),
-        trial.of_examples(trial.take(clean, batch, others)),
+        trial.examples(dirty, others),
+        trial.examples(clean, others),
         f"where one of the {batch} is NaN",
     )
