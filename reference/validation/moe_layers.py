@@ -1,5 +1,6 @@
 """Calls of Mixture-of-Experts layers."""
 
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from gaugeblock.reference import moe_states
@@ -22,6 +23,24 @@ def mixtral_moe(hidden_states: Any, state: Any, top_k: int) -> None:
 def qwen2_moe(hidden_states: Any, state: Any, top_k: int) -> None:
     """Check the arguments of `moe_layers.qwen2_moe`."""
     require_layer(hidden_states, state, moe_states.QWEN2, top_k)
+
+
+def built_layer(
+    hidden_states: Any,
+    state: Any,
+    axes_of: Callable[[int], moe_states.StateAxes],
+    correction_bias: str | None,
+    router_options: Mapping[str, Any],
+) -> int:
+    """Check the arguments of a layer of `moe_building.build_layer`, but for the bias; return the number of experts."""
+    gate, *_ = axes_of(1)
+    there = state if isinstance(state, Mapping) else {}
+    num_experts = there[gate].shape[0] if gate in there and len(there[gate].shape) else 1
+    axes = axes_of(num_experts)
+    if correction_bias is not None:
+        require_entry_names("state", state, (*axes, correction_bias))
+        state = {name: each for name, each in state.items() if name != correction_bias}
+    return require_layer(hidden_states, state, axes, router_options.get("top_k", 1))["num_experts"]
 
 
 def require_layer(
