@@ -1,4 +1,4 @@
-"""MoE layers as configurations: of what parts, with presets of published models, and read from a public model's config.json."""
+"""MoE layers as configurations: of what parts, with presets of published models, and read from a public model's config."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -95,8 +95,10 @@ def _deepseek_v3(top_k: int, num_groups: int, topk_groups: int, renormalize: boo
 
 
 def _gpt_oss(top_k: int, alpha: float, limit: float) -> MoELayerConfig:
-    runner = {"runner": "fused_swiglu_oai", "runner_options": {"alpha": alpha, "limit": limit}, "expert_layout": "interleaved"}
-    return MoELayerConfig(router="topk_softmax", router_options={"top_k": top_k}, gate="router", gate_bias=True, **runner)
+    return MoELayerConfig(
+        router="topk_softmax", router_options={"top_k": top_k}, runner="fused_swiglu_oai",
+        runner_options={"alpha": alpha, "limit": limit}, gate="router", gate_bias=True, expert_layout="interleaved",
+    )  # fmt: skip
 
 
 def _llama4(top_k: int) -> MoELayerConfig:
@@ -117,11 +119,11 @@ MOE_LAYER_PRESETS: Mapping[str, MoELayerConfig] = MappingProxyType(
         "llama4_scout": _llama4(1),
     }
 )
-"""Layers of published models, by their config.json; parameters are named as in transformers 5."""
+"""Layers of published models, by their public configs; parameters are named as in transformers 5."""
 
 
 def from_public_config(config: Mapping[str, Any], *, dispatcher: str = "local") -> MoELayerConfig:
-    """Read a model's MoE layer from its public config.json.
+    """Read a model's MoE layer from its public config.
 
     Args:
         config: The config, with upstream's names: `model_type`, `num_experts_per_tok`, `norm_topk_prob`, `n_group`, ...; of a
@@ -134,9 +136,9 @@ def from_public_config(config: Mapping[str, Any], *, dispatcher: str = "local") 
     Raises:
         ValueError: `model_type` is missing or unknown, a field is missing, or it asks for what the layer does not do.
 
-    Source: configuration classes of transformers 5, of the models' names; DeepSeek-V3's and gpt-oss' config.json.
+    Source: transformers 5's configuration classes of these models, and the configs beside the checkpoints.
     """
-    model_type = config.get("model_type")
+    model_type: Any = config.get("model_type")
     if model_type == "llama4" and "text_config" in config:
         return from_public_config(config["text_config"], dispatcher=dispatcher)
     if model_type not in READERS:
@@ -148,7 +150,7 @@ def from_public_config(config: Mapping[str, Any], *, dispatcher: str = "local") 
 
 @dataclass(frozen=True)
 class _Fields:
-    """Of a config.json."""
+    """Of a public config."""
 
     config: Mapping[str, Any]
 
@@ -203,7 +205,7 @@ def _read_deepseek_v3(fields: _Fields) -> MoELayerConfig:
 
 
 def _read_gpt_oss(fields: _Fields) -> MoELayerConfig:
-    # the first config.json of gpt-oss has no swiglu_alpha: it was a constant of the code
+    # the first config of gpt-oss has no swiglu_alpha: it was a constant of the code
     alpha = fields.config.get("swiglu_alpha", 1.702)
     return _gpt_oss(fields["num_experts_per_tok"], alpha, fields["swiglu_limit"])
 

@@ -37,7 +37,7 @@ LAYERS = {
     "gpt_oss_120b": "biased_moe_layers.gpt_oss_moe",
     "llama4_scout": "input_scaled_moe_layers.llama4_moe",
 }
-# of each preset, transformers' class of its config, and where the model's config.json differs from the class' defaults
+# of each preset, transformers' class of its config, and where the model's own differs from the class' defaults
 PUBLIC = {
     "mixtral_8x7b": ("MixtralConfig", {}),
     "qwen3_30b_a3b": ("Qwen3MoeConfig", {"norm_topk_prob": True}),

@@ -96,8 +96,8 @@ FACTORS = (
 
 def sizes(shape: tuple[int, int, int, int, int], shared_intermediate_size: int, config: DiTMoEConfig) -> dict[str, Any]:
     """One point of the input space: [batch_size, num_tokens, hidden_size, intermediate_size, num_experts]."""
-    batch_size, *others = shape
-    of_routed = of_experts.sizes(*others, config.top_k)
+    batch_size, num_tokens, hidden_size, intermediate_size, num_experts = shape
+    of_routed = of_experts.sizes(num_tokens, hidden_size, intermediate_size, num_experts, config.top_k)
     return {"batch_size": batch_size, **of_routed, "shared_intermediate_size": shared_intermediate_size, **asdict(config)}
 
 

@@ -71,9 +71,9 @@ def build_layer(
 def routed(router: str, router_logits: Array, arrays: Mapping[str, Array], options: Mapping[str, Any]) -> tuple[jax.Array, ...]:
     """Return what a router hands on to its runner: weights and ids, both [num_tokens, top_k], or logits."""
     moe_parts.require_arrays(router, arrays)
-    given = [router_logits] if moe_parts.ROUTERS[router].reads_logits else []
+    given: Any = (router_logits,) if moe_parts.ROUTERS[router].reads_logits else ()
     if router == "bypass":
-        return tuple(given)
+        return given
     route = next(getattr(module, router) for module in ROUTER_MODULES if hasattr(module, router))
     chosen = route(*given, *(arrays[name] for name in moe_parts.ROUTERS[router].needs), **options)
     return tuple(each[:, None] if each.ndim == 1 else each for each in chosen[:2])

@@ -115,9 +115,9 @@ def routed(
 ) -> tuple[torch.Tensor, ...]:
     """Return what a router hands on to its runner: weights and ids, both [num_tokens, top_k], or logits."""
     moe_parts.require_arrays(router, arrays)
-    given = [router_logits] if moe_parts.ROUTERS[router].reads_logits else []
+    given: Any = (router_logits,) if moe_parts.ROUTERS[router].reads_logits else ()
     if router == "bypass":
-        return tuple(given)
+        return given
     route = next(getattr(module, router) for module in ROUTER_MODULES if hasattr(module, router))
     chosen = route(*given, *(arrays[name] for name in moe_parts.ROUTERS[router].needs), **options)
     return tuple(each[:, None] if each.ndim == 1 else each for each in chosen[:2])
