@@ -23,6 +23,7 @@ def _shared(prefix: str) -> StateAxes:
     }
 
 
+DIT_MOE: StateAxes = MappingProxyType({**GATE, **EXPERTS, **_shared("shared_experts")})
 QWEN3: StateAxes = MappingProxyType({**GATE, **EXPERTS})
 """Mixtral's, OLMoE's and SDAR's too."""
 QWEN2: StateAxes = MappingProxyType({**QWEN3, **_shared("shared_expert"), "shared_expert_gate.weight": ("one", "hidden_size")})

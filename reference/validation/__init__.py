@@ -29,6 +29,7 @@ from gaugeblock.reference.validation.dispatch import (
     unpermute,
 )
 from gaugeblock.reference.validation.dit import class_labels_in_range, dit, dit_block, position_table
+from gaugeblock.reference.validation.dit_moe_layers import dit_moe
 from gaugeblock.reference.validation.experts import (
     expert_ids_in_range,
     fused_geglu,
@@ -51,7 +52,7 @@ from gaugeblock.reference.validation.layers import (
     timestep_embedding,
     unpatchify,
 )
-from gaugeblock.reference.validation.moe_layers import mixtral_moe, qwen2_moe, require_layer
+from gaugeblock.reference.validation.moe_layers import built_layer, mixtral_moe, qwen2_moe, require_layer
 from gaugeblock.reference.validation.noisy_routers import noise_std_at, noisy_topk, ste_topk
 from gaugeblock.reference.validation.objectives import (
     rectified_flow,

@@ -1,5 +1,6 @@
 """Calls of Mixture-of-Experts layers."""
 
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from gaugeblock.reference import moe_states
@@ -24,18 +25,42 @@ def qwen2_moe(hidden_states: Any, state: Any, top_k: int, num_holders: int = 1) 
     require_layer(hidden_states, state, moe_states.QWEN2, top_k, num_holders)
 
 
+def built_layer(
+    hidden_states: Any,
+    state: Any,
+    axes_of: Callable[[int], moe_states.StateAxes],
+    correction_bias: str | None,
+    router_options: Mapping[str, Any],
+) -> int:
+    """Check the arguments of a layer of `moe_building.build_layer`, but for the bias; return the number of experts."""
+    gate, *_ = axes_of(1)
+    there = state if isinstance(state, Mapping) else {}
+    num_experts = there[gate].shape[0] if gate in there and len(there[gate].shape) else 1
+    axes = axes_of(num_experts)
+    if correction_bias is not None:
+        require_entry_names("state", state, (*axes, correction_bias))
+        state = {name: each for name, each in state.items() if name != correction_bias}
+    return require_layer(hidden_states, state, axes, router_options.get("top_k", 1))["num_experts"]
+
+
 def require_layer(
-    hidden_states: Any, state: Any, axes_of: moe_states.StateAxes, top_k: int, num_holders: int = 1
+    hidden_states: Any,
+    state: Any,
+    axes_of: moe_states.StateAxes,
+    top_k: int,
+    num_holders: int = 1,
+    batch: tuple[str, ...] = ("num_tokens",),
 ) -> dict[str, int]:
     """Check what every layer has; return the sizes by the names of the axes, of which one name is one size.
 
     Args:
         num_holders: Ranks among which the experts are split: of the entries `experts.*` each has as large a part.
+        batch: The axes of hidden_states but the last.
     """
     require_dtype("hidden_states", hidden_states, FLOATING)
-    require_shape("hidden_states", hidden_states, num_tokens=None, hidden_size=None)
+    require_shape("hidden_states", hidden_states, **dict.fromkeys((*batch, "hidden_size")))
     require_entry_names("state", state, axes_of)
-    sizes: dict[str, int] = {"hidden_size": hidden_states.shape[1], "one": 1}
+    sizes: dict[str, int] = {"hidden_size": hidden_states.shape[-1], "one": 1}
     for entry, axes in axes_of.items():
         name, array = f"state[{entry!r}]", state[entry]
         require_dtype(name, array, FLOATING if entry in moe_states.BUFFERS else (dtype_name(hidden_states),))

@@ -1,0 +1,31 @@
+"""The MoE layer of DiT-MoE of the experts that are scheduled for a CPU (`experts.py`); gate, shared expert and loss are the
+reference's.
+
+The operation is that of `gaugeblock.reference.torch.dit_moe_layers`. Differentiable once, in hidden_states and all of `state`.
+"""
+
+from functools import partial
+from types import SimpleNamespace
+
+import torch
+
+from gaugeblock.optimized import dit_moe_composition
+from gaugeblock.optimized.compiled import experts
+from gaugeblock.reference.torch import experts as reference
+from gaugeblock.reference.torch.auxiliary_losses import sequence_balance_loss
+from gaugeblock.reference.torch.dit_moe_layers import gate
+
+
+def shared_swiglu(*inputs: torch.Tensor, out_dtype: torch.dtype) -> torch.Tensor:
+    """As the reference's, in another dtype."""
+    return reference.shared_swiglu(*(each.to(out_dtype) for each in inputs))
+
+
+PARTS = SimpleNamespace(
+    dit_moe_gate=gate,
+    fused_swiglu=experts.fused_swiglu,
+    shared_swiglu=shared_swiglu,
+    sequence_balance_loss=sequence_balance_loss,
+)
+
+dit_moe = partial(dit_moe_composition.dit_moe, PARTS)
