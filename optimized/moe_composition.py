@@ -1,10 +1,12 @@
 """MoE layers composed of routers and experts, which another module brings: kernels, CPU schedules, or experts on many ranks.
 
 What a realm brings is a namespace of functions by the names of the operations, `router_logits`, and `num_holders`, among how many
-ranks the experts are split. Experts take `out_dtype`, so that what is added to their sums is added before it is rounded.
+ranks the experts are split (`on_one_device`). Experts take `out_dtype`, so that what is added to their sums is added before it is
+rounded.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -54,8 +56,8 @@ def deepseek_v2_moe(
     routed_scaling_factor: float,
 ) -> Layer:
     """As `gaugeblock.reference.torch.grouped_moe_layers.deepseek_v2_moe`, of these parts; torch divides weights."""
-    validation.deepseek_v2_moe(hidden_states, state, top_k, num_groups, topk_groups, routed_scaling_factor)
-    logits = router_logits(hidden_states, state["gate.weight"])
+    validation.deepseek_v2_moe(hidden_states, state, top_k, num_groups, topk_groups, routed_scaling_factor, parts.num_holders)
+    logits = parts.router_logits(hidden_states, state["gate.weight"])
     groups = {"num_groups": num_groups, "topk_groups": topk_groups}
     weights, ids = parts.grouped_softmax_topk(logits, top_k=top_k, **groups, routed_scaling_factor=1.0)
     if renormalize:
@@ -75,8 +77,8 @@ def deepseek_v3_moe(
     routed_scaling_factor: float,
 ) -> Layer:
     """As `gaugeblock.reference.torch.grouped_moe_layers.deepseek_v3_moe`, of these parts."""
-    validation.deepseek_v3_moe(hidden_states, state, top_k, num_groups, topk_groups, routed_scaling_factor)
-    logits = router_logits(hidden_states, state["gate.weight"])
+    validation.deepseek_v3_moe(hidden_states, state, top_k, num_groups, topk_groups, routed_scaling_factor, parts.num_holders)
+    logits = parts.router_logits(hidden_states, state["gate.weight"])
     weights, ids = parts.grouped_sigmoid_topk(
         logits,
         state["gate.e_score_correction_bias"],
@@ -102,8 +104,8 @@ def routed_and_shared(
 
 def llama4_moe(parts: Any, hidden_states: torch.Tensor, state: State, *, top_k: int) -> Layer:
     """As `gaugeblock.reference.torch.input_scaled_moe_layers.llama4_moe`, of these parts."""
-    validation.llama4_moe(hidden_states, state, top_k)
-    logits = router_logits(hidden_states, state["router.weight"])
+    validation.llama4_moe(hidden_states, state, top_k, parts.num_holders)
+    logits = parts.router_logits(hidden_states, state["router.weight"])
     routing = parts.sigmoid_input_scaling(logits, top_k=top_k)
     out = input_scaled_swiglu(parts, hidden_states, state["experts.gate_up_proj"].mT, state["experts.down_proj"].mT, *routing)
     shared = shared_weights(state, "shared_expert")
@@ -131,10 +133,16 @@ def input_scaled_swiglu(
     return out.view(scaled.shape).sum(1)
 
 
-def router_logits(hidden_states: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+def on_one_device(**parts: Callable[..., Any]) -> SimpleNamespace:
+    """What a realm of one device brings: these, and the product of a router that is torch's."""
+    return SimpleNamespace(num_holders=1, router_logits=router_logits, **parts)
+
+
+def router_logits(hidden_states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """Return what a linear router says of each token, [num_tokens, num_experts], in float32 at least; the product is torch's."""
     dtype = accurate_dtype(hidden_states)
-    return hidden_states.to(dtype) @ weight.to(dtype).mT
+    logits = hidden_states.to(dtype) @ weight.to(dtype).mT
+    return logits if bias is None else logits + bias.to(dtype)
 
 
 def shared_weights(state: State, prefix: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -150,9 +158,8 @@ def accurate_dtype(tensor: torch.Tensor) -> torch.dtype:
 
 def gpt_oss_moe(parts: Any, hidden_states: torch.Tensor, state: State, *, top_k: int, alpha: float, limit: float) -> Layer:
     """As `gaugeblock.reference.torch.biased_moe_layers.gpt_oss_moe`, of these parts; matrices stay as they lie."""
-    validation.gpt_oss_moe(hidden_states, state, top_k, alpha, limit)
-    logits = router_logits(hidden_states, state["router.weight"])
-    logits = logits + state["router.bias"].to(logits.dtype)
+    validation.gpt_oss_moe(hidden_states, state, top_k, alpha, limit, parts.num_holders)
+    logits = parts.router_logits(hidden_states, state["router.weight"], state["router.bias"])
     routing = parts.topk_softmax(logits, top_k=top_k)
     up = state["experts.gate_up_proj"].mT, state["experts.gate_up_proj_bias"]
     down = state["experts.down_proj"].mT, state["experts.down_proj_bias"]
@@ -172,7 +179,7 @@ def upcycled_gpt2_moe(
 ) -> tuple[torch.Tensor, ...]:
     """As `gaugeblock.reference.torch.biased_moe_layers.upcycled_gpt2_moe`, of these parts; matrices stay as they lie."""
     validation.upcycled_gpt2_moe(hidden_states, state, noise, top_k, noise_std)
-    logits = router_logits(hidden_states, state["router.gate.weight"])
+    logits = parts.router_logits(hidden_states, state["router.gate.weight"])
     options = {"top_k": top_k, "noise_std": noise_std, "training": training}
     topk_weights, topk_ids, probs, _, logits, entropy = parts.ste_topk(logits, noise, **options)
     up = state["experts.c_fc.weight"].mT, state["experts.c_fc.bias"]

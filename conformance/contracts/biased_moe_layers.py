@@ -13,7 +13,7 @@ from gaugeblock.conformance.contracts import routed_layers as of_layers
 from gaugeblock.conformance.contracts.routed_layers import Entries, Make
 from gaugeblock.conformance.engine.contract import Contract, Output, Regime, Rejection, Selection, Workload, row
 from gaugeblock.conformance.engine.factors import Trait, either
-from gaugeblock.conformance.engine.implementation import triton
+from gaugeblock.conformance.engine.implementation import distributed, triton
 from gaugeblock.conformance.engine.inputs.bad_calls import changed
 from gaugeblock.conformance.engine.inputs.draw import Draw
 from gaugeblock.conformance.engine.vocabulary import Parameters, Tensors
@@ -66,12 +66,13 @@ def gpt_oss_moe() -> Contract:
         ),
         selection=Selection("topk_ids", gpt_oss_scores, "top_k"),
         relabel=of_experts.shuffled,
+        shardings=of_layers.EXPERT_PARALLEL,
         rejections=(
             *of_layers.any_rejections(ROUTER, ("router.bias", GATE_UP, f"{GATE_UP}_bias", DOWN, f"{DOWN}_bias")),
             *_shorter(GATE_UP, f"{GATE_UP}_bias", DOWN, f"{DOWN}_bias"),
             Rejection("limit of 0", "limit", lambda call: {"limit": 0.0}),
         ),
-        implementations=(triton(),),
+        implementations=(triton(), distributed("expert-parallel", "moe_layers:gpt_oss_moe", **of_experts.ON_RANKS)),
     )
 
 

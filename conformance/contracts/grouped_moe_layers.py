@@ -12,9 +12,10 @@ from gaugeblock.conformance.contracts import routed_layers as of_layers
 from gaugeblock.conformance.contracts.routed_layers import GATE
 from gaugeblock.conformance.engine.contract import Contract, Regime, Rejection, Selection, Workload, row
 from gaugeblock.conformance.engine.factors import Factor, Trait, edges, either, kind_of_count, kinds
-from gaugeblock.conformance.engine.implementation import compiled, triton
+from gaugeblock.conformance.engine.implementation import compiled, distributed, triton
 from gaugeblock.conformance.engine.inputs.bad_calls import changed
 from gaugeblock.conformance.engine.inputs.draw import Draw
+from gaugeblock.conformance.engine.shardings import EvenMultiple, Sharding
 from gaugeblock.conformance.engine.vocabulary import Parameters, Tensors
 from gaugeblock.reference import moe_states
 from gaugeblock.reference.moe_states import CORRECTION_BIAS
@@ -53,8 +54,13 @@ def deepseek_v2_moe() -> Contract:
         ),
         selection=Selection("topk_ids", _probabilities, "top_k", group_scores=_most_probable, group_count="topk_groups"),
         relabel=of_groups.shuffled_groups,
+        shardings=EXPERT_PARALLEL,
         rejections=REJECTIONS,
-        implementations=(triton(), compiled("torch-grouped")),
+        implementations=(
+            triton(),
+            compiled("torch-grouped"),
+            distributed("expert-parallel", "moe_layers:deepseek_v2_moe", **of_experts.ON_RANKS),
+        ),
     )
 
 
@@ -94,15 +100,21 @@ def deepseek_v3_moe() -> Contract:
         ),
         selection=Selection("topk_ids", _biased, "top_k", group_scores=_best_two, group_count="topk_groups"),
         relabel=of_groups.shuffled_groups,
+        shardings=EXPERT_PARALLEL,
         rejections=(
             *REJECTIONS,
             Rejection("a bias for fewer experts", CORRECTION_BIAS, changed(f"state/{CORRECTION_BIAS}", lambda each: each[:-1])),
             Rejection("a bias of integers", CORRECTION_BIAS, changed(f"state/{CORRECTION_BIAS}", torch.Tensor.int)),
         ),
-        implementations=(triton(), compiled("torch-grouped")),
+        implementations=(
+            triton(),
+            compiled("torch-grouped"),
+            distributed("expert-parallel", "moe_layers:deepseek_v3_moe", **of_experts.ON_RANKS),
+        ),
     )
 
 
+EXPERT_PARALLEL: dict[str, Sharding] = {"expert_parallel": {"num_tokens": "uneven", "num_experts": EvenMultiple("num_groups")}}
 DEEPSEEK_V2 = "deepseek-ai/DeepSeek-V2 config.json"
 DEEPSEEK_V2_LITE = "deepseek-ai/DeepSeek-V2-Lite config.json"
 OPTIONS = ("top_k", "num_groups", "topk_groups", "renormalize", "routed_scaling_factor")

@@ -8,7 +8,7 @@ from gaugeblock.conformance.contracts import routed_experts as of_experts
 from gaugeblock.conformance.contracts import routed_layers as of_layers
 from gaugeblock.conformance.contracts.routed_layers import W2, W13
 from gaugeblock.conformance.engine.contract import Contract, Rejection, Selection, Workload, row
-from gaugeblock.conformance.engine.implementation import compiled, triton
+from gaugeblock.conformance.engine.implementation import compiled, distributed, triton
 from gaugeblock.conformance.engine.inputs.bad_calls import changed
 from gaugeblock.conformance.engine.inputs.draw import Draw
 from gaugeblock.conformance.engine.vocabulary import Parameters, Tensors
@@ -51,11 +51,16 @@ def llama4_moe() -> Contract:
         ),
         selection=Selection("topk_ids", _logits, "top_k"),
         relabel=of_experts.shuffled,
+        shardings=of_layers.EXPERT_PARALLEL,
         rejections=(
             *of_layers.rejections(ROUTER, rows=2),
             Rejection("a shared expert of two widths", SHARED_DOWN, changed(f"state/{SHARED_DOWN}", lambda each: each[:, :-1])),
         ),
-        implementations=(triton(), compiled("torch-grouped")),
+        implementations=(
+            triton(),
+            compiled("torch-grouped"),
+            distributed("expert-parallel", "moe_layers:llama4_moe", **of_experts.ON_RANKS),
+        ),
     )
 
 

@@ -23,6 +23,7 @@ Entries = Mapping[str, Callable[[Tensors], torch.Tensor]]
 """A layer's parameters by name, each made of what `Make` draws."""
 
 USES = ("prefill-4096", "decode-64")
+EXPERT_PARALLEL = {"expert_parallel": of_experts.SHARDINGS["expert_parallel"]}
 GATE, W13, W2 = "gate.weight", "experts.gate_up_proj", "experts.down_proj"
 ROUTED: Entries = {GATE: lambda drawn: drawn["gate"], W13: lambda drawn: drawn["w13"], W2: lambda drawn: drawn["w2"]}
 """Of a linear router and SwiGLU experts."""

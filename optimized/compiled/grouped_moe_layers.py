@@ -5,14 +5,13 @@ the correction bias.
 """
 
 from functools import partial
-from types import SimpleNamespace
 
 from gaugeblock.optimized import moe_composition
 from gaugeblock.optimized.compiled import experts
 from gaugeblock.optimized.compiled.moe_layers import shared_swiglu
 from gaugeblock.reference.torch import routers
 
-PARTS = SimpleNamespace(
+PARTS = moe_composition.on_one_device(
     grouped_softmax_topk=routers.grouped_softmax_topk,
     grouped_sigmoid_topk=routers.grouped_sigmoid_topk,
     fused_swiglu=experts.fused_swiglu,

@@ -4,14 +4,13 @@ Each is the operation of its name in `gaugeblock.reference.torch`. Differentiabl
 """
 
 from functools import partial
-from types import SimpleNamespace
 
 from gaugeblock.optimized import moe_composition
 from gaugeblock.optimized.compiled import experts
 from gaugeblock.optimized.compiled.moe_layers import shared_swiglu
 from gaugeblock.reference.torch import routers
 
-PARTS = SimpleNamespace(
+PARTS = moe_composition.on_one_device(
     sigmoid_input_scaling=routers.sigmoid_input_scaling, fused_swiglu=experts.fused_swiglu, shared_swiglu=shared_swiglu
 )
 

@@ -4,7 +4,6 @@ Each is the operation of its name in `gaugeblock.reference.torch`. Differentiabl
 """
 
 from functools import partial
-from types import SimpleNamespace
 
 import torch
 
@@ -24,9 +23,7 @@ def shared_swiglu(*inputs: torch.Tensor, out_dtype: torch.dtype) -> torch.Tensor
     return reference.shared_swiglu(*(each.to(out_dtype) for each in inputs))
 
 
-PARTS = SimpleNamespace(
-    num_holders=1,
-    router_logits=moe_composition.router_logits,
+PARTS = moe_composition.on_one_device(
     softmax_topk=routers.softmax_topk,
     fused_swiglu=experts.fused_swiglu,
     gated_shared_swiglu=gated_shared_swiglu,

@@ -64,12 +64,17 @@ class _Parts:
     def __getattr__(self, router: str) -> Callable[..., tuple[torch.Tensor, ...]]:
         return partial(_route, router)
 
-    def router_logits(self, hidden_states: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        (weight,) = self._whole(weight)
-        return moe_composition.router_logits(hidden_states, weight)
+    def router_logits(self, hidden_states: torch.Tensor, *weight_and_bias: torch.Tensor) -> torch.Tensor:
+        return moe_composition.router_logits(hidden_states, *self._whole(*weight_and_bias))
 
     def fused_swiglu(self, *inputs: torch.Tensor, out_dtype: torch.dtype | None = None) -> torch.Tensor:
         return self.run(expert_calls.swiglu(*inputs)._replace(out_dtype=out_dtype))
+
+    def fused_swiglu_oai(self, *inputs: torch.Tensor, alpha: float, limit: float) -> torch.Tensor:
+        return self.run(expert_calls.swiglu_oai(*inputs, alpha=alpha, limit=limit))
+
+    def shared_swiglu(self, hidden_states: torch.Tensor, *weights: torch.Tensor, out_dtype: torch.dtype) -> torch.Tensor:
+        return reference.shared_swiglu(hidden_states.to(out_dtype), *self._whole(*weights))
 
     def gated_shared_swiglu(self, hidden_states: torch.Tensor, *weights: torch.Tensor, out_dtype: torch.dtype) -> torch.Tensor:
         return reference.gated_shared_swiglu(hidden_states.to(out_dtype), *self._whole(*weights))
@@ -125,10 +130,14 @@ def _layer(
         raise
 
 
-SWIGLU = ("w13", "w2")
+SWIGLU, SWIGLU_OAI = ("w13", "w2"), ("w13", "b13", "w2", "b2")
 mixtral_moe = partial(_layer, moe_composition.mixtral_moe, SWIGLU, "all_to_all")
 qwen3_moe = partial(_layer, moe_composition.qwen3_moe, SWIGLU, "all_to_all")
 qwen2_moe = partial(_layer, moe_composition.qwen2_moe, SWIGLU, "all_to_all")
 qwen2_moe_gathered = partial(_layer, moe_composition.qwen2_moe, SWIGLU, "all_gather")
 qwen2_moe_replicated = partial(_layer, moe_composition.qwen2_moe, SWIGLU, "replicated_tokens")
 qwen2_moe_tensor_parallel = partial(_layer, moe_composition.qwen2_moe, SWIGLU, "tensor_parallel")
+deepseek_v2_moe = partial(_layer, moe_composition.deepseek_v2_moe, SWIGLU, "all_to_all")
+deepseek_v3_moe = partial(_layer, moe_composition.deepseek_v3_moe, SWIGLU, "all_to_all")
+llama4_moe = partial(_layer, moe_composition.llama4_moe, SWIGLU, "all_to_all")
+gpt_oss_moe = partial(_layer, moe_composition.gpt_oss_moe, SWIGLU_OAI, "all_to_all")

@@ -6,12 +6,11 @@ Each is the operation of its name in `gaugeblock.reference.torch`, in bfloat16, 
 """
 
 from functools import partial
-from types import SimpleNamespace
 
 from gaugeblock.optimized import moe_composition
 from gaugeblock.optimized.triton import expert_load, experts, noisy_routers, routers
 
-PARTS = SimpleNamespace(
+PARTS = moe_composition.on_one_device(
     topk_softmax=routers.topk_softmax,
     ste_topk=noisy_routers.ste_topk,
     fused_swiglu_oai=experts.fused_swiglu_oai,

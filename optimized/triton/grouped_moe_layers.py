@@ -5,12 +5,11 @@ hidden_states and all of `state` but the correction bias; of equal scores the ro
 """
 
 from functools import partial
-from types import SimpleNamespace
 
 from gaugeblock.optimized import moe_composition
 from gaugeblock.optimized.triton import experts, routers, shared_experts
 
-PARTS = SimpleNamespace(
+PARTS = moe_composition.on_one_device(
     grouped_softmax_topk=routers.grouped_softmax_topk,
     grouped_sigmoid_topk=routers.grouped_sigmoid_topk,
     fused_swiglu=experts.fused_swiglu,

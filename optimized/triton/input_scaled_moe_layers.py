@@ -5,12 +5,11 @@ hidden_states and all of `state`; of equal logits the router takes the lower id.
 """
 
 from functools import partial
-from types import SimpleNamespace
 
 from gaugeblock.optimized import moe_composition
 from gaugeblock.optimized.triton import experts, routers, shared_experts
 
-PARTS = SimpleNamespace(
+PARTS = moe_composition.on_one_device(
     sigmoid_input_scaling=routers.sigmoid_input_scaling,
     fused_swiglu=experts.fused_swiglu,
     shared_swiglu=shared_experts.shared_swiglu,

@@ -5,14 +5,11 @@ hidden_states and all of `state`; the router takes the lower id of equal scores.
 """
 
 from functools import partial
-from types import SimpleNamespace
 
 from gaugeblock.optimized import moe_composition
 from gaugeblock.optimized.triton import experts, routers, shared_experts
 
-PARTS = SimpleNamespace(
-    num_holders=1,
-    router_logits=moe_composition.router_logits,
+PARTS = moe_composition.on_one_device(
     softmax_topk=routers.softmax_topk,
     fused_swiglu=experts.fused_swiglu,
     gated_shared_swiglu=shared_experts.gated_shared_swiglu,

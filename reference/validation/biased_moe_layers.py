@@ -15,9 +15,9 @@ from gaugeblock.reference.validation.moe_layers import require_layer
 from gaugeblock.reference.validation.noisy_routers import require_not_negative
 
 
-def gpt_oss_moe(hidden_states: Any, state: Any, top_k: int, alpha: float, limit: float) -> None:
+def gpt_oss_moe(hidden_states: Any, state: Any, top_k: int, alpha: float, limit: float, num_holders: int = 1) -> None:
     """Check the arguments of `biased_moe_layers.gpt_oss_moe`."""
-    require_layer(hidden_states, state, moe_states.GPT_OSS, top_k)
+    require_layer(hidden_states, state, moe_states.GPT_OSS, top_k, num_holders)
     require_number("alpha", alpha)
     require_positive("limit", limit)
 
