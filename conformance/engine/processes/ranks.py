@@ -304,6 +304,8 @@ def _all_findings(answers: list[Answer]) -> Findings:
         [each for answer in answers for each in answer.findings.races],
         [each for answer in answers for each in answer.findings.unbatched],
         sorted({each for answer in answers for each in answer.findings.settings_changed}),
+        max(answer.findings.collectives for answer in answers),
+        sum(answer.findings.sent_bytes for answer in answers),
     )
 
 
