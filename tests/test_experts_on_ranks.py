@@ -203,7 +203,7 @@ def collectives_of(way: str) -> list[list[str]]:
         hidden_states, topk_weights, ids = (each.tensor_split(RANKS)[rank] for each in (hidden_states, topk_weights, ids))
     leaves = [each.clone().requires_grad_() for each in (hidden_states, w13, w2, topk_weights)]
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("all_to_all_single", "all_gather_into_tensor", "all_reduce"):
+        for name in ("all_to_all_single", "all_gather", "all_reduce"):
             patch.setattr(dist, name, counted(name))
         direction = 0
         out = WAYS[way].fused_swiglu(*leaves, ids, mesh=mesh)
@@ -212,7 +212,24 @@ def collectives_of(way: str) -> list[list[str]]:
     return entered
 
 
-REDUCE = ["all_to_all_single", "all_gather_into_tensor"]
+def traffic_of_known_calls() -> tuple[int, int]:
+    from gaugeblock.conformance.engine.processes.traffic import counted_traffic
+
+    rank, rows = dist.get_rank(), torch.zeros(RANKS + 1, 2)
+    with counted_traffic() as traffic:
+        dist.all_reduce(rows)  # 40 bytes, 3/4 of them twice
+        dist.all_to_all_single(torch.zeros(RANKS, 2), rows[:RANKS])  # 8 bytes to each of three
+        splits = [1 + (other == rank) for other in range(RANKS)]
+        dist.all_to_all_single(torch.zeros(RANKS + 1, 2), rows, splits, splits)  # as many; 16 bytes stay
+        dist.all_gather([torch.zeros(2) for _ in range(RANKS)], rows[0])  # 8 bytes to each of three
+    return traffic.collectives, traffic.sent_bytes
+
+
+def test_what_ranks_send_each_other_is_counted(on_ranks):
+    assert on_ranks(traffic_of_known_calls) == [(4, 60 + 24 + 24 + 24)] * RANKS
+
+
+REDUCE = ["all_to_all_single", "all_gather"]
 
 
 @pytest.mark.parametrize(
@@ -221,8 +238,8 @@ REDUCE = ["all_to_all_single", "all_gather_into_tensor"]
         # ranks agree; ids, tokens and weights are gathered; sums go to their ranks
         (
             "gathered",
-            ["all_to_all_single", *["all_gather_into_tensor"] * 3, "all_to_all_single"],
-            ["all_gather_into_tensor", "all_to_all_single"],
+            ["all_to_all_single", *["all_gather"] * 3, "all_to_all_single"],
+            ["all_gather", "all_to_all_single"],
         ),
         ("replicated", ["all_to_all_single", *REDUCE], REDUCE),
         ("sliced", ["all_to_all_single", *REDUCE], REDUCE),

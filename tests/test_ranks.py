@@ -20,9 +20,10 @@ from gaugeblock.conformance.engine.processes import ranks
 from gaugeblock.conformance.engine.processes.loading import describe_candidates
 from gaugeblock.conformance.engine.processes.ranks import join
 from gaugeblock.conformance.engine.processes.seats import Seat
+from gaugeblock.conformance.engine.processes.shards import part
 from gaugeblock.conformance.engine.properties import properties
 from gaugeblock.conformance.engine.registry import RegistrationError, find_contract, implements
-from gaugeblock.conformance.engine.shardings import Blocks, fit, part
+from gaugeblock.conformance.engine.shardings import Blocks, fit
 from gaugeblock.conformance.engine.trial import Subject
 
 CANDIDATES = Path(__file__).parent / "distributed_candidates.py"

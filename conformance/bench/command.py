@@ -30,8 +30,18 @@ DIRECTIONS: dict[str, tuple[Direction, ...]] = {
 TITLES = {"forward": "forward", "backward": "forward + backward"}
 HEADERS = ("implementation", "× roofline", "ms", "best ms", "TFLOP/s", "GB/s", "peak MB", "deviation", "samples", "")
 COLUMNS = ("left", *["right"] * 8, "left")
-COUNTER_HEADERS = ("implementation", "MB allocated", "peak MB", "saved MB", "operations", "kernels", "")
-COUNTER_COLUMNS = ("left", *["right"] * 5, "left")
+COUNTER_HEADERS = (
+    "implementation",
+    "MB allocated",
+    "peak MB",
+    "saved MB",
+    "operations",
+    "kernels",
+    "collectives",
+    "B sent/example",
+    "",
+)
+COUNTER_COLUMNS = ("left", *["right"] * 7, "left")
 
 
 def main(options: argparse.Namespace) -> int:
@@ -171,13 +181,15 @@ def _cells(row: Row) -> list[str]:
 
 def _counts(row: CounterRow) -> list[str]:
     if row.counters is None:
-        return [""] * 5
+        return [""] * 7
     return [
         _number(row.counters.bytes_allocated, 1e-6, ".3f"),
         _number(row.counters.peak_bytes, 1e-6, ".3f"),
         _number(row.counters.saved_bytes, 1e-6, ".3f"),
         _number(row.counters.operations, 1, "d"),
         _number(row.counters.kernels, 1, "d"),
+        _number(row.counters.collectives, 1, "d"),
+        _number(row.counters.sent_bytes, 1, ".0f"),
     ]
 
 

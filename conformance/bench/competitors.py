@@ -27,6 +27,8 @@ class Competitor:
     """Returns the call to be timed or counted; raises `Unavailable` if the competitor cannot take part."""
     interpreted: bool = False
     """On a CPU it runs in an interpreter, whose time says nothing."""
+    on_ranks: Implementation | None = None
+    """If it runs in several processes, of which it is only counted what they send each other."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,12 @@ class JaxCall:
 def competitors(contract: Contract) -> list[Competitor]:
     """All that can be asked to run a contract's workloads."""
     ours = [
-        Competitor(each.name, partial(_registered, each), interpreted=each.kind == "triton")
+        Competitor(
+            each.name,
+            partial(_registered, each),
+            interpreted=each.kind == "triton",
+            on_ranks=each if each.world_sizes and each.framework == "torch" else None,
+        )
         for each in implementations(contract.name)
     ]
     others = [Competitor(name, prepare) for name, prepare in OUTSIDERS.get(contract.name, {}).items()]

@@ -11,6 +11,15 @@ from typing import Any
 import torch
 
 from gaugeblock.conformance.bench.competitors import JaxCall
+from gaugeblock.conformance.bench.problem import Direction, Unavailable, make_problem
+from gaugeblock.conformance.bench.roofline import Machine
+from gaugeblock.conformance.engine.contract import Contract
+from gaugeblock.conformance.engine.devices import available_world_size
+from gaugeblock.conformance.engine.implementation import Implementation
+from gaugeblock.conformance.engine.processes.perform import Conditions
+from gaugeblock.conformance.engine.processes.seats import Seat
+from gaugeblock.conformance.engine.shardings import fit
+from gaugeblock.conformance.engine.trial import Subject
 from gaugeblock.conformance.engine.triton.interpreter import watch
 
 WARM_UP = 2  # calls, in which kernels are compiled and tables built
@@ -32,6 +41,10 @@ class Counters:
     """Launched: on a GPU all of them, on a CPU those of Triton."""
     saved_bytes: int | None = None
     """Of all memory that autograd keeps from the forward for the backward pass, the inputs' own among it."""
+    collectives: int | None = None
+    """That each rank enters, of what runs on several."""
+    sent_bytes: float | None = None
+    """That all ranks together send each other, for each example of the batch."""
 
 
 def count(call: Callable[[], object], device: str, *, called: int = 0) -> Counters:
@@ -48,6 +61,23 @@ def count(call: Callable[[], object], device: str, *, called: int = 0) -> Counte
         return replace(counted, saved_bytes=_saved_bytes(call))
     finally:
         gc.enable()
+
+
+def count_on_ranks(implementation: Implementation, contract: Contract, direction: Direction, machine: Machine) -> Counters:
+    """Counts what ranks send each other in one call at the contract's first landmark, on the most ranks that there can be.
+
+    Raises:
+        Unavailable: If there cannot be as many as it needs.
+    """
+    subject = Subject(implementation, machine.dtype, machine.device)
+    ranks = max((each for each in implementation.world_sizes if each <= available_world_size("torch")), default=0)
+    if not ranks:
+        raise Unavailable(f"needs {min(implementation.world_sizes)} ranks")
+    parameters = fit(subject.sharding, contract.landmarks[0], ranks)
+    call = make_problem(contract, parameters, direction, machine).call
+    found = Seat(subject, ranks).call(parameters, call, Conditions(world_size=ranks, traffic_counted=True)).findings
+    sent = found.sent_bytes / parameters[contract.batch]
+    return Counters(None, None, None, None, collectives=found.collectives, sent_bytes=sent)
 
 
 def _count_cpu(call: Callable[[], object]) -> Counters:

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 
 from gaugeblock.conformance.bench.competitors import Competitor, JaxCall
-from gaugeblock.conformance.bench.counters import WARM_UP, Counters, count
+from gaugeblock.conformance.bench.counters import WARM_UP, Counters, count, count_on_ranks
 from gaugeblock.conformance.bench.problem import Direction, Limits, Problem, Results, Unavailable, make_problem, scaled
 from gaugeblock.conformance.bench.roofline import Machine
 from gaugeblock.conformance.bench.timing import Timing, measure
@@ -239,7 +239,11 @@ def count_calls(
         try:
             if time.monotonic() >= until:
                 raise Late
-            rows.append(replace(row, counters=count(each.prepare(problem), machine.device)))
+            if each.on_ranks:
+                counters = count_on_ranks(each.on_ranks, contract, direction, machine)
+            else:
+                counters = count(each.prepare(problem), machine.device)
+            rows.append(replace(row, counters=counters))
         except Exception as error:
             rows.append(replace(row, status=_status(error), reason=_one_line(error)))
     return rows

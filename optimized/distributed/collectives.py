@@ -43,9 +43,9 @@ def gather_rows(rows: torch.Tensor, sizes: Sequence[int], group: dist.ProcessGro
         return rows
     padded = rows.new_zeros(most, *rows.shape[1:])
     padded[: len(rows)] = rows
-    of_ranks = rows.new_empty(len(sizes) * most, *rows.shape[1:])
-    dist.all_gather_into_tensor(of_ranks, padded, group=group)
-    return torch.cat([each[:size] for each, size in zip(of_ranks.split(most), sizes, strict=True)])
+    of_ranks = [torch.empty_like(padded) for _ in sizes]
+    dist.all_gather(of_ranks, padded, group=group)
+    return torch.cat([each[:size] for each, size in zip(of_ranks, sizes, strict=True)])
 
 
 def sum_rows(rows: torch.Tensor, sizes: Sequence[int], group: dist.ProcessGroup) -> torch.Tensor:

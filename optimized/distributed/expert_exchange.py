@@ -127,13 +127,13 @@ def _needed(ctx: Any) -> list[bool]:
 
 def _run(
     call: ExpertCall, part: _Part, rows_RH: torch.Tensor, weights: Sequence[torch.Tensor], needed: Sequence[bool]
-) -> tuple[torch.Tensor, _Ran | None]:
+) -> tuple[torch.Tensor, _Ran]:
     """Run a part's experts on their rows; keep what their gradients need, if any is needed."""
     inputs = (rows_RH, *(each[part.experts] for each in weights))
     leaves = [each.detach().requires_grad_(need) for each, need in zip(inputs, needed, strict=True)]
     with torch.set_grad_enabled(any(needed)):
         out_RH = call.outputs(leaves[0], part.group_sizes, dict(zip(call.weights, leaves[1:], strict=True)))
-    return out_RH.detach(), _Ran(leaves, get_gradient_edge(out_RH)) if any(needed) else None
+    return out_RH.detach(), _Ran(leaves, get_gradient_edge(out_RH)) if any(needed) else _Ran([], None)
 
 
 def _gradients(
@@ -193,8 +193,8 @@ def route(call: ExpertCall, mesh: DeviceMesh, parts: int = 1, *, error: Exceptio
         mine, theirs = ([(edges[index], edges[index + 1]) for edges in side] for side in (here, there))
         ids_R, order_R = _pieces(local_R, theirs).sort(stable=True)
         group_sizes = torch.searchsorted(ids_R, torch.arange(first, end + 1, device=ids_R.device)).diff()
-        counts = [[stop - start for start, stop in side] for side in (mine, theirs)]
-        made.append(_Part(_pieces(order_N, mine), order_R, group_sizes, slice(first, end), *counts, group))
+        to_each, from_each = ([stop - start for start, stop in side] for side in (mine, theirs))
+        made.append(_Part(_pieces(order_N, mine), order_R, group_sizes, slice(first, end), to_each, from_each, group))
     return Routes(made, call.topk_ids.shape)
 
 

@@ -338,7 +338,8 @@ def children_of(pid: int) -> list[psutil.Process]:
 def _checked(findings: Findings) -> Findings:
     """The same if it is what it should be: what comes from a candidate's process is not believed."""
     texts = (*findings.races, *findings.unbatched, *findings.settings_changed, *findings.launches)
-    if not all(isinstance(each, str) for each in texts) or not all(isinstance(each, int) for each in findings.launches.values()):
+    counts = (*findings.launches.values(), findings.collectives, findings.sent_bytes)
+    if not all(isinstance(each, str) for each in texts) or not all(isinstance(each, int) for each in counts):
         raise ValueError("findings of other types")
     return findings
 

@@ -34,6 +34,8 @@ class Conditions:
     """The input that lies on another device: on the CPU if the others are on a GPU, else on none."""
     world_size: int = 0
     """On how many devices a distributed implementation runs; 0 for one that is not."""
+    traffic_counted: bool = False
+    """What ranks send to each other is counted."""
 
 
 USUAL = Conditions()
@@ -51,6 +53,10 @@ class Findings:
     """Kernels, and what of them only Triton's own interpreter could run."""
     settings_changed: list[str] = field(default_factory=list)
     """Settings of the process that the call left changed."""
+    collectives: int = 0
+    """How many each rank entered, where they were counted."""
+    sent_bytes: int = 0
+    """What ranks sent to each other, where it was counted."""
 
 
 def perform(
@@ -84,12 +90,21 @@ def perform(
         watched = around.enter_context(
             watch(call.inputs.values(), poison=conditions.poisoned_lanes, order=conditions.program_order)
         )
+        traffic = around.enter_context(_traffic()) if conditions.traffic_counted else None
         with candidates_own():
             function = load(implementation)
         results = CALLERS[implementation.framework](find_contract(implementation.contract), function, call)
+    if traffic is not None:
+        findings.collectives, findings.sent_bytes = traffic.collectives, traffic.sent_bytes
     findings.launches = dict(watched.launches)
     findings.races, findings.unbatched = list(watched.races), list(watched.unbatched)
     return results, findings
+
+
+def _traffic() -> Any:
+    from gaugeblock.conformance.engine.processes.traffic import counted_traffic
+
+    return counted_traffic()
 
 
 def _jax_mesh(size: int) -> Any:

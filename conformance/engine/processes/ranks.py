@@ -25,7 +25,8 @@ from gaugeblock.conformance.engine.processes.door import Door
 from gaugeblock.conformance.engine.processes.handle import START_SECONDS, Answer, Lost, Process, candidates_part, place_in
 from gaugeblock.conformance.engine.processes.messages import Group
 from gaugeblock.conformance.engine.processes.perform import Conditions, Findings
-from gaugeblock.conformance.engine.shardings import Sharding, alike, part, split_along, whole
+from gaugeblock.conformance.engine.processes.shards import alike, part, whole
+from gaugeblock.conformance.engine.shardings import Sharding, split_along
 from gaugeblock.conformance.engine.vocabulary import Parameters, Tensors
 
 PATIENCE_SECONDS = 20.0  # without any rank coming back, until all are taken to be stuck
@@ -303,6 +304,8 @@ def _all_findings(answers: list[Answer]) -> Findings:
         [each for answer in answers for each in answer.findings.races],
         [each for answer in answers for each in answer.findings.unbatched],
         sorted({each for answer in answers for each in answer.findings.settings_changed}),
+        max(answer.findings.collectives for answer in answers),
+        sum(answer.findings.sent_bytes for answer in answers),
     )
 
 

@@ -45,8 +45,8 @@ class Seat:
         implementation, most_bytes = self.subject.implementation, _most_bytes(self.subject.contract, parameters, call)
         if self.subject.on_ranks:
             ranks = self._ranks()
-            where = self.subject.contract, self.subject.sharding, parameters
-            return ranks.call(*where, implementation, call, conditions, most_bytes, **how)
+            contract, sharding = self.subject.contract, self.subject.sharding
+            return ranks.call(contract, sharding, parameters, implementation, call, conditions, most_bytes, **how)
         if self._is_here():
             if self.subject.device != "cpu":
                 call = _moved(call, self.subject.device)

@@ -1,5 +1,7 @@
 """Bugs of experts in slices, and of tokens that travel between ranks."""
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 
@@ -7,7 +9,7 @@ from gaugeblock.conformance.selftest.fault import fault
 from gaugeblock.conformance.selftest.simulated.ranks import ExpertParallel, Transpose
 from gaugeblock.conformance.selftest.simulated.tensor_parallel import TensorParallel, TensorParallelMlp
 
-SLICES = {"world_sizes": (1, 2), "sharding": "tensor_parallel"}
+SLICES: dict[str, Any] = {"world_sizes": (1, 2), "sharding": "tensor_parallel"}
 
 
 @fault(caught_by="world_size", source="row-parallel linears with a bias", kind="structural", **SLICES)

@@ -1,5 +1,6 @@
 """Experts in slices, simulated: every rank has all tokens and some intermediate features; sums go through one all-reduce."""
 
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -100,10 +101,12 @@ class TensorParallelMlp(Slices, GeluMlpExperts):
     contract = "experts.fused_gelu_mlp"
 
     def __call__(self, hidden_states, w1, b1, w2, b2, topk_weights, topk_ids, *, mesh, approximate):
-        def validate(*call):
-            validation.fused_gelu_mlp(*call, approximate)
-
-        self.join(mesh, validate, (hidden_states, w1, b1, w2, b2, topk_weights, topk_ids), len(w1))
+        self.join(
+            mesh,
+            partial(validation.fused_gelu_mlp, approximate=approximate),
+            (hidden_states, w1, b1, w2, b2, topk_weights, topk_ids),
+            len(w1),
+        )
         tokens, biases, weights = (self.whole(each) for each in (hidden_states, b2, topk_weights))
         part = super().__call__(tokens, w1, b1, w2, self.last_biases(biases), weights, topk_ids, approximate=approximate)
         return self.total(part).to(hidden_states.dtype)
