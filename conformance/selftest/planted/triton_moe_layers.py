@@ -23,7 +23,7 @@ mutant(
     'state["shared_expert_gate.weight"], out', '1e4 + 0 * state["shared_expert_gate.weight"], out', "parity", "structural",
 )  # fmt: skip
 mutant(
-    QWEN2, "up-before-gate", "The shared expert's matrices are put together in the other order.", "moe_composition.shared_weights",
+    QWEN2, "up-before-gate", "The shared expert's matrices are put together the wrong way.", "moe_composition.shared_weights",
     '[state[f"{prefix}.gate_proj.weight"], state[f"{prefix}.up_proj.weight"]]',
     '[state[f"{prefix}.up_proj.weight"], state[f"{prefix}.gate_proj.weight"]]', "parity", "structural",
 )  # fmt: skip
