@@ -209,7 +209,7 @@ def _gate_in_turn() -> Trait:
 
     def change(tensors: Tensors) -> Mapping[str, torch.Tensor]:
         assert in_turn.change is not None
-        return {**in_turn.change(tensors), "state/router.bias": tensors["state/router.bias"] / 64}
+        return {**in_turn.change(tensors), "state/router.bias": tensors["state/router.bias"].sign() / 64}
 
     return replace(in_turn, change=change)
 

@@ -49,9 +49,9 @@ def adamw_of_used_experts() -> Contract:
         ),
         build=sizes,
         traits=(
-            Trait("int32", "dtype of steps", dtypes={"steps": "int32"}),
-            Trait("int32", "dtype of tokens_per_expert", dtypes={"tokens_per_expert": "int32"}),
-            Trait("all have tokens", "tokens", lambda tensors: {"tokens_per_expert": tensors["tokens_per_expert"] + 1}),
+            Trait("steps of int32", "dtype of steps", dtypes={"steps": "int32"}),
+            Trait("tokens of int32", "dtype of tokens_per_expert", dtypes={"tokens_per_expert": "int32"}),
+            Trait("all have tokens", "tokens", lambda tensors: {"tokens_per_expert": tensors["tokens_per_expert"].clamp(min=1)}),
             Trait("none has tokens", "tokens", lambda tensors: {"tokens_per_expert": 0 * tensors["tokens_per_expert"]}),
         ),
         regimes=(

@@ -77,7 +77,8 @@ def upcycled_gpt2_moe(
                              experts.c_proj.weight.mT, experts.c_proj.bias, topk_weights, topk_ids), GELU by tanh
         load[e] = number of (t, j) with topk_ids[t, j] = e, over num_tokens * top_k
 
-    One expert alone weighs just 1, and its gradient reaches the router through its probability (`ste_topk`).
+    One expert alone weighs just 1, and its gradient reaches the router through its probability (`ste_topk`). GPT-2's dropout,
+    which in the public code each expert has before its weight, is left out.
 
     Args:
         hidden_states: [num_tokens, hidden_size], floating; the entries of `state` have its dtype. Public tokens
