@@ -6,7 +6,7 @@ from types import MappingProxyType
 from typing import Any, get_args
 
 from gaugeblock.reference.expert_layouts import LAYOUTS, WORDS, ExpertLayout
-from gaugeblock.reference.moe_parts import BIAS, ROUTERS, SharedExpert, require_fit, require_layout, require_options
+from gaugeblock.reference.moe_parts import BIAS, DISPATCHERS, ROUTERS, SharedExpert, require_fit, require_layout, require_options
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,7 +19,8 @@ class MoELayerConfig:
         runner: A name of `moe_parts.RUNNERS` that takes what the router hands on.
         runner_options: Those of the runner.
         shared: The expert that all tokens pass, if there is one.
-        dispatcher: Where the experts are, a name of `moe_parts.DISPATCHERS`.
+        dispatcher: Where the experts are, a name of `moe_parts.DISPATCHERS`; a rank's state has the experts that it holds, or
+            its slice of each, and all else.
         gate: What the router's matrix is named, without `.weight`.
         gate_bias: Whether the router's logits have a bias, `.bias` of the same name.
         experts: What names of the experts' weights begin with, without the dot.
@@ -48,7 +49,7 @@ class MoELayerConfig:
         require_fit(self.router, self.runner, self.dispatcher)
         require_options("router", self.router, self.router_options)
         require_options("runner", self.runner, self.runner_options)
-        require_layout(self.runner, self.expert_layout)
+        require_layout(self.runner, self.expert_layout, self.dispatcher)
         if not ROUTERS[self.router].reads_logits:
             raise ValueError(
                 f"router must read the logits of a gate, got {self.router!r}: `build_moe_layer` takes it without one"
@@ -64,13 +65,19 @@ class MoELayerConfig:
         for entry in sorted(
             LAYOUTS[self.expert_layout], key=lambda each: "R" in each.axes
         ):  # intermediate_size before its double
-            axes |= dict.fromkeys(entry.names(f"{self.experts}.", num_experts), tuple(WORDS[axis] for axis in entry.axes))
+            words = tuple("experts_of_rank" if axis == "E" and self.splits_experts else WORDS[axis] for axis in entry.axes)
+            axes |= dict.fromkeys(entry.names(f"{self.experts}.", num_experts), words)
         if self.shared != "none":
             name, wide = self.shared_expert, ("shared_intermediate_size", "hidden_size")
             axes |= {f"{name}.gate_proj.weight": wide, f"{name}.up_proj.weight": wide, f"{name}.down_proj.weight": wide[::-1]}
         if self.shared == "gated_shared_swiglu":
             axes[f"{self.shared_expert}_gate.weight"] = ("one", "hidden_size")
         return axes
+
+    @property
+    def splits_experts(self) -> bool:
+        """Whether a rank's state has some of the experts alone."""
+        return DISPATCHERS[self.dispatcher].splits_experts
 
     @property
     def bias(self) -> str | None:

@@ -49,6 +49,8 @@ class Dispatcher(NamedTuple):
     carries: tuple[Routed, ...]
     splits_tokens: bool = False
     """Whether each rank routes tokens of its own, and sees no others."""
+    splits_experts: bool = False
+    """Whether each rank has whole experts, and not all of them."""
 
 
 _GROUPS = ("num_groups", "topk_groups")
@@ -88,9 +90,9 @@ RUNNERS: Mapping[str, Runner] = MappingProxyType({
 _IDS: tuple[Routed, ...] = ("ids and weights", "ids and input weights")
 DISPATCHERS: Mapping[str, Dispatcher] = MappingProxyType({
     "local": Dispatcher((*_IDS, "logits")),
-    "all_to_all": Dispatcher(_IDS, splits_tokens=True),
-    "all_gather": Dispatcher(_IDS, splits_tokens=True),
-    "replicated_tokens": Dispatcher(_IDS),
+    "all_to_all": Dispatcher(_IDS, splits_tokens=True, splits_experts=True),
+    "all_gather": Dispatcher(_IDS, splits_tokens=True, splits_experts=True),
+    "replicated_tokens": Dispatcher(_IDS, splits_experts=True),
     "tensor_parallel": Dispatcher((*_IDS, "logits")),
 })  # fmt: skip
 """Where experts are: all on this rank; whole experts on ranks that exchange tokens, gather them, or have them all; a slice of
@@ -180,8 +182,8 @@ LOCAL: Mapping[str, Callable[[Callable[..., Any], Any], Any]] = MappingProxyType
 """From a runner and a mesh to the runner over that mesh: realms that spread experts bring a table of their own."""
 
 
-def require_layout(runner: str, layout: str) -> None:
-    """Check that a layout of experts' weights holds what a runner takes, in its order.
+def require_layout(runner: str, layout: str, dispatcher: str = "local") -> None:
+    """Check that a layout of experts' weights holds what a runner takes, in its order, and can be a rank's share of experts.
 
     Raises:
         ValueError: No such layout, or it holds something else: what, and which layouts fit.
@@ -195,6 +197,16 @@ def require_layout(runner: str, layout: str) -> None:
             f"expert_layout {layout!r} holds {held}, {_order(layout in INTERLEAVED)}, but runner {runner!r} takes "
             f"{', '.join(RUNNERS[runner].weights)}, {_order(RUNNERS[runner].interleaved)}; it fits {fitting}"
         )
+    if DISPATCHERS[dispatcher].splits_experts and _numbers(layout):
+        fitting = ", ".join(each for each in LAYOUTS if _holds(each, runner) and not _numbers(each))
+        raise ValueError(
+            f"expert_layout {layout!r} has all experts by their numbers, but dispatcher {dispatcher!r} leaves a rank some; "
+            f"it fits {fitting}"
+        )
+
+
+def _numbers(layout: str) -> bool:
+    return any(entry.per_expert for entry in LAYOUTS[layout])
 
 
 def _holds(layout: str, runner: str) -> bool:

@@ -253,21 +253,32 @@ def test_a_dispatcher_needs_its_mesh_and_a_realm_that_has_it(framework):
         framework.build_layer(config, mesh=object())
 
 
-def test_a_realm_hands_in_how_it_spreads_experts():
-    config = replace(MOE_LAYER_PRESETS["mixtral_8x7b"], dispatcher="all_to_all")
-    seen = []
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_realm_hands_in_how_it_spreads_experts(rank):
+    """Here on two ranks that have all tokens: what a rank's runner is given are its experts, and the routes of all of them."""
+    whole = MOE_LAYER_PRESETS["mixtral_8x7b"]
+    hidden, state = arguments(whole)
+    expected = moe_building.build_layer(whole)(hidden, state)
+    held = slice(rank * E // 2, (rank + 1) * E // 2)
+    share = {name: each[held] if name.startswith("experts.") else each for name, each in state.items()}
+    other = {name: each for name, each in state.items() if name.startswith("experts.")}
 
-    def all_to_all(run, mesh):
-        def spread(*inputs, **options):
-            seen.append(mesh)
-            return run(*inputs, **options)
+    def replicated_tokens(run, mesh):
+        def spread(tokens, w13, w2, weights, ids):
+            assert (
+                mesh == "mesh" and torch.equal(w13, share["experts.gate_up_proj"]) and torch.equal(w2, share["experts.down_proj"])
+            )
+            return run(tokens, other["experts.gate_up_proj"], other["experts.down_proj"], weights, ids)
 
         return spread
 
-    hidden, state = arguments(config)
-    layer = moe_building.build_layer(config, mesh="mesh", dispatchers={"all_to_all": all_to_all})
-    expected = moe_building.build_layer(MOE_LAYER_PRESETS["mixtral_8x7b"])(hidden, state)
-    assert torch.equal(layer(hidden, state)[0], expected[0]) and seen == ["mesh"]
+    config = replace(whole, dispatcher="replicated_tokens")
+    layer = moe_building.build_layer(config, mesh="mesh", dispatchers={"replicated_tokens": replicated_tokens})
+    assert torch.equal(layer(hidden, share)[0], expected[0])
+    with pytest.raises(
+        ValueError, match=r"expert_layout 'linear' has all experts by their numbers, .*; it fits stacked, transposed, w13"
+    ):
+        replace(config, expert_layout="linear")
 
 
 def test_every_layout_of_one_runner_gives_the_same():

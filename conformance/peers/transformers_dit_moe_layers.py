@@ -6,21 +6,14 @@ from transformers import DeepseekV2Config
 from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2Moe
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
-from gaugeblock.conformance.engine.vocabulary import DTYPES, Parameters
+from gaugeblock.conformance.engine.vocabulary import DTYPES
 from gaugeblock.conformance.peers.peer import peer
 from gaugeblock.conformance.peers.transformers import sorted_by, without_parameters
 
-
-def _is_deepseek_v2s(parameters: Parameters) -> bool:
-    """Whether the gate has the options of DeepSeek-V2's, and chooses from all experts, as the loss does."""
-    all_groups = parameters["topk_groups"] == parameters["num_groups"]
-    return parameters["scores"] == "softmax" and not parameters["renormalize"] and all_groups
+DEEPSEEK_V2S = "scores == 'softmax' and not renormalize and topk_groups == num_groups"  # the loss chooses from all experts
 
 
-@peer(
-    "dit_moe_layers.dit_moe", dtypes=DTYPES, rounding="eager", oracle=True, right_in=("float32",),
-    fits=lambda case: case.regime != "lattice" and _is_deepseek_v2s(case.parameters),
-)  # fmt: skip
+@peer("dit_moe_layers.dit_moe", dtypes=DTYPES, rounding="eager", oracle=True, right_in=("float32",), only=DEEPSEEK_V2S)
 class TransformersDeepseekV2AndLoss:
     """DeepSeek-V2's, whose router does not sort; the loss is Mixtral's, which is top_k times ours."""
 

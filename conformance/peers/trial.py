@@ -26,11 +26,11 @@ def told() -> str:
     Raises:
         ValueError: None is.
     """
-    there = installed()
-    absent = [library for name, library in LIBRARIES.items() if name not in there]
+    there = {LIBRARIES[name]: number for name, number in installed().items()}
+    absent = [library for library in dict.fromkeys(LIBRARIES.values()) if library not in there]
     if not there:
         raise ValueError(f"--peers: none of {', '.join(absent)} is installed")
-    on_trial = ", ".join(f"{LIBRARIES[name]} {number}" for name, number in there.items())
+    on_trial = ", ".join(f"{library} {number}" for library, number in there.items())
     return f"on trial: {on_trial}" + (f"; not installed, so skipped: {', '.join(absent)}" if absent else "")
 
 

@@ -97,7 +97,8 @@ def build_layer(
             arrays = {**arrays, moe_parts.BIAS: state[config.bias]}
         routing = routed(config.router, logits_TE, arrays, config.router_options)
 
-        weights = to_w13(state, config.expert_layout, prefix=f"{config.experts}.", num_experts=num_experts)
+        held = None if config.splits_experts else num_experts
+        weights = to_w13(state, config.expert_layout, prefix=f"{config.experts}.", num_experts=held)
         ours = (getattr(weights, name) for name in moe_parts.RUNNERS[config.runner].weights)
         out_TH = run(hidden_TH, *ours, *routing, **config.runner_options)
         if config.shared == "shared_swiglu":
