@@ -2,6 +2,7 @@
 
 import re
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -262,11 +263,23 @@ def test_experts_without_tokens_are_skipped_as_parameters_without_gradient(frame
     on, module = (jnp.asarray, jax_upcycling) if framework == "jax" else (torch.from_numpy, upcycling)
     state = [on(each.numpy()) for each in (parameter, 0 * parameter, 0 * parameter, torch.zeros(4, dtype=torch.int32))]
     for tokens, gradient in zip(USED, gradients, strict=True):
-        at_rest = [np.array(each)[tokens.numpy() == 0] for each in state]
+        at_rest = [np.asarray(each)[tokens.numpy() == 0] for each in state]
         first, *others = state
         state = [*module.adamw_of_used_experts(first, on(gradient.numpy()), *others, on(tokens.int().numpy()), **RATES)]
         for before, after in zip(at_rest, state, strict=True):
-            np.testing.assert_array_equal(np.array(after)[tokens.numpy() == 0], before)
-    *actual, steps = (torch.from_numpy(np.array(each)) for each in state)
+            np.testing.assert_array_equal(np.asarray(after)[tokens.numpy() == 0], before)
+    *actual, steps = (torch.from_numpy(np.asarray(each).copy()) for each in state)
     assert_all_equal_to_rounding(actual, expected[:3])
     assert steps.tolist() == expected[3].tolist() == [3, 0, 3, 2]
+
+
+def test_no_gradient_passes_an_optimizers_step():
+    arrays = [random(2, 3, seed=seed).square().requires_grad_() for seed in range(4)]
+    counts = torch.tensor([1, 0]), torch.tensor([2, 2])
+    assert not any(each.requires_grad for each in upcycling.adamw_of_used_experts(*arrays, *counts, **RATES))
+
+    def total(*given):
+        return jax_upcycling.adamw_of_used_experts(*given, *(jnp.asarray(each.numpy()) for each in counts), **RATES)[0].sum()
+
+    given = [jnp.asarray(each.detach().float().numpy()) for each in arrays]
+    assert not any(each.any() for each in jax.grad(total, argnums=(0, 1, 2, 3))(*given))

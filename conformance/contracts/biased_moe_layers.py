@@ -135,7 +135,7 @@ def upcycled_gpt2_moe() -> Contract:
 
 GPT_OSS_120B, GPT_OSS_20B = "openai/gpt-oss-120b config.json", "openai/gpt-oss-20b config.json"
 EMERGENCE = "openai-community/gpt2 config.json; sumitdotml/moe-emergence preset"
-USUAL = {"alpha": 1.702, "limit": 7.0}
+USUAL: dict[str, Any] = {"alpha": 1.702, "limit": 7.0}
 ROUTER, GATE_UP, DOWN = "router.weight", "experts.gate_up_proj", "experts.down_proj"
 FC, PROJ = "experts.c_fc.weight", "experts.c_proj.weight"
 GPT_OSS: Entries = {

@@ -44,8 +44,8 @@ def upcycled_gpt2_moe(
     validation.upcycled_gpt2_moe(hidden_states, state, noise, top_k, noise_std)
 
     logits_TE = router_logits(hidden_states, state["router.gate.weight"])
-    options = {"top_k": top_k, "noise_std": noise_std, "training": training}
-    weights_TK, ids_TK, probs_TE, _, _, entropy_T = ste_topk(logits_TE, noise, **options)
+    routing = ste_topk(logits_TE, noise, top_k=top_k, noise_std=noise_std, training=training)
+    weights_TK, ids_TK, probs_TE, _, _, entropy_T = routing
     up = state["experts.c_fc.weight"].mT, state["experts.c_fc.bias"]
     down = state["experts.c_proj.weight"].mT, state["experts.c_proj.bias"]
     out_TH = fused_gelu_mlp(hidden_states, *up, *down, weights_TK, ids_TK, approximate="tanh")
