@@ -71,7 +71,7 @@ class _Parts:
         return self.run(expert_calls.swiglu(*inputs)._replace(out_dtype=out_dtype))
 
     def fused_swiglu_oai(self, *inputs: torch.Tensor, alpha: float, limit: float) -> torch.Tensor:
-        return self.run(expert_calls.swiglu_oai(*inputs, alpha=alpha, limit=limit))
+        return self.run(expert_calls.swiglu_oai(*inputs, alpha, limit))
 
     def shared_swiglu(self, hidden_states: torch.Tensor, *weights: torch.Tensor, out_dtype: torch.dtype) -> torch.Tensor:
         return reference.shared_swiglu(hidden_states.to(out_dtype), *self._whole(*weights))

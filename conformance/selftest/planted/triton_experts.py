@@ -100,10 +100,10 @@ mutant(
 )  # fmt: skip
 mutant(
     EXPERTS, "silent-fallback", "The reference computes, and no kernel is launched.", "experts.fused_swiglu",
-    "return _apply(activation, hidden_states, expert, topk_weights, topk_ids,",
+    "return _apply(SWIGLU, hidden_states,",
     "from gaugeblock.reference.torch.experts import fused_swiglu as reference\n"
     "    return reference(hidden_states, w13, w2, topk_weights, topk_ids)\n"
-    "    return _apply(activation, hidden_states, expert, topk_weights, topk_ids,",
+    "    return _apply(SWIGLU, hidden_states,",
     "path_witness", "structural",
 )  # fmt: skip
 mutant(

@@ -15,8 +15,8 @@ mutant(
 )  # fmt: skip
 mutant(
     QWEN3, "logits-in-the-dtype-of-the-tokens", "The router's product is rounded before the softmax.",
-    "moe_composition.router_logits", "return hidden_states.to(dtype) @ weight.to(dtype).mT",
-    "return (hidden_states @ weight.mT).to(dtype)", "parity", "precision", dtypes=("float16", "bfloat16"),
+    "moe_composition.router_logits", "hidden_states.to(dtype) @ weight.to(dtype).mT",
+    "(hidden_states @ weight.mT).to(dtype)", "parity", "precision", dtypes=("float16", "bfloat16"),
 )  # fmt: skip
 mutant(
     QWEN2, "shared-expert-ungated", "The expert that all tokens pass is added whole.", "moe_composition.qwen2_moe",
