@@ -1,6 +1,10 @@
 """The ways to spread experts over ranks: whatever the way, the operation and the layout, results are the reference's."""
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
@@ -332,6 +336,14 @@ def check_layout(layout: ParallelLayout) -> None:
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: f"{layout.kind}-{layout.ep_size}x{layout.expert_tp_size}")
 def test_experts_in_any_layout_are_those_on_one_rank_though_shards_have_other_tokens(on_ranks, layout):
     assert on_ranks(check_layout, layout) == [None] * RANKS
+
+
+@pytest.mark.long
+def test_layouts_under_torchrun():
+    script = Path(__file__).parent / "experts_under_torchrun.py"
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(RANKS), str(script)]
+    done = subprocess.run(torchrun, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=150)
+    assert done.returncode == 0 and done.stdout.strip() == f"{len(LAYOUTS)} layouts on {RANKS} ranks", done.stderr
 
 
 def call_a_layout_badly(layout: ParallelLayout) -> str:

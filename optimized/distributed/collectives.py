@@ -24,13 +24,13 @@ def begin_exchange(
     rows: torch.Tensor, sent: Sequence[int], received: Sequence[int], group: dist.ProcessGroup
 ) -> Callable[[], torch.Tensor]:
     """Begin an `exchange`; what is returned waits for its end, and then returns the rows."""
-    leaving, arrived = rows.contiguous(), rows.new_empty(sum(received), *rows.shape[1:])
-    work = dist.all_to_all_single(arrived, leaving, list(received), list(sent), group=group, async_op=True)
+    arrived = rows.new_empty(sum(received), *rows.shape[1:])
+    # what leaves is held by the work until its end
+    work = dist.all_to_all_single(arrived, rows.contiguous(), list(received), list(sent), group=group, async_op=True)
 
     def wait() -> torch.Tensor:
         if work is not None:  # none on one rank of some backends
             work.wait()
-        leaving.detach()  # held until now
         return arrived
 
     return wait
