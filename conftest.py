@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from gaugeblock.conformance.engine.devices import compile_quickly, split_cpu_for_jax
+from gaugeblock.conformance.engine.devices import cache_compilations, compile_quickly, split_cpu_for_jax
 
 compile_quickly()
+cache_compilations()
 split_cpu_for_jax()  # before any test imports jax
 os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")  # what the CPU says of itself; else each is tried, for 15 seconds
 os.environ["GAUGEBLOCK_KEPT"] = "off"  # a test judges; those of what is kept name a folder of their own

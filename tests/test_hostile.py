@@ -74,20 +74,23 @@ def test_the_run_goes_on_and_nothing_outlives_it(tmp_path):
     assert {name: each["status"] for name, each in verdicts.items()} == {name: each.status for name, each in rows.items()}
     assert all(rows[name].says in each["reason"] for name, each in verdicts.items())
     assert left_behind(str(tmp_path)) == []
+    assert [each.name for each in tmp_path.glob("gaugeblock-*")] == []  # folders of candidates' processes
 
 
-def test_nothing_outlives_a_judge_that_is_killed():
+def test_nothing_outlives_a_judge_that_is_killed(tmp_path):
     code = (
         "from gaugeblock.conformance.engine.processes.handle import Process; p = Process('cpu', None); p.await_ready();"
-        "print(p.link.peer, p.process.pid, flush=True); input()"
+        "print(p.link.peer, p.process.pid, p.folder.name, flush=True); input()"
     )
-    judge = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    judge = subprocess.Popen([sys.executable, "-c", code], **pipes, env=os.environ | {"TMPDIR": str(tmp_path)})
     assert judge.stdout is not None
-    candidate, keeper = map(int, judge.stdout.readline().split())
-    assert psutil.Process(candidate).ppid() == keeper
+    *numbers, folder = judge.stdout.readline().split()
+    candidate, keeper = map(int, numbers)
+    assert psutil.Process(candidate).ppid() == keeper and os.path.isdir(folder)
     judge.kill()
     judge.wait()
     deadline = time.monotonic() + 10
-    while psutil.pid_exists(candidate) or psutil.pid_exists(keeper):
+    while psutil.pid_exists(candidate) or psutil.pid_exists(keeper) or os.path.exists(folder):
         assert time.monotonic() < deadline
         time.sleep(0.02)

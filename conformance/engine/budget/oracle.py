@@ -124,12 +124,16 @@ def _selection_scores(contract: Contract, case: Case, dtype: str) -> tuple[Budge
 
 
 def _spread(run: Callable[[], Tensors], oracle: Tensors, dtype: str, rounding: str, **how: Any) -> dict[str, Budget]:
-    small = sum(each.numel() for each in oracle.values()) <= LARGE
     try:
-        noisy = noisy_runs(run, dtype, rounding, at_once=small, **how)
+        noisy = noisy_runs(run, dtype, rounding, at_once=_is_small([each.numel() for each in oracle.values()]), **how)
     except Exception:  # they differ in what torch has no form for; an error of the reference's own comes again
         noisy = noisy_runs(run, dtype, rounding, at_once=False, **how)
     return spread(oracle, noisy)
+
+
+def _is_small(sizes: Sequence[int]) -> bool:
+    """Whether doing all runs at once pays; many tensors, gradients of a model's weights, may be twice as much together."""
+    return sum(sizes) <= LARGE or (sum(sizes) <= 2 * LARGE and max(sizes) <= LARGE // 2)
 
 
 def noisy_runs(

@@ -16,11 +16,13 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from gaugeblock.conformance.engine.budget.dispatch import Watching
 from gaugeblock.conformance.engine.budget.runs import Each, Runs, RunsDiffer, of_run, perform, values_of
+from gaugeblock.conformance.engine.budget.steps import Steps
 from gaugeblock.reference.torch import random
 
 # A rounding error is uniform within half an ulp; over mantissas spread evenly in the logarithm its variance is 0.18 u² x².
 ROUNDING_VARIANCE = 0.18
 EXPONENT_BITS = 0x7FF0000000000000  # of a float64
+MOST_ULPS = 2.0**24  # of a result that is not exactly 0 or infinite
 
 # Units in the last place of float32 that a library's function may be off; exact operations count 1.
 ULPS = {"exp": 2, "exp2": 2, "log": 2, "sigmoid": 4, "silu": 4, "tanh": 4, "erf": 4, "gelu": 8, "rsqrt": 2, "_softmax": 4,
@@ -93,7 +95,7 @@ class RoundingNoise(Watching):
         self.deviations, self.sums = [] if deviations is None else deviations, 0
         self.operand_dtype = getattr(torch, dtype)
         self.result_dtype = self.operand_dtype if rounding == "eager" else torch.float32
-        self.generator = torch.Generator().manual_seed(seed)
+        self.steps = Steps(seed)
         self.wide = WeakIdKeyDictionary({each: False for each in wide})  # and whether rounding to the dtype is still due
         self.stores = False  # whether what is computed now is stored in the dtype
         self.terms = WeakIdKeyDictionary()  # of each element of a matrix product, and of what only shows one in another shape
@@ -179,7 +181,8 @@ class RoundingNoise(Watching):
         if not error:
             return value
         noise = self._unit_noise(torch.zeros((1 if self.runs is None else self.runs,), dtype=torch.float64), error)
-        numbers = self._first_rounded(value + noise, torch.full_like(noise, value, dtype=torch.float32)).tolist()
+        rounded = torch.full_like(noise, value, dtype=torch.float32).to(torch.float64)
+        numbers = self._first_rounded(value + noise, rounded).tolist()
         return numbers[0] if self.runs is None else Each(numbers)
 
     def _matrix_product(self, func: Any, first: int, args: tuple, kwargs: dict) -> torch.Tensor:
@@ -208,6 +211,10 @@ class RoundingNoise(Watching):
 
     def _operand(self, operand: torch.Tensor) -> torch.Tensor:
         """An operand of a matrix product, rounded to the dtype under test."""
+        if self.operand_dtype is torch.float32:
+            return operand
+        if not isinstance(operand, Runs) and torch.equal(operand.to(self.operand_dtype).to(torch.float64), operand):
+            return operand  # a weight that is the same in all runs is looked at once
         values = self._values(operand)
         rounded = self._round(values, self.operand_dtype)
         return operand if rounded is values else self._held(rounded)
@@ -249,16 +256,16 @@ class RoundingNoise(Watching):
     def _function(self, name: str, result: torch.Tensor, args: tuple) -> torch.Tensor:
         """Adds the error of an elementwise function, relative to its result; what float32 holds exactly gets none."""
         noise = self._unit_noise(result, math.sqrt(ROUNDING_VARIANCE) * rounding_unit("float32"))
-        rounded = result.to(torch.float32)
-        exact = rounded == result
-        kept = result
-        if name in ULPS:
-            noise *= ULPS[name] + _argument_growth(name, result, args, 0 if self.runs is None else 1)
-            # a sigmoid of 1 is so only in float64: what is taken from it afterwards has no digits, in the oracle either
-            saturated = torch.addcmul(result, result, self._unit_noise(result, torch.finfo(torch.float64).eps))
-            kept = torch.where(result.isfinite(), saturated, result)
-        noisy = torch.where(exact, kept, torch.addcmul(result, result, noise))  # an infinity is exact
-        return self._store(noisy if name in ULPS else self._first_rounded(noisy, rounded))
+        rounded = result.to(torch.float32).to(torch.float64)
+        if name not in ULPS:
+            noise = noise.mul_(_is_inexact(result, rounded)).add_(1.0).mul_(result)  # so an infinity stays one
+            return self._store(self._first_rounded(noise, rounded))
+        growth = _argument_growth(name, result, args, 0 if self.runs is None else 1)
+        noise.mul_((growth + ULPS[name]).nan_to_num_(0.0, MOST_ULPS) if isinstance(growth, torch.Tensor) else ULPS[name])
+        noise.mul_(_is_inexact(result, rounded))
+        # a sigmoid of 1 is so only in float64: what is taken from it afterwards has no digits, in the oracle either
+        noise.add_(self._unit_noise(result, torch.finfo(torch.float64).eps))
+        return self._store(noise.add_(1.0).mul_(result))
 
     def _add_noise(self, result: torch.Tensor, deviation_of: Callable[[], torch.Tensor]) -> torch.Tensor:
         """Adds the error of a float32 sum."""
@@ -279,26 +286,29 @@ class RoundingNoise(Watching):
         if dtype is torch.float32:  # the result's own noise was that rounding
             return value
         rounded = value.to(dtype).to(torch.float64)
-        inexact = rounded != value
-        if not inexact.any():
+        if torch.equal(rounded, value):
             return value
         info = torch.finfo(dtype)
         underflow = info.smallest_normal * info.eps / 2 * math.sqrt(1 / 3)
         deviation = (value.abs() * (math.sqrt(ROUNDING_VARIANCE) * info.eps / 2)).clamp_min_(underflow)
-        return self._first_rounded(value + deviation.mul_(self._unit_noise(value)).mul_(inexact), rounded)
+        noise = deviation.mul_(self._unit_noise(value)).mul_(_is_inexact(value, rounded))
+        return self._first_rounded(noise.add_(value), rounded)
 
     def _first_rounded(self, noisy: torch.Tensor, rounded: torch.Tensor) -> torch.Tensor:
         """With what rounding comes to in the first run, where that is finite."""
         if self.first_rounds:
             first, real = (noisy, rounded) if self.runs is None else (noisy[0], rounded[0])
-            first.copy_(torch.where(real.isfinite(), real.to(torch.float64), first))
+            first.copy_(real if math.isfinite(real.sum().item()) else torch.where(real.isfinite(), real, first))
         return noisy
 
     def _unit_noise(self, like: torch.Tensor, deviation: float = 1.0) -> torch.Tensor:
-        """Uniform noise, in 2^16 steps: four to a random number, which take half as long as as many random numbers."""
-        bits = torch.empty((like.numel() + 3) // 4, dtype=torch.int64).random_(-(2**63), None, generator=self.generator)
-        steps = bits.view(torch.int16)[: like.numel()].view(like.shape)
-        return steps.to(torch.float64).add_(0.5).mul_(math.sqrt(3) * deviation * self.scale / 2**15)
+        """Uniform noise."""
+        return self.steps.take(like.numel()).view(like.shape) * (math.sqrt(3) * deviation * self.scale / 2**15)
+
+
+def _is_inexact(value: torch.Tensor, rounded: torch.Tensor) -> torch.Tensor:
+    """1.0 where rounding changed a value, else 0.0; in numbers, since truths take four times as long."""
+    return (rounded - value).abs_().sign_()
 
 
 @lru_cache(1024)

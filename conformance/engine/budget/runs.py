@@ -152,6 +152,8 @@ def _at_once(func: Any, args: tuple, kwargs: dict, runs: int) -> Any:
         return func(args[0].all_runs, [0, *(each % args[0].ndim + 1 for each in args[1])])
     if name == "t" and args[0].ndim == 2:
         return args[0].all_runs.transpose(1, 2)
+    if name == "mm" and not isinstance(args[1], Runs):
+        return torch.matmul(args[0].all_runs, args[1])  # one product of all rows
     if name in ("mm", "bmm"):
         return torch.matmul(*_stacked(args, runs))
     if name in INDEXED and isinstance(args[0], Runs) and not any(isinstance(each, Runs) for each in args[1]):

@@ -251,8 +251,8 @@ class Process:
         reading, writing = os.pipe()
         assert sent.file is not None and received.file is not None  # shared
         files = [theirs.fileno(), sent.file, received.file, self.traces]
-        environment = {"OMP_NUM_THREADS": "1", **os.environ, "TMPDIR": self.folder.name}
-        self.process = nursery.fork((), environment, files, writing)
+        environment = {"OMP_NUM_THREADS": "1", **os.environ}
+        self.process = nursery.fork((), environment, self.folder.name, files, writing)
         theirs.close()
         for each in (writing, *files[1:3]):
             os.close(each)  # what is mapped stays

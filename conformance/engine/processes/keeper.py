@@ -26,11 +26,12 @@ def main(judge: str, *words: str) -> None:
     keep(int(judge), lambda: os.execv(words[0], words))
 
 
-def keep(starter: int, become: Callable[[], None]) -> None:
+def keep(starter: int, become: Callable[[], None], leave: Callable[[], None] = lambda: None) -> None:
     """Forks, has the child call `become`, and ends as the child ends; does not come back.
 
     Args:
         starter: The process that this one is to end with.
+        leave: Called when the child is gone, and all that came from it.
     """
     libc = ctypes.CDLL(None)
     libc.prctl(SET_PARENT_DEATH_SIGNAL, signal.SIGTERM)
@@ -53,6 +54,7 @@ def keep(starter: int, become: Callable[[], None]) -> None:
         pass
     finally:
         end_all()
+        leave()
     if os.WIFSIGNALED(status):
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         number = os.WTERMSIG(status)

@@ -12,6 +12,7 @@ import multiprocessing
 import os
 import resource
 import select
+import shutil
 import signal
 import socket
 import struct
@@ -64,11 +65,12 @@ class Child:
         self.connection.close()
 
 
-def fork(arguments: Sequence[str], environment: Mapping[str, str], files: Sequence[int], output: int) -> Child:
+def fork(arguments: Sequence[str], environment: Mapping[str, str], folder: str, files: Sequence[int], output: int) -> Child:
     """Starts `runner.process.main(*arguments)` in a process of its own.
 
     Args:
-        environment: All of it.
+        environment: All of it, but for where temporary files go.
+        folder: There; it is removed when the process has ended, also if whoever asked for it was killed.
         files: Which it gets, as open files whose numbers precede the arguments.
         output: Where it prints.
     """
@@ -77,7 +79,8 @@ def fork(arguments: Sequence[str], environment: Mapping[str, str], files: Sequen
     except OSError:  # a candidate has harmed it
         _known.clear()
         connection = _connect()
-    told = {"arguments": list(arguments), "environment": dict(environment), "path": sys.path, "folder": os.getcwd()}
+    environment = {**environment, "TMPDIR": folder}
+    told = {"arguments": list(arguments), "environment": environment, "path": sys.path, "folder": os.getcwd()}
     request = json.dumps(told).encode()
     connection.sendall(NUMBER.pack(len(request)))
     socket.send_fds(connection, [b"f"], [output, *files])
@@ -177,7 +180,8 @@ class Nursery:
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             for each in [connection, self.listener, self.woken, self.wakes, *self.children.values()]:
                 each.close()
-            keeper.keep(own, lambda: _become(request, files))
+            folder = request["environment"]["TMPDIR"]
+            keeper.keep(own, lambda: _become(request, files), lambda: shutil.rmtree(folder, ignore_errors=True))
         for file in files:
             os.close(file)
         self.children[pid] = connection

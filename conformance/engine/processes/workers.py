@@ -4,6 +4,7 @@ pytest-xdist's grouped schedulers do not survive a worker's death (KeyError in 3
 error budget in every process; hence this small pool.
 """
 
+import atexit
 import multiprocessing
 import os
 import tempfile
@@ -124,6 +125,7 @@ def _serve(
     function = prepare(*arguments)
     while (task := connection.recv()) is not None:
         connection.send(function(task))
+    atexit._run_exitfuncs()  # which multiprocessing leaves out: folders for temporary files would stay
 
 
 def _assign(worker: _Worker, waiting: dict[str, list], busy: list[str], alone: Collection[str]) -> bool:
