@@ -62,8 +62,7 @@ def accurate_dtype(tensor: torch.Tensor) -> torch.dtype:
 def gpt_oss_moe(parts: Any, hidden_states: torch.Tensor, state: State, *, top_k: int, alpha: float, limit: float) -> Layer:
     """As `gaugeblock.reference.torch.biased_moe_layers.gpt_oss_moe`, of these parts; matrices stay as they lie."""
     validation.gpt_oss_moe(hidden_states, state, top_k, alpha, limit)
-    logits = router_logits(hidden_states, state["router.weight"])
-    logits = logits + state["router.bias"].to(logits.dtype)
+    logits = router_logits(hidden_states, state["router.weight"]) + state["router.bias"]
     routing = parts.topk_softmax(logits, top_k=top_k)
     up = state["experts.gate_up_proj"].mT, state["experts.gate_up_proj_bias"]
     down = state["experts.down_proj"].mT, state["experts.down_proj_bias"]

@@ -7,7 +7,7 @@ EMERGENCE = "review of sumitdotml/moe-emergence"
 
 mutant(
     GPT_OSS, "router-bias-forgotten", "The router is a product alone.", "moe_composition.gpt_oss_moe",
-    'logits + state["router.bias"].to(logits.dtype)', 'logits + 0 * state["router.bias"].to(logits.dtype)',
+    '+ state["router.bias"]', '+ 0 * state["router.bias"]',
     "parity", "structural", "checkpoints loaded without the router's bias",
 )  # fmt: skip
 mutant(
@@ -34,8 +34,9 @@ mutant(
 )  # fmt: skip
 mutant(
     GPT_OSS, "logits-in-the-dtype-of-the-tokens", "The router adds its bias in the dtype of the tokens.",
-    "moe_composition.gpt_oss_moe", 'logits + state["router.bias"].to(logits.dtype)',
-    '(logits.to(hidden_states.dtype) + state["router.bias"]).float()', "parity", "precision",
+    "moe_composition.gpt_oss_moe",
+    'router_logits(hidden_states, state["router.weight"]) + state["router.bias"]',
+    '(router_logits(hidden_states, state["router.weight"]).to(hidden_states.dtype) + state["router.bias"]).float()', "parity", "precision",
     "GptOssTopKRouter of transformers", dtypes=("bfloat16",),
 )  # fmt: skip
 
