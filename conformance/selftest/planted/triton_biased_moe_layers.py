@@ -36,8 +36,8 @@ mutant(
     GPT_OSS, "logits-in-the-dtype-of-the-tokens", "The router adds its bias in the dtype of the tokens.",
     "moe_composition.gpt_oss_moe",
     'router_logits(hidden_states, state["router.weight"]) + state["router.bias"]',
-    '(router_logits(hidden_states, state["router.weight"]).to(hidden_states.dtype) + state["router.bias"]).float()', "parity", "precision",
-    "GptOssTopKRouter of transformers", dtypes=("bfloat16",),
+    '(router_logits(hidden_states, state["router.weight"]).to(hidden_states.dtype) + state["router.bias"]).float()',
+    "parity", "precision", "GptOssTopKRouter of transformers", dtypes=("bfloat16",),
 )  # fmt: skip
 
 mutant(
