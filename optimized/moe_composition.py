@@ -142,7 +142,7 @@ def router_logits(hidden_states: torch.Tensor, weight: torch.Tensor, bias: torch
     """Return what a linear router says of each token, [num_tokens, num_experts], in float32 at least; the product is torch's."""
     dtype = accurate_dtype(hidden_states)
     logits = hidden_states.to(dtype) @ weight.to(dtype).mT
-    return logits if bias is None else logits + bias.to(dtype)
+    return logits if bias is None else logits + bias
 
 
 def shared_weights(state: State, prefix: str) -> tuple[torch.Tensor, torch.Tensor]:

@@ -28,7 +28,7 @@ from gaugeblock.conformance.engine.vocabulary import Tensors
 from gaugeblock.conformance.selftest.fault import Fault, contract_of, process_kept, right_kernels
 from gaugeblock.conformance.selftest.variant import variants
 
-RIGHT = {contract_of(each): each for each in right_kernels() if "world_sizes" not in vars(each).get("claims", {})}
+RIGHT = {contract_of(each): each for each in right_kernels() if "world_sizes" not in getattr(each, "claims", {})}
 CAUGHT = FAILED - {"error"}  # an error of the engine catches nothing
 SOURCE = "gaugeblock.conformance.selftest.candidates"
 Close = Callable[[torch.Tensor, torch.Tensor], bool]

@@ -13,7 +13,6 @@ from gaugeblock.reference.jax.auxiliary_losses import expert_load
 from gaugeblock.reference.jax.experts import fused_gelu_mlp, fused_swiglu_oai
 from gaugeblock.reference.jax.moe_layers import router_logits
 from gaugeblock.reference.jax.noisy_routers import ste_topk
-from gaugeblock.reference.jax.precision import at_least_float32
 from gaugeblock.reference.jax.routers import topk_softmax
 
 
@@ -23,7 +22,7 @@ def gpt_oss_moe(
     """As `gaugeblock.reference.torch.biased_moe_layers.gpt_oss_moe`, but topk_ids are int32."""
     validation.gpt_oss_moe(hidden_states, state, top_k, alpha, limit)
 
-    logits_TE = router_logits(hidden_states, state["router.weight"]) + at_least_float32(state["router.bias"])
+    logits_TE = router_logits(hidden_states, state["router.weight"]) + state["router.bias"]
     weights_TK, ids_TK = topk_softmax(logits_TE, top_k=top_k)
     up = state["experts.gate_up_proj"].mT, state["experts.gate_up_proj_bias"]
     down = state["experts.down_proj"].mT, state["experts.down_proj_bias"]

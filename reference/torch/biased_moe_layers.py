@@ -12,7 +12,6 @@ from gaugeblock.reference.torch.auxiliary_losses import expert_load
 from gaugeblock.reference.torch.experts import fused_gelu_mlp, fused_swiglu_oai
 from gaugeblock.reference.torch.moe_layers import router_logits
 from gaugeblock.reference.torch.noisy_routers import ste_topk
-from gaugeblock.reference.torch.precision import at_least_float32
 from gaugeblock.reference.torch.routers import topk_softmax
 
 
@@ -52,7 +51,7 @@ def gpt_oss_moe(
     """
     validation.gpt_oss_moe(hidden_states, state, top_k, alpha, limit)
 
-    logits_TE = router_logits(hidden_states, state["router.weight"]) + at_least_float32(state["router.bias"])
+    logits_TE = router_logits(hidden_states, state["router.weight"]) + state["router.bias"]
     weights_TK, ids_TK = topk_softmax(logits_TE, top_k=top_k)
     up = state["experts.gate_up_proj"].mT, state["experts.gate_up_proj_bias"]
     down = state["experts.down_proj"].mT, state["experts.down_proj_bias"]

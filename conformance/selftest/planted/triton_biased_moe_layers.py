@@ -34,9 +34,8 @@ mutant(
 )  # fmt: skip
 mutant(
     GPT_OSS, "logits-in-the-dtype-of-the-tokens", "The router adds its bias in the dtype of the tokens.",
-    "moe_composition.router_logits", 'logits + bias.to(dtype)',
-    '(logits.to(hidden_states.dtype) + bias).to(dtype)', "parity", "precision",
-    "GptOssTopKRouter of transformers", dtypes=("bfloat16",),
+    "moe_composition.router_logits", "logits + bias", "(logits.to(hidden_states.dtype) + bias).to(dtype)",
+    "parity", "precision", "GptOssTopKRouter of transformers", dtypes=("bfloat16",),
 )  # fmt: skip
 
 mutant(
