@@ -126,7 +126,7 @@ def input_scaled_swiglu(
     Each routed row is a token of its own, which its weight has scaled; it is rounded to the dtype of the tokens once, as an
     operand of a product.
     """
-    scaled = topk_weights[..., None] * hidden_states.to(topk_weights.dtype)[:, None]
+    scaled = topk_weights[..., None] * hidden_states[:, None]  # of the wider dtype, the weights'
     rows, ids = scaled.flatten(0, 1).to(hidden_states.dtype), topk_ids.reshape(-1, 1)
     ones = torch.ones_like(ids, dtype=topk_weights.dtype)
     out = parts.fused_swiglu(rows, w13, w2, ones, ids, out_dtype=accurate_dtype(hidden_states))
