@@ -68,3 +68,5 @@ UPCYCLED_GPT2: StateAxes = MappingProxyType(
 )
 """Matrices are [in, out], as GPT-2's. In the public state each expert has its own, `experts.0.c_fc.weight`, …; ours are stacked,
 `upcycled_checkpoints.py`."""
+OF_AN_EXPERT = tuple(name.removeprefix("experts.") for name in UPCYCLED_GPT2 if name.startswith("experts."))
+"""The parameters of a dense MLP of GPT-2, and so of each of its experts, in the order of the public checkpoint."""

@@ -17,13 +17,11 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from gaugeblock.reference.expert_layouts import require_names, stack
-from gaugeblock.reference.moe_states import UPCYCLED_GPT2
+from gaugeblock.reference.moe_states import OF_AN_EXPERT, UPCYCLED_GPT2
 from gaugeblock.reference.validation.arrays import require_between, require_shape
 
 GATE = "router.gate.weight"
 COUNTERS = ("router.training_step", "router.anneal_steps")
-OF_AN_EXPERT = tuple(name.removeprefix("experts.") for name in UPCYCLED_GPT2 if name.startswith("experts."))
-"""The parameters of a dense MLP of GPT-2, and so of each expert, in the order of the public checkpoint."""
 
 
 class UpcycledLayer(NamedTuple):

@@ -12,7 +12,8 @@ import jax.numpy as jnp
 from gaugeblock.reference import purposes, validation
 from gaugeblock.reference.jax import random
 from gaugeblock.reference.jax.precision import at_least_float32
-from gaugeblock.reference.upcycled_checkpoints import GATE, OF_AN_EXPERT
+from gaugeblock.reference.moe_states import OF_AN_EXPERT
+from gaugeblock.reference.upcycled_checkpoints import GATE
 
 
 def upcycle(dense: Mapping[str, jax.Array], draws: Mapping[str, jax.Array], *, perturbation_std: float) -> dict[str, jax.Array]:

@@ -9,9 +9,10 @@ from collections.abc import Mapping
 import torch
 
 from gaugeblock.reference import purposes, validation
+from gaugeblock.reference.moe_states import OF_AN_EXPERT
 from gaugeblock.reference.torch import random
 from gaugeblock.reference.torch.precision import at_least_float32
-from gaugeblock.reference.upcycled_checkpoints import GATE, OF_AN_EXPERT
+from gaugeblock.reference.upcycled_checkpoints import GATE
 
 
 def upcycle(

@@ -3,7 +3,7 @@
 from typing import Any
 
 from gaugeblock.reference import moe_states
-from gaugeblock.reference.upcycled_checkpoints import OF_AN_EXPERT
+from gaugeblock.reference.moe_states import OF_AN_EXPERT
 from gaugeblock.reference.validation.arrays import (
     FLOATING,
     INTEGER,
