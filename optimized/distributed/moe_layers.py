@@ -70,8 +70,9 @@ class _Parts:
     def fused_swiglu(self, *inputs: torch.Tensor, out_dtype: torch.dtype | None = None) -> torch.Tensor:
         return self.run(expert_calls.swiglu(*inputs)._replace(out_dtype=out_dtype))
 
-    def fused_swiglu_oai(self, *inputs: torch.Tensor, **options: float) -> torch.Tensor:
-        return self.run(partial(expert_calls.swiglu_oai, **options)(*inputs))
+    def fused_swiglu_oai(self, *inputs: torch.Tensor, alpha: float, limit: float) -> torch.Tensor:
+        call: Callable[..., ExpertCall] = expert_calls.swiglu_oai
+        return self.run(call(*inputs, alpha=alpha, limit=limit))
 
     def shared_swiglu(self, hidden_states: torch.Tensor, *weights: torch.Tensor, out_dtype: torch.dtype) -> torch.Tensor:
         return reference.shared_swiglu(hidden_states.to(out_dtype), *self._whole(*weights))
