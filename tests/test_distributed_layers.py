@@ -1,11 +1,16 @@
 """MoE layers over ranks: what the conformance suite does not ask of every implementation."""
 
+from dataclasses import replace
+
 import pytest
 import torch
-from on_four_ranks import HIDDEN_SIZE, INTERMEDIATE_SIZE, NUM_EXPERTS, RANKS, draw, four_ranks, mesh_of
+from on_four_ranks import HIDDEN_SIZE, INTERMEDIATE_SIZE, NUM_EXPERTS, RANKS, assert_equal_to_rounding, draw, four_ranks, mesh_of
 
 from gaugeblock.optimized.distributed import moe_layers
-from gaugeblock.reference import moe_states
+from gaugeblock.optimized.distributed.dispatchers import DISPATCHERS
+from gaugeblock.reference import moe_parts, moe_states
+from gaugeblock.reference.moe_configs import MOE_LAYER_PRESETS
+from gaugeblock.reference.torch import moe_building
 
 on_ranks = pytest.fixture(scope="module")(four_ranks)
 SIZES = {
@@ -80,3 +85,32 @@ def differing_tokens(way: str) -> list[str]:
 @pytest.mark.parametrize("way", ["_replicated", "_tensor_parallel"])
 def test_ranks_that_must_have_the_same_tokens_say_if_they_have_not(on_ranks, way):
     assert on_ranks(differing_tokens, way) == [["raised"]] * RANKS
+
+
+def built_over_ranks(preset: str, dispatcher: str) -> bool:
+    """Whether a layer of a preset, built with its experts spread, gives what it gives with all on one rank."""
+    mesh = mesh_of(RANKS)
+    rank, config = mesh.get_local_rank(), replace(MOE_LAYER_PRESETS[preset], dispatcher=dispatcher)
+    spec = moe_parts.DISPATCHERS[dispatcher]
+    axes = MOE_LAYER_PRESETS[preset].axes(NUM_EXPERTS)
+    state = {name: draw(*(SIZES[axis] for axis in axes[name]), seed=seed) for seed, name in enumerate(axes)}
+    if config.bias is not None:
+        state[config.bias] = draw(NUM_EXPERTS, seed=50)
+    mine = {name: each.chunk(RANKS)[rank] if name.startswith(f"{config.experts}.") else each for name, each in state.items()}
+    tokens = draw(8, HIDDEN_SIZE, seed=9)
+    of_rank = tokens.chunk(RANKS)[rank] if spec.splits_tokens else tokens
+
+    alone = moe_building.build_layer(replace(config, dispatcher="local"))(tokens, state)[0]
+    spread = moe_building.build_layer(config, mesh=mesh, dispatchers=DISPATCHERS)(of_rank, mine)[0]
+    assert_equal_to_rounding(spread, alone.chunk(RANKS)[rank] if spec.splits_tokens else alone)
+    return True
+
+
+@pytest.mark.parametrize("dispatcher", ["all_to_all", "all_gather", "replicated_tokens"])
+@pytest.mark.parametrize("preset", ["mixtral_8x7b", "gpt_oss_120b", "llama4_scout"])
+def test_a_layer_that_is_built_spreads_its_experts(on_ranks, preset, dispatcher):
+    assert on_ranks(built_over_ranks, preset, dispatcher) == [True] * RANKS
+
+
+def test_every_dispatcher_is_there():
+    assert {"local", *DISPATCHERS} == set(moe_parts.DISPATCHERS)
