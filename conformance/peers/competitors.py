@@ -152,6 +152,8 @@ OUTSIDERS: dict[str, dict[str, Callable[[Problem], Callable[[], Results]]]] = {
     "moe_layers.mixtral_moe": _layers("TransformersMixtralBlock"),
     "moe_layers.qwen3_moe": _layers("TransformersQwen3Block"),
     "moe_layers.qwen2_moe": _layers("TransformersQwen2Block"),
+    "grouped_moe_layers.deepseek_v3_moe": _layers("TransformersDeepseekV3Block"),
+    "biased_moe_layers.gpt_oss_moe": _layers("TransformersGptOssBlock"),
     "routers.softmax_topk": {"transformers, identity gate": transformers_softmax_router},
     "routers.grouped_sigmoid_topk": {"transformers, identity gate": transformers_grouped_router},
 }

@@ -62,7 +62,8 @@ def _block(block_class: Any, config_class: Any, implementation: str, **options: 
     config = config_class(**options)
     config._experts_implementation = implementation
     block, routed = without_parameters(block_class, config), []
-    block.gate.register_forward_hook(lambda module, inputs, results: routed.append(results))
+    router = block.router if hasattr(block, "router") else block.gate
+    router.register_forward_hook(lambda module, inputs, results: routed.append(results))
     return block, routed
 
 
@@ -94,11 +95,8 @@ class TransformersQwen2Block(TransformersBlock):
     block_class, config_class = Qwen2MoeSparseMoeBlock, Qwen2MoeConfig
 
 
-class TransformersGroupedBlock:
+class TransformersGroupedBlock(TransformersBlock):
     """A block with groups and shared experts, of any width; its router does not sort, so its ids are sorted here."""
-
-    block_class: Any
-    config_class: Any
 
     def scores(self, router_logits, state):
         """What experts are chosen by."""
@@ -106,16 +104,14 @@ class TransformersGroupedBlock:
 
     def __call__(self, hidden_states, state, *, top_k, num_groups, topk_groups, renormalize, routed_scaling_factor):
         experts, width, inner = state["experts.down_proj"].shape
-        config = self.config_class(
-            hidden_size=width, moe_intermediate_size=inner, n_routed_experts=experts, num_attention_heads=1,
-            num_experts_per_tok=top_k, n_group=num_groups, topk_group=topk_groups, topk_method="group_limited_greedy",
-            norm_topk_prob=renormalize, routed_scaling_factor=routed_scaling_factor,
+        block, routed = _block(
+            self.block_class, self.config_class, self.implementation, hidden_size=width, moe_intermediate_size=inner,
+            n_routed_experts=experts, num_attention_heads=1, num_experts_per_tok=top_k, n_group=num_groups,
+            topk_group=topk_groups, topk_method="group_limited_greedy", norm_topk_prob=renormalize,
+            routed_scaling_factor=routed_scaling_factor,
         )  # fmt: skip
-        config._experts_implementation = "eager"
-        block = without_parameters(self.block_class, config)
         out = functional_call(block, dict(state), hidden_states[None])[0]
-        router = {name.removeprefix("gate."): each for name, each in state.items() if name.startswith("gate.")}
-        logits, weights, ids = functional_call(block.gate, router, hidden_states)
+        logits, weights, ids = routed.pop()
         return out, logits, sorted_by(self.scores(logits, state), weights, ids)[1]
 
 
@@ -174,18 +170,17 @@ class TransformersLlama4Block:
 
 
 @peer("biased_moe_layers.gpt_oss_moe", dtypes=DTYPES, rounding="eager", oracle=True, right_in=("float32",))
-class TransformersGptOssBlock:
+class TransformersGptOssBlock(TransformersBlock):
     """gpt-oss'."""
+
+    block_class, config_class = GptOssMLP, GptOssConfig
 
     def __call__(self, hidden_states, state, *, top_k, alpha, limit):
         experts, inner, width = state["experts.down_proj"].shape
-        config = GptOssConfig(
-            hidden_size=width, intermediate_size=inner, num_local_experts=experts, num_experts_per_tok=top_k,
-            swiglu_alpha=alpha, swiglu_limit=limit,
+        block, routed = _block(
+            self.block_class, self.config_class, self.implementation, hidden_size=width, intermediate_size=inner,
+            num_local_experts=experts, num_experts_per_tok=top_k, swiglu_alpha=alpha, swiglu_limit=limit,
         )  # fmt: skip
-        config._experts_implementation = "eager"
-        block = without_parameters(GptOssMLP, config)
         out, _ = functional_call(block, dict(state), hidden_states[None])
-        of_router = {name: state[f"router.{name}"] for name in ("weight", "bias")}
-        logits, _, ids = functional_call(block.router, of_router, hidden_states)
+        logits, _, ids = routed.pop()
         return out[0], logits.float(), ids
