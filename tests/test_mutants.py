@@ -131,8 +131,10 @@ def test_only_what_leads_to_the_change_is_copied() -> None:
     assert import_path(f"{ROUTERS}:softmax_topk")(logits, top_k=2, renormalize=True)[0].tolist() == [[0.5, 0.5]]
     assert set(between("gaugeblock.reference.torch.dit", "gaugeblock.reference.validation.routers")) == {
         "gaugeblock.reference.torch.dit", "gaugeblock.reference.torch.layers", "gaugeblock.reference.torch.random",
-        "gaugeblock.reference.validation", "gaugeblock.reference.validation.noisy_routers",
-        "gaugeblock.reference.validation.routers", "gaugeblock.reference.validation.soft_routers",
+        "gaugeblock.reference.validation", "gaugeblock.reference.validation.biased_moe_layers",
+        "gaugeblock.reference.validation.dit_moe_layers", "gaugeblock.reference.validation.grouped_moe_layers",
+        "gaugeblock.reference.validation.noisy_routers", "gaugeblock.reference.validation.routers",
+        "gaugeblock.reference.validation.soft_routers", "gaugeblock.reference.validation.upcycling",
     }  # fmt: skip
     assert not between(ROUTERS, "gaugeblock.optimized.triton.topk")
 

@@ -68,6 +68,7 @@ def adamw_of_used_experts() -> Contract:
                 sizes(8, 768 * 3072, **USUAL),
                 "openai-community/gpt2 config.json; sumitdotml/moe-emergence moe_emergence/train.py",
             ),
+            Workload("two-cores/layer", sizes(8, 2**19, **USUAL), "a size for a CPU"),
         ),
         relabel=of_experts.shuffled,
         rejections=(

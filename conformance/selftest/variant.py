@@ -80,7 +80,7 @@ def variants() -> tuple[Variant, ...]:
     from gaugeblock.conformance.peers.peer import peers  # which registers its right ones here
 
     for kernel in right_kernels():
-        right(**vars(kernel).get("claims", {}))(kernel)
+        right(**getattr(kernel, "claims", {}))(kernel)
     import_folder("gaugeblock.conformance.selftest.right")
     peers()
     return tuple(_variants)

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from gaugeblock.conformance.engine.contract import Contract
+from gaugeblock.conformance.engine.contract import Contract, Input
 from gaugeblock.conformance.engine.registry import contracts
 from gaugeblock.conformance.selftest.variant import right
 
@@ -21,7 +21,20 @@ ROUTERS = (
     "routers.sparsemixer",
 )
 
-Inputs = Mapping[str, torch.Tensor]
+LAYERS = (
+    "moe_layers.qwen3_moe",
+    "moe_layers.qwen2_moe",
+    "grouped_moe_layers.deepseek_v2_moe",
+    "grouped_moe_layers.deepseek_v3_moe",
+    "input_scaled_moe_layers.llama4_moe",
+    "biased_moe_layers.gpt_oss_moe",
+)
+LAYERS_OF_BATCHES = (
+    "biased_moe_layers.upcycled_gpt2_moe",
+    "dit_moe_layers.dit_moe",
+)  # which return something of all tokens
+
+Inputs = Mapping[str, Any]  # tensors, or dicts of them
 Results = tuple[torch.Tensor, ...]
 
 
@@ -51,7 +64,9 @@ class InFloat64(OfReference):
     """Everything in float64, rounded once."""
 
     def compute(self, contract, inputs, reference):
-        wide = {name: each.double() if each.is_floating_point() else each for name, each in inputs.items()}
+        wide = {
+            name: _of_each(lambda each: each.double() if each.is_floating_point() else each, it) for name, it in inputs.items()
+        }
         tested = next(inputs[spec.name].dtype for spec in contract.inputs if spec.dtype == "tested")
         dtypes = (tested if spec.dtype == "tested" else getattr(torch, spec.dtype) for spec in contract.outputs)
         return tuple(each.to(dtype) for each, dtype in zip(reference(wide), dtypes, strict=True))
@@ -78,10 +93,32 @@ class NamesReversed(OfReference):
 
     def compute(self, contract, inputs, reference):
         dimension = next(spec.indexes for spec in contract.outputs if spec.indexes)
-        flips = {spec.name: [at for at, name in enumerate(spec.shape) if name == dimension] for spec in contract.inputs}
-        results = reference({name: each.flip(flips[name]) for name, each in inputs.items()})
-        last = max(each.shape[at] for name, each in inputs.items() for at in flips[name]) - 1
-        return tuple(last - each if spec.indexes else each for spec, each in zip(contract.outputs, results, strict=True))
+        count = 0
+
+        def reversed_of(tensor: torch.Tensor, spec: Input) -> torch.Tensor:
+            nonlocal count
+            at = [place for place, name in enumerate(spec.shape) if name == dimension]
+            count = max([count, *(tensor.shape[place] for place in at)])
+            return tensor.flip(at)
+
+        flipped = {}
+        for spec in contract.inputs:
+            leaves = spec.leaves({}) if spec.leaves else {}
+            given = inputs[spec.name]
+            flipped[spec.name] = (
+                {name: reversed_of(each, leaves[name]) for name, each in given.items()} if leaves else reversed_of(given, spec)
+            )
+        results = zip(contract.outputs, reference(flipped), strict=True)
+        return tuple(count - 1 - each if spec.indexes else reversed_of(each, spec) for spec, each in results)
+
+
+def _widened(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.double() if tensor.is_floating_point() else tensor
+
+
+def _of_each(change: Callable[[torch.Tensor], torch.Tensor], tensors: Any) -> Any:
+    """A change of a tensor, or of each in a dict."""
+    return {name: change(each) for name, each in tensors.items()} if isinstance(tensors, Mapping) else change(tensors)
 
 
 def _places(contract: Contract, inputs: Inputs) -> Iterator[slice]:
@@ -111,3 +148,11 @@ for _of in ROUTERS:
 for _variant in (InFloat64, NamesReversed):
     _register(_variant, "capacity_routers.expert_choice")
 _register(OneByOne, "routers.hash_router")
+for _of in LAYERS:
+    for _variant in (InFloat64, OneByOne, NamesReversed):
+        _register(_variant, _of)
+for _of in LAYERS_OF_BATCHES:
+    for _variant in (InFloat64, NamesReversed):
+        _register(_variant, _of)
+for _variant in (InFloat64, OneByOne):
+    _register(_variant, "upcycling.adamw_of_used_experts")

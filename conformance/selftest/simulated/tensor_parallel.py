@@ -99,6 +99,7 @@ class TensorParallelMlp(Slices, GeluMlpExperts):
     """`experts.fused_gelu_mlp`, the last biases with the first rank's part."""
 
     contract = "experts.fused_gelu_mlp"
+    claims: ClassVar[dict[str, Any]] = {**Slices.claims, "dtypes": ("float32",)}
 
     def __call__(self, hidden_states, w1, b1, w2, b2, topk_weights, topk_ids, *, mesh, approximate):
         self.join(
