@@ -186,6 +186,17 @@ def bad_call(error: TypeError | ValueError, weights: Sequence[str]) -> ExpertCal
     return ExpertCall(none, none, none, dict.fromkeys(weights, none), ("", ""), lambda rows: rows, ("", ""), check)
 
 
+def over_ranks(
+    sum_of_experts: Callable[[ExpertCall, DeviceMesh], torch.Tensor],
+    call: Callable[..., ExpertCall],
+    *arguments: torch.Tensor,
+    mesh: DeviceMesh,
+    **others: Any,
+) -> torch.Tensor:
+    """Make a call, and spread it in one way over the ranks of `mesh`; its arguments are those of `call`."""
+    return sum_of_experts(call(*arguments, **others), mesh)
+
+
 def spread(biases: torch.Tensor, group_sizes: torch.Tensor, num_rows: int) -> torch.Tensor:
     """Give each row, sorted by expert, its expert's bias; [num_rows, out_features], float32 at least."""
     return _Spread.apply(biases, group_sizes, num_rows)

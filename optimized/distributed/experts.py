@@ -18,12 +18,13 @@ tokens share an expert.
 What the exchange is made of stands in `expert_exchange.py`, what an expert does to a row in `expert_calls.py`.
 """
 
+from functools import partial
+
 import torch
 from torch.distributed.device_mesh import DeviceMesh
 
 from gaugeblock.optimized.distributed import expert_calls
 from gaugeblock.optimized.distributed.expert_exchange import sum_of_experts
-from gaugeblock.reference.configs import GeluApproximation
 
 
 def fused_swiglu(
@@ -82,51 +83,7 @@ def fused_swiglu_overlapped(
     return fused_swiglu(hidden_states, w13, w2, topk_weights, topk_ids, mesh=mesh, parts=2)
 
 
-def fused_geglu(
-    hidden_states: torch.Tensor,
-    w13: torch.Tensor,
-    w2: torch.Tensor,
-    topk_weights: torch.Tensor,
-    topk_ids: torch.Tensor,
-    *,
-    approximate: GeluApproximation,
-    mesh: DeviceMesh,
-) -> torch.Tensor:
-    """As `fused_swiglu` here, but of what `gaugeblock.reference.torch.experts.fused_geglu` computes."""
-    call = expert_calls.geglu(hidden_states, w13, w2, topk_weights, topk_ids, approximate)
-    return sum_of_experts(call, mesh)
-
-
-def fused_gelu_mlp(
-    hidden_states: torch.Tensor,
-    w1: torch.Tensor,
-    b1: torch.Tensor,
-    w2: torch.Tensor,
-    b2: torch.Tensor,
-    topk_weights: torch.Tensor,
-    topk_ids: torch.Tensor,
-    *,
-    approximate: GeluApproximation,
-    mesh: DeviceMesh,
-) -> torch.Tensor:
-    """As `fused_swiglu` here, but of what `gaugeblock.reference.torch.experts.fused_gelu_mlp` computes."""
-    call = expert_calls.gelu_mlp(hidden_states, w1, b1, w2, b2, topk_weights, topk_ids, approximate)
-    return sum_of_experts(call, mesh)
-
-
-def fused_swiglu_oai(
-    hidden_states: torch.Tensor,
-    w13: torch.Tensor,
-    b13: torch.Tensor,
-    w2: torch.Tensor,
-    b2: torch.Tensor,
-    topk_weights: torch.Tensor,
-    topk_ids: torch.Tensor,
-    *,
-    alpha: float,
-    limit: float,
-    mesh: DeviceMesh,
-) -> torch.Tensor:
-    """As `fused_swiglu` here, but of what `gaugeblock.reference.torch.experts.fused_swiglu_oai` computes."""
-    call = expert_calls.swiglu_oai(hidden_states, w13, b13, w2, b2, topk_weights, topk_ids, alpha, limit)
-    return sum_of_experts(call, mesh)
+# as fused_swiglu here, of what `gaugeblock.reference.torch.experts` computes under these names
+fused_geglu = partial(expert_calls.over_ranks, sum_of_experts, expert_calls.geglu)
+fused_gelu_mlp = partial(expert_calls.over_ranks, sum_of_experts, expert_calls.gelu_mlp)
+fused_swiglu_oai = partial(expert_calls.over_ranks, sum_of_experts, expert_calls.swiglu_oai)

@@ -11,6 +11,8 @@ for it, for the range of the ids, and for how many rows this rank's experts have
 Bits do not depend on the other tokens. They depend on how many ranks there are: a token's sum is added up rank by rank.
 """
 
+from functools import partial
+
 import torch
 from torch.distributed.device_mesh import DeviceMesh
 
@@ -18,7 +20,6 @@ from gaugeblock.optimized.distributed import expert_calls
 from gaugeblock.optimized.distributed.agreement import agree
 from gaugeblock.optimized.distributed.collectives import SumOfRows, gather_rows, gathered
 from gaugeblock.optimized.distributed.local_experts import rows_of_experts
-from gaugeblock.reference.configs import GeluApproximation
 
 
 def fused_swiglu(
@@ -40,56 +41,6 @@ def fused_swiglu(
     return sum_of_experts(expert_calls.swiglu(hidden_states, w13, w2, topk_weights, topk_ids), mesh)
 
 
-def fused_geglu(
-    hidden_states: torch.Tensor,
-    w13: torch.Tensor,
-    w2: torch.Tensor,
-    topk_weights: torch.Tensor,
-    topk_ids: torch.Tensor,
-    *,
-    approximate: GeluApproximation,
-    mesh: DeviceMesh,
-) -> torch.Tensor:
-    """As `fused_swiglu` here, but of what `gaugeblock.reference.torch.experts.fused_geglu` computes."""
-    call = expert_calls.geglu(hidden_states, w13, w2, topk_weights, topk_ids, approximate)
-    return sum_of_experts(call, mesh)
-
-
-def fused_gelu_mlp(
-    hidden_states: torch.Tensor,
-    w1: torch.Tensor,
-    b1: torch.Tensor,
-    w2: torch.Tensor,
-    b2: torch.Tensor,
-    topk_weights: torch.Tensor,
-    topk_ids: torch.Tensor,
-    *,
-    approximate: GeluApproximation,
-    mesh: DeviceMesh,
-) -> torch.Tensor:
-    """As `fused_swiglu` here, but of what `gaugeblock.reference.torch.experts.fused_gelu_mlp` computes."""
-    call = expert_calls.gelu_mlp(hidden_states, w1, b1, w2, b2, topk_weights, topk_ids, approximate)
-    return sum_of_experts(call, mesh)
-
-
-def fused_swiglu_oai(
-    hidden_states: torch.Tensor,
-    w13: torch.Tensor,
-    b13: torch.Tensor,
-    w2: torch.Tensor,
-    b2: torch.Tensor,
-    topk_weights: torch.Tensor,
-    topk_ids: torch.Tensor,
-    *,
-    alpha: float,
-    limit: float,
-    mesh: DeviceMesh,
-) -> torch.Tensor:
-    """As `fused_swiglu` here, but of what `gaugeblock.reference.torch.experts.fused_swiglu_oai` computes."""
-    call = expert_calls.swiglu_oai(hidden_states, w13, b13, w2, b2, topk_weights, topk_ids, alpha, limit)
-    return sum_of_experts(call, mesh)
-
-
 def sum_of_experts(call: expert_calls.ExpertCall, mesh: DeviceMesh) -> torch.Tensor:
     """Gather the tokens, run this rank's experts on those that chose them, and send each rank its tokens' sums."""
     expert_calls.require_one_dimension(mesh)
@@ -103,3 +54,9 @@ def sum_of_experts(call: expert_calls.ExpertCall, mesh: DeviceMesh) -> torch.Ten
     rows = rows_of_experts(topk_ids, mesh.get_local_rank() * experts_here, experts_here)
     hidden_states, topk_weights = gathered(sizes, group, call.hidden_states, call.topk_weights)
     return SumOfRows.apply(rows.sums(call, hidden_states, topk_weights), call.dtype, sizes, group)
+
+
+# as fused_swiglu here, of what `gaugeblock.reference.torch.experts` computes under these names
+fused_geglu = partial(expert_calls.over_ranks, sum_of_experts, expert_calls.geglu)
+fused_gelu_mlp = partial(expert_calls.over_ranks, sum_of_experts, expert_calls.gelu_mlp)
+fused_swiglu_oai = partial(expert_calls.over_ranks, sum_of_experts, expert_calls.swiglu_oai)

@@ -12,6 +12,8 @@ Bits do not depend on the other tokens, and are the same on every rank. They dep
 intermediate features is added up rank by rank.
 """
 
+from functools import partial
+
 import torch
 from torch.distributed.device_mesh import DeviceMesh
 
@@ -19,7 +21,6 @@ from gaugeblock.optimized.distributed import expert_calls
 from gaugeblock.optimized.distributed.agreement import agree
 from gaugeblock.optimized.distributed.collectives import SumOverRanks, replicated
 from gaugeblock.optimized.distributed.local_experts import rows_of_experts
-from gaugeblock.reference.configs import GeluApproximation
 from gaugeblock.reference.torch.precision import at_least_float32
 
 
@@ -63,62 +64,6 @@ def fused_swiglu(
     return sum_of_experts(expert_calls.swiglu(hidden_states, w13, w2, topk_weights, topk_ids), mesh)
 
 
-def fused_geglu(
-    hidden_states: torch.Tensor,
-    w13: torch.Tensor,
-    w2: torch.Tensor,
-    topk_weights: torch.Tensor,
-    topk_ids: torch.Tensor,
-    *,
-    approximate: GeluApproximation,
-    mesh: DeviceMesh,
-) -> torch.Tensor:
-    """As `fused_swiglu` here, but of what `gaugeblock.reference.torch.experts.fused_geglu` computes."""
-    call = expert_calls.geglu(hidden_states, w13, w2, topk_weights, topk_ids, approximate)
-    return sum_of_experts(call, mesh)
-
-
-def fused_gelu_mlp(
-    hidden_states: torch.Tensor,
-    w1: torch.Tensor,
-    b1: torch.Tensor,
-    w2: torch.Tensor,
-    b2: torch.Tensor,
-    topk_weights: torch.Tensor,
-    topk_ids: torch.Tensor,
-    *,
-    approximate: GeluApproximation,
-    mesh: DeviceMesh,
-) -> torch.Tensor:
-    """As `fused_swiglu` here, but of what `gaugeblock.reference.torch.experts.fused_gelu_mlp` computes.
-
-    A rank's part of b1 goes with its rows of w1; b2 is whole on every rank.
-    """
-    call = expert_calls.gelu_mlp(hidden_states, w1, b1, w2, b2, topk_weights, topk_ids, approximate)
-    return sum_of_experts(call, mesh)
-
-
-def fused_swiglu_oai(
-    hidden_states: torch.Tensor,
-    w13: torch.Tensor,
-    b13: torch.Tensor,
-    w2: torch.Tensor,
-    b2: torch.Tensor,
-    topk_weights: torch.Tensor,
-    topk_ids: torch.Tensor,
-    *,
-    alpha: float,
-    limit: float,
-    mesh: DeviceMesh,
-) -> torch.Tensor:
-    """As `fused_swiglu` here, but of what `gaugeblock.reference.torch.experts.fused_swiglu_oai` computes.
-
-    A rank's rows of w13, and its part of b13, are those of its intermediate features side by side; b2 is whole on every rank.
-    """
-    call = expert_calls.swiglu_oai(hidden_states, w13, b13, w2, b2, topk_weights, topk_ids, alpha, limit)
-    return sum_of_experts(call, mesh)
-
-
 def sum_of_experts(call: expert_calls.ExpertCall, mesh: DeviceMesh) -> torch.Tensor:
     """Run all experts on this rank's features; add up the ranks' parts."""
     expert_calls.require_one_dimension(mesh)
@@ -131,3 +76,10 @@ def sum_of_experts(call: expert_calls.ExpertCall, mesh: DeviceMesh) -> torch.Ten
     if call.down[1]:
         out_TH = out_TH + rows.sums_of_biases(call, at_least_float32(call.topk_weights))
     return out_TH.to(call.dtype)
+
+
+# as fused_swiglu here, of what `gaugeblock.reference.torch.experts` computes under these names; a rank's part of b1 and b13 goes
+# with its rows of w1 and w13, which in turns lie side by side, and b2 is whole on every rank
+fused_geglu = partial(expert_calls.over_ranks, sum_of_experts, expert_calls.geglu)
+fused_gelu_mlp = partial(expert_calls.over_ranks, sum_of_experts, expert_calls.gelu_mlp)
+fused_swiglu_oai = partial(expert_calls.over_ranks, sum_of_experts, expert_calls.swiglu_oai)
