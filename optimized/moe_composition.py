@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from gaugeblock.reference import validation
+from gaugeblock.reference.configs import DiTMoEConfig
 
 Layer = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 State = Mapping[str, torch.Tensor]
@@ -91,17 +92,6 @@ def deepseek_v3_moe(
     return routed_and_shared(parts, hidden_states, state, weights, ids), logits, ids
 
 
-def routed_and_shared(
-    parts: Any, hidden_states: torch.Tensor, state: State, topk_weights: torch.Tensor, topk_ids: torch.Tensor
-) -> torch.Tensor:
-    """Return what the chosen experts and the shared ones make of the tokens, added up before it is rounded."""
-    dtype = accurate_dtype(hidden_states)
-    w13, w2 = state["experts.gate_up_proj"], state["experts.down_proj"]
-    out = parts.fused_swiglu(hidden_states, w13, w2, topk_weights, topk_ids, out_dtype=dtype)
-    out = out + parts.shared_swiglu(hidden_states, *shared_weights(state, "shared_experts"), out_dtype=dtype)
-    return out.to(hidden_states.dtype)
-
-
 def llama4_moe(parts: Any, hidden_states: torch.Tensor, state: State, *, top_k: int) -> Layer:
     """As `gaugeblock.reference.torch.input_scaled_moe_layers.llama4_moe`, of these parts."""
     validation.llama4_moe(hidden_states, state, top_k, parts.num_holders)
@@ -111,49 +101,6 @@ def llama4_moe(parts: Any, hidden_states: torch.Tensor, state: State, *, top_k: 
     shared = shared_weights(state, "shared_expert")
     out = out + parts.shared_swiglu(hidden_states, *shared, out_dtype=accurate_dtype(hidden_states))
     return out.to(hidden_states.dtype), logits, routing[1]
-
-
-def input_scaled_swiglu(
-    parts: Any,
-    hidden_states: torch.Tensor,
-    w13: torch.Tensor,
-    w2: torch.Tensor,
-    topk_weights: torch.Tensor,
-    topk_ids: torch.Tensor,
-) -> torch.Tensor:
-    """As `gaugeblock.reference.torch.moe_building.input_scaled_swiglu`, of these parts, in float32 at least.
-
-    Each routed row is a token of its own, which its weight has scaled; it is rounded to the dtype of the tokens once, as an
-    operand of a product.
-    """
-    scaled = topk_weights[..., None] * hidden_states[:, None]  # of the wider dtype, the weights'
-    rows, ids = scaled.flatten(0, 1).to(hidden_states.dtype), topk_ids.reshape(-1, 1)
-    ones = torch.ones_like(ids, dtype=topk_weights.dtype)
-    out = parts.fused_swiglu(rows, w13, w2, ones, ids, out_dtype=accurate_dtype(hidden_states))
-    return out.view(scaled.shape).sum(1)
-
-
-def on_one_device(**parts: Callable[..., Any]) -> SimpleNamespace:
-    """What a realm of one device brings: these, and the product of a router that is torch's."""
-    return SimpleNamespace(num_holders=1, router_logits=router_logits, **parts)
-
-
-def router_logits(hidden_states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """Return what a linear router says of each token, [num_tokens, num_experts], in float32 at least; the product is torch's."""
-    dtype = accurate_dtype(hidden_states)
-    logits = hidden_states.to(dtype) @ weight.to(dtype).mT
-    return logits if bias is None else logits + bias
-
-
-def shared_weights(state: State, prefix: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return w13 and w2 of the expert that all tokens pass; w13 is copied together."""
-    w13 = torch.cat([state[f"{prefix}.gate_proj.weight"], state[f"{prefix}.up_proj.weight"]])
-    return w13, state[f"{prefix}.down_proj.weight"]
-
-
-def accurate_dtype(tensor: torch.Tensor) -> torch.dtype:
-    """Return float32, or float64 for float64."""
-    return torch.promote_types(tensor.dtype, torch.float32)
 
 
 def gpt_oss_moe(parts: Any, hidden_states: torch.Tensor, state: State, *, top_k: int, alpha: float, limit: float) -> Layer:
@@ -189,3 +136,85 @@ def upcycled_gpt2_moe(
     counted = torch.ones(len(topk_ids), dtype=torch.bool, device=topk_ids.device)
     assignments = parts.expert_load(topk_ids, counted, num_experts=logits.shape[1])
     return out, logits, topk_ids, probs, entropy, assignments.to(logits.dtype) / max(1, topk_ids.numel())
+
+
+def dit_moe(
+    parts: Any, hidden_states: torch.Tensor, state: State, *, config: DiTMoEConfig
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """As `gaugeblock.reference.torch.dit_moe_layers.dit_moe`, of these parts."""
+    validation.dit_moe(hidden_states, state, config)
+    tokens = hidden_states.flatten(0, 1)
+    logits = parts.router_logits(tokens, state["gate.weight"])
+    routing = parts.dit_moe_gate(logits, config)
+
+    dtype = accurate_dtype(hidden_states)
+    w13, w2, shared = state["experts.gate_up_proj"], state["experts.down_proj"], shared_weights(state, "shared_experts")
+    out = parts.fused_swiglu(tokens, w13, w2, *routing, out_dtype=dtype)
+    out = out + parts.shared_swiglu(tokens, *shared, out_dtype=dtype)
+
+    batch_size, num_tokens, _ = hidden_states.shape
+    logits, ids = (each.reshape(batch_size, num_tokens, each.shape[1]) for each in (logits, routing[1]))
+    loss = balance_loss(parts, logits, ids, config)
+    return out.to(hidden_states.dtype).reshape(hidden_states.shape), logits, ids, loss
+
+
+def on_one_device(**parts: Callable[..., Any]) -> SimpleNamespace:
+    """What a realm of one device brings: these, and the product of a router that is torch's."""
+    return SimpleNamespace(num_holders=1, router_logits=router_logits, **parts)
+
+
+def router_logits(hidden_states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """Return what a linear router says of each token, [num_tokens, num_experts], in float32 at least; the product is torch's."""
+    dtype = accurate_dtype(hidden_states)
+    logits = hidden_states.to(dtype) @ weight.to(dtype).mT
+    return logits if bias is None else logits + bias
+
+
+def routed_and_shared(
+    parts: Any, hidden_states: torch.Tensor, state: State, topk_weights: torch.Tensor, topk_ids: torch.Tensor
+) -> torch.Tensor:
+    """Return what the chosen experts and the shared ones make of the tokens, added up before it is rounded."""
+    dtype = accurate_dtype(hidden_states)
+    w13, w2 = state["experts.gate_up_proj"], state["experts.down_proj"]
+    out = parts.fused_swiglu(hidden_states, w13, w2, topk_weights, topk_ids, out_dtype=dtype)
+    out = out + parts.shared_swiglu(hidden_states, *shared_weights(state, "shared_experts"), out_dtype=dtype)
+    return out.to(hidden_states.dtype)
+
+
+def input_scaled_swiglu(
+    parts: Any,
+    hidden_states: torch.Tensor,
+    w13: torch.Tensor,
+    w2: torch.Tensor,
+    topk_weights: torch.Tensor,
+    topk_ids: torch.Tensor,
+) -> torch.Tensor:
+    """As `gaugeblock.reference.torch.moe_building.input_scaled_swiglu`, of these parts, in float32 at least.
+
+    Each routed row is a token of its own, which its weight has scaled; it is rounded to the dtype of the tokens once, as an
+    operand of a product.
+    """
+    scaled = topk_weights[..., None] * hidden_states[:, None]  # of the wider dtype, the weights'
+    rows, ids = scaled.flatten(0, 1).to(hidden_states.dtype), topk_ids.reshape(-1, 1)
+    ones = torch.ones_like(ids, dtype=topk_weights.dtype)
+    out = parts.fused_swiglu(rows, w13, w2, ones, ids, out_dtype=accurate_dtype(hidden_states))
+    return out.view(scaled.shape).sum(1)
+
+
+def shared_weights(state: State, prefix: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return w13 and w2 of the expert that all tokens pass; w13 is copied together."""
+    w13 = torch.cat([state[f"{prefix}.gate_proj.weight"], state[f"{prefix}.up_proj.weight"]])
+    return w13, state[f"{prefix}.down_proj.weight"]
+
+
+def balance_loss(parts: Any, logits: torch.Tensor, ids: torch.Tensor, config: DiTMoEConfig) -> torch.Tensor:
+    """As `gaugeblock.reference.torch.dit_moe_layers.balance_loss`, of these parts."""
+    if not config.per_sample:
+        logits, ids = logits.flatten(0, 1)[None], ids.flatten(0, 1)[None]
+    everything = torch.ones(logits.shape[:2], dtype=torch.bool, device=logits.device)
+    return config.aux_loss_alpha * parts.sequence_balance_loss(logits, ids, everything, scores=config.scores)
+
+
+def accurate_dtype(tensor: torch.Tensor) -> torch.dtype:
+    """Return float32, or float64 for float64."""
+    return torch.promote_types(tensor.dtype, torch.float32)

@@ -10,7 +10,7 @@ from gaugeblock.conformance.engine.contract import ContractError, Derived, Input
 from gaugeblock.conformance.engine.factors import edges
 from gaugeblock.conformance.engine.implementation import distributed
 from gaugeblock.conformance.engine.registry import contracts, find_contract, import_folder
-from gaugeblock.conformance.engine.shardings import Blocks
+from gaugeblock.conformance.engine.shardings import Blocks, EvenMultiple
 from gaugeblock.conformance.selftest.fault import Fault
 
 ROUTER = find_contract("routers.softmax_topk")
@@ -45,6 +45,10 @@ LANDMARK = ROUTER.landmarks[0]
         (
             {"shardings": {"spread": {"num_experts": Blocks("num_tokens")}}},
             "shardings['spread']['num_experts']: expected 'num_tokens' to be split evenly, got None",
+        ),
+        (
+            {"shardings": {"spread": {"num_tokens": EvenMultiple("num_group")}}},
+            "shardings['spread']['num_tokens']: landmarks lack 'num_group'",
         ),
         ({"implementations": (distributed("fast", sharding="spread"),)}, "implementations['fast']: no sharding 'spread'"),
         ({"selection": Selection("ids", len, "top_k")}, "selection: no output 'ids'; did you mean 'topk_ids'?"),

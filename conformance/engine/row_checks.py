@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from gaugeblock.conformance.engine.property_names import property_names
-from gaugeblock.conformance.engine.shardings import Blocks
+from gaugeblock.conformance.engine.shardings import Blocks, EvenMultiple
 from gaugeblock.conformance.engine.suggestion import suggest
 from gaugeblock.conformance.engine.vocabulary import DTYPES
 
@@ -115,6 +115,8 @@ def shardings(row: "Contract") -> Iterator[str]:
         for dimension, share in sharding.items():
             if isinstance(share, Blocks) and (found := sharding.get(share.of)) != "even":
                 yield f"shardings[{name!r}][{dimension!r}]: expected {share.of!r} to be split evenly, got {found!r}"
+            if isinstance(share, EvenMultiple) and share.of not in row.landmarks[0]:
+                yield f"shardings[{name!r}][{dimension!r}]: landmarks lack {share.of!r}{suggest(share.of, row.landmarks[0])}"
     for each in row.implementations:
         if (each.world_sizes or each.sharding) and (each.sharding or not row.shardings) and each.sharding not in row.shardings:
             yield f"implementations[{each.name!r}]: no sharding {each.sharding!r}{suggest(each.sharding, row.shardings)}"

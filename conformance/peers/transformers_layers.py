@@ -21,7 +21,7 @@ from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3MoE
 from transformers.models.glm4_moe.modeling_glm4_moe import Glm4MoeMoE
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssMLP
 from transformers.models.llama4.modeling_llama4 import Llama4TextMoe
-from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
+from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock, load_balancing_loss_func
 from transformers.models.olmoe.modeling_olmoe import OlmoeSparseMoeBlock
 from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeSparseMoeBlock
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBlock
@@ -184,3 +184,29 @@ class TransformersGptOssBlock(TransformersBlock):
         out, _ = functional_call(block, dict(state), hidden_states[None])
         logits, _, ids = routed.pop()
         return out[0], logits.float(), ids
+
+
+DEEPSEEK_V2S = "scores == 'softmax' and not renormalize and topk_groups == num_groups"  # the loss chooses from all experts
+
+
+@peer("dit_moe_layers.dit_moe", dtypes=DTYPES, rounding="eager", oracle=True, right_in=("float32",), only=DEEPSEEK_V2S)
+class TransformersDeepseekV2AndLoss:
+    """DeepSeek-V2's, whose router does not sort; the loss is Mixtral's, which is top_k times ours."""
+
+    def __call__(self, hidden_states, state, *, config):
+        experts, width, inner = state["experts.down_proj"].shape
+        theirs = DeepseekV2Config(
+            hidden_size=width, moe_intermediate_size=inner, n_routed_experts=experts, n_shared_experts=1, num_attention_heads=1,
+            num_experts_per_tok=config.top_k, n_group=config.num_groups, topk_group=config.topk_groups,
+            topk_method="group_limited_greedy", routed_scaling_factor=config.routed_scaling_factor,
+        )  # fmt: skip
+        theirs._experts_implementation = "eager"
+        block = without_parameters(DeepseekV2Moe, theirs)
+        out = functional_call(block, dict(state), hidden_states)
+        logits, weights, ids = functional_call(block.gate, {"weight": state["gate.weight"]}, hidden_states)
+        ids = sorted_by(logits, weights, ids)[1]
+        samples = logits.reshape(*hidden_states.shape[:2], experts) if config.per_sample else logits[None]
+        losses = [load_balancing_loss_func((each,), experts, config.top_k) for each in samples]
+        loss = config.aux_loss_alpha / config.top_k * torch.stack(losses).mean()
+        logits, ids = (each.reshape(*hidden_states.shape[:2], each.shape[1]) for each in (logits, ids))
+        return out, logits.float(), ids, loss

@@ -5,11 +5,10 @@ The operation is that of `gaugeblock.reference.torch.dit_moe_layers`. Differenti
 """
 
 from functools import partial
-from types import SimpleNamespace
 
 import torch
 
-from gaugeblock.optimized import dit_moe_composition
+from gaugeblock.optimized import moe_composition
 from gaugeblock.optimized.compiled import experts
 from gaugeblock.reference.torch import experts as reference
 from gaugeblock.reference.torch.auxiliary_losses import sequence_balance_loss
@@ -21,11 +20,11 @@ def shared_swiglu(*inputs: torch.Tensor, out_dtype: torch.dtype) -> torch.Tensor
     return reference.shared_swiglu(*(each.to(out_dtype) for each in inputs))
 
 
-PARTS = SimpleNamespace(
+PARTS = moe_composition.on_one_device(
     dit_moe_gate=gate,
     fused_swiglu=experts.fused_swiglu,
     shared_swiglu=shared_swiglu,
     sequence_balance_loss=sequence_balance_loss,
 )
 
-dit_moe = partial(dit_moe_composition.dit_moe, PARTS)
+dit_moe = partial(moe_composition.dit_moe, PARTS)

@@ -17,6 +17,15 @@ from gaugeblock.optimized.moe_composition import input_scaled_swiglu
 from gaugeblock.reference.torch import moe_building
 
 Runner = Callable[..., torch.Tensor]
+WAYS: Mapping[str, ModuleType] = MappingProxyType(
+    {
+        "all_to_all": experts,
+        "all_gather": experts_gathered_tokens,
+        "replicated_tokens": experts_replicated_tokens,
+        "tensor_parallel": experts_tensor_parallel,
+    }
+)
+"""By the names of `moe_parts.DISPATCHERS`, which say what each rank has."""
 
 
 def _spread(module: ModuleType, runner: Runner, mesh: DeviceMesh) -> Runner:
@@ -32,11 +41,5 @@ def _input_scaled(fused_swiglu: Runner, *inputs: torch.Tensor) -> torch.Tensor:
 
 
 DISPATCHERS: Mapping[str, Callable[[Runner, DeviceMesh], Runner]] = MappingProxyType(
-    {
-        "all_to_all": partial(_spread, experts),
-        "all_gather": partial(_spread, experts_gathered_tokens),
-        "replicated_tokens": partial(_spread, experts_replicated_tokens),
-        "tensor_parallel": partial(_spread, experts_tensor_parallel),
-    }
+    {name: partial(_spread, way) for name, way in WAYS.items()}
 )
-"""By the names of `moe_parts.DISPATCHERS`."""

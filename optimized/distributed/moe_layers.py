@@ -15,50 +15,31 @@ Each is the operation of its name in `gaugeblock.reference.torch`, called on eve
 entries `experts.*` of `state`, and `mesh`, which has one dimension. Differentiable once, in hidden_states and all of `state`.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch.distributed.device_mesh import DeviceMesh
 
 from gaugeblock.optimized import moe_composition
-from gaugeblock.optimized.distributed import (
-    expert_calls,
-    expert_exchange,
-    experts_gathered_tokens,
-    experts_replicated_tokens,
-    experts_tensor_parallel,
-)
+from gaugeblock.optimized.distributed import expert_calls
 from gaugeblock.optimized.distributed.collectives import replicated
+from gaugeblock.optimized.distributed.dispatchers import WAYS
 from gaugeblock.optimized.distributed.expert_calls import ExpertCall
+from gaugeblock.reference.moe_parts import DISPATCHERS
 from gaugeblock.reference.torch import experts as reference
 from gaugeblock.reference.torch import routers
 from gaugeblock.reference.torch.precision import at_least_float32
 
 
-class Way(NamedTuple):
-    """How experts are spread over ranks."""
-
-    sum_of_experts: Callable[[ExpertCall, DeviceMesh], torch.Tensor]
-    splits_tokens: bool
-    splits_experts: bool
-
-
-WAYS: Mapping[str, Way] = {
-    "all_to_all": Way(expert_exchange.sum_of_experts, splits_tokens=True, splits_experts=True),
-    "all_gather": Way(experts_gathered_tokens.sum_of_experts, splits_tokens=True, splits_experts=True),
-    "replicated_tokens": Way(experts_replicated_tokens.sum_of_experts, splits_tokens=False, splits_experts=True),
-    "tensor_parallel": Way(experts_tensor_parallel.sum_of_experts, splits_tokens=False, splits_experts=False),
-}
-
-
 class _Parts:
     """What a layer is composed of, in one call of one rank; the routers are those of one rank."""
 
-    def __init__(self, way: Way, mesh: DeviceMesh, state: moe_composition.State) -> None:
-        self.way, self.mesh, self.state = way, mesh, state
-        self.num_holders = mesh.size() if way.splits_experts else 1
+    def __init__(self, way: str, mesh: DeviceMesh, state: moe_composition.State) -> None:
+        self.mesh, self.state, self.held = mesh, state, DISPATCHERS[way]
+        self.sum_of_experts: Callable[[ExpertCall, DeviceMesh], torch.Tensor] = WAYS[way].sum_of_experts
+        self.num_holders = mesh.size() if self.held.splits_experts else 1
         self.has_told = False
 
     def __getattr__(self, router: str) -> Callable[..., tuple[torch.Tensor, ...]]:
@@ -85,11 +66,11 @@ class _Parts:
         self.has_told = True
         of_all = [each.requires_grad for name, each in sorted(self.state.items()) if not name.startswith("experts.")]
         tracked = sum(1 << place for place, each in enumerate(of_all) if each and torch.is_grad_enabled())
-        return self.way.sum_of_experts(call._replace(tracked=tracked), self.mesh)
+        return self.sum_of_experts(call._replace(tracked=tracked), self.mesh)
 
     def _whole(self, *parameters: torch.Tensor) -> list[torch.Tensor]:
         """What every rank has alike, as float32 at least, with the gradients of all ranks' tokens."""
-        if self.way.splits_tokens:
+        if self.held.splits_tokens:
             return replicated(self.mesh.get_group(), *parameters)
         return [at_least_float32(each) for each in parameters]
 
@@ -119,15 +100,15 @@ def _layer(
     Args:
         composed: A function of `moe_composition`.
         weights: What its experts call their weights, by which a rank whose call is bad joins the agreement of the others.
-        way: One of `WAYS`.
+        way: One of `dispatchers.WAYS`.
     """
     expert_calls.require_one_dimension(mesh)
-    parts = _Parts(WAYS[way], mesh, state)
+    parts = _Parts(way, mesh, state)
     try:
         return composed(parts, hidden_states, state, **options)
     except (TypeError, ValueError) as error:
         if not parts.has_told:
-            parts.way.sum_of_experts(expert_calls.bad_call(error, weights), mesh)
+            parts.sum_of_experts(expert_calls.bad_call(error, weights), mesh)
         raise
 
 

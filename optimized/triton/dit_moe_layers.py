@@ -5,11 +5,10 @@ hidden_states and all of `state`; the router takes the lower id of equal scores.
 """
 
 from functools import partial
-from types import SimpleNamespace
 
 import torch
 
-from gaugeblock.optimized import dit_moe_composition
+from gaugeblock.optimized import moe_composition
 from gaugeblock.optimized.triton import auxiliary_losses, experts, shared_experts
 from gaugeblock.optimized.triton.routing import route
 from gaugeblock.reference.configs import DiTMoEConfig
@@ -29,11 +28,11 @@ def dit_moe_gate(router_logits: torch.Tensor, config: DiTMoEConfig) -> tuple[tor
     )
 
 
-PARTS = SimpleNamespace(
+PARTS = moe_composition.on_one_device(
     dit_moe_gate=dit_moe_gate,
     fused_swiglu=experts.fused_swiglu,
     shared_swiglu=shared_experts.shared_swiglu,
     sequence_balance_loss=auxiliary_losses.sequence_balance_loss,
 )
 
-dit_moe = partial(dit_moe_composition.dit_moe, PARTS)
+dit_moe = partial(moe_composition.dit_moe, PARTS)

@@ -32,7 +32,7 @@ def mixtral_moe(
     Returns:
         hidden_states_out: [num_tokens, hidden_size], dtype as hidden_states; computed in float32 (float64 for
             float64 inputs) and rounded once.
-        router_logits: [num_tokens, num_experts], float32 (float64 for float64 inputs), for the losses below.
+        router_logits: [num_tokens, num_experts], float32 (float64 for float64 inputs), for `auxiliary_losses`.
         topk_ids: [num_tokens, top_k], int64, by descending probability; equal ones in any order. A token with
             a NaN logit gets any distinct ids.
 
