@@ -95,7 +95,7 @@ def deepseek_v3_moe() -> Contract:
             *workloads("deepseek-v3", (7168, 2048, 256, 8), 2048, (8, 4, True, 2.5), "deepseek-ai/DeepSeek-V3 config.json"),
             *workloads("kimi-k2", (7168, 2048, 384, 8), 2048, (1, 1, True, 2.827), "moonshotai/Kimi-K2-Base config.json"),
             *workloads("glm-4.5", (5120, 1536, 160, 8), 1536, (1, 1, True, 2.5), "zai-org/GLM-4.5 config.json"),
-            *workloads("llada2-mini", (2048, 512, 256, 8), 512, (8, 4, True, 2.5), "inclusionAI/LLaDA2.0-mini config.json"),
+            *workloads("llada2-mini", (2048, 512, 256, 8), 512, (8, 4, True, 2.5), LLADA2_MINI),
             Workload("two-cores/prefill-2048", {**TWO_CORES, **options(8, 4, True, 2.5)}, "a size for a CPU"),
         ),
         selection=Selection("topk_ids", _biased, "top_k", group_scores=_best_two, group_count="topk_groups"),
@@ -115,6 +115,7 @@ def deepseek_v3_moe() -> Contract:
 
 
 EXPERT_PARALLEL: dict[str, Sharding] = {"expert_parallel": {"num_tokens": "uneven", "num_experts": EvenMultiple("num_groups")}}
+LLADA2_MINI = "inclusionAI/LLaDA2.0-mini, 256 experts, top 8 of 4 of 8 groups; widths that fit its 16 billion parameters"
 DEEPSEEK_V2 = "deepseek-ai/DeepSeek-V2 config.json"
 DEEPSEEK_V2_LITE = "deepseek-ai/DeepSeek-V2-Lite config.json"
 OPTIONS = ("top_k", "num_groups", "topk_groups", "renormalize", "routed_scaling_factor")

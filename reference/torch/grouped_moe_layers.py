@@ -42,7 +42,7 @@ def deepseek_v2_moe(
         top_k: Experts per token, 1 to topk_groups * num_experts / num_groups: num_experts_per_tok of the public configs.
         num_groups: Groups of consecutive experts, n_group; divides num_experts. 1 for the topk_method "greedy".
         topk_groups: Groups a token may choose from, topk_group, 1 to num_groups.
-        renormalize: Whether the chosen probabilities are divided by their sum: norm_topk_prob, false in the public checkpoints.
+        renormalize: Whether the chosen probabilities are divided by their sum: norm_topk_prob, false in DeepSeek-V2's.
         routed_scaling_factor: Multiplies every weight of a routed expert, renormalized or not; of the same name.
 
     Returns:
@@ -59,8 +59,7 @@ def deepseek_v2_moe(
             `routed_scaling_factor` is not finite.
 
     Source: DeepSeek-V2 (arXiv:2405.04434) section 2.1; names of `state` as in transformers 5 (`DeepseekV2Moe`). Where
-    norm_topk_prob is true, which it is in no checkpoint, transformers ignores it, and the code beside the checkpoints leaves
-    the scaling factor out.
+    norm_topk_prob is true, transformers ignores it, and the code beside the checkpoints leaves the scaling factor out.
     """
     validation.deepseek_v2_moe(hidden_states, state, top_k, num_groups, topk_groups, routed_scaling_factor)
 
