@@ -1,4 +1,4 @@
-"""Which rows each expert has, in what order they lie in memory, and where that memory comes from.
+"""Which rows each expert has, and in what order they lie in memory.
 
 Shapes: T num_tokens, E num_experts, K top_k, N routed rows (T * K), I intermediate_size. R are the rows of a batch of experts, n
 those of one of them. I is divided into S parts, each i wide; in parts, a batch has B = S * R rows: expert by expert, an expert's
@@ -12,14 +12,8 @@ from typing import NamedTuple
 
 import torch
 
-try:
-    import numpy
-except ImportError:  # PyTorch works without
-    numpy = None  # type: ignore[assignment]
-
 BATCH_ELEMENTS = 2**19  # of an activation, 2 MB in float32: what is computed between products stays in the cache
 BATCH_EXPERTS = 64  # a batch of all 256 experts saves nothing more, and a small case has several batches
-FRESH_BYTES = 2**25  # glibc takes larger memory from the system for every call, and gives it back
 
 
 class Batch(NamedTuple):
@@ -133,20 +127,9 @@ class Scratch:
         return torch.index_select(source, 0, indices, out=self(name, len(indices), source.shape[1]))
 
 
-def empty(*shape: int, dtype: torch.dtype) -> torch.Tensor:
-    """Return memory on the CPU, not filled; much comes from NumPy, where it is there, which asks the system for huge pages.
-
-    176 MB that malloc has taken afresh are written in 13 ms then, in pages of 4 KB in 67. What malloc kept has its pages.
-    """
-    size = math.prod(shape) * dtype.itemsize
-    if numpy is None or size < FRESH_BYTES:
-        return torch.empty(shape, dtype=dtype)
-    return torch.from_numpy(numpy.empty(size, numpy.uint8)).view(dtype).view(shape)
-
-
 def gradient_of(weights: torch.Tensor, experts: Sequence[int]) -> torch.Tensor:
     """Return memory for the gradient of weights [num_experts, ...]: 0 for all but `experts`, ascending, whose are not filled."""
-    gradient = empty(*weights.shape, dtype=weights.dtype)
+    gradient = torch.empty_like(weights, memory_format=torch.contiguous_format)
     for before, after in pairwise([-1, *experts, len(weights)]):
         gradient[before + 1 : after].zero_()
     return gradient
