@@ -39,9 +39,7 @@ def sequence_balance_loss(
     mask_BT1 = attention_mask[..., None]
     # masked before the softmax too: through a NaN, its gradient of zero would be NaN
     logits_BTE = jnp.where(mask_BT1, at_least_float32(router_logits), 0)
-    # s / sum of s is the softmax of log s, which has a value also where every s underflows
-    log_scores_BTE = jax.nn.log_sigmoid(logits_BTE) if scores == "sigmoid" else logits_BTE
-    probs_BTE = jnp.where(mask_BT1, jax.nn.softmax(log_scores_BTE, axis=-1), 0)
+    probs_BTE = jnp.where(mask_BT1, normalized_scores(logits_BTE, scores), 0)
     num_experts, top_k = router_logits.shape[2], topk_ids.shape[2]
     assignments_BE = _assignments(topk_ids, attention_mask, num_experts)
 
@@ -49,6 +47,13 @@ def sequence_balance_loss(
     load_BE = num_experts * assignments_BE.astype(probs_BTE.dtype) / (num_unmasked_B1 * top_k)
     probability_BE = probs_BTE.sum(axis=1) / num_unmasked_B1
     return (load_BE * probability_BE).sum() / attention_mask.any(axis=1).sum().clip(1)
+
+
+def normalized_scores(router_logits: jax.Array, scores: ScoreFunction) -> jax.Array:
+    """Return each token's scores divided by their sum, [..., num_experts], dtype as router_logits."""
+    # s / sum of s is the softmax of log s, which has a value also where every s underflows
+    log_scores = jax.nn.log_sigmoid(router_logits) if scores == "sigmoid" else router_logits
+    return jax.nn.softmax(log_scores, axis=-1)
 
 
 def router_z_loss(router_logits: jax.Array, attention_mask: jax.Array) -> jax.Array:

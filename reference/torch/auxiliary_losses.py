@@ -84,9 +84,7 @@ def sequence_balance_loss(
     mask_BT1 = attention_mask[..., None]
     # masked before the softmax too: through a NaN, its gradient of zero would be NaN
     logits_BTE = torch.where(mask_BT1, at_least_float32(router_logits), 0)
-    # s / sum of s is the softmax of log s, which has a value also where every s underflows
-    log_scores_BTE = torch.nn.functional.logsigmoid(logits_BTE) if scores == "sigmoid" else logits_BTE
-    probs_BTE = torch.where(mask_BT1, torch.softmax(log_scores_BTE, dim=-1), 0)
+    probs_BTE = torch.where(mask_BT1, normalized_scores(logits_BTE, scores), 0)
     num_experts, top_k = router_logits.shape[2], topk_ids.shape[2]
     assignments_BE = _assignments(topk_ids, attention_mask, num_experts)
 
@@ -94,6 +92,13 @@ def sequence_balance_loss(
     load_BE = num_experts * assignments_BE.to(probs_BTE.dtype) / (num_unmasked_B1 * top_k)
     probability_BE = probs_BTE.sum(dim=1) / num_unmasked_B1
     return (load_BE * probability_BE).sum() / attention_mask.any(dim=1).sum().clamp(min=1)
+
+
+def normalized_scores(router_logits: torch.Tensor, scores: ScoreFunction) -> torch.Tensor:
+    """Return each token's scores divided by their sum, [..., num_experts], dtype as router_logits."""
+    # s / sum of s is the softmax of log s, which has a value also where every s underflows
+    log_scores = torch.nn.functional.logsigmoid(router_logits) if scores == "sigmoid" else router_logits
+    return torch.softmax(log_scores, dim=-1)
 
 
 def router_z_loss(router_logits: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
