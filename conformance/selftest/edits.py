@@ -1,4 +1,5 @@
-"""Bugs planted into the text of our own Triton kernels, which proves that the kernels we ship are guarded: `planted/triton_*.py`.
+"""Bugs planted into the text of our own kernels, which proves that what we ship is guarded: `planted/triton_*.py`, and of layers
+over ranks `planted/distributed_moe_layers.py`.
 
 Not there, since nobody could see them: `other=` of loads whose lanes are masked again later (router logits and bias), the row
 mask of a store that writes the last row again with the same value, and the key of NaN (its bits are the largest integer anyway).
@@ -9,6 +10,7 @@ import importlib
 import sys
 import tempfile
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cache, partial
 from importlib.resources import files
 from pathlib import Path
@@ -17,8 +19,8 @@ from typing import Any
 from gaugeblock.conformance.engine.registry import find_contract
 from gaugeblock.conformance.selftest.fault import Fault, Kind, plant
 
-OPTIMIZED, KERNELS = "gaugeblock.optimized", "gaugeblock.optimized.triton"
-COMPOSITION = "moe_composition"  # the module of OPTIMIZED that layers are composed in: it is copied beside the kernels
+OPTIMIZED = "gaugeblock.optimized"
+COMPOSITION = "moe_composition"  # the module of OPTIMIZED that layers are composed in: it is copied beside a realm's
 
 
 def mutated(source: str, place: str, old: str, new: str) -> str:
@@ -38,27 +40,43 @@ def mutated(source: str, place: str, old: str, new: str) -> str:
     raise ValueError(f"no {old!r} in {place}")
 
 
-def load_mutant(function: str, name: str, place: str, old: str, new: str) -> Callable[..., Any]:
-    """A function from a copy of our kernels with one change of their text.
+def load_mutant(realm: str, function: str, name: str, place: str, old: str, new: str) -> Callable[..., Any]:
+    """A function from a copy of what a realm has, with one change of the text.
 
     Args:
+        realm: The package, as in `gaugeblock.optimized.triton`.
         function: `module.function`, as in `routers.softmax_topk`.
         name: Of the copy.
         place: `module.function` or `module.CONSTANT` where the text is changed.
     """
     module, _, attribute = function.partition(".")
-    package = f"gaugeblock_mutant_{module}_{name.replace('-', '_')}"
+    package = f"gaugeblock_mutant_{realm.rpartition('.')[2]}_{module}_{name.replace('-', '_')}"
     folder = _folder() / package
     if not folder.exists():
         folder.mkdir()
         changed, _, inside = place.partition(".")
-        for file in (*files(KERNELS).iterdir(), files(OPTIMIZED) / f"{COMPOSITION}.py"):
+        for file in (*files(realm).iterdir(), files(OPTIMIZED) / f"{COMPOSITION}.py"):
             if file.name.endswith(".py"):
                 text = file.read_text()
                 text = mutated(text, inside, old, new) if file.name == f"{changed}.py" else text
                 text = text.replace(f"from {OPTIMIZED} import {COMPOSITION}", f"from {package} import {COMPOSITION}")
-                (folder / file.name).write_text(text.replace(KERNELS, package))
+                (folder / file.name).write_text(text.replace(realm, package))
     return getattr(importlib.import_module(f"{package}.{module}"), attribute)
+
+
+@dataclass(frozen=True)
+class OfRanks:
+    """A mutant that each rank makes in its own process."""
+
+    realm: str
+    function: str
+    name: str
+    place: str
+    old: str
+    new: str
+
+    def __call__(self, *inputs: Any, **options: Any) -> Any:
+        return load_mutant(**vars(self))(*inputs, **options)
 
 
 @cache
@@ -86,18 +104,19 @@ def mutant(
     **claims: Any,
 ) -> None:
     """Registers a change of text as a fault of one of a contract's implementations."""
-    kernels = {each.name: each.function for each in find_contract(contract).implementations if each.kind == "triton"}
-    function = str(kernels[implementation]).removeprefix(f"{KERNELS}.").replace(":", ".")
-    candidate = partial(load_mutant, function, name, place, old, new)
+    (row,) = (each for each in find_contract(contract).implementations if each.name == implementation)
+    realm = f"{OPTIMIZED}.{row.kind}"
+    function = str(row.function).removeprefix(f"{realm}.").replace(":", ".")
+    candidate = partial(OfRanks if row.world_sizes else load_mutant, realm, function, name, place, old, new)
     plant(
         Fault(
-            name=f"triton-{name}",
+            name=f"{row.kind}-{name}",
             contract=contract,
             candidate=candidate,
             caught_by=caught_by,
             kind=kind,
             source=source,
             summary=summary,
-            claims={"kind": "triton"} | claims,
+            claims={"kind": row.kind} | claims,
         )
     )
