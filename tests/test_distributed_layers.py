@@ -63,7 +63,7 @@ def call_layer(way: str, change: str) -> str:
         ("top_k above num_experts", "top_k must be in 1..num_experts=8, got 9"),
         (
             "a gradient",
-            "what is not an expert must require gradients alike (bits) on every rank, got [0, 0, 1, 0]",
+            "state['gate.weight'] must require a gradient alike on every rank, got [0, 0, 1, 0]",
         ),
     ],
 )

@@ -5,6 +5,7 @@ Shapes: R rows, sorted by expert, H hidden_size, I intermediate_size, F what the
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from types import MappingProxyType
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -20,6 +21,9 @@ from gaugeblock.reference.torch.precision import at_least_float32
 Weights: TypeAlias = Mapping[str, torch.Tensor]
 Linear: TypeAlias = tuple[str, str]
 """Names of matrices [num_experts, out_features, in_features] and biases [num_experts, out_features]; empty for none."""
+Facts: TypeAlias = Mapping[str, Callable[[], int]]
+"""Numbers by what an error says of them, in the same order on every rank: `w13 must require a gradient alike`."""
+NO_FACTS: Facts = MappingProxyType({})
 
 
 class ExpertCall(NamedTuple):
@@ -34,7 +38,7 @@ class ExpertCall(NamedTuple):
     down: Linear
     check: Callable[[], None]  # raises what is wrong with the call
     out_dtype: torch.dtype | None = None  # of the sums; None for that of hidden_states
-    tracked: int = 0  # which of a layer's parameters that every rank has require a gradient, a bit each
+    alike: Facts = NO_FACTS  # what else ranks must have alike, of a layer; looked at where the call is good
 
     @property
     def dtype(self) -> torch.dtype:
@@ -87,7 +91,7 @@ class ExpertCall(NamedTuple):
             "topk_weights must have the same dtype",
             "topk_ids must have the same top_k",
             *(["hidden_states must have the same num_tokens"] if tokens_alike else []),
-            "what is not an expert must require gradients alike (bits)",
+            *self.alike,
             *(f"{name} must require a gradient alike" for name in ("hidden_states", "topk_weights", *self.weights)),
         )
         if error is not None:
@@ -95,7 +99,8 @@ class ExpertCall(NamedTuple):
         dtypes = [validation.FLOATING.index(validation.dtype_name(each)) for each in (self.hidden_states, self.topk_weights)]
         tracked = [torch.is_grad_enabled() and each.requires_grad for each in (*self[:2], *self.weights.values())]
         num_tokens = [len(self.hidden_states)] if tokens_alike else []
-        values = (*self.weights[first].shape, *dtypes, self.topk_ids.shape[1], *num_tokens, self.tracked, *tracked)
+        of_layer = [fact() for fact in self.alike.values()]
+        values = (*self.weights[first].shape, *dtypes, self.topk_ids.shape[1], *num_tokens, *of_layer, *tracked)
         return dict(zip(names, values, strict=True))
 
     def _grouped_matmul(self) -> Callable[..., torch.Tensor]:
@@ -176,14 +181,19 @@ def swiglu_oai(
     return ExpertCall(hidden_states, topk_weights, topk_ids, weights, ("w13", "b13"), activate, ("w2", "b2"), check)
 
 
-def bad_call(error: TypeError | ValueError, weights: Sequence[str]) -> ExpertCall:
-    """The call of a rank that has found an error before it could make its own, which had weights of these names."""
+def bad_call(error: TypeError | ValueError, weights: Sequence[str], alike: Facts) -> ExpertCall:
+    """The call of a rank that has found an error before it could make its own.
+
+    Args:
+        weights: Any names of the experts' weights; the other ranks expect as many facts as they tell.
+        alike: What the other ranks tell of the layer; it is not looked at.
+    """
 
     def check() -> None:
         raise error
 
     none = torch.empty(0)
-    return ExpertCall(none, none, none, dict.fromkeys(weights, none), ("", ""), lambda rows: rows, ("", ""), check)
+    return ExpertCall(none, none, none, dict.fromkeys(weights, none), ("", ""), lambda rows: rows, ("", ""), check, alike=alike)
 
 
 def over_ranks(

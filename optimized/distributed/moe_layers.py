@@ -16,8 +16,9 @@ entries `experts.*` of `state`, and `mesh`, which has one dimension. Differentia
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch.distributed.device_mesh import DeviceMesh
@@ -26,23 +27,26 @@ from gaugeblock.optimized import moe_composition
 from gaugeblock.optimized.distributed import expert_calls
 from gaugeblock.optimized.distributed.collectives import replicated
 from gaugeblock.optimized.distributed.dispatchers import WAYS
-from gaugeblock.optimized.distributed.expert_calls import ExpertCall
+from gaugeblock.optimized.distributed.expert_calls import ExpertCall, Facts
+from gaugeblock.reference import moe_states
 from gaugeblock.reference.moe_parts import DISPATCHERS
 from gaugeblock.reference.torch import experts as reference
 from gaugeblock.reference.torch import routers
 from gaugeblock.reference.torch.precision import at_least_float32
 
+Router: TypeAlias = Callable[..., tuple[torch.Tensor, ...]]
+
 
 class _Parts:
     """What a layer is composed of, in one call of one rank; the routers are those of one rank."""
 
-    def __init__(self, way: str, mesh: DeviceMesh, state: moe_composition.State) -> None:
-        self.mesh, self.state, self.held = mesh, state, DISPATCHERS[way]
+    def __init__(self, way: str, mesh: DeviceMesh, alike: Facts) -> None:
+        self.mesh, self.alike, self.held = mesh, alike, DISPATCHERS[way]
         self.sum_of_experts: Callable[[ExpertCall, DeviceMesh], torch.Tensor] = WAYS[way].sum_of_experts
         self.num_holders = mesh.size() if self.held.splits_experts else 1
         self.has_told = False
 
-    def __getattr__(self, router: str) -> Callable[..., tuple[torch.Tensor, ...]]:
+    def __getattr__(self, router: str) -> Router:
         return partial(_route, router)
 
     def router_logits(self, hidden_states: torch.Tensor, *weight_and_bias: torch.Tensor) -> torch.Tensor:
@@ -64,9 +68,7 @@ class _Parts:
     def run(self, call: ExpertCall) -> torch.Tensor:
         """Run the experts; what is wrong with the call of any rank raises on all."""
         self.has_told = True
-        of_all = [each.requires_grad for name, each in sorted(self.state.items()) if not name.startswith("experts.")]
-        tracked = sum(1 << place for place, each in enumerate(of_all) if each and torch.is_grad_enabled())
-        return self.sum_of_experts(call._replace(tracked=tracked), self.mesh)
+        return self.sum_of_experts(call._replace(alike=self.alike), self.mesh)
 
     def _whole(self, *parameters: torch.Tensor) -> list[torch.Tensor]:
         """What every rank has alike, as float32 at least, with the gradients of all ranks' tokens."""
@@ -75,7 +77,7 @@ class _Parts:
         return [at_least_float32(each) for each in parameters]
 
 
-def _route(router: str, router_logits: torch.Tensor, *inputs: torch.Tensor, **options: Any) -> tuple[torch.Tensor, ...]:
+def _route(router: str, router_logits: torch.Tensor, *inputs: Any, **options: Any) -> tuple[torch.Tensor, ...]:
     """Triton's router on a GPU, which has no float64; else the reference."""
     if router_logits.is_cuda and router_logits.dtype != torch.float64:
         # imported here, since Triton is an optional package
@@ -85,41 +87,57 @@ def _route(router: str, router_logits: torch.Tensor, *inputs: torch.Tensor, **op
     return getattr(routers, router)(router_logits, *inputs, **options)
 
 
-def _layer(
-    composed: Callable[..., moe_composition.Layer],
-    weights: tuple[str, ...],
-    way: str,
-    hidden_states: torch.Tensor,
-    state: moe_composition.State,
-    *,
-    mesh: DeviceMesh,
-    **options: Any,
-) -> moe_composition.Layer:
-    """Run a composed layer on this rank.
+@dataclass(frozen=True, eq=False)
+class _Layer:
+    """A layer of which each rank runs its part."""
 
-    Args:
-        composed: A function of `moe_composition`.
-        weights: What its experts call their weights, by which a rank whose call is bad joins the agreement of the others.
-        way: One of `dispatchers.WAYS`.
-    """
-    expert_calls.require_one_dimension(mesh)
-    parts = _Parts(way, mesh, state)
-    try:
-        return composed(parts, hidden_states, state, **options)
-    except (TypeError, ValueError) as error:
-        if not parts.has_told:
-            parts.sum_of_experts(expert_calls.bad_call(error, weights), mesh)
-        raise
+    composed: Callable[..., tuple[torch.Tensor, ...]]
+    """A function of `moe_composition`."""
+    axes: moe_states.StateAxes
+    """Of its parameters, by whose names a rank whose call is bad joins the agreement of the others."""
+    way: str = "all_to_all"
+    """One of `dispatchers.WAYS`."""
+
+    def __call__(
+        self,
+        hidden_states: torch.Tensor,
+        state: moe_composition.State,
+        *inputs: torch.Tensor,
+        mesh: DeviceMesh,
+        **options: Any,
+    ) -> tuple[torch.Tensor, ...]:
+        expert_calls.require_one_dimension(mesh)
+        parts = _Parts(self.way, mesh, self._alike(state))
+        try:
+            return self.composed(parts, hidden_states, state, *inputs, **options)
+        except (TypeError, ValueError) as error:
+            if not parts.has_told:
+                of_experts = [name for name in self.axes if _is_of_experts(name)]
+                parts.sum_of_experts(expert_calls.bad_call(error, of_experts, parts.alike), mesh)
+            raise
+
+    def _alike(self, state: moe_composition.State) -> Facts:
+        """What ranks must have alike of what is whole on each; whether it is there shows when it is looked at."""
+        of_all = [name for name in self.axes if not _is_of_experts(name)]
+        return {f"state[{name!r}] must require a gradient alike": partial(_is_tracked, state, name) for name in of_all}
 
 
-SWIGLU, SWIGLU_OAI = ("w13", "w2"), ("w13", "b13", "w2", "b2")
-mixtral_moe = partial(_layer, moe_composition.mixtral_moe, SWIGLU, "all_to_all")
-qwen3_moe = partial(_layer, moe_composition.qwen3_moe, SWIGLU, "all_to_all")
-qwen2_moe = partial(_layer, moe_composition.qwen2_moe, SWIGLU, "all_to_all")
-qwen2_moe_gathered = partial(_layer, moe_composition.qwen2_moe, SWIGLU, "all_gather")
-qwen2_moe_replicated = partial(_layer, moe_composition.qwen2_moe, SWIGLU, "replicated_tokens")
-qwen2_moe_tensor_parallel = partial(_layer, moe_composition.qwen2_moe, SWIGLU, "tensor_parallel")
-deepseek_v2_moe = partial(_layer, moe_composition.deepseek_v2_moe, SWIGLU, "all_to_all")
-deepseek_v3_moe = partial(_layer, moe_composition.deepseek_v3_moe, SWIGLU, "all_to_all")
-llama4_moe = partial(_layer, moe_composition.llama4_moe, SWIGLU, "all_to_all")
-gpt_oss_moe = partial(_layer, moe_composition.gpt_oss_moe, SWIGLU_OAI, "all_to_all")
+def _is_of_experts(name: str) -> bool:
+    """Whether an entry of the state is split among the ranks."""
+    return name.startswith("experts.")
+
+
+def _is_tracked(state: moe_composition.State, name: str) -> int:
+    return int(torch.is_grad_enabled() and state[name].requires_grad)
+
+
+mixtral_moe = _Layer(moe_composition.mixtral_moe, moe_states.QWEN3)
+qwen3_moe = _Layer(moe_composition.qwen3_moe, moe_states.QWEN3)
+qwen2_moe = _Layer(moe_composition.qwen2_moe, moe_states.QWEN2)
+qwen2_moe_gathered = _Layer(moe_composition.qwen2_moe, moe_states.QWEN2, "all_gather")
+qwen2_moe_replicated = _Layer(moe_composition.qwen2_moe, moe_states.QWEN2, "replicated_tokens")
+qwen2_moe_tensor_parallel = _Layer(moe_composition.qwen2_moe, moe_states.QWEN2, "tensor_parallel")
+deepseek_v2_moe = _Layer(moe_composition.deepseek_v2_moe, moe_states.DEEPSEEK_V2)
+deepseek_v3_moe = _Layer(moe_composition.deepseek_v3_moe, moe_states.DEEPSEEK_V3)
+llama4_moe = _Layer(moe_composition.llama4_moe, moe_states.LLAMA4)
+gpt_oss_moe = _Layer(moe_composition.gpt_oss_moe, moe_states.GPT_OSS)
