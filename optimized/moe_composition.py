@@ -125,24 +125,21 @@ def upcycled_gpt2_moe(
     training: bool,
 ) -> tuple[torch.Tensor, ...]:
     """As `gaugeblock.reference.torch.biased_moe_layers.upcycled_gpt2_moe`, of these parts; matrices stay as they lie."""
-    validation.upcycled_gpt2_moe(hidden_states, state, noise, top_k, noise_std)
+    validation.upcycled_gpt2_moe(hidden_states, state, noise, top_k, noise_std, parts.num_holders)
     logits = parts.router_logits(hidden_states, state["router.gate.weight"])
     options = {"top_k": top_k, "noise_std": noise_std, "training": training}
     topk_weights, topk_ids, probs, _, logits, entropy = parts.ste_topk(logits, noise, **options)
     up = state["experts.c_fc.weight"].mT, state["experts.c_fc.bias"]
     down = state["experts.c_proj.weight"].mT, state["experts.c_proj.bias"]
     out = parts.fused_gelu_mlp(hidden_states, *up, *down, topk_weights, topk_ids, approximate="tanh")
-
-    counted = torch.ones(len(topk_ids), dtype=torch.bool, device=topk_ids.device)
-    assignments = parts.expert_load(topk_ids, counted, num_experts=logits.shape[1])
-    return out, logits, topk_ids, probs, entropy, assignments.to(logits.dtype) / max(1, topk_ids.numel())
+    return out, logits, topk_ids, probs, entropy, parts.load_fractions(topk_ids, logits)
 
 
 def dit_moe(
     parts: Any, hidden_states: torch.Tensor, state: State, *, config: DiTMoEConfig
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """As `gaugeblock.reference.torch.dit_moe_layers.dit_moe`, of these parts."""
-    validation.dit_moe(hidden_states, state, config)
+    validation.dit_moe(hidden_states, state, config, parts.num_holders)
     tokens = hidden_states.flatten(0, 1)
     logits = parts.router_logits(tokens, state["gate.weight"])
     routing = parts.dit_moe_gate(logits, config)
@@ -154,7 +151,7 @@ def dit_moe(
 
     batch_size, num_tokens, _ = hidden_states.shape
     logits, ids = (each.reshape(batch_size, num_tokens, each.shape[1]) for each in (logits, routing[1]))
-    loss = balance_loss(parts, logits, ids, config)
+    loss = parts.balance_loss(logits, ids, config)
     return out.to(hidden_states.dtype).reshape(hidden_states.shape), logits, ids, loss
 
 
@@ -207,12 +204,21 @@ def shared_weights(state: State, prefix: str) -> tuple[torch.Tensor, torch.Tenso
     return w13, state[f"{prefix}.down_proj.weight"]
 
 
-def balance_loss(parts: Any, logits: torch.Tensor, ids: torch.Tensor, config: DiTMoEConfig) -> torch.Tensor:
-    """As `gaugeblock.reference.torch.dit_moe_layers.balance_loss`, of these parts."""
+def load_fractions(expert_load: Callable[..., torch.Tensor], topk_ids: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+    """As `gaugeblock.reference.torch.biased_moe_layers.load_fractions`, of those counts."""
+    counted = torch.ones(len(topk_ids), dtype=torch.bool, device=topk_ids.device)
+    assignments = expert_load(topk_ids, counted, num_experts=logits.shape[1])
+    return assignments.to(logits.dtype) / max(1, topk_ids.numel())
+
+
+def balance_loss(
+    sequence_balance_loss: Callable[..., torch.Tensor], logits: torch.Tensor, ids: torch.Tensor, config: DiTMoEConfig
+) -> torch.Tensor:
+    """As `gaugeblock.reference.torch.dit_moe_layers.balance_loss`, of that loss of sequences."""
     if not config.per_sample:
         logits, ids = logits.flatten(0, 1)[None], ids.flatten(0, 1)[None]
     everything = torch.ones(logits.shape[:2], dtype=torch.bool, device=logits.device)
-    return config.aux_loss_alpha * parts.sequence_balance_loss(logits, ids, everything, scores=config.scores)
+    return config.aux_loss_alpha * sequence_balance_loss(logits, ids, everything, scores=config.scores)
 
 
 def accurate_dtype(tensor: torch.Tensor) -> torch.dtype:

@@ -92,9 +92,9 @@ def upcycled_gpt2_moe() -> Contract:
         inputs=(*of_layers.inputs(moe_states.UPCYCLED_GPT2), of_noisy.NOISE),
         outputs=(
             *of_layers.OUTPUTS,
-            Output("router_probs", of_noisy.PER_EXPERT, dtype="float32", differentiable=True),
+            Output("router_probs", of_noisy.PER_EXPERT, dtype="float32", differentiable=True, whole=("num_experts",)),
             Output("entropy", ("num_tokens",), dtype="float32", differentiable=True),
-            Output("load", ("num_experts",), dtype="float32"),
+            Output("load", ("num_experts",), dtype="float32", whole=("num_experts",)),
         ),
         options=("top_k", "noise_std", "training"),
         batch="num_tokens",
@@ -122,6 +122,7 @@ def upcycled_gpt2_moe() -> Contract:
         ),
         selection=Selection("topk_ids", gpt2_scores, "top_k"),
         relabel=of_experts.shuffled,
+        shardings=of_layers.EXPERT_PARALLEL,
         rejections=(
             *of_layers.any_rejections("router.gate.weight", (FC, "experts.c_fc.bias", PROJ, "experts.c_proj.bias")),
             *_shorter("experts.c_fc.bias", PROJ, "experts.c_proj.bias"),
@@ -129,7 +130,7 @@ def upcycled_gpt2_moe() -> Contract:
             Rejection("noise of fewer experts", "noise", changed("noise", lambda each: each[:, :-1])),
             Rejection("a negative deviation", "noise_std", lambda call: {"noise_std": -0.1}),
         ),
-        implementations=(triton(),),
+        implementations=(triton(), distributed("expert-parallel", "moe_layers:upcycled_gpt2_moe", **of_experts.ON_RANKS)),
     )
 
 

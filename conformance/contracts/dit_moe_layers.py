@@ -11,9 +11,10 @@ from gaugeblock.conformance.contracts import routed_experts as of_experts
 from gaugeblock.conformance.contracts import routed_layers as of_layers
 from gaugeblock.conformance.engine.contract import Contract, Input, Output, Rejection, Selection, Workload, row
 from gaugeblock.conformance.engine.factors import Trait, edges, either, kind_of_count, kinds
-from gaugeblock.conformance.engine.implementation import compiled, triton
+from gaugeblock.conformance.engine.implementation import compiled, distributed, triton
 from gaugeblock.conformance.engine.inputs.bad_calls import changed
 from gaugeblock.conformance.engine.inputs.draw import Draw
+from gaugeblock.conformance.engine.shardings import EvenMultiple
 from gaugeblock.conformance.engine.vocabulary import Parameters, Tensors
 from gaugeblock.reference import moe_states
 from gaugeblock.reference.configs import DiTMoEConfig
@@ -40,7 +41,7 @@ def dit_moe() -> Contract:
         ),
         outputs=(
             Output("hidden_states_out", (*TOKENS, "hidden_size"), differentiable=True),
-            Output("router_logits", (*TOKENS, "num_experts"), dtype="float32", differentiable=True),
+            Output("router_logits", (*TOKENS, "num_experts"), dtype="float32", differentiable=True, whole=("num_experts",)),
             Output("topk_ids", (*TOKENS, "top_k"), dtype="int64", indexes="num_experts"),
             Output("auxiliary_loss", (), dtype="float32", differentiable=True),
         ),
@@ -73,8 +74,13 @@ def dit_moe() -> Contract:
         ),
         selection=Selection("topk_ids", scores, "top_k", group_scores=group_scores, group_count="topk_groups"),
         relabel=of_groups.shuffled_groups,
+        shardings={"expert_parallel": {"batch_size": "uneven", "num_experts": EvenMultiple("num_groups")}},
         rejections=REJECTIONS,
-        implementations=(triton(), compiled("torch-grouped")),
+        implementations=(
+            triton(),
+            compiled("torch-grouped"),
+            distributed("expert-parallel", "moe_layers:dit_moe", **of_experts.ON_RANKS),
+        ),
     )
 
 

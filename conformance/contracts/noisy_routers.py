@@ -109,7 +109,7 @@ def ste_topk() -> Contract:
 
 
 PER_EXPERT = ("num_tokens", "num_experts")
-NOISE = Input("noise", PER_EXPERT, dtype="float32")
+NOISE = Input("noise", PER_EXPERT, dtype="float32", whole=("num_experts",))
 
 
 def noisy_sizes(num_tokens: int, num_experts: int, top_k: int) -> dict[str, Any]:

@@ -11,8 +11,7 @@ import torch
 from gaugeblock.optimized import moe_composition
 from gaugeblock.optimized.compiled import experts
 from gaugeblock.reference.torch import experts as reference
-from gaugeblock.reference.torch.auxiliary_losses import sequence_balance_loss
-from gaugeblock.reference.torch.dit_moe_layers import gate
+from gaugeblock.reference.torch.dit_moe_layers import balance_loss, gate
 
 
 def shared_swiglu(*inputs: torch.Tensor, out_dtype: torch.dtype) -> torch.Tensor:
@@ -24,7 +23,7 @@ PARTS = moe_composition.on_one_device(
     dit_moe_gate=gate,
     fused_swiglu=experts.fused_swiglu,
     shared_swiglu=shared_swiglu,
-    sequence_balance_loss=sequence_balance_loss,
+    balance_loss=balance_loss,
 )
 
 dit_moe = partial(moe_composition.dit_moe, PARTS)

@@ -15,7 +15,7 @@ PARTS = moe_composition.on_one_device(
     ste_topk=noisy_routers.ste_topk,
     fused_swiglu_oai=experts.fused_swiglu_oai,
     fused_gelu_mlp=experts.fused_gelu_mlp,
-    expert_load=expert_load.expert_load,
+    load_fractions=partial(moe_composition.load_fractions, expert_load.expert_load),
 )
 
 gpt_oss_moe = partial(moe_composition.gpt_oss_moe, PARTS)

@@ -32,7 +32,7 @@ PARTS = moe_composition.on_one_device(
     dit_moe_gate=dit_moe_gate,
     fused_swiglu=experts.fused_swiglu,
     shared_swiglu=shared_experts.shared_swiglu,
-    sequence_balance_loss=auxiliary_losses.sequence_balance_loss,
+    balance_loss=partial(moe_composition.balance_loss, auxiliary_losses.sequence_balance_loss),
 )
 
 dit_moe = partial(moe_composition.dit_moe, PARTS)

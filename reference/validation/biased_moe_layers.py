@@ -22,9 +22,9 @@ def gpt_oss_moe(hidden_states: Any, state: Any, top_k: int, alpha: float, limit:
     require_positive("limit", limit)
 
 
-def upcycled_gpt2_moe(hidden_states: Any, state: Any, noise: Any, top_k: int, noise_std: float) -> None:
+def upcycled_gpt2_moe(hidden_states: Any, state: Any, noise: Any, top_k: int, noise_std: float, num_holders: int = 1) -> None:
     """Check the arguments of `biased_moe_layers.upcycled_gpt2_moe`."""
-    sizes = require_layer(hidden_states, state, moe_states.UPCYCLED_GPT2, top_k)
+    sizes = require_layer(hidden_states, state, moe_states.UPCYCLED_GPT2, top_k, num_holders)
     require_dtype("noise", noise, FLOATING)
     require_shape("noise", noise, num_tokens=hidden_states.shape[0], num_experts=sizes["num_experts"])
     require_same_device("noise", noise, "hidden_states", hidden_states)

@@ -40,8 +40,8 @@ mutant(
 
 mutant(
     GPT2, "entropy-of-noisy-probabilities", "The entropy is that of what experts are chosen by.",
-    "moe_composition.upcycled_gpt2_moe", "probs, entropy, assignments",
-    "probs, -(probs * (probs + 1e-9).log()).sum(1), assignments", "parity", "structural", EMERGENCE,
+    "moe_composition.upcycled_gpt2_moe", "probs, entropy, parts",
+    "probs, -(probs * (probs + 1e-9).log()).sum(1), parts", "parity", "structural", EMERGENCE,
 )  # fmt: skip
 mutant(
     GPT2, "noise-outside-of-training", "Noise chooses in evaluation too.", "moe_composition.upcycled_gpt2_moe",
@@ -61,7 +61,7 @@ mutant(
     "moe_composition.upcycled_gpt2_moe", "probs, _, logits", "_, probs, logits", "parity", "structural",
 )  # fmt: skip
 mutant(
-    GPT2, "load-per-token", "Assignments are divided by tokens: loads sum to top_k.", "moe_composition.upcycled_gpt2_moe",
+    GPT2, "load-per-token", "Assignments are divided by tokens: loads sum to top_k.", "moe_composition.load_fractions",
     "topk_ids.numel()", "len(topk_ids)", "parity", "structural",
 )  # fmt: skip
 mutant(
