@@ -25,6 +25,7 @@ from on_four_ranks import (
 )
 
 from gaugeblock.optimized.distributed import (
+    collectives,
     experts,
     experts_gathered_tokens,
     experts_in_layout,
@@ -233,7 +234,34 @@ def test_what_ranks_send_each_other_is_counted(on_ranks):
     assert on_ranks(traffic_of_known_calls) == [(4, 60 + 24 + 24 + 24)] * RANKS
 
 
-REDUCE = ["all_to_all_single", "all_gather"]
+def sums_in_one_exchange_and_in_two() -> list[list[int]]:
+    """Return how many collectives each takes; their bits are the same, and those of the sum in the order of the ranks."""
+    from gaugeblock.conformance.engine.processes.traffic import counted_traffic
+
+    counts = []
+    for ranks in (2, 4):
+        mesh = mesh_of(ranks)
+        for shape in ((1,), (7,), (3, 5), (8, 2, 3), (0, 4)):
+            of_ranks = [1000**rank * draw(*shape, seed=rank, dtype=torch.float32) for rank in range(ranks)]
+            expected = of_ranks[0]
+            for each in of_ranks[1:]:
+                expected = expected + each
+            entered = []
+            for most in (collectives.MOST_GATHERED_BYTES, 0):
+                with pytest.MonkeyPatch.context() as patch, counted_traffic() as traffic:
+                    patch.setattr(collectives, "MOST_GATHERED_BYTES", most)
+                    found = collectives.sum_over_ranks(of_ranks[mesh.get_local_rank()], mesh.get_group())
+                assert torch.equal(found, expected), (ranks, shape, most)
+                entered.append(traffic.collectives)
+            counts.append(entered)
+    return counts
+
+
+def test_a_sum_over_ranks_has_the_same_bits_in_one_exchange_and_in_two(on_ranks):
+    assert on_ranks(sums_in_one_exchange_and_in_two) == [2 * [*[[1, 2]] * 4, [0, 0]]] * RANKS
+
+
+REDUCE = ["all_gather"]  # of few bytes
 
 
 @pytest.mark.parametrize(

@@ -2,8 +2,9 @@
 
 A rank holds the gate and up rows of some of the intermediate features, and the columns of w2 that multiply them. What the ranks
 add up are float32 sums over a token's choices, once forward, and backward the gradients of tokens and their weights, once for
-both: 8 * (world_size - 1) / world_size bytes a column of a token each, whatever the dtype. The biases that come last, which every
-rank has whole, are added by each to the sum; no rank's part has them, and their gradients are complete everywhere.
+both: 8 * (world_size - 1) / world_size bytes a column of a token each, whatever the dtype; 4 * (world_size - 1) of few tokens, in
+one exchange (`collectives.py`). The biases that come last, which every rank has whole, are added by each to the sum; no rank's
+part has them, and their gradients are complete everywhere.
 
 Besides, one small all-to-all tells whether all ranks made the same good call. The host waits for it, for the range of the ids,
 and for how many rows there are.
