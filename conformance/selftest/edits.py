@@ -1,4 +1,5 @@
-"""Bugs planted into the text of our own Triton kernels, which proves that the kernels we ship are guarded: `planted/triton_*.py`.
+"""Bugs planted into the text of our own Triton kernels and schedules for a CPU, which proves that what we ship is guarded:
+`planted/triton_*.py`, `planted/compiled_*.py`.
 
 Not there, since nobody could see them: `other=` of loads whose lanes are masked again later (router logits and bias), the row
 mask of a store that writes the last row again with the same value, and the key of NaN (its bits are the largest integer anyway).
@@ -17,7 +18,7 @@ from typing import Any
 from gaugeblock.conformance.engine.registry import find_contract
 from gaugeblock.conformance.selftest.fault import Fault, Kind, plant
 
-OPTIMIZED, KERNELS = "gaugeblock.optimized", "gaugeblock.optimized.triton"
+OPTIMIZED = "gaugeblock.optimized"
 COMPOSITION = "moe_composition"  # the module of OPTIMIZED that layers are composed in: it is copied beside the kernels
 
 
@@ -38,26 +39,27 @@ def mutated(source: str, place: str, old: str, new: str) -> str:
     raise ValueError(f"no {old!r} in {place}")
 
 
-def load_mutant(function: str, name: str, place: str, old: str, new: str) -> Callable[..., Any]:
+def load_mutant(kind: str, function: str, name: str, place: str, old: str, new: str) -> Callable[..., Any]:
     """A function from a copy of our kernels with one change of their text.
 
     Args:
+        kind: Of the implementation; its folder in `optimized` is copied.
         function: `module.function`, as in `routers.softmax_topk`.
         name: Of the copy.
         place: `module.function` or `module.CONSTANT` where the text is changed.
     """
     module, _, attribute = function.partition(".")
-    package = f"gaugeblock_mutant_{module}_{name.replace('-', '_')}"
+    package, kernels = f"gaugeblock_mutant_{kind}_{module}_{name.replace('-', '_')}", f"{OPTIMIZED}.{kind}"
     folder = _folder() / package
     if not folder.exists():
         folder.mkdir()
         changed, _, inside = place.partition(".")
-        for file in (*files(KERNELS).iterdir(), files(OPTIMIZED) / f"{COMPOSITION}.py"):
+        for file in (*files(kernels).iterdir(), files(OPTIMIZED) / f"{COMPOSITION}.py"):
             if file.name.endswith(".py"):
                 text = file.read_text()
                 text = mutated(text, inside, old, new) if file.name == f"{changed}.py" else text
                 text = text.replace(f"from {OPTIMIZED} import {COMPOSITION}", f"from {package} import {COMPOSITION}")
-                (folder / file.name).write_text(text.replace(KERNELS, package))
+                (folder / file.name).write_text(text.replace(kernels, package))
     return getattr(importlib.import_module(f"{package}.{module}"), attribute)
 
 
@@ -86,18 +88,18 @@ def mutant(
     **claims: Any,
 ) -> None:
     """Registers a change of text as a fault of one of a contract's implementations."""
-    kernels = {each.name: each.function for each in find_contract(contract).implementations if each.kind == "triton"}
-    function = str(kernels[implementation]).removeprefix(f"{KERNELS}.").replace(":", ".")
-    candidate = partial(load_mutant, function, name, place, old, new)
+    row = next(each for each in find_contract(contract).implementations if each.name == implementation)
+    function = str(row.function).removeprefix(f"{OPTIMIZED}.{row.kind}.").replace(":", ".")
+    candidate = partial(load_mutant, row.kind, function, name, place, old, new)
     plant(
         Fault(
-            name=f"triton-{name}",
+            name=f"{row.kind}-{name}",
             contract=contract,
             candidate=candidate,
             caught_by=caught_by,
             kind=kind,
             source=source,
             summary=summary,
-            claims={"kind": "triton"} | claims,
+            claims={"kind": row.kind} | claims,
         )
     )

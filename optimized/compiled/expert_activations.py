@@ -46,7 +46,7 @@ class Swish:
     def _sigmoid(self, x_Bi: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
         if self.alpha == 1:  # one pass less
             return torch.sigmoid(x_Bi, out=out)
-        return torch.mul(x_Bi, self.alpha, out=out).sigmoid_()
+        return torch.sigmoid(torch.mul(x_Bi, self.alpha, out=out), out=out)
 
 
 class GeluByErf:
@@ -85,7 +85,8 @@ class GeluByTanh:
         return value_Bi, slope_Bi.mul_(value_Bi).mul_(1 - sigmoid_Bi).add_(sigmoid_Bi)
 
     def _sigmoid(self, x_Bi: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-        return torch.mul(x_Bi, x_Bi, out=out).mul_(self.CUBIC).add_(1).mul_(x_Bi).mul_(self.TWICE).sigmoid_()
+        torch.mul(x_Bi, x_Bi, out=out).mul_(self.CUBIC).add_(1).mul_(x_Bi).mul_(self.TWICE)
+        return torch.sigmoid(out, out=out)
 
 
 def gelu(approximate: GeluApproximation) -> Function:
