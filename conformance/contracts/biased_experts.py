@@ -8,7 +8,7 @@ from gaugeblock.conformance.contracts import routed_experts as of_experts
 from gaugeblock.conformance.contracts.routed_experts import sizes
 from gaugeblock.conformance.engine.contract import Contract, Input, Regime, Rejection, Workload, row
 from gaugeblock.conformance.engine.factors import Trait, either
-from gaugeblock.conformance.engine.implementation import triton
+from gaugeblock.conformance.engine.implementation import compiled, triton
 from gaugeblock.conformance.engine.inputs.draw import Draw
 from gaugeblock.conformance.engine.vocabulary import Parameters, Tensors
 from gaugeblock.reference.torch import experts
@@ -63,7 +63,12 @@ def fused_gelu_mlp() -> Contract:
         cases=0.5,
         shardings=of_experts.SHARDINGS | {"tensor_parallel": {"intermediate_size": "even"}},
         rejections=(of_experts.IDS_FOR_MORE_TOKENS,),
-        implementations=(triton(), of_experts.EXPERT_PARALLEL, of_experts.tensor_parallel("fused_gelu_mlp")),
+        implementations=(
+            triton(),
+            compiled("torch-grouped"),
+            of_experts.EXPERT_PARALLEL,
+            of_experts.tensor_parallel("fused_gelu_mlp"),
+        ),
     )
 
 
@@ -131,6 +136,7 @@ def fused_swiglu_oai() -> Contract:
         implementations=(
             triton(),
             triton("experts:fused_swiglu_oai_fast", name="triton-fast", dtypes=("bfloat16", "float32"), batch_invariant=False),
+            compiled("torch-grouped"),
             of_experts.EXPERT_PARALLEL,
             of_experts.tensor_parallel("fused_swiglu_oai"),
         ),

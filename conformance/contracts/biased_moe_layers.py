@@ -13,7 +13,7 @@ from gaugeblock.conformance.contracts import routed_layers as of_layers
 from gaugeblock.conformance.contracts.routed_layers import Entries, Make
 from gaugeblock.conformance.engine.contract import Contract, Output, Regime, Rejection, Selection, Workload, row
 from gaugeblock.conformance.engine.factors import Trait, either
-from gaugeblock.conformance.engine.implementation import distributed, triton
+from gaugeblock.conformance.engine.implementation import compiled, distributed, triton
 from gaugeblock.conformance.engine.inputs.bad_calls import changed
 from gaugeblock.conformance.engine.inputs.draw import Draw
 from gaugeblock.conformance.engine.vocabulary import Parameters, Tensors
@@ -72,7 +72,11 @@ def gpt_oss_moe() -> Contract:
             *_shorter(GATE_UP, f"{GATE_UP}_bias", DOWN, f"{DOWN}_bias"),
             Rejection("limit of 0", "limit", lambda call: {"limit": 0.0}),
         ),
-        implementations=(triton(), distributed("expert-parallel", "moe_layers:gpt_oss_moe", **of_experts.ON_RANKS)),
+        implementations=(
+            triton(),
+            compiled("torch-grouped"),
+            distributed("expert-parallel", "moe_layers:gpt_oss_moe", **of_experts.ON_RANKS),
+        ),
     )
 
 
@@ -130,7 +134,11 @@ def upcycled_gpt2_moe() -> Contract:
             Rejection("noise of fewer experts", "noise", changed("noise", lambda each: each[:, :-1])),
             Rejection("a negative deviation", "noise_std", lambda call: {"noise_std": -0.1}),
         ),
-        implementations=(triton(), distributed("expert-parallel", "moe_layers:upcycled_gpt2_moe", **of_experts.ON_RANKS)),
+        implementations=(
+            triton(),
+            compiled("torch-grouped"),
+            distributed("expert-parallel", "moe_layers:upcycled_gpt2_moe", **of_experts.ON_RANKS),
+        ),
     )
 
 

@@ -142,7 +142,7 @@ def fused_geglu() -> Contract:
         cases=0.5,
         shardings=of_experts.SHARDINGS,
         rejections=(of_experts.IDS_FOR_MORE_TOKENS, of_experts.ODD_ROWS),
-        implementations=(triton(), of_experts.EXPERT_PARALLEL),
+        implementations=(triton(), compiled("torch-grouped"), of_experts.EXPERT_PARALLEL),
     )
 
 

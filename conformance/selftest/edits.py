@@ -1,5 +1,5 @@
-"""Bugs planted into the text of our own kernels, which proves that what we ship is guarded: `planted/triton_*.py`, and of layers
-over ranks `planted/distributed_moe_layers.py`.
+"""Bugs planted into the text of our own implementations, which proves that what we ship is guarded: `planted/{realm}_*.py`, of
+`triton`, `compiled`, `distributed` and `jax`.
 
 Not there, since nobody could see them: `other=` of loads whose lanes are masked again later (router logits and bias), the row
 mask of a store that writes the last row again with the same value, and the key of NaN (its bits are the largest integer anyway).
@@ -20,7 +20,7 @@ from gaugeblock.conformance.engine.registry import find_contract
 from gaugeblock.conformance.selftest.fault import Fault, Kind, plant
 
 OPTIMIZED = "gaugeblock.optimized"
-COMPOSITION = "moe_composition"  # the module of OPTIMIZED that layers are composed in: it is copied beside a realm's
+COMPOSITION = "moe_composition"  # the module of OPTIMIZED that layers in torch are composed in: it is copied beside a realm's
 
 
 def mutated(source: str, place: str, old: str, new: str) -> str:
@@ -44,23 +44,24 @@ def load_mutant(realm: str, function: str, name: str, place: str, old: str, new:
     """A function from a copy of what a realm has, with one change of the text.
 
     Args:
-        realm: The package, as in `gaugeblock.optimized.triton`.
+        realm: A package of `optimized`: `triton`, `compiled`, `distributed` or `jax`.
         function: `module.function`, as in `routers.softmax_topk`.
         name: Of the copy.
         place: `module.function` or `module.CONSTANT` where the text is changed.
     """
     module, _, attribute = function.partition(".")
-    package = f"gaugeblock_mutant_{realm.rpartition('.')[2]}_{module}_{name.replace('-', '_')}"
+    package, original = f"gaugeblock_mutant_{realm}_{module}_{name.replace('-', '_')}", f"{OPTIMIZED}.{realm}"
     folder = _folder() / package
     if not folder.exists():
         folder.mkdir()
         changed, _, inside = place.partition(".")
-        for file in (*files(realm).iterdir(), files(OPTIMIZED) / f"{COMPOSITION}.py"):
-            if file.name.endswith(".py"):
-                text = file.read_text()
-                text = mutated(text, inside, old, new) if file.name == f"{changed}.py" else text
-                text = text.replace(f"from {OPTIMIZED} import {COMPOSITION}", f"from {package} import {COMPOSITION}")
-                (folder / file.name).write_text(text.replace(realm, package))
+        # a realm may have a composition of its own, as JAX has
+        sources = {COMPOSITION: files(OPTIMIZED) / f"{COMPOSITION}.py"}
+        sources |= {each.name.removesuffix(".py"): each for each in files(original).iterdir() if each.name.endswith(".py")}
+        for stem, file in sources.items():
+            text = mutated(file.read_text(), inside, old, new) if stem == changed else file.read_text()
+            text = text.replace(f"from {OPTIMIZED} import {COMPOSITION}", f"from {package} import {COMPOSITION}")
+            (folder / f"{stem}.py").write_text(text.replace(original, package))
     return getattr(importlib.import_module(f"{package}.{module}"), attribute)
 
 
@@ -103,20 +104,20 @@ def mutant(
     implementation: str = "triton",
     **claims: Any,
 ) -> None:
-    """Registers a change of text as a fault of one of a contract's implementations."""
+    """Registers a change of text as a fault of one of a contract's implementations, with what this one claims to be."""
     (row,) = (each for each in find_contract(contract).implementations if each.name == implementation)
-    realm = f"{OPTIMIZED}.{row.kind}"
-    function = str(row.function).removeprefix(f"{realm}.").replace(":", ".")
-    candidate = partial(OfRanks if row.world_sizes else load_mutant, realm, function, name, place, old, new)
+    realm, _, function = str(row.function).removeprefix(f"{OPTIMIZED}.").replace(":", ".").partition(".")
+    make = OfRanks if row.world_sizes and row.framework == "torch" else load_mutant
+    candidate = partial(make, realm, function, name, place, old, new)
     plant(
         Fault(
-            name=f"{row.kind}-{name}",
+            name=f"{realm}-{name}",
             contract=contract,
             candidate=candidate,
             caught_by=caught_by,
             kind=kind,
             source=source,
             summary=summary,
-            claims={"kind": row.kind} | claims,
+            claims={"kind": row.kind, "framework": row.framework, "world_sizes": row.world_sizes} | claims,
         )
     )

@@ -11,6 +11,7 @@ from itertools import pairwise
 from typing import NamedTuple
 
 import torch
+from torch.nn.functional import embedding_bag
 
 BATCH_ELEMENTS = 2**19  # of an activation, 2 MB in float32: what is computed between products stays in the cache
 BATCH_EXPERTS = 64  # a batch of all 256 experts saves nothing more, and a small case has several batches
@@ -51,6 +52,9 @@ class Routes(NamedTuple):
     """The rows of all experts."""
 
     order_N: torch.Tensor  # the routed row at each position, sorted by expert; one expert's in the order of the tokens
+    token_N: torch.Tensor  # its token
+    weight_N: torch.Tensor
+    first_E: torch.Tensor  # position of each expert's first row
     place_NS: torch.Tensor  # where the parts of the row at each position lie
     batches: list[Batch]
 
@@ -64,18 +68,23 @@ class Routes(NamedTuple):
         sums = numbers[self.place_NS].sum(1)
         return torch.empty_like(sums).index_copy_(0, self.order_N, sums)
 
+    def sums_of_rows(self, rows_TX: torch.Tensor) -> torch.Tensor:
+        """Add up the rows of each expert's tokens, weighted, in the order of the tokens; return [E, X]."""
+        return embedding_bag(self.token_N, rows_TX, self.first_E, per_sample_weights=self.weight_N, mode="sum")
 
-def routes_in_parts(topk_weights: torch.Tensor, topk_ids: torch.Tensor, *, width: int, parts: int) -> Routes:
+
+def routes_in_parts(topk_weights: torch.Tensor, topk_ids: torch.Tensor, *, num_experts: int, width: int, parts: int) -> Routes:
     """Sort rows by expert, and divide the experts that have any into batches whose activations fit the cache.
 
     Args:
         topk_weights: [num_tokens, top_k], in the dtype of the computation.
         topk_ids: [num_tokens, top_k], integer.
+        num_experts: Of which the ids name some.
         width: Of the activation, intermediate_size.
         parts: Parts of it.
     """
     expert_N = topk_ids.flatten()
-    sizes_E = expert_N.bincount()
+    sizes_E = expert_N.bincount(minlength=num_experts)
     order_N = expert_N.argsort(stable=True)
     token_N = order_N // topk_ids.shape[1]
 
@@ -85,7 +94,8 @@ def routes_in_parts(topk_weights: torch.Tensor, topk_ids: torch.Tensor, *, width
     # of an expert, every part before this one has all of its rows
     place_NS = (position_N + (parts - 1) * first_E[sorted_N])[:, None] + sizes_E[sorted_N][:, None] * torch.arange(parts)
     token_B = torch.empty_like(place_NS).flatten().index_put_((place_NS,), token_N[:, None])
-    weight_B1 = topk_weights.new_empty(place_NS.numel()).index_put_((place_NS,), topk_weights.take(order_N)[:, None])[:, None]
+    weight_N = topk_weights.take(order_N)
+    weight_B1 = weight_N.new_empty(place_NS.numel()).index_put_((place_NS,), weight_N[:, None])[:, None]
 
     batches, first = [], 0
     for experts, sizes in _divide(sizes_E.tolist(), most_rows=BATCH_ELEMENTS // max(width, 1)):
@@ -93,7 +103,7 @@ def routes_in_parts(topk_weights: torch.Tensor, topk_ids: torch.Tensor, *, width
         in_parts = slice(parts * rows.start, parts * rows.stop)
         first = rows.stop
         batches.append(Batch(experts, sizes, rows, in_parts, token_N[rows], token_B[in_parts], weight_B1[in_parts]))
-    return Routes(order_N, place_NS, batches)
+    return Routes(order_N, token_N, weight_N, first_E, place_NS, batches)
 
 
 def _divide(sizes: list[int], most_rows: int) -> list[tuple[list[int], list[int]]]:
@@ -128,8 +138,11 @@ class Scratch:
 
 
 def gradient_of(weights: torch.Tensor, experts: Sequence[int]) -> torch.Tensor:
-    """Return memory for the gradient of weights [num_experts, ...]: 0 for all but `experts`, ascending, whose are not filled."""
-    gradient = torch.empty_like(weights, memory_format=torch.contiguous_format)
+    """Return memory for the gradient of weights [num_experts, ...]: 0 for all but `experts`, ascending, whose are not filled.
+
+    It lies in memory as the weights do, so that autograd need not copy it to the parameter's order.
+    """
+    gradient = torch.empty_like(weights)
     for before, after in pairwise([-1, *experts, len(weights)]):
         gradient[before + 1 : after].zero_()
     return gradient
