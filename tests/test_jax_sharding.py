@@ -88,9 +88,11 @@ def test_experts_on_any_number_of_ranks_are_the_reference(num_ranks):
 
 
 def biased(rows: int) -> tuple[torch.Tensor, ...]:
-    """Matrices of so many rows, and of so many columns by half as much if the rows are of gate and up, and their biases."""
+    """Weights of experts that give so many values at first; expert 0, which gets no rows, has a bias whose activation is NaN."""
     (_, w13, w2, _), _, _ = inputs()
-    return w13[:, :rows], random(NUM_EXPERTS, rows, seed=6), w2, random(NUM_EXPERTS, HIDDEN_SIZE, seed=7)
+    first, last = random(NUM_EXPERTS, rows, seed=6), random(NUM_EXPERTS, HIDDEN_SIZE, seed=7)
+    first[0] = 1e200
+    return w13[:, :rows], first, w2, last
 
 
 OTHERS = {

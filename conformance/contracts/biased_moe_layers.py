@@ -72,7 +72,11 @@ def gpt_oss_moe() -> Contract:
             *_shorter(GATE_UP, f"{GATE_UP}_bias", DOWN, f"{DOWN}_bias"),
             Rejection("limit of 0", "limit", lambda call: {"limit": 0.0}),
         ),
-        implementations=(triton(), distributed("expert-parallel", "moe_layers:gpt_oss_moe", **of_experts.ON_RANKS)),
+        implementations=(
+            triton(),
+            distributed("expert-parallel", "moe_layers:gpt_oss_moe", **of_experts.ON_RANKS),
+            distributed("jax-expert-parallel", "sharded_layers:gpt_oss_moe", framework="jax", world_sizes=(4,)),
+        ),
     )
 
 

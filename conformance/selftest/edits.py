@@ -1,4 +1,5 @@
-"""Bugs planted into the text of our own Triton kernels, which proves that the kernels we ship are guarded: `planted/triton_*.py`.
+"""Bugs planted into the text of our own implementations, which proves that what we ship is guarded: `planted/triton_*.py`, of
+Triton kernels, and `planted/jax_*.py`.
 
 Not there, since nobody could see them: `other=` of loads whose lanes are masked again later (router logits and bias), the row
 mask of a store that writes the last row again with the same value, and the key of NaN (its bits are the largest integer anyway).
@@ -17,8 +18,8 @@ from typing import Any
 from gaugeblock.conformance.engine.registry import find_contract
 from gaugeblock.conformance.selftest.fault import Fault, Kind, plant
 
-OPTIMIZED, KERNELS = "gaugeblock.optimized", "gaugeblock.optimized.triton"
-COMPOSITION = "moe_composition"  # the module of OPTIMIZED that layers are composed in: it is copied beside the kernels
+OPTIMIZED = "gaugeblock.optimized"
+COMPOSITION = "moe_composition"  # the module of OPTIMIZED that layers in torch are composed in: it is copied beside the kernels
 
 
 def mutated(source: str, place: str, old: str, new: str) -> str:
@@ -38,26 +39,27 @@ def mutated(source: str, place: str, old: str, new: str) -> str:
     raise ValueError(f"no {old!r} in {place}")
 
 
-def load_mutant(function: str, name: str, place: str, old: str, new: str) -> Callable[..., Any]:
-    """A function from a copy of our kernels with one change of their text.
+def load_mutant(realm: str, function: str, name: str, place: str, old: str, new: str) -> Callable[..., Any]:
+    """A function from a copy of our modules with one change of their text.
 
     Args:
+        realm: `triton` or `jax`, the package in `optimized/` that is copied.
         function: `module.function`, as in `routers.softmax_topk`.
         name: Of the copy.
         place: `module.function` or `module.CONSTANT` where the text is changed.
     """
     module, _, attribute = function.partition(".")
-    package = f"gaugeblock_mutant_{module}_{name.replace('-', '_')}"
+    package, original = f"gaugeblock_mutant_{realm}_{module}_{name.replace('-', '_')}", f"{OPTIMIZED}.{realm}"
     folder = _folder() / package
     if not folder.exists():
         folder.mkdir()
         changed, _, inside = place.partition(".")
-        for file in (*files(KERNELS).iterdir(), files(OPTIMIZED) / f"{COMPOSITION}.py"):
-            if file.name.endswith(".py"):
-                text = file.read_text()
-                text = mutated(text, inside, old, new) if file.name == f"{changed}.py" else text
-                text = text.replace(f"from {OPTIMIZED} import {COMPOSITION}", f"from {package} import {COMPOSITION}")
-                (folder / file.name).write_text(text.replace(KERNELS, package))
+        shared = {f"{COMPOSITION}.py": files(OPTIMIZED) / f"{COMPOSITION}.py"}
+        for file in (shared | {each.name: each for each in files(original).iterdir() if each.name.endswith(".py")}).values():
+            text = file.read_text()
+            text = mutated(text, inside, old, new) if file.name == f"{changed}.py" else text
+            text = text.replace(f"from {OPTIMIZED} import {COMPOSITION}", f"from {package} import {COMPOSITION}")
+            (folder / file.name).write_text(text.replace(original, package))
     return getattr(importlib.import_module(f"{package}.{module}"), attribute)
 
 
@@ -85,19 +87,19 @@ def mutant(
     implementation: str = "triton",
     **claims: Any,
 ) -> None:
-    """Registers a change of text as a fault of one of a contract's implementations."""
-    kernels = {each.name: each.function for each in find_contract(contract).implementations if each.kind == "triton"}
-    function = str(kernels[implementation]).removeprefix(f"{KERNELS}.").replace(":", ".")
-    candidate = partial(load_mutant, function, name, place, old, new)
+    """Registers a change of text as a fault of one of a contract's implementations, which are Triton's or in JAX."""
+    row = next(each for each in find_contract(contract).implementations if each.name == implementation)
+    realm, _, function = str(row.function).removeprefix(f"{OPTIMIZED}.").partition(".")
+    candidate = partial(load_mutant, realm, function.replace(":", "."), name, place, old, new)
     plant(
         Fault(
-            name=f"triton-{name}",
+            name=f"{realm}-{name}",
             contract=contract,
             candidate=candidate,
             caught_by=caught_by,
             kind=kind,
             source=source,
             summary=summary,
-            claims={"kind": "triton"} | claims,
+            claims={"kind": row.kind, "framework": row.framework, "world_sizes": row.world_sizes} | claims,
         )
     )
