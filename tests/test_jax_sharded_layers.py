@@ -68,7 +68,7 @@ class Problem:
         }
         self.gate = next(entry for entry in axes if axes[entry] == ("num_experts", "hidden_size"))
         self.names = [entry for entry in axes if entry not in moe_states.BUFFERS]
-        self.buffers = {entry: random(SIZES["num_experts"], seed=97) for entry in axes if entry in moe_states.BUFFERS}
+        self.buffers = {entry: random(SIZES["num_experts"], seed=97) / 8 for entry in axes if entry in moe_states.BUFFERS}
         self.of_tokens = [random(num_tokens, SIZES["num_experts"], seed=98)] if "noise_std" in self.options else []
 
         tokens = (3, num_tokens // 3) if operation == "dit_moe" else (num_tokens,)
@@ -79,7 +79,7 @@ class Problem:
         """The arrays, so that every token chooses one of the last two experts."""
         hidden_states, *entries = (each.clone() for each in self.arrays)
         hidden_states[..., 0] = 1
-        entries[self.names.index(self.gate)][-2:, 0] += 20
+        entries[self.names.index(self.gate)][:, 0] = torch.tensor([-10.0] * (SIZES["num_experts"] - 2) + [10.0] * 2)
         ids = self.outputs("torch", hidden_states, *entries)[2]
         assert (ids >= SIZES["num_experts"] - 2).any(-1).all()
         return [hidden_states, *entries]
