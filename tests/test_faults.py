@@ -10,6 +10,7 @@ from dataclasses import replace
 import pytest
 
 from gaugeblock.conformance.engine import exploration
+from gaugeblock.conformance.engine.devices import split_cpu_for_jax
 from gaugeblock.conformance.engine.exploration import PROFILES, examine
 from gaugeblock.conformance.engine.implementation import Implementation
 from gaugeblock.conformance.engine.processes import ranks
@@ -21,6 +22,8 @@ from gaugeblock.conformance.selftest.fault import KINDS, Fault, faults, process_
 from gaugeblock.conformance.selftest.rates import CAUGHT, RIGHT
 from gaugeblock.conformance.selftest.simulated.ranks import DataParallel, ExpertParallel
 from gaugeblock.conformance.selftest.simulated.tensor_parallel import TensorParallel, TensorParallelMlp
+
+split_cpu_for_jax()  # before JAX starts
 
 QUICK = replace(PROFILES["quick"], shrink_seconds=0)  # whether it fails, not how small a case does
 FEW = replace(QUICK, examples=1)  # right variants are judged on more in test_error_budget.py

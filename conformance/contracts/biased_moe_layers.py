@@ -76,6 +76,7 @@ def gpt_oss_moe() -> Contract:
             triton(),
             compiled("torch-grouped"),
             distributed("expert-parallel", "moe_layers:gpt_oss_moe", **of_experts.ON_RANKS),
+            distributed("jax-expert-parallel", "sharded_layers:gpt_oss_moe", framework="jax", world_sizes=(4,)),
         ),
     )
 

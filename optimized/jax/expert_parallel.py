@@ -1,4 +1,4 @@
-"""Expert-parallel SwiGLU experts in JAX: tokens travel to the ranks that hold their experts, and results back.
+"""Expert-parallel experts in JAX: tokens travel to the ranks that hold their experts, and results back.
 
 Every rank of the mesh holds a part of the tokens and a part of the experts, and
 
@@ -22,9 +22,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
-from gaugeblock.optimized.jax.experts import move_rows, padded_swiglu, ragged_matmul, rounded_capacity, sum_of_choices
+from gaugeblock.optimized.jax import expert_calls
+from gaugeblock.optimized.jax.expert_calls import Experts
+from gaugeblock.optimized.jax.experts import move_rows, padded_experts, ragged_experts, rounded_capacity
 from gaugeblock.optimized.jax.mesh import OVER_RANKS, REPLICATED, mesh_of_ranks
 from gaugeblock.reference import validation
+from gaugeblock.reference.configs import GeluApproximation
 from gaugeblock.reference.jax.precision import at_least_float32
 
 
@@ -67,19 +70,85 @@ def fused_swiglu(
     """
     validation.fused_swiglu(hidden_states, w13, w2, topk_weights, topk_ids)
     validation.expert_ids_in_range(topk_ids, num_experts=w13.shape[0])
-    mesh = mesh_of_ranks(mesh)
-    if w13.shape[0] % mesh.size:
-        raise ValueError(f"num_experts must be a multiple of the ranks ({mesh.size}), got {w13.shape[0]}")
+    return sum_of_experts(hidden_states, expert_calls.swiglu(w13, w2), topk_weights, topk_ids, mesh=mesh)
 
-    capacity, load = capacity_and_load(topk_ids, mesh.size, num_experts=w13.shape[0])
+
+def fused_geglu(
+    hidden_states: jax.Array,
+    w13: jax.Array,
+    w2: jax.Array,
+    topk_weights: jax.Array,
+    topk_ids: jax.Array,
+    *,
+    approximate: GeluApproximation,
+    mesh: Mesh,
+) -> jax.Array:
+    """As `gaugeblock.reference.torch.experts.fused_geglu`, spread and raising as `fused_swiglu`."""
+    validation.fused_geglu(hidden_states, w13, w2, topk_weights, topk_ids, approximate)
+    validation.expert_ids_in_range(topk_ids, num_experts=w13.shape[0])
+    return sum_of_experts(hidden_states, expert_calls.geglu(w13, w2, approximate), topk_weights, topk_ids, mesh=mesh)
+
+
+def fused_gelu_mlp(
+    hidden_states: jax.Array,
+    w1: jax.Array,
+    b1: jax.Array,
+    w2: jax.Array,
+    b2: jax.Array,
+    topk_weights: jax.Array,
+    topk_ids: jax.Array,
+    *,
+    approximate: GeluApproximation,
+    mesh: Mesh,
+) -> jax.Array:
+    """As `gaugeblock.reference.torch.experts.fused_gelu_mlp`, spread and raising as `fused_swiglu`; biases lie as matrices."""
+    validation.fused_gelu_mlp(hidden_states, w1, b1, w2, b2, topk_weights, topk_ids, approximate)
+    validation.expert_ids_in_range(topk_ids, num_experts=w1.shape[0])
+    return sum_of_experts(hidden_states, expert_calls.gelu_mlp(w1, b1, w2, b2, approximate), topk_weights, topk_ids, mesh=mesh)
+
+
+def fused_swiglu_oai(
+    hidden_states: jax.Array,
+    w13: jax.Array,
+    b13: jax.Array,
+    w2: jax.Array,
+    b2: jax.Array,
+    topk_weights: jax.Array,
+    topk_ids: jax.Array,
+    *,
+    alpha: float,
+    limit: float,
+    mesh: Mesh,
+) -> jax.Array:
+    """As `gaugeblock.reference.torch.experts.fused_swiglu_oai`, spread and raising as `fused_swiglu`; biases lie as matrices."""
+    validation.fused_swiglu_oai(hidden_states, w13, b13, w2, b2, topk_weights, topk_ids, alpha, limit)
+    validation.expert_ids_in_range(topk_ids, num_experts=w13.shape[0])
+    experts = expert_calls.swiglu_oai(w13, b13, w2, b2, alpha, limit)
+    return sum_of_experts(hidden_states, experts, topk_weights, topk_ids, mesh=mesh)
+
+
+def sum_of_experts(
+    hidden_states: jax.Array, experts: Experts, topk_weights: jax.Array, topk_ids: jax.Array, *, mesh: Mesh
+) -> jax.Array:
+    """Run the chosen experts, of whatever kind, on each token, and add up their weighted outputs.
+
+    Args: as of `fused_swiglu`, of which only the mesh and the number of experts are checked; experts may have another dtype than
+        hidden_states, which the result has, and are the operands of products on accelerators.
+    """
+    mesh = mesh_of_ranks(mesh)
+    require_whole_experts(experts, mesh)
+    capacity, load = capacity_and_load(topk_ids, mesh.size, num_experts=experts.num_experts)
     is_cpu = mesh.devices.flat[0].platform == "cpu"
     by_token = NamedSharding(mesh, REPLICATED if hidden_states.shape[0] % mesh.size else OVER_RANKS)
     by_expert = NamedSharding(mesh, OVER_RANKS)
-    inputs = jax.device_put(
-        (hidden_states, w13, w2, topk_weights, topk_ids), (by_token, by_expert, by_expert, by_token, by_token)
-    )
-    out = sharded_swiglu(*inputs, mesh=mesh, capacity=capacity, load=load if is_cpu else None)
+    inputs = jax.device_put((hidden_states, experts, topk_weights, topk_ids), (by_token, by_expert, by_token, by_token))
+    out = over_ranks(*inputs, mesh=mesh, capacity=capacity, load=load if is_cpu else None)
     return jax.device_put(out, by_token)
+
+
+def require_whole_experts(experts: Experts, mesh: Mesh) -> None:
+    if experts.num_experts % mesh.size:
+        raise ValueError(f"num_experts must be a multiple of the ranks ({mesh.size}), got {experts.num_experts}")
 
 
 def capacity_and_load(topk_ids: jax.Array, num_ranks: int, num_experts: int) -> tuple[int, int]:
@@ -100,10 +169,9 @@ def capacity_and_load(topk_ids: jax.Array, num_ranks: int, num_experts: int) -> 
 
 
 @partial(jax.jit, static_argnames=("mesh", "capacity", "load"))
-def sharded_swiglu(
+def over_ranks(
     hidden_states: jax.Array,
-    w13: jax.Array,
-    w2: jax.Array,
+    experts: Experts,
     topk_weights: jax.Array,
     topk_ids: jax.Array,
     *,
@@ -111,9 +179,9 @@ def sharded_swiglu(
     capacity: int,
     load: int | None,
 ) -> jax.Array:
-    """Give every rank as many tokens, the last of which may have no expert, and run `swiglu_of_rank` on each.
+    """Give every rank as many tokens, the last of which may have no expert, and run `sum_on_rank` on each.
 
-    Args: as of `fused_swiglu`, and
+    Args: as of `sum_of_experts`, and
         capacity: Room for tokens from one rank to another.
         load: Room for rows of one expert in a padded product; None for a ragged product, which needs no such limit.
     """
@@ -123,17 +191,15 @@ def sharded_swiglu(
     def padded(array_TX: jax.Array, value: int = 0) -> jax.Array:
         return jnp.pad(array_TX, ((0, padding), (0, 0)), constant_values=value)
 
-    no_expert = w13.shape[0]
-    topk_ids = padded(topk_ids.astype(jnp.int32), no_expert)  # int8 may have no room for one id more
-    of_rank = partial(swiglu_of_rank, capacity=capacity, load=load)
+    topk_ids = padded(topk_ids.astype(jnp.int32), experts.num_experts)  # int8 may have no room for one id more
+    of_rank = partial(sum_on_rank, capacity=capacity, load=load)
     of_rank = jax.shard_map(of_rank, mesh=mesh, in_specs=OVER_RANKS, out_specs=OVER_RANKS)
-    return of_rank(padded(hidden_states), w13, w2, padded(topk_weights), topk_ids)[:num_tokens]
+    return of_rank(padded(hidden_states), experts, padded(topk_weights), topk_ids)[:num_tokens]
 
 
-def swiglu_of_rank(
+def sum_on_rank(
     hidden_TH: jax.Array,
-    w13: jax.Array,
-    w2: jax.Array,
+    experts: Experts,
     weights_TK: jax.Array,
     ids_TK: jax.Array,
     *,
@@ -141,7 +207,7 @@ def swiglu_of_rank(
     load: int | None,
 ) -> jax.Array:
     """Run the three steps on one rank: its tokens, its experts, and ids that count the experts of all ranks."""
-    num_ranks, num_experts = jax.lax.axis_size("ranks"), w13.shape[0]
+    num_ranks, num_experts = jax.lax.axis_size("ranks"), experts.num_experts
     (num_tokens, hidden_size), top_k = hidden_TH.shape, ids_TK.shape[1]
     ids_RTK = ids_TK - num_experts * jnp.arange(num_ranks, dtype=jnp.int32)[:, None, None]
     there_RTK = (ids_RTK >= 0) & (ids_RTK < num_experts)
@@ -156,21 +222,19 @@ def swiglu_of_rank(
     hidden_PH = jnp.tile(at_least_float32(hidden_TH), (num_ranks, 1))
     hidden_SH = exchange(move_rows(hidden_PH, pair_S, slot_P))
 
-    out_SH = swiglu_of_some(hidden_SH, w13, w2, weights_SK, ids_SK, load)
+    out_SH = sum_of_some(hidden_SH, experts, weights_SK, ids_SK, load)
     out_RTH = move_rows(exchange(out_SH), slot_P, pair_S).reshape(num_ranks, num_tokens, hidden_size)
     return out_RTH.sum(axis=0).astype(hidden_TH.dtype)
 
 
-def swiglu_of_some(
-    hidden_SH: jax.Array, w13: jax.Array, w2: jax.Array, weights_SK: jax.Array, ids_SK: jax.Array, load: int | None
-) -> jax.Array:
+def sum_of_some(hidden_SH: jax.Array, experts: Experts, weights_SK: jax.Array, ids_SK: jax.Array, load: int | None) -> jax.Array:
     """Run every expert on its own rows, and no expert on those of id num_experts, whose weights are zero."""
     if load is None:
-        return ragged_swiglu_of_some(hidden_SH, w13, w2, weights_SK, ids_SK)
-    num_experts = w13.shape[0]
+        return ragged_experts(hidden_SH, experts, weights_SK, ids_SK)
+    num_experts = experts.num_experts
     slot_N = slots(ids_SK.reshape(-1) == jnp.arange(num_experts)[:, None], load).min(axis=0)
     row_EL = inverse(slot_N, num_experts * load).reshape(num_experts, load)
-    return padded_swiglu(hidden_SH, w13, w2, weights_SK, row_EL, slot_N)
+    return padded_experts(hidden_SH, experts, weights_SK, row_EL, slot_N)
 
 
 def exchange(rows_SX: jax.Array) -> jax.Array:
@@ -190,24 +254,3 @@ def inverse(slot_X: jax.Array, num_slots: int) -> jax.Array:
     """Return what lies in each slot, [num_slots]; in a free one, the size of `slot_X`."""
     items_X = jnp.arange(slot_X.size, dtype=jnp.int32)
     return jnp.full(num_slots, slot_X.size, jnp.int32).at[slot_X].set(items_X, mode="drop")
-
-
-def ragged_swiglu_of_some(
-    hidden_SH: jax.Array, w13: jax.Array, w2: jax.Array, weights_SK: jax.Array, ids_SK: jax.Array
-) -> jax.Array:
-    """Run every expert on its own rows, sorted by expert; rows of id num_experts, which come last, on none."""
-    expert_N = ids_SK.reshape(-1)
-    order_N = expert_N.argsort(stable=True)
-    rank_N = order_N.argsort()
-    group_sizes_E = jnp.bincount(expert_N, length=w13.shape[0])
-    inside_N1 = (expert_N[order_N] < w13.shape[0])[:, None]
-
-    def product(rows_NX: jax.Array, weights: jax.Array) -> jax.Array:
-        # ragged_dot does not say what it leaves in rows of no group: `where` drops it, forward and backward
-        return jnp.where(inside_N1, ragged_matmul(jnp.where(inside_N1, rows_NX, 0), weights, group_sizes_E), 0)
-
-    hidden_NH = move_rows(jnp.repeat(hidden_SH, ids_SK.shape[1], axis=0), order_N, rank_N)
-    gate_NI, up_NI = jnp.split(product(hidden_NH, w13), 2, axis=-1)
-    weights_N1 = move_rows(weights_SK.reshape(-1, 1), order_N, rank_N)
-    out_NH = product(weights_N1 * jax.nn.silu(gate_NI) * up_NI, w2)
-    return sum_of_choices(move_rows(out_NH, rank_N, order_N), ids_SK.shape, hidden_SH.dtype)

@@ -1,4 +1,4 @@
-"""Fused SwiGLU experts in JAX: a ragged product on accelerators, a padded batched one on the CPU.
+"""Experts in JAX: a ragged product on accelerators, a padded batched one on the CPU.
 
 XLA compiles for fixed sizes, and the number of rows of an expert depends on the data:
 
@@ -12,10 +12,13 @@ Shapes: T num_tokens, E num_experts, K top_k, N routed rows (T * K), C capacity,
 I intermediate_size; D and O are the features that a product takes and gives.
 """
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gaugeblock.optimized.jax.expert_calls import Experts, swiglu
 from gaugeblock.reference import validation
 from gaugeblock.reference.jax import experts as reference
 from gaugeblock.reference.jax.precision import at_least_float32
@@ -55,13 +58,21 @@ def fused_swiglu(
     validation.fused_swiglu(hidden_states, w13, w2, topk_weights, topk_ids)
     validation.expert_ids_in_range(topk_ids, num_experts=w13.shape[0])
 
-    inputs = (hidden_states, w13, w2, topk_weights, topk_ids)
+    return sum_of_experts(hidden_states, swiglu(w13, w2), topk_weights, topk_ids)
+
+
+def sum_of_experts(hidden_states: jax.Array, experts: Experts, topk_weights: jax.Array, topk_ids: jax.Array) -> jax.Array:
+    """Run the chosen experts, of whatever kind, on each token, and add up their weighted outputs.
+
+    Args: as of `fused_swiglu`, unchecked; experts may have another dtype than hidden_states, which the result has.
+    """
+    inputs = (hidden_states, experts, topk_weights, topk_ids)
     if isinstance(topk_ids, jax.core.Tracer):
-        return jax.lax.platform_dependent(*inputs, cpu=reference.fused_swiglu, default=ragged_swiglu)
+        return jax.lax.platform_dependent(*inputs, cpu=_rows_with_every_expert, default=ragged_experts)
     if jnp.asarray(topk_ids).devices().pop().platform != "cpu":
-        return ragged_swiglu(*inputs)
-    row_EC, slot_N = slots_by_expert(np.asarray(topk_ids), num_experts=w13.shape[0])
-    return padded_swiglu(hidden_states, w13, w2, topk_weights, row_EC, slot_N)
+        return ragged_experts(*inputs)
+    row_EC, slot_N = slots_by_expert(np.asarray(topk_ids), num_experts=experts.num_experts)
+    return padded_experts(hidden_states, experts, topk_weights, row_EC, slot_N)
 
 
 def slots_by_expert(topk_ids: np.ndarray, num_experts: int) -> tuple[np.ndarray, np.ndarray]:
@@ -91,40 +102,49 @@ def rounded_capacity(load: int) -> int:
 
 
 @jax.jit
-def padded_swiglu(
-    hidden_states: jax.Array,
-    w13: jax.Array,
-    w2: jax.Array,
-    topk_weights: jax.Array,
-    row_EC: jax.Array,
-    slot_N: jax.Array,
+def padded_experts(
+    hidden_states: jax.Array, experts: Experts, topk_weights: jax.Array, row_EC: jax.Array, slot_N: jax.Array
 ) -> jax.Array:
     """Run every expert on `capacity` rows; a free slot is a row of zeros, with weight zero."""
     hidden_NH = jnp.repeat(at_least_float32(hidden_states), topk_weights.shape[1], axis=0)
-    hidden_ECH = move_rows(hidden_NH, row_EC, slot_N)
-    gate_ECI, up_ECI = jnp.split(batched_matmul(hidden_ECH, w13), 2, axis=-1)
-    weights_EC1 = move_rows(at_least_float32(topk_weights).reshape(-1, 1), row_EC, slot_N)
-    out_ECH = batched_matmul(weights_EC1 * jax.nn.silu(gate_ECI) * up_ECI, w2)
+    weights_N1 = at_least_float32(topk_weights).reshape(-1, 1)
+    hidden_ECH, weights_EC1 = (move_rows(each, row_EC, slot_N) for each in (hidden_NH, weights_N1))
+    used_EC1 = (row_EC < slot_N.size).astype(weights_N1.dtype)[..., None]
+    out_ECH = experts.outputs(hidden_ECH, weights_EC1, used_EC1, batched_matmul)
     out_NH = move_rows(out_ECH.reshape(row_EC.size, hidden_states.shape[1]), slot_N, row_EC)
     return sum_of_choices(out_NH, topk_weights.shape, hidden_states.dtype)
 
 
 @jax.jit
-def ragged_swiglu(
-    hidden_states: jax.Array, w13: jax.Array, w2: jax.Array, topk_weights: jax.Array, topk_ids: jax.Array
-) -> jax.Array:
-    """Run every expert on its own rows, sorted by expert."""
+def ragged_experts(hidden_states: jax.Array, experts: Experts, topk_weights: jax.Array, topk_ids: jax.Array) -> jax.Array:
+    """Run every expert on its own rows, sorted by expert; rows of id num_experts, which come last, on none."""
     expert_N = topk_ids.flatten()
     order_N = expert_N.argsort(stable=True)
     rank_N = order_N.argsort()
-    group_sizes_E = jnp.bincount(expert_N, length=w13.shape[0])
+    group_sizes_E = jnp.bincount(expert_N, length=experts.num_experts)
+    used_N1 = (expert_N[order_N] < experts.num_experts)[:, None]
+
+    def multiply(rows_NX: jax.Array, weights: jax.Array) -> jax.Array:
+        # ragged_dot does not say what it leaves in rows of no group: `where` drops it, forward and backward
+        return jnp.where(used_N1, ragged_matmul(jnp.where(used_N1, rows_NX, 0), weights, group_sizes_E), 0)
 
     hidden_NH = jnp.repeat(at_least_float32(hidden_states), topk_ids.shape[1], axis=0)
-    hidden_NH = move_rows(hidden_NH, order_N, rank_N)
-    gate_NI, up_NI = jnp.split(ragged_matmul(hidden_NH, w13, group_sizes_E), 2, axis=-1)
-    weights_N1 = move_rows(at_least_float32(topk_weights).reshape(-1, 1), order_N, rank_N)
-    out_NH = ragged_matmul(weights_N1 * jax.nn.silu(gate_NI) * up_NI, w2, group_sizes_E)
+    weights_N1 = at_least_float32(topk_weights).reshape(-1, 1)
+    hidden_NH, weights_N1 = (move_rows(each, order_N, rank_N) for each in (hidden_NH, weights_N1))
+    out_NH = experts.outputs(hidden_NH, weights_N1, used_N1.astype(weights_N1.dtype), multiply)
     return sum_of_choices(move_rows(out_NH, rank_N, order_N), topk_ids.shape, hidden_states.dtype)
+
+
+def _rows_with_every_expert(
+    hidden_states: jax.Array, experts: Experts, topk_weights: jax.Array, topk_ids: jax.Array
+) -> jax.Array:
+    """As the reference, which multiplies every row with every expert."""
+
+    def weighted_once(rows_NH: jax.Array, group_sizes_E: jax.Array) -> jax.Array:
+        ones_N1 = jnp.ones_like(rows_NH, shape=(rows_NH.shape[0], 1))
+        return experts.outputs(rows_NH, ones_N1, ones_N1, partial(reference.grouped_matmul, group_sizes=group_sizes_E))
+
+    return reference.sum_of_experts(weighted_once, hidden_states, topk_weights, topk_ids, num_experts=experts.num_experts)
 
 
 @jax.custom_vjp

@@ -3,12 +3,9 @@
 from collections.abc import Mapping
 
 import jax
-import jax.numpy as jnp
 
-from gaugeblock.optimized.jax.experts import fused_swiglu
-from gaugeblock.reference import validation
-from gaugeblock.reference.jax.precision import at_least_float32
-from gaugeblock.reference.jax.routers import softmax_topk
+from gaugeblock.optimized.jax import moe_composition
+from gaugeblock.optimized.jax.experts import sum_of_experts
 
 
 def mixtral_moe(
@@ -31,14 +28,7 @@ def mixtral_moe(
 
     Source: Mixtral of Experts (arXiv:2401.04088), section 2.1; names of `state` as in transformers 5.
     """
-    validation.mixtral_moe(hidden_states, state, top_k)
-    logits_TE, weights_TK, ids_TK = _route(hidden_states, state["gate.weight"], top_k=top_k)
-    w13, w2 = state["experts.gate_up_proj"], state["experts.down_proj"]
-    return fused_swiglu(hidden_states, w13, w2, weights_TK, ids_TK), logits_TE, ids_TK
+    return moe_composition.mixtral_moe(ON_ONE_DEVICE, hidden_states, state, top_k=top_k)
 
 
-@jax.jit(static_argnames="top_k")
-def _route(hidden_states: jax.Array, gate: jax.Array, *, top_k: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Return router_logits, topk_weights and topk_ids."""
-    logits_TE = jnp.matmul(at_least_float32(hidden_states), at_least_float32(gate).mT, precision="highest")
-    return logits_TE, *softmax_topk(logits_TE, top_k=top_k, renormalize=True)
+ON_ONE_DEVICE = moe_composition.Parts(sum_of_experts, placed=lambda whole, of_tokens: (whole, of_tokens))

@@ -125,7 +125,7 @@ def gelu(x: jax.Array, approximate: GeluApproximation) -> jax.Array:
 
 def clamped_swiglu(gate_up: jax.Array, *, alpha: float, limit: float) -> jax.Array:
     """Return the activation of gpt-oss, `fused_swiglu_oai`, of rows that hold gate and up in turn."""
-    gate_NI, up_NI = gate_up[:, 0::2].clip(max=limit), gate_up[:, 1::2].clip(-limit, limit)
+    gate_NI, up_NI = gate_up[..., 0::2].clip(max=limit), gate_up[..., 1::2].clip(-limit, limit)
     return gate_NI * jax.nn.sigmoid(alpha * gate_NI) * (up_NI + 1)
 
 

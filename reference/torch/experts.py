@@ -265,7 +265,7 @@ def gelu(x: torch.Tensor, approximate: GeluApproximation) -> torch.Tensor:
 
 def clamped_swiglu(gate_up: torch.Tensor, *, alpha: float, limit: float) -> torch.Tensor:
     """Return the activation of gpt-oss, `fused_swiglu_oai`, of rows that hold gate and up in turn."""
-    gate_NI, up_NI = gate_up[:, 0::2].clamp(max=limit), gate_up[:, 1::2].clamp(-limit, limit)
+    gate_NI, up_NI = gate_up[..., 0::2].clamp(max=limit), gate_up[..., 1::2].clamp(-limit, limit)
     return gate_NI * torch.sigmoid(alpha * gate_NI) * (up_NI + 1)
 
 
