@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 import pytest
+import torch
 
 from gaugeblock.conformance.engine.inputs.bad_calls import bad_calls
 from gaugeblock.conformance.engine.inputs.cases import Case, make_inputs
@@ -52,6 +53,13 @@ def test_entries_of_a_state_dict_are_spoilt():
     for expected in ("no gate.weight", "experts.down_proj of integers", "gate.weight of another size", "an entry too many"):
         assert expected in names
     assert spoilt("moe_layers.mixtral_moe", "no gate.weight")[1] == {"state/gate.weight": None}
+
+
+def test_entries_of_a_state_dict_are_tried_in_another_dtype_and_on_another_device():
+    changed = spoilt("moe_layers.mixtral_moe", "experts.down_proj of another dtype")[1]
+    assert changed["state/experts.down_proj"].dtype == torch.float16  # of float32
+    elsewhere = [each.elsewhere for each in made("moe_layers.mixtral_moe").values() if each.elsewhere]
+    assert elsewhere == ["hidden_states", "state/experts.down_proj", "state/gate.weight"]
 
 
 def test_all_but_the_first_argument_are_tried_on_another_device():

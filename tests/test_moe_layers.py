@@ -28,6 +28,7 @@ from transformers.models.switch_transformers.modeling_switch_transformers import
 from gaugeblock.optimized.jax import moe_layers as optimized_jax_moe_layers
 from gaugeblock.optimized.triton import auxiliary_losses as triton_losses
 from gaugeblock.optimized.triton import moe_layers as triton_moe_layers
+from gaugeblock.reference import validation
 from gaugeblock.reference.jax import auxiliary_losses as jax_losses
 from gaugeblock.reference.jax import moe_layers as jax_moe_layers
 from gaugeblock.reference.torch import auxiliary_losses, moe_layers
@@ -274,6 +275,15 @@ def test_a_bad_call_names_its_argument(realm, function, argument, bad, error, me
     call = converted(VALID[function] | {argument: bad})
     with pytest.raises(error, match=f"^{argument}.* must .*{re.escape(message)}"):
         getattr(module, function)(**call)
+
+
+def test_a_rank_holds_its_part_of_the_experts():
+    tokens, part = torch.zeros(8, 4), {name: each if name == "gate.weight" else each[:3] for name, each in STATE.items()}
+    validation.mixtral_moe(tokens, part, 2, num_holders=2)
+    with pytest.raises(ValueError, match=r"must be \[num_experts=3, .*, got \(6, "):
+        validation.mixtral_moe(tokens, STATE, 2, num_holders=2)
+    with pytest.raises(ValueError, match=r"^num_experts must be a multiple of the ranks \(4\), got 6"):
+        validation.mixtral_moe(tokens, part, 2, num_holders=4)
 
 
 def test_state_on_another_device_is_rejected():

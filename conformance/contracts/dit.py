@@ -259,17 +259,11 @@ def special(draw: Draw, parameters: Parameters) -> Tensors:
     return tensors
 
 
-def _another_dtype(each: torch.Tensor) -> torch.Tensor:
-    return each.to(torch.float16 if each.dtype == torch.float32 else torch.float32)
-
-
 QKV = "state/blocks.0.attn.qkv.weight"
 REJECTIONS = (
     Rejection("a parameter too many", "blocks.99.attn.qkv.weight", lambda call: {"state/blocks.99.attn.qkv.weight": call[QKV]}),
     Rejection("a parameter of another shape", "blocks.0.attn.qkv.weight", changed(QKV, lambda each: each[:-1])),
     Rejection("a parameter transposed", "blocks.0.attn.qkv.weight", changed(QKV, lambda each: each.T)),
-    Rejection("a parameter of another dtype", "blocks.0.attn.qkv.weight", changed(QKV, _another_dtype)),
-    Rejection("a parameter on another device", "blocks.0.attn.qkv.weight", lambda call: {}, elsewhere=QKV),
     Rejection("latents of another size", "latents", changed("latents", lambda each: each[..., :-1])),
     Rejection("times that cannot tell 998 from 999", "timesteps", changed("timesteps", lambda each: each.bfloat16())),
     Rejection(

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from gaugeblock.conformance.engine.contract import Contract, Input, Output, Regime, Rejection, Workload, row
 from gaugeblock.conformance.engine.factors import Trait, edges, either, kind_of_width, kinds
 from gaugeblock.conformance.engine.implementation import compiled, triton
-from gaugeblock.conformance.engine.inputs.bad_calls import changed
+from gaugeblock.conformance.engine.inputs.bad_calls import changed, of_another_dtype
 from gaugeblock.conformance.engine.inputs.draw import Draw
 from gaugeblock.conformance.engine.vocabulary import Parameters, Tensors
 from gaugeblock.reference.torch import layers
@@ -185,15 +185,11 @@ def _regimes(make: Callable[[Tokens], Callable[[Draw, Parameters], Tensors]]) ->
     )
 
 
-def _another_dtype(each: torch.Tensor) -> torch.Tensor:
-    return each.to(torch.float16 if each.dtype == torch.float32 else torch.float32)
-
-
 def _rejections(tokens: str) -> tuple[Rejection, ...]:
     return (
         Rejection("shift for another batch", "shift", changed("shift", lambda each: torch.cat([each, each]))),
         Rejection("shift of another width", "shift", changed("shift", lambda each: each[:, :-1])),
-        Rejection("scale of another dtype", "scale", changed("scale", _another_dtype)),
+        Rejection("scale of another dtype", "scale", changed("scale", of_another_dtype)),
         Rejection("eps of 0", "eps", lambda call: {"eps": 0.0}),
     )
 

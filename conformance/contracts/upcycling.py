@@ -50,6 +50,12 @@ def adamw_of_used_experts() -> Contract:
         build=sizes,
         traits=(
             Trait("steps of int32", "dtype of steps", dtypes={"steps": "int32"}),
+            Trait(
+                "steps of int8, up to 127",  # where int8 ends, and steps go on
+                "dtype of steps",
+                lambda tensors: {"steps": tensors["steps"].clamp(max=127)},
+                dtypes={"steps": "int8"},
+            ),
             Trait("tokens of int32", "dtype of tokens_per_expert", dtypes={"tokens_per_expert": "int32"}),
             Trait("all have tokens", "tokens", lambda tensors: {"tokens_per_expert": tensors["tokens_per_expert"].clamp(min=1)}),
             Trait("none has tokens", "tokens", lambda tensors: {"tokens_per_expert": 0 * tensors["tokens_per_expert"]}),

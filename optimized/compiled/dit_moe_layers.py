@@ -6,18 +6,10 @@ The operation is that of `gaugeblock.reference.torch.dit_moe_layers`. Differenti
 
 from functools import partial
 
-import torch
-
 from gaugeblock.optimized import moe_composition
 from gaugeblock.optimized.compiled import experts
-from gaugeblock.reference.torch import experts as reference
+from gaugeblock.optimized.compiled.moe_layers import shared_swiglu
 from gaugeblock.reference.torch.dit_moe_layers import balance_loss, gate
-
-
-def shared_swiglu(*inputs: torch.Tensor, out_dtype: torch.dtype) -> torch.Tensor:
-    """As the reference's, in another dtype."""
-    return reference.shared_swiglu(*(each.to(out_dtype) for each in inputs))
-
 
 PARTS = moe_composition.on_one_device(
     dit_moe_gate=gate,

@@ -38,8 +38,7 @@ def dit_moe(
 
 def gate(router_logits: jax.Array, config: DiTMoEConfig) -> tuple[jax.Array, jax.Array]:
     """As `gaugeblock.reference.torch.dit_moe_layers.gate`, but ids are int32."""
-    logits_TE = at_least_float32(router_logits)
-    scores_TE = jax.nn.sigmoid(logits_TE) if config.scores == "sigmoid" else jax.nn.softmax(logits_TE, axis=-1)
+    scores_TE = jax.nn.sigmoid(router_logits) if config.scores == "sigmoid" else jax.nn.softmax(router_logits, axis=-1)
     kept_TE = is_in_best_groups(best_of_groups(scores_TE, config.num_groups, 1), config.topk_groups, scores_TE.shape[1])
     ids_TK = jax.lax.top_k(jnp.where(kept_TE, scores_TE, -jnp.inf), config.top_k)[1]
     weights_TK = jnp.take_along_axis(scores_TE, ids_TK, axis=-1)

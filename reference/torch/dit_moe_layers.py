@@ -80,8 +80,7 @@ def dit_moe(
 
 def gate(router_logits: torch.Tensor, config: DiTMoEConfig) -> tuple[torch.Tensor, torch.Tensor]:
     """Return weights and ids of the experts of each token, both [all tokens, top_k]."""
-    logits_TE = at_least_float32(router_logits)
-    scores_TE = torch.sigmoid(logits_TE) if config.scores == "sigmoid" else torch.softmax(logits_TE, dim=-1)
+    scores_TE = torch.sigmoid(router_logits) if config.scores == "sigmoid" else torch.softmax(router_logits, dim=-1)
     kept_TE = is_in_best_groups(best_of_groups(scores_TE, config.num_groups, 1), config.topk_groups, scores_TE.shape[1])
     ids_TK = torch.topk(scores_TE.masked_fill(~kept_TE, -torch.inf), config.top_k, dim=-1).indices
     weights_TK = scores_TE.gather(-1, ids_TK)

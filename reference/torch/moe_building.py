@@ -156,9 +156,8 @@ def input_scaled_swiglu(
     Source: Llama 4 (`Llama4TextMoe` of transformers).
     """
     validation.fused_swiglu(hidden_states, w13, w2, topk_weights, topk_ids)
-    validation.expert_ids_in_range(topk_ids, num_experts=w13.shape[0])
 
-    scaled_TKH = at_least_float32(topk_weights)[..., None] * at_least_float32(hidden_states)[:, None]
+    scaled_TKH = at_least_float32(topk_weights)[..., None] * hidden_states[:, None]  # of the wider dtype
     scaled_NH, ids_N1 = scaled_TKH.flatten(0, 1), topk_ids.reshape(-1, 1)
     ones_N1 = torch.ones_like(ids_N1, dtype=scaled_NH.dtype)
     out_NH = experts.fused_swiglu(scaled_NH, w13.to(scaled_NH.dtype), w2.to(scaled_NH.dtype), ones_N1, ids_N1)

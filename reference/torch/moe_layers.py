@@ -43,7 +43,6 @@ def mixtral_moe(
 
     Source: Mixtral of Experts (arXiv:2401.04088), section 2.1; names of `state` as in transformers 5.
     """
-    validation.mixtral_moe(hidden_states, state, top_k)
     return qwen3_moe(hidden_states, state, top_k=top_k, renormalize=True)
 
 

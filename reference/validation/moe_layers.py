@@ -68,7 +68,7 @@ def require_layer(
         held = {"num_experts": sizes["num_experts"] // num_holders} if entry.startswith("experts.") else {}
         require_shape(name, array, **{axis: {**sizes, **held}.get(axis) for axis in axes})
         sizes = {**dict(zip(axes, array.shape, strict=True)), **sizes}
-        if num_holders > 1 and sizes["num_experts"] % num_holders:
+        if sizes["num_experts"] % num_holders:
             raise ValueError(f"num_experts must be a multiple of the ranks ({num_holders}), got {sizes['num_experts']}")
         if "intermediate_size" in sizes:
             sizes["two_intermediate_sizes"] = 2 * sizes["intermediate_size"]

@@ -39,6 +39,11 @@ def changed(key: str, change: Callable[[Any], Any]) -> Spoil:
     return lambda call: {key: change(call[key])}
 
 
+def of_another_dtype(tensor: torch.Tensor) -> torch.Tensor:
+    """Floating numbers of another precision."""
+    return tensor.to(torch.float16 if tensor.dtype == torch.float32 else torch.float32)
+
+
 def _of_tensors(contract: Contract, parameters: Parameters) -> Iterator[Rejection]:
     tensors = [spec for spec in contract.inputs if not spec.leaves]
     for position, spec in enumerate(tensors):
@@ -79,6 +84,10 @@ def _of_entries(contract: Contract, parameters: Parameters) -> Iterator[Rejectio
         yield Rejection(f"{name} of another size", (name, *sharing), changed(key, partial(_one_more, dim=-1)))
         yield Rejection(f"{name} of a rank more", name, changed(key, partial(torch.unsqueeze, dim=0)))
         yield Rejection(f"{name} of integers", name, changed(key, _of_other_kind))
+        if leaves[name].dtype == "tested":
+            yield Rejection(f"{name} of another dtype", name, changed(key, of_another_dtype))
+        names = (name, *(spec.name for spec in contract.inputs if spec is not state))
+        yield Rejection(f"{name} on another device", names, lambda call: {}, elsewhere=key)
     copied = f"{state.name}/{floating[0]}"
     yield Rejection("an entry too many", UNKNOWN, lambda call: {f"{state.name}/{UNKNOWN}": call[copied]})
 

@@ -71,8 +71,8 @@ def judge(contract: str, implementation: str, mutant: Mutant, names: Sequence[st
 def judge_elsewhere(outcome: Outcome) -> Outcome:
     """The same mutant under all else that imports its module, the cheapest first, up to the first that sees it.
 
-    Only parity and gradients look at it there; if it is about bad calls, one round of those. Whether its line is run is not
-    looked up: where it is not, it survives again.
+    Only parity and gradients look at it there; if it is about bad calls, one round of those in its hardest dtype and in float32,
+    where two dtypes may be the same. Whether its line is run is not looked up: where it is not, it survives again.
     """
     start, mutant = time.monotonic(), outcome.mutant
     for contract in sorted(contracts().values(), key=lambda each: -each.cases):
@@ -93,11 +93,13 @@ def apart(rows: Sequence[Implementation]) -> list[Implementation]:
 
 def _rejected(contract: Contract, row: Implementation, mutant: Mutant) -> Outcome:
     """What the bad calls of one case say of a mutant."""
-    outcome, prop, case = Outcome(mutant, contract.name, row.name, "float32"), properties()["rejections"], landmarks(contract)[0]
-    violation = check(_mutated(row, mutant, "float32"), prop, case, Ledger())
-    if violation is None or not _holds(Subject(_right(row), "float32", "cpu"), prop, (case,)):
-        return outcome
-    return replace(outcome, killed_by=prop.name, reason=violation.message)
+    outcome, prop, case = Outcome(mutant, contract.name, row.name), properties()["rejections"], landmarks(contract)[0]
+    for number, dtype in enumerate(hardest_first(row)):
+        outcome = replace(outcome, dtype=dtype, is_easier=number > 0)
+        violation = check(_mutated(row, mutant, dtype), prop, case, Ledger())
+        if violation is not None and _holds(Subject(_right(row), dtype, "cpu"), prop, (case,)):
+            return replace(outcome, killed_by=prop.name, reason=violation.message)
+    return outcome
 
 
 def is_validation(mutant: Mutant) -> bool:
