@@ -16,8 +16,14 @@ def without_parameters(module_class: Callable[..., torch.nn.Module], *arguments:
 
 @contextmanager
 def without_projection() -> Iterator[None]:
-    """Their routers begin with a product that is no part of our contracts: here it hands on what it is given."""
-    with patch.object(torch.nn.functional, "linear", lambda states, *_: states):
+    """Their routers begin with a product that is no part of our contracts: here it hands on what it is given, in the dtype that
+    autocast gives it."""
+
+    def handed_on(states: torch.Tensor, *_: torch.Tensor | None) -> torch.Tensor:
+        device = states.device.type
+        return states.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else states
+
+    with patch.object(torch.nn.functional, "linear", handed_on):
         yield
 
 

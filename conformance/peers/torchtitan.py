@@ -193,8 +193,9 @@ def _called(
     hidden_states: torch.Tensor,
     scores: Callable[[torch.Tensor], torch.Tensor],
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    passed.clear()  # an earlier call may have raised
     out = functional_call(layer, dict(state), hidden_states[None])[0]
-    ids, logits = passed.pop(), passed.pop()
+    logits, ids = passed
     return out, logits.float(), sorted_by(scores(logits), ids, ids)[1]
 
 
