@@ -5,10 +5,12 @@ import re
 from dataclasses import replace
 
 import pytest
+import torch
 
 from gaugeblock.conformance import cli, exit_status
 from gaugeblock.conformance.engine.judging.verdict import Verdict
 from gaugeblock.conformance.peers import peer, trial
+from gaugeblock.conformance.peers.modules import without_projection
 from gaugeblock.conformance.peers.peer import LIBRARIES, peers
 from gaugeblock.conformance.selftest.fault import name_of
 
@@ -77,9 +79,9 @@ def test_rows_of_what_was_judged_are_written_and_others_stay(tmp_path):
 
 def test_a_library_that_is_not_installed_is_skipped_and_named(monkeypatch):
     monkeypatch.setattr(trial, "installed", lambda: {"transformers": "5.0"})
-    assert trial.told() == "on trial: transformers 5.0; not installed, so skipped: diffusers, liger-kernel"
+    assert trial.told() == "on trial: transformers 5.0; not installed, so skipped: diffusers, liger-kernel, torchtitan"
     monkeypatch.setattr(trial, "installed", dict)
-    with pytest.raises(ValueError, match="none of transformers, diffusers, liger-kernel is installed"):
+    with pytest.raises(ValueError, match="none of transformers, diffusers, liger-kernel, torchtitan is installed"):
         trial.told()
 
 
@@ -111,6 +113,15 @@ def test_a_file_without_a_table_is_told(tmp_path):
     path.write_text("nothing")
     with pytest.raises(ValueError, match="no lines <!-- peers:begin -->"):
         trial.update(path, [PASSED], "2026-01-02")
+
+
+def test_a_projection_that_is_left_out_rounds_as_autocast_would():
+    states, linear = torch.randn(2, 3), torch.nn.Linear(3, 3)
+    with without_projection():
+        assert linear(states) is states
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(linear(states), states.bfloat16())
+    assert linear(states).dtype == torch.float32 and not torch.equal(linear(states), states)
 
 
 def test_peers_claim_nothing_that_is_not_documented():

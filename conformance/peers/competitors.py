@@ -68,9 +68,23 @@ def transformers_layer(peer: str, implementation: str, problem: Problem) -> Call
     return partial(call_torch, problem.contract, layer, problem.call)
 
 
-def _layers(peer: str) -> dict[str, Callable[[Problem], Callable[[], Results]]]:
-    """transformers' layer with the implementations of its experts that are not dearer than the memory of most machines."""
-    return {f"transformers {each}": partial(transformers_layer, peer, each) for each in ("eager", "grouped_mm")}
+def torchtitan_module(peer: str, problem: Problem) -> Callable[[], Results]:
+    """A MoE layer of torchtitan, or its experts: a class of `torchtitan.py`."""
+    from gaugeblock.conformance.peers import torchtitan
+
+    if problem.machine.dtype != "bfloat16":
+        raise Unavailable(f"its experts compute in bfloat16, whatever they are given, not in {problem.machine.dtype}")
+    _require_aligned_rows(problem)
+    return partial(call_torch, problem.contract, getattr(torchtitan, peer)(), problem.call)
+
+
+def _layers(of_transformers: str, of_torchtitan: str = "") -> dict[str, Callable[[Problem], Callable[[], Results]]]:
+    """transformers' layer with the implementations of its experts that are not dearer than the memory of most machines, and
+    torchtitan's."""
+    found: dict[str, Callable[[Problem], Callable[[], Results]]] = {
+        f"transformers {each}": partial(transformers_layer, of_transformers, each) for each in ("eager", "grouped_mm")
+    }
+    return found | ({"torchtitan": partial(torchtitan_module, of_torchtitan)} if of_torchtitan else {})
 
 
 def transformers_softmax_router(problem: Problem) -> Callable[[], Results]:
@@ -148,12 +162,13 @@ OUTSIDERS: dict[str, dict[str, Callable[[Problem], Callable[[], Results]]]] = {
         "transformers eager": partial(transformers_experts, "eager"),
         "transformers grouped_mm": partial(transformers_experts, "grouped_mm"),
         "transformers batched_mm": partial(transformers_experts, "batched_mm"),
+        "torchtitan": partial(torchtitan_module, "TorchtitanRoutedExperts"),
     },
     "moe_layers.mixtral_moe": _layers("TransformersMixtralBlock"),
-    "moe_layers.qwen3_moe": _layers("TransformersQwen3Block"),
-    "moe_layers.qwen2_moe": _layers("TransformersQwen2Block"),
-    "grouped_moe_layers.deepseek_v3_moe": _layers("TransformersDeepseekV3Block"),
-    "biased_moe_layers.gpt_oss_moe": _layers("TransformersGptOssBlock"),
+    "moe_layers.qwen3_moe": _layers("TransformersQwen3Block", "TorchtitanQwen3Block"),
+    "moe_layers.qwen2_moe": _layers("TransformersQwen2Block", "TorchtitanQwen35Block"),
+    "grouped_moe_layers.deepseek_v3_moe": _layers("TransformersDeepseekV3Block", "TorchtitanDeepseekV3Block"),
+    "biased_moe_layers.gpt_oss_moe": _layers("TransformersGptOssBlock", "TorchtitanGptOssBlock"),
     "routers.softmax_topk": {"transformers, identity gate": transformers_softmax_router},
     "routers.grouped_sigmoid_topk": {"transformers, identity gate": transformers_grouped_router},
 }

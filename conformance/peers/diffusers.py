@@ -31,7 +31,7 @@ def model(config: DiTConfig) -> Any:
 
 @peer("dit.dit", only="frequency_shift == 1 and mlp_ratio == 4", dtypes=DTYPES, rounding="eager", oracle=True)
 class DiffusersDit:
-    """DiTTransformer2DModel, whose blocks embed the times each by itself, all by the same parameters."""
+    """DiTTransformer2DModel, whose blocks embed the times each by itself, all by the same parameters; its labels are int64."""
 
     def __call__(self, state, latents, timesteps, class_labels, *, config):
         renamed: dict[str, torch.Tensor] = {}
@@ -39,7 +39,7 @@ class DiffusersDit:
             theirs = diffusers_names(name, config=config)
             parts = tensor.chunk(3) if "attn.qkv" in name else [tensor] * len(theirs)
             renamed |= dict(zip(theirs, parts, strict=True))
-        return functional_call(model(config), renamed, (latents, timesteps, class_labels)).sample
+        return functional_call(model(config), renamed, (latents, timesteps, class_labels.long())).sample
 
 
 @peer("layers.layer_norm_modulate", dtypes=DTYPES, rounding="eager", oracle=True)

@@ -19,6 +19,7 @@ LIBRARIES = {
     "transformers_layers": "transformers",
     "diffusers": "diffusers",
     "liger": "liger-kernel",
+    "torchtitan": "torchtitan",
 }
 """For each module of this folder that holds peers, the distribution that they need."""
 IMPORTS = {"liger": "liger_kernel", "transformers_layers": "transformers"}

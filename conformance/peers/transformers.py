@@ -1,7 +1,5 @@
 """transformers' own modules on trial; imported only where transformers is installed."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any
 from unittest.mock import patch
 
@@ -39,21 +37,9 @@ from transformers.models.switch_transformers.modeling_switch_transformers import
 
 from gaugeblock.conformance.engine.inputs.cases import Case
 from gaugeblock.conformance.engine.vocabulary import DTYPES
+from gaugeblock.conformance.peers.modules import sorted_by, without_parameters, without_projection
 from gaugeblock.conformance.peers.peer import peer
 from gaugeblock.reference.torch.capacity_routers import expert_capacity
-
-
-def without_parameters(module_class: Callable[..., torch.nn.Module], *arguments: Any) -> Any:
-    """A module as at inference, of no memory: what parameters it needs are handed in, and no random numbers are drawn."""
-    with torch.device("meta"):
-        return module_class(*arguments).eval()
-
-
-@contextmanager
-def without_projection() -> Iterator[None]:
-    """Their routers begin with a product that is no part of our contracts: here it hands on what it is given."""
-    with patch.object(torch.nn.functional, "linear", lambda states, *_: states):
-        yield
 
 
 def routed(router: torch.nn.Module, router_logits: torch.Tensor, **state: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -61,12 +47,6 @@ def routed(router: torch.nn.Module, router_logits: torch.Tensor, **state: torch.
     with without_projection():
         _, weights, ids = functional_call(router, state, router_logits)
     return weights.float(), ids
-
-
-def sorted_by(scores: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The choice in descending order of the scores that it was made by."""
-    order = scores.detach().gather(1, ids).argsort(1, descending=True)
-    return weights.gather(1, order), ids.gather(1, order)
 
 
 def told_by_weights(case: Case) -> bool:

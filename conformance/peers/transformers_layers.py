@@ -28,8 +28,8 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBl
 
 from gaugeblock.conformance.engine.inputs.cases import Case
 from gaugeblock.conformance.engine.vocabulary import DTYPES, Tensors
+from gaugeblock.conformance.peers.modules import sorted_by, without_parameters
 from gaugeblock.conformance.peers.peer import peer
-from gaugeblock.conformance.peers.transformers import sorted_by, without_parameters
 from gaugeblock.reference.moe_states import CORRECTION_BIAS
 
 
