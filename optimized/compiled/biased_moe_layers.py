@@ -8,14 +8,14 @@ from functools import partial
 
 from gaugeblock.optimized import moe_composition
 from gaugeblock.optimized.compiled import experts
-from gaugeblock.reference.torch import auxiliary_losses, noisy_routers, routers
+from gaugeblock.reference.torch import biased_moe_layers, noisy_routers, routers
 
 PARTS = moe_composition.on_one_device(
     topk_softmax=routers.topk_softmax,
     ste_topk=noisy_routers.ste_topk,
     fused_swiglu_oai=experts.fused_swiglu_oai,
     fused_gelu_mlp=experts.fused_gelu_mlp,
-    expert_load=auxiliary_losses.expert_load,
+    load_fractions=biased_moe_layers.load_fractions,
 )
 
 gpt_oss_moe = partial(moe_composition.gpt_oss_moe, PARTS)
