@@ -24,6 +24,7 @@ from on_four_ranks import (
     out_and_gradients,
 )
 
+from gaugeblock.conformance.engine.processes.traffic import counted_traffic
 from gaugeblock.optimized.distributed import (
     collectives,
     experts,
@@ -218,8 +219,6 @@ def collectives_of(way: str) -> list[list[str]]:
 
 
 def traffic_of_known_calls() -> tuple[int, int]:
-    from gaugeblock.conformance.engine.processes.traffic import counted_traffic
-
     rank, rows = dist.get_rank(), torch.zeros(RANKS + 1, 2)
     with counted_traffic() as traffic:
         dist.all_reduce(rows)  # 40 bytes, 3/4 of them twice
@@ -236,17 +235,12 @@ def test_what_ranks_send_each_other_is_counted(on_ranks):
 
 def sums_in_one_exchange_and_in_two() -> list[list[int]]:
     """Return how many collectives each takes; their bits are the same, and those of the sum in the order of the ranks."""
-    from gaugeblock.conformance.engine.processes.traffic import counted_traffic
-
     counts = []
     for ranks in (2, 4):
         mesh = mesh_of(ranks)
         for shape in ((1,), (7,), (3, 5), (8, 2, 3), (0, 4)):
             of_ranks = [1000**rank * draw(*shape, seed=rank, dtype=torch.float32) for rank in range(ranks)]
-            expected = of_ranks[0]
-            for each in of_ranks[1:]:
-                expected = expected + each
-            entered = []
+            expected, entered = sum(of_ranks[1:], of_ranks[0]), []
             for most in (collectives.MOST_GATHERED_BYTES, 0):
                 with pytest.MonkeyPatch.context() as patch, counted_traffic() as traffic:
                     patch.setattr(collectives, "MOST_GATHERED_BYTES", most)

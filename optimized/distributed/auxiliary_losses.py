@@ -5,6 +5,8 @@ ranks, in float64, in which they lose nothing that shows, so that every rank ret
 
 Every rank differentiates the one result that all have: it is given the same cotangent on every rank, and returns the gradient of
 its own tokens' logits, which is whole. What adds up gradients over the ranks, as of a router's weights, counts the loss once.
+
+Shapes: T num_tokens of this rank, E num_experts.
 """
 
 import torch
@@ -32,7 +34,7 @@ def balance_loss(
 
     Source: `gaugeblock.reference.torch.dit_moe_layers.balance_loss`.
     """
-    if config.per_sample:
+    if config.per_sample:  # ranks' means weigh as much as they have samples
         of_samples = reference.balance_loss(router_logits, topk_ids, config).double() * len(router_logits)
         num_samples = torch.full_like(of_samples, len(router_logits))
         total, num_samples = SumOverRanks.apply(torch.stack([of_samples, num_samples]), group)
