@@ -16,7 +16,7 @@ class ExpertByExpert:
     """torch.optim.AdamW of parameters of their own, which skips those whose gradient is None."""
 
     def __call__(self, parameter, gradient, exp_avg, exp_avg_sq, steps, tokens_per_expert, **options):
-        new_steps = steps + (tokens_per_expert > 0)
+        new_steps = steps.long() + (tokens_per_expert > 0)
         experts = [torch.nn.Parameter(each.clone()) for each in parameter.detach()]
         optimizer = torch.optim.AdamW(
             [{"params": [each]} for each in experts] or [torch.zeros(())],
@@ -46,7 +46,7 @@ class UsedExpertsAlone:
     def __call__(self, parameter, gradient, exp_avg, exp_avg_sq, steps, tokens_per_expert, **options):
         used = (tokens_per_expert > 0).nonzero()[:, 0]
         gradient, beta1, beta2 = gradient[used], options["beta1"], options["beta2"]
-        new = parameter.clone(), exp_avg.clone(), exp_avg_sq.clone(), steps.clone()
+        new = parameter.clone(), exp_avg.clone(), exp_avg_sq.clone(), steps.to(torch.int64, copy=True)
         new[3][used] += 1
         new[1][used] = beta1 * exp_avg[used] + (1 - beta1) * gradient
         new[2][used] = beta2 * exp_avg_sq[used] + (1 - beta2) * gradient * gradient
