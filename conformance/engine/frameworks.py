@@ -232,5 +232,5 @@ def _to_jax(tensor: torch.Tensor) -> Any:
 def _from_jax(array: Any) -> torch.Tensor:
     import jax
 
-    on_one = array.copy() if len(array.devices()) == 1 else jax.device_put(array, jax.devices()[0])
-    return torch.from_dlpack(on_one)
+    on_one = array if len(array.devices()) == 1 else jax.device_put(array, jax.devices()[0])
+    return torch.from_dlpack(on_one).clone()  # jax would compile a program for each shape that it copies
