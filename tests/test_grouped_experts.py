@@ -81,6 +81,16 @@ def test_gradients_lie_in_memory_as_the_weights_do(kind, dtype):
         assert ours.stride() == weight.stride()
 
 
+@pytest.mark.parametrize("kind", ["fused_swiglu", "fused_swiglu_oai"])
+def test_routing_weights_may_be_of_another_dtype(kind):
+    name, shapes, options = KINDS[kind]
+    *drawn, ids = arguments(shapes)
+    inputs = *drawn[:-1], drawn[-1].detach().bfloat16().requires_grad_(), ids
+    theirs = results_of(getattr(reference, name), inputs, options)
+    for ours, expected in zip(results_of(getattr(experts, name), inputs, options), theirs, strict=True):
+        torch.testing.assert_close(ours, expected)
+
+
 @pytest.mark.parametrize("spoilt", [torch.nan, torch.inf])
 def test_an_expert_without_rows_may_have_any_bias(spoilt):
     name, shapes, options = KINDS["fused_swiglu_oai"]

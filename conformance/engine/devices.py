@@ -3,6 +3,7 @@
 import os
 import re
 from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 
@@ -50,11 +51,16 @@ QUICK_FLAGS = ("--xla_backend_optimization_level=0", "--xla_llvm_disable_expensi
 # place of up to 32, which would be for idle cores, 0.6 more. Of 465 results of the gate 458 have the same bits (those of erf have
 # not); what XLA counts of memory and operations differs.
 QUICKER_FLAGS = (*QUICK_FLAGS, "--xla_cpu_use_fusion_emitters=false", "--xla_cpu_parallel_codegen_split_count=1")
+KNOWS_QUICKER_FLAGS = "0.10."  # how versions of jaxlib begin that have them: XLA ends a process that names a flag it lacks
 
 
 def compile_quickly() -> None:
     """Has XLA optimize less, which saves most of a CPU's time to compile, for functions that run a few times."""
-    os.environ["XLA_FLAGS"] = quick_flags(QUICKER_FLAGS)
+    try:
+        knows = version("jaxlib").startswith(KNOWS_QUICKER_FLAGS)
+    except PackageNotFoundError:
+        return
+    os.environ["XLA_FLAGS"] = quick_flags(QUICKER_FLAGS if knows else QUICK_FLAGS)
 
 
 def quick_flags(added: Sequence[str] = QUICK_FLAGS) -> str:

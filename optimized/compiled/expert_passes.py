@@ -15,8 +15,8 @@ MKL on an AMD EPYC:
 - The gradients of the weights are written where they stay, in the order of memory that the weights have; autograd of `w13[e]`
   would add up E of full size.
 
-A token's sum over its experts runs in the order of the experts: the same bits in every run. They depend on how many tokens share
-an expert, since MKL picks its kernel by the size of the product.
+A token's sum runs over the second biases, then over its experts in their order: the same bits in every run. They depend on
+how many tokens share an expert, since MKL picks its kernel by the size of the product.
 
 Shapes: those of `expert_rows.py`; H hidden_size, F rows of w13, f those of a part.
 """
