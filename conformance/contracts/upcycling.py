@@ -26,6 +26,7 @@ def adamw_of_used_experts() -> Contract:
         ),
         source="torch.optim.AdamW, which skips parameters without gradient; sumitdotml/moe-emergence moe_emergence/train.py",
         reference=upcycling.adamw_of_used_experts,
+        formulas=(as_torch_has_it,),
         inputs=(*(Input(name, OF_EXPERT) for name in ("parameter", "gradient", *MOMENTS)), *COUNTS),
         outputs=(
             *(Output(f"new_{name}", OF_EXPERT) for name in ("parameter", *MOMENTS)),
@@ -137,3 +138,26 @@ def special(draw: Draw, parameters: Parameters) -> Tensors:
     tensors["gradient"][tensors["tokens_per_expert"] == 0] = torch.nan
     tensors["gradient"][tensors["tokens_per_expert"].argmax(), 0] = torch.inf
     return tensors
+
+
+def as_torch_has_it(
+    parameter: torch.Tensor,
+    gradient: torch.Tensor,
+    exp_avg: torch.Tensor,
+    exp_avg_sq: torch.Tensor,
+    steps: torch.Tensor,
+    tokens_per_expert: torch.Tensor,
+    *,
+    learning_rate: float,
+    weight_decay: float,
+    **others: float,
+) -> tuple[torch.Tensor, ...]:
+    """torch.optim.AdamW decays first, by a factor that is rounded, and interpolates the average of gradients."""
+    used = (tokens_per_expert > 0)[:, None]
+    decay = 1 - learning_rate * weight_decay * parameter.new_ones(())  # one number, whose error all parameters share
+    decayed = torch.where(used, decay * parameter, parameter)
+    stepped, _, new_sq, new_steps = upcycling.adamw_of_used_experts(
+        decayed, gradient, exp_avg, exp_avg_sq, steps, tokens_per_expert, learning_rate=learning_rate, weight_decay=0.0, **others
+    )
+    new_avg = torch.where(used, exp_avg + (1 - others["beta1"]) * (gradient - exp_avg), exp_avg)
+    return stepped, new_avg, new_sq, new_steps
