@@ -94,6 +94,7 @@ def upcycled_gpt2_moe() -> Contract:
         ),
         source="sumitdotml/moe-emergence moe_emergence/{moe,gpt2_moe}.py; sparse upcycling (arXiv:2212.05055) section 3",
         reference=biased_moe_layers.upcycled_gpt2_moe,
+        formulas=(gpt2_by_sums,),
         inputs=(*of_layers.inputs(moe_states.UPCYCLED_GPT2), of_noisy.NOISE),
         outputs=(
             *of_layers.OUTPUTS,
@@ -288,3 +289,15 @@ def gpt2_scores(
     """The same."""
     logits = hidden_states @ state["router.gate.weight"].mT
     return noisy_routers.noisy_probs(logits, noise, noise_std if training else 0.0)
+
+
+def gpt2_by_sums(
+    hidden_states: torch.Tensor, state: Tensors, noise: torch.Tensor, *, top_k: int, noise_std: float, training: bool
+) -> tuple[torch.Tensor, ...]:
+    """The layer with the GELU of libraries."""
+    logits = hidden_states @ state["router.gate.weight"].mT
+    options: dict[str, Any] = {"top_k": top_k, "noise_std": noise_std, "training": training}
+    topk_weights, topk_ids, probs, _, _, entropy = noisy_routers.ste_topk(logits, noise, **options)
+    up, down = (state[FC].mT, state["experts.c_fc.bias"]), (state[PROJ].mT, state["experts.c_proj.bias"])
+    out = of_biased.mlp_by_sums(hidden_states, *up, *down, topk_weights, topk_ids, approximate="tanh")
+    return out, logits, topk_ids, probs, entropy, biased_moe_layers.load_fractions(topk_ids, logits)

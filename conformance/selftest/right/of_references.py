@@ -7,8 +7,10 @@ from typing import Any
 import torch
 
 from gaugeblock.conformance.engine.contract import Contract, Input
+from gaugeblock.conformance.engine.inputs.cases import Case
 from gaugeblock.conformance.engine.registry import contracts
-from gaugeblock.conformance.selftest.variant import right
+from gaugeblock.conformance.selftest.variant import every_case, right
+from gaugeblock.reference.torch.precision import at_least_float32
 
 # where no kernel is simulated, or what is written by hand is too little
 ROUTERS = (
@@ -64,28 +66,22 @@ class InFloat64(OfReference):
     """Everything in float64, rounded once."""
 
     def compute(self, contract, inputs, reference):
-        wide = {
-            name: _of_each(lambda each: each.double() if each.is_floating_point() else each, it) for name, it in inputs.items()
-        }
-        tested = next(inputs[spec.name].dtype for spec in contract.inputs if spec.dtype == "tested")
-        dtypes = (tested if spec.dtype == "tested" else getattr(torch, spec.dtype) for spec in contract.outputs)
-        return tuple(each.to(dtype) for each, dtype in zip(reference(wide), dtypes, strict=True))
+        wide = {name: _of_each(_widened, each) for name, each in inputs.items()}
+        return _rounded(contract, inputs, reference(wide))
 
 
 class OneByOne(OfReference):
-    """Each example alone."""
+    """Each example alone, in float32 at least, so that gradients of what examples share are added up before they are rounded."""
 
     def compute(self, contract, inputs, reference):
+        wide = {name: _of_each(_accurate, each) for name, each in inputs.items()}
         alone = [
             reference(
-                {
-                    spec.name: inputs[spec.name][at] if contract.batch in spec.shape else inputs[spec.name]
-                    for spec in contract.inputs
-                }
+                {spec.name: wide[spec.name][at] if contract.batch in spec.shape else wide[spec.name] for spec in contract.inputs}
             )
             for at in _places(contract, inputs)
         ]
-        return tuple(torch.cat(parts) for parts in zip(*alone, strict=True))
+        return _rounded(contract, inputs, tuple(torch.cat(parts) for parts in zip(*alone, strict=True)))
 
 
 class NamesReversed(OfReference):
@@ -116,6 +112,17 @@ def _widened(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.double() if tensor.is_floating_point() else tensor
 
 
+def _rounded(contract: Contract, inputs: Inputs, results: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    """Outputs in the dtypes that they are due in."""
+    tested = next((inputs[spec.name].dtype for spec in contract.inputs if spec.dtype == "tested"), None)  # ids have none
+    dtypes = (tested if spec.dtype == "tested" else getattr(torch, spec.dtype) for spec in contract.outputs)
+    return tuple(each.to(dtype) for each, dtype in zip(results, dtypes, strict=True))
+
+
+def _accurate(tensor: torch.Tensor) -> torch.Tensor:
+    return at_least_float32(tensor) if tensor.is_floating_point() else tensor
+
+
 def _of_each(change: Callable[[torch.Tensor], torch.Tensor], tensors: Any) -> Any:
     """A change of a tensor, or of each in a dict."""
     return {name: change(each) for name, each in tensors.items()} if isinstance(tensors, Mapping) else change(tensors)
@@ -127,7 +134,13 @@ def _places(contract: Contract, inputs: Inputs) -> Iterator[slice]:
 
 
 def _register(variant: type, of: str) -> None:
-    right(of, validates=False)(type(variant.__name__, (variant,), {"of": of, "__doc__": variant.__doc__}))
+    made = type(variant.__name__, (variant,), {"of": of, "__doc__": variant.__doc__})
+    right(of, validates=False, fits=has_names_alike if variant is NamesReversed else every_case)(made)
+
+
+def has_names_alike(case: Case) -> bool:
+    """Not where the last names are those of experts that do nothing."""
+    return not case.parameters.get("num_zero_experts")
 
 
 EXPERTS = (
