@@ -148,7 +148,8 @@ def prepare(profile_name: str) -> Callable[[Task], Any]:
             case ("corner", corner):
                 return corners.judge_corner(corner, rates.RIGHT)
             case ("variants", contract, regime, dtype, examples):
-                return rates.judge_variants(contract, dtype, rates.drawn_cases(contract, regime, examples, seed=1))
+                visited = rates.landmark_cases(contract, regime) + rates.drawn_cases(contract, regime, examples, seed=1)
+                return rates.judge_variants(contract, dtype, visited)
             case ("trivial", contract, regime, dtype, examples):
                 return rates.judge_trivial(contract, dtype, rates.drawn_cases(contract, regime, examples, seed=2))
             case ("hostile", file):

@@ -98,11 +98,7 @@ def kill(fault: Fault, profile: Profile) -> Kill:
     failing = [Case(**case) for case in verdict.failure.cases] if verdict.failure else []
     contract = find_contract(fault.contract)
     examples = max(1, round(prop.weight * contract.cases * profile.examples))
-    landmarks = [
-        Case(**sizes, regime=regime, seed=seed)
-        for regime in prop.regimes_of(contract)
-        for seed, sizes in enumerate(contract.landmarks[:examples])
-    ]
+    landmarks = [case for regime in prop.regimes_of(contract) for case in landmark_cases(fault.contract, regime)[:examples]]
     with process_kept():
         subject = fault.subject()
         right = contract.twin if subject.implementation.framework == "jax" else RIGHT[fault.contract]()
@@ -156,6 +152,11 @@ def drawn_cases(contract: str, regime: str, examples: int, seed: int) -> list[Ca
     )  # a builtin has no code for Hypothesis to look at
     start_from(seed)(search)()
     return drawn
+
+
+def landmark_cases(contract: str, regime: str) -> list[Case]:
+    """A contract's landmarks with values of a regime."""
+    return [Case(**sizes, regime=regime, seed=seed) for seed, sizes in enumerate(find_contract(contract).landmarks)]
 
 
 def judge_variants(contract: str, dtype: str, drawn: Sequence[Case]) -> Alarms:
