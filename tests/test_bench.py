@@ -22,6 +22,7 @@ from gaugeblock.conformance.bench.competitors import Competitor, JaxCall, compet
 from gaugeblock.conformance.bench.problem import FULL, QUICK, Problem, Results, Unavailable, make_problem, scaled
 from gaugeblock.conformance.bench.roofline import Machine, this_machine
 from gaugeblock.conformance.bench.rows import Effort, Row, bench, count_calls
+from gaugeblock.conformance.engine.budget.oracle import GRADIENT
 from gaugeblock.conformance.engine.contract import Contract, Cost, Workload
 from gaugeblock.conformance.engine.frameworks import call_torch
 from gaugeblock.conformance.engine.registry import RegistrationError, find_contract
@@ -311,6 +312,20 @@ def test_choices_of_a_few_examples_may_be_others(others, deviates):
     found["topk_weights"][:others] *= 2
     assert (problem.deviation(found, expected) > 0) == deviates
     found["topk_weights"][-1] *= 2
+    assert problem.deviation(found, expected) > 0
+
+
+@pytest.mark.parametrize(("others", "deviates"), [(1, False), (10, True)])
+def test_choices_of_a_few_examples_may_have_another_order(others, deviates):
+    """Gradients of these differ, since cotangents belong to places; those of the other examples are compared."""
+    problem = make_problem(ROUTER, ROUTER.landmarks[0] | {"num_tokens": 100}, "backward", MACHINE)
+    expected = problem.expected()
+    found = {key: each.clone() for key, each in expected.items()}
+    for key in ("topk_ids", "topk_weights"):
+        found[key][:others] = found[key][:others].flip(-1)
+    found[f"{GRADIENT}router_logits"][:others] *= 2
+    assert (problem.deviation(found, expected) > 0) == deviates
+    found[f"{GRADIENT}router_logits"][-1] *= 2
     assert problem.deviation(found, expected) > 0
 
 

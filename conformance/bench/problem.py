@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 
 from gaugeblock.conformance.bench.roofline import Machine
+from gaugeblock.conformance.engine.budget.oracle import GRADIENT
 from gaugeblock.conformance.engine.calls import argument_of
 from gaugeblock.conformance.engine.contract import Contract, Cost, Workload
 from gaugeblock.conformance.engine.frameworks import Call, call_torch
@@ -62,20 +63,25 @@ class Problem:
         """How far results are from the expected ones: the largest norm of a difference over the norm, argument by argument.
 
         For integers it is the share that differs. Choices may come in any order; of a few examples they may be others, where
-        scores tie, and what is computed is compared in the examples whose choices agree.
+        scores tie, and what is computed is compared in the examples whose choices agree. Cotangents belong to places, so that
+        gradients are compared where the order agrees too.
         """
         found = {key: _to_torch(results[key]).to(right.device) for key, right in expected.items()}
         for key, right in expected.items():
             if found[key].shape != right.shape:
                 return float("inf")
+        in_order = _rows_that_agree(found, expected)
         found, expected = self._in_order(found), self._in_order(expected)
         agree = _rows_that_agree(found, expected)
+        if not _all_but_ties(in_order):  # another order, which is no tie, shows in the gradients
+            in_order = agree
         pairs: dict[tuple[str, bool], list[tuple[torch.Tensor, torch.Tensor]]] = defaultdict(list)
         for key, right in expected.items():
-            rows = agree if right.is_floating_point() and right.shape[:1] == agree.shape else ...
+            alike = in_order if key.startswith(GRADIENT) else agree
+            rows = alike if right.is_floating_point() and right.shape[:1] == alike.shape else ...
             pairs[argument_of(key), right.is_floating_point()].append((found[key][rows], right[rows]))
         chooses = any(spec.indexes for spec in self.contract.outputs)
-        if chooses and agree.float().mean() >= 1 - TIES:
+        if chooses and _all_but_ties(agree):
             pairs = {key: each for key, each in pairs.items() if key[1]}
         return max(map(_deviation, pairs.values()))
 
@@ -145,6 +151,10 @@ def _rows_that_agree(found: Tensors, expected: Tensors) -> torch.Tensor:
         return torch.empty(0, dtype=torch.bool)
     same = [(left == right).flatten(1).all(1) if right.ndim > 1 else left == right for left, right in whole]
     return torch.stack(same).all(0)
+
+
+def _all_but_ties(agree: torch.Tensor) -> bool:
+    return bool(agree.float().mean() >= 1 - TIES)
 
 
 def _to_torch(result: Any) -> torch.Tensor:
