@@ -79,7 +79,7 @@ def dit_moe(
 
 
 def gate(router_logits: torch.Tensor, config: DiTMoEConfig) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return weights and ids of the experts of each token, both [all tokens, top_k]."""
+    """Return weights and ids of the experts of each token, both [all tokens, top_k], of logits in float32 at least."""
     scores_TE = torch.sigmoid(router_logits) if config.scores == "sigmoid" else torch.softmax(router_logits, dim=-1)
     kept_TE = is_in_best_groups(best_of_groups(scores_TE, config.num_groups, 1), config.topk_groups, scores_TE.shape[1])
     ids_TK = torch.topk(scores_TE.masked_fill(~kept_TE, -torch.inf), config.top_k, dim=-1).indices
