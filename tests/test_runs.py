@@ -49,6 +49,7 @@ def same(at_once: Any, one_by_one: list[Any]) -> bool:
 
 A, B, PLAIN, ROW = several(4, 6), several(4, 6, seed=1), draw(4, 6, seed=2), several(6, seed=3)
 CUBE, IDS = several(2, 4, 6, seed=4), torch.tensor([[3, 0], [1, 1], [2, 5], [0, 4]])
+KERNELS = draw(3, 2, 3, 3, seed=5)
 OPERATIONS: dict[str, Callable[..., Any]] = {
     "add": lambda a, b, plain, row, cube: a + b,
     "add a row": lambda a, b, plain, row, cube: cube * row + plain,
@@ -93,6 +94,14 @@ OPERATIONS: dict[str, Callable[..., Any]] = {
     "in place, a part": lambda a, b, plain, row, cube: _with_a_part_doubled(a),
     "in place, masked": lambda a, b, plain, row, cube: a.clone().masked_fill_(plain > 0, 0.0).zero_(),
     "roll": lambda a, b, plain, row, cube: (a.roll(1, 0), a.roll(2)),
+    "convolution": lambda a, b, plain, row, cube: (
+        torch.nn.functional.conv2d(cube[None], KERNELS, row[:3], padding=1),
+        torch.nn.functional.conv2d(cube[None], KERNELS, plain[0, :3], stride=2),
+        torch.nn.functional.conv2d(cube[None], a.view(4, 2, 3, 1)),
+    ),
+    "gradients of a convolution": lambda a, b, plain, row, cube: torch.ops.aten.convolution_backward(
+        cube[None, :, :, 1:], cube[None], KERNELS[:2, :, :1, :2], [2], [1, 1], [0, 0], [1, 1], False, [0, 0], 1, [True] * 3
+    ),
     "einsum": lambda a, b, plain, row, cube: torch.einsum("bij,kj->bki", cube, plain),
 }  # fmt: skip
 

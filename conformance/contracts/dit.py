@@ -1,6 +1,5 @@
 """The contract of DiT."""
 
-import math
 from collections.abc import Callable
 from dataclasses import asdict, fields
 from typing import Any
@@ -8,7 +7,7 @@ from typing import Any
 import torch
 from hypothesis import strategies as st
 
-from gaugeblock.conformance.contracts import flash_attention
+from gaugeblock.conformance.contracts import flash_attention, model_states
 from gaugeblock.conformance.engine.contract import Contract, Input, Output, Regime, Rejection, Workload, row
 from gaugeblock.conformance.engine.factors import Factor, Trait, edges, either
 from gaugeblock.conformance.engine.implementation import compiled, jax, triton
@@ -68,16 +67,15 @@ def dit() -> Contract:
         ),
         rejections=REJECTIONS,
         implementations=(
-            triton(**LIBRARY_PRODUCTS),
-            compiled("compiled", devices=("cuda",), **LIBRARY_PRODUCTS),  # on a CPU every compilation takes a minute
+            triton(**model_states.LIBRARY_PRODUCTS),
+            compiled("compiled", devices=("cuda",), **model_states.LIBRARY_PRODUCTS),  # on a CPU every compilation takes a minute
             jax("jax-compiled"),
         ),
     )
 
 
+TABLE = "y_embedder"  # of which few rows are read
 LABELS = "state/y_embedder.embedding_table.weight"
-# torch rounds what its products give, and on a CPU their bits depend on how many rows there are.
-LIBRARY_PRODUCTS: dict[str, Any] = {"rounding": "eager", "batch_invariant": False}
 
 
 def configuration(parameters: Parameters) -> DiTConfig:
@@ -87,7 +85,7 @@ def configuration(parameters: Parameters) -> DiTConfig:
 
 def state_leaves(parameters: Parameters) -> dict[str, Input]:
     """The model's parameters."""
-    return {name: Input(name, shape) for name, shape in model.state_shapes(configuration(parameters)).items()}
+    return model_states.leaves(model.state_shapes(configuration(parameters)))
 
 
 def flops(parameters: Parameters) -> float:
@@ -95,9 +93,10 @@ def flops(parameters: Parameters) -> float:
     config = configuration(parameters)
     attention = 4.0 * config.depth * config.num_patches**2 * config.hidden_size
     products = 0.0
-    for name, shape in _multiplied(config).items():
-        uses = 1 if name.startswith("t_embedder") or "adaLN" in name else config.num_patches
-        products += 2.0 * uses * math.prod(shape) if len(shape) > 1 else 0.0
+    for name, shape in model.state_shapes(config).items():
+        if not name.startswith(TABLE):
+            is_steering = name.startswith("t_embedder") or "adaLN" in name
+            products += model_states.product_flops(shape, 1 if is_steering else config.num_patches)
     return parameters["batch_size"] * (attention + products)
 
 
@@ -105,12 +104,7 @@ def moved(parameters: Parameters, itemsize: int) -> float:
     """Parameters, latents and result, once each."""
     config = configuration(parameters)
     pixels = parameters["batch_size"] * (config.in_channels + config.out_channels) * config.input_size**2
-    return float(itemsize * (sum(math.prod(shape) for shape in _multiplied(config).values()) + pixels))
-
-
-def _multiplied(config: DiTConfig) -> dict[str, tuple[int, ...]]:
-    """Shapes of the parameters, but for the labels' table, of which few rows are read."""
-    return {name: shape for name, shape in model.state_shapes(config).items() if not name.startswith("y_embedder")}
+    return itemsize * (model_states.moved(model.state_shapes(config), without=(TABLE,)) + pixels)
 
 
 def sizes(batch_size: int, config: DiTConfig) -> dict[str, Any]:
@@ -186,7 +180,7 @@ def point(batch_size: int, heads: tuple[int, int], patches: tuple[int, int], dep
 
 
 def _all(value: Callable[[Tensors], Any], name: str) -> Callable[[Tensors], Tensors]:
-    return lambda tensors: {name: torch.full_like(tensors[name], value(tensors))}
+    return lambda tensors: model_states.full(tensors, name, value(tensors))
 
 
 TRAITS = (
@@ -202,11 +196,8 @@ TRAITS = (
 
 def dithered(draw: Draw, parameters: Parameters) -> Tensors:
     """Random latents and weights scaled by fan-in, none of them 0; times up to 999, with neighbours; the dropped label."""
-    shapes, batch_size = model.state_shapes(configuration(parameters)), parameters["batch_size"]
-    state = {}
-    for name, shape in shapes.items():
-        deviation = torch.Size(shape[1:]).numel() ** -0.5 if len(shape) > 1 and not name.startswith("y_embedder") else 0.5
-        state[f"state/{name}"] = draw.normal(*shape) * deviation
+    state = model_states.drawn(draw, model.state_shapes(configuration(parameters)), tables=(TABLE,))
+    batch_size = parameters["batch_size"]
     times = 1000 * draw.uniform(batch_size)
     times[:2] = torch.tensor([999.0, 998.0], dtype=torch.float64)[:batch_size]
     labels = draw.integers(0, parameters["num_classes"] + 1, batch_size)

@@ -11,10 +11,11 @@ from itertools import pairwise
 from typing import Any
 
 import torch
+from torch.utils._pytree import tree_map
 
 from gaugeblock.conformance.engine.budget.dispatch import Watching
 from gaugeblock.conformance.engine.budget.oracle import gradient_key
-from gaugeblock.conformance.engine.budget.rounding_noise import MATRIX_PRODUCTS, SUMS, ULPS
+from gaugeblock.conformance.engine.budget.rounding_noise import CONVOLUTIONS, MATRIX_PRODUCTS, SUMS, ULPS
 from gaugeblock.conformance.engine.calls import ResultCount, apply
 from gaugeblock.conformance.engine.contract import Contract
 from gaugeblock.conformance.engine.pull_back import pull_back
@@ -160,7 +161,7 @@ def _jitted(function: Callable[..., Any], options: tuple[str, ...]) -> Callable[
 
 
 class LibraryInFloat64(Watching):
-    """Torch's own matrix products, sums and functions in float64, each rounded once to its dtype.
+    """Torch's own matrix products, convolutions, sums and functions in float64, each rounded once to its dtype.
 
     On a CPU their bits depend on the batch: products choose a summation order by the number of rows, functions have one code for
     whole vectors and another for the rest. That is not the candidate's doing; what depends on the batch under this mode is.
@@ -169,12 +170,12 @@ class LibraryInFloat64(Watching):
     def __torch_dispatch__(self, func: Any, types: Iterable[type], args: tuple = (), kwargs: dict | None = None) -> Any:
         name = func.overloadpacket.__name__
         floating = args and isinstance(args[0], torch.Tensor) and args[0].is_floating_point()
-        if name not in {*MATRIX_PRODUCTS, *SUMS, *ULPS} or not floating:
+        if name not in {*MATRIX_PRODUCTS, *CONVOLUTIONS, *SUMS, *ULPS} or not floating:
             return func(*args, **(kwargs or {}))
         widened = [each.to(torch.float64) if isinstance(each, torch.Tensor) else each for each in args]
         others = {key: value for key, value in (kwargs or {}).items() if key != "out"}
         product = _grouped_mm if name == "_grouped_mm" else func.overloadpacket
-        result = product(*widened, **others).to(args[0].dtype)
+        result = tree_map(lambda each: each.to(args[0].dtype), product(*widened, **others))
         return kwargs["out"].copy_(result) if kwargs and "out" in kwargs else result
 
 

@@ -17,12 +17,25 @@ from gaugeblock.conformance.selftest.variant import every_case, right
 LIBRARIES = {
     "transformers": "transformers",
     "transformers_layers": "transformers",
+    "transformers_clip": "transformers",
     "diffusers": "diffusers",
+    "diffusers_flux": "diffusers",
+    "diffusers_mmdit": "diffusers",
+    "diffusers_unet": "diffusers",
+    "diffusers_vae": "diffusers",
     "liger": "liger-kernel",
     "torchtitan": "torchtitan",
 }
 """For each module of this folder that holds peers, the distribution that they need."""
-IMPORTS = {"liger": "liger_kernel", "transformers_layers": "transformers"}
+IMPORTS = {
+    "liger": "liger_kernel",
+    "transformers_layers": "transformers",
+    "transformers_clip": "transformers",
+    "diffusers_flux": "diffusers",
+    "diffusers_mmdit": "diffusers",
+    "diffusers_unet": "diffusers",
+    "diffusers_vae": "diffusers",
+}
 """The package that a distribution brings, where it is named otherwise than the module of this folder."""
 UNDOCUMENTED: Mapping[str, Any] = {"validates": False, "batch_invariant": False}
 """What none of these libraries promises, unless a peer says that it does."""

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 
-from gaugeblock.reference import validation
+from gaugeblock.reference import states, validation
 from gaugeblock.reference.configs import DiTConfig
 from gaugeblock.reference.jax import layers, random
 from gaugeblock.reference.jax.precision import at_least_float32
@@ -131,7 +131,7 @@ def state_shapes(config: DiTConfig) -> dict[str, tuple[int, ...]]:
         "y_embedder.embedding_table.weight": (config.num_classes + 1, hidden_size),
     }
     for index in range(config.depth):
-        shapes |= {f"blocks.{index}.{name}": shape for name, shape in block_shapes(config).items()}
+        shapes |= states.under(f"blocks.{index}", block_shapes(config))
     return shapes | {
         "final_layer.linear.weight": (patch_size**2 * config.out_channels, hidden_size),
         "final_layer.linear.bias": (patch_size**2 * config.out_channels,),
@@ -159,8 +159,7 @@ def block_shapes(config: DiTConfig) -> dict[str, tuple[int, ...]]:
 
 def block_state(state: Mapping[str, jax.Array], index: int) -> dict[str, jax.Array]:
     """Return the entries of one block, by the block's own names: `blocks.3.attn.qkv.weight` as `attn.qkv.weight`."""
-    prefix = f"blocks.{index}."
-    return {name.removeprefix(prefix): entry for name, entry in state.items() if name.startswith(prefix)}
+    return states.part(state, f"blocks.{index}")
 
 
 def initial_state(config: DiTConfig, *, seed: int) -> dict[str, jax.Array]:

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from gaugeblock.reference import validation
+from gaugeblock.reference.jax.attention import attention, join_heads, split_heads
 from gaugeblock.reference.jax.precision import at_least_float32
 
 LONGEST_PERIOD = 10000  # of both sinusoidal embeddings, in units of 2 pi
@@ -54,9 +55,10 @@ def layer_norm(hidden_states: jax.Array, *, eps: float) -> jax.Array:
     return centred * jax.lax.rsqrt(variance + eps)
 
 
-def linear(inputs: jax.Array, weight: jax.Array, bias: jax.Array) -> jax.Array:
-    """Multiply the last axis by a matrix [out_features, in_features] and add a bias [out_features]."""
-    return jnp.matmul(inputs, weight.mT, precision="highest") + bias
+def linear(inputs: jax.Array, weight: jax.Array, bias: jax.Array | None = None) -> jax.Array:
+    """Multiply the last axis by a matrix [out_features, in_features] and add a bias [out_features], if there is one."""
+    out = jnp.matmul(inputs, weight.mT, precision="highest")
+    return out if bias is None else out + bias
 
 
 def self_attention(
@@ -70,13 +72,9 @@ def self_attention(
 ) -> jax.Array:
     """As `gaugeblock.reference.torch.layers.self_attention`."""
     validation.self_attention(hidden_states, qkv_weight, qkv_bias, proj_weight, proj_bias, num_heads)
-    batch_size, num_tokens, hidden_size = hidden_states.shape
     qkv_BS3D = linear(at_least_float32(hidden_states), at_least_float32(qkv_weight), at_least_float32(qkv_bias))
-    qkv_BS3AF = qkv_BS3D.reshape(batch_size, num_tokens, 3, num_heads, hidden_size // num_heads)
-    query_BASF, key_BASF, value_BASF = qkv_BS3AF.transpose(2, 0, 3, 1, 4)
-    scores_BASS = jnp.matmul(query_BASF, key_BASF.mT, precision="highest") / math.sqrt(query_BASF.shape[-1])
-    attended_BASF = jnp.matmul(jax.nn.softmax(scores_BASS, axis=-1), value_BASF, precision="highest")
-    attended_BSD = attended_BASF.swapaxes(1, 2).reshape(hidden_states.shape)
+    query_BASF, key_BASF, value_BASF = (split_heads(each, num_heads) for each in jnp.split(qkv_BS3D, 3, axis=-1))
+    attended_BSD = join_heads(attention(query_BASF, key_BASF, value_BASF))
     out_BSD = linear(attended_BSD, at_least_float32(proj_weight), at_least_float32(proj_bias))
     return out_BSD.astype(hidden_states.dtype)
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 
 import torch
 
-from gaugeblock.reference import validation
+from gaugeblock.reference import states, validation
 from gaugeblock.reference.configs import DiTConfig
 from gaugeblock.reference.torch import layers, random
 from gaugeblock.reference.torch.precision import at_least_float32
@@ -178,7 +178,7 @@ def state_shapes(config: DiTConfig) -> dict[str, tuple[int, ...]]:
         "y_embedder.embedding_table.weight": (config.num_classes + 1, hidden_size),
     }
     for index in range(config.depth):
-        shapes |= {f"blocks.{index}.{name}": shape for name, shape in block_shapes(config).items()}
+        shapes |= states.under(f"blocks.{index}", block_shapes(config))
     return shapes | {
         "final_layer.linear.weight": (patch_size**2 * config.out_channels, hidden_size),
         "final_layer.linear.bias": (patch_size**2 * config.out_channels,),
@@ -206,8 +206,7 @@ def block_shapes(config: DiTConfig) -> dict[str, tuple[int, ...]]:
 
 def block_state(state: Mapping[str, torch.Tensor], index: int) -> dict[str, torch.Tensor]:
     """Return the entries of one block, by the block's own names: `blocks.3.attn.qkv.weight` as `attn.qkv.weight`."""
-    prefix = f"blocks.{index}."
-    return {name.removeprefix(prefix): entry for name, entry in state.items() if name.startswith(prefix)}
+    return states.part(state, f"blocks.{index}")
 
 
 def initial_state(config: DiTConfig, *, seed: int) -> dict[str, torch.Tensor]:

@@ -9,6 +9,7 @@ import math
 import torch
 
 from gaugeblock.reference import validation
+from gaugeblock.reference.torch.attention import attention, join_heads, split_heads
 from gaugeblock.reference.torch.precision import at_least_float32
 
 LONGEST_PERIOD = 10000  # of both sinusoidal embeddings, in units of 2 pi
@@ -102,10 +103,11 @@ def layer_norm(hidden_states: torch.Tensor, *, eps: float) -> torch.Tensor:
     return centred * torch.rsqrt(variance + eps)
 
 
-def linear(inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-    """Multiply the last axis by a matrix [out_features, in_features] and add a bias [out_features]."""
+def linear(inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """Multiply the last axis by a matrix [out_features, in_features] and add a bias [out_features], if there is one."""
     # contiguous: in bfloat16 on a CPU torch's product goes astray where rows of the weight lie 2^31 elements apart (2.13)
-    return inputs @ weight.contiguous().mT + bias
+    out = inputs @ weight.contiguous().mT
+    return out if bias is None else out + bias
 
 
 def self_attention(
@@ -141,13 +143,9 @@ def self_attention(
     Source: Vaswani et al. 2017 (arXiv:1706.03762), section 3.2.2.
     """
     validation.self_attention(hidden_states, qkv_weight, qkv_bias, proj_weight, proj_bias, num_heads)
-    batch_size, num_tokens, hidden_size = hidden_states.shape
     qkv_BS3D = linear(at_least_float32(hidden_states), at_least_float32(qkv_weight), at_least_float32(qkv_bias))
-    qkv_BS3AF = qkv_BS3D.reshape(batch_size, num_tokens, 3, num_heads, hidden_size // num_heads)
-    query_BASF, key_BASF, value_BASF = qkv_BS3AF.permute(2, 0, 3, 1, 4)
-    scores_BASS = query_BASF @ key_BASF.mT / math.sqrt(query_BASF.shape[-1])
-    attended_BASF = scores_BASS.softmax(dim=-1) @ value_BASF
-    attended_BSD = attended_BASF.transpose(1, 2).reshape(hidden_states.shape)
+    query_BASF, key_BASF, value_BASF = (split_heads(each, num_heads) for each in qkv_BS3D.chunk(3, dim=-1))
+    attended_BSD = join_heads(attention(query_BASF, key_BASF, value_BASF))
     out_BSD = linear(attended_BSD, at_least_float32(proj_weight), at_least_float32(proj_bias))
     return out_BSD.to(hidden_states.dtype)
 

@@ -6,7 +6,7 @@ What is disturbed and by how much, with the evidence: conformance/JUDGING.md, se
 import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Any
 
 import torch
@@ -39,6 +39,7 @@ MOVES = frozenset(
     zeros_like _to_copy _unsafe_view value_selecting_reduction_backward""".split()
 )
 MATRIX_PRODUCTS = {"mm": 0, "bmm": 0, "mv": 0, "dot": 0, "addmm": 1, "addmv": 1, "baddbmm": 1, "_grouped_mm": 0}
+CONVOLUTIONS = {"convolution": 2, "convolution_backward": 3}  # and how many of the first arguments are multiplied with each other
 ADDITIONS = {"add", "add_", "sub", "sub_"}
 SUMS = {"sum", "mean", "cumsum"}
 SCATTERED_SUMS = {"index_add": 3, "index_add_": 3, "scatter_add": 3, "scatter_add_": 3, "index_put": 2, "index_put_": 2}
@@ -106,7 +107,7 @@ class RoundingNoise(Watching):
             return self._disturbed(func, args, kwargs)
         met = [each for each in tree_leaves((args, kwargs)) if isinstance(each, torch.Tensor) and each.is_floating_point()]
         self.stores = not all(each in self.wide for each in met)
-        if self.stores and not func.is_view and func.overloadpacket.__name__ not in MATRIX_PRODUCTS:
+        if self.stores and not func.is_view and func.overloadpacket.__name__ not in {*MATRIX_PRODUCTS, *CONVOLUTIONS}:
             args = tuple(map(self._narrowed, args))
         result = self._disturbed(func, args, kwargs)
         for each in (each for each in tree_leaves(result) if _is_float64(each)):
@@ -129,6 +130,8 @@ class RoundingNoise(Watching):
         name = func.overloadpacket.__name__
         if name in MATRIX_PRODUCTS:
             return self._matrix_product(func, MATRIX_PRODUCTS[name], args, kwargs)
+        if name in CONVOLUTIONS:
+            return self._convolution(func, CONVOLUTIONS[name], args, kwargs)
         if name == "_to_copy" and kwargs.get("dtype") is torch.float8_e4m3fn:  # near a tie it may go either way
             return self._held(self._round(self._values(args[0]), torch.float8_e4m3fn), writable=True)
         adds = name in SCATTERED_SUMS and (not name.startswith("index_put") or (len(args) > 3 and bool(args[3])))
@@ -198,6 +201,34 @@ class RoundingNoise(Watching):
             return self._accumulation_deviation(a.shape[-1], of_run(0, result), sizes)
 
         return self._with_terms(self._held(self._add_noise(self._values(result), deviation)), left.shape[-1])
+
+    def _convolution(self, func: Any, factors: int, args: tuple, kwargs: dict) -> Any:
+        """A convolution, or its gradients by images, weight and bias: of squares it gives the sums of squares."""
+        args = (*map(self._operand, args[:factors]), *args[factors:])
+        results = self._perform(func, args, kwargs)
+        size = torch.abs if self.cancelling else torch.square
+        *given, weight = (of_run(0, each) for each in args[:factors])  # images; or the result's gradient and images
+        terms: tuple[int, ...]
+        if factors == 2:
+            bias = None if args[2] is None else size(of_run(0, args[2]))
+            results, terms, others = (results,), (weight[0].numel(),), (bias, *args[3:])
+        else:
+            places = given[0].numel() // weight.shape[0]
+            terms, others = (weight[:, 0].numel(), places, places), args[3:]
+
+        @cache
+        def sizes() -> tuple[torch.Tensor, ...]:
+            sums = func(*map(size, given), size(weight), *others, **kwargs)
+            return (sums,) if factors == 2 else sums
+
+        def noisy(place: int, result: torch.Tensor) -> torch.Tensor:
+            def deviation() -> torch.Tensor:
+                return self._accumulation_deviation(terms[place], of_run(0, result), sizes()[place])
+
+            return self._with_terms(self._held(self._add_noise(self._values(result), deviation)), terms[place])
+
+        disturbed = tuple(each if each is None else noisy(place, each) for place, each in enumerate(results))
+        return disturbed[0] if factors == 2 else disturbed
 
     def _terms(self, value: Any) -> int:
         """How many terms each element of a matrix product has; 0 for what is none."""

@@ -156,6 +156,9 @@ def _at_once(func: Any, args: tuple, kwargs: dict, runs: int) -> Any:
         return torch.matmul(args[0].all_runs, args[1])  # one product of all rows
     if name in ("mm", "bmm"):
         return torch.matmul(*_stacked(args, runs))
+    if name == "convolution" and not any(isinstance(each, Runs) for each in args[1:3]):
+        out = func(args[0].all_runs.flatten(0, 1), *args[1:], **kwargs)  # one of the images of all runs
+        return out.unflatten(0, (runs, -1))
     if name in INDEXED and isinstance(args[0], Runs) and not any(isinstance(each, Runs) for each in args[1]):
         given = [position for position, each in enumerate(args[1]) if each is not None]
         if given[-1] - given[0] == len(given) - 1:  # else what they choose would come before the runs

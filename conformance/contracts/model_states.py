@@ -1,0 +1,53 @@
+"""What the contracts of models have in common: their parameters as inputs, drawn, counted."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from gaugeblock.conformance.engine.contract import Input
+from gaugeblock.conformance.engine.inputs.draw import Draw
+from gaugeblock.conformance.engine.vocabulary import Tensors
+
+Shapes = Mapping[str, tuple[int, ...]]
+# torch rounds what its products give, and on a CPU their bits depend on how many rows there are.
+LIBRARY_PRODUCTS: dict[str, Any] = {"rounding": "eager", "batch_invariant": False}
+
+
+def leaves(shapes: Shapes) -> dict[str, Input]:
+    """Parameters as inputs."""
+    return {name: Input(name, shape) for name, shape in shapes.items()}
+
+
+def drawn(draw: Draw, shapes: Shapes, *, tables: tuple[str, ...] = (), around_one: tuple[str, ...] = ()) -> Tensors:
+    """Random parameters, none of them 0, under the keys that an argument `state` has.
+
+    Args:
+        shapes: Of each by name.
+        tables: Parts of names of embeddings, of which rows are read; their deviation is a half.
+        around_one: Parts of names of what scales (of norms); they are 1 and a bit. All other matrices and kernels are scaled by
+            fan-in, all other vectors have a deviation of a half.
+    """
+    state = {}
+    for name, shape in shapes.items():
+        is_table = any(each in name for each in tables)
+        deviation = math.prod(shape[1:]) ** -0.5 if len(shape) > 1 and not is_table else 0.5
+        offset = 1.0 if any(each in name for each in around_one) else 0.0
+        state[f"state/{name}"] = draw.normal(*shape) * deviation + offset
+    return state
+
+
+def moved(shapes: Shapes, *, without: tuple[str, ...] = ()) -> float:
+    """How many numbers are read of the parameters, but for tables of which few rows are."""
+    return float(sum(math.prod(shape) for name, shape in shapes.items() if not any(each in name for each in without)))
+
+
+def product_flops(shape: tuple[int, ...], rows: float) -> float:
+    """Operations of a matrix product, or of a convolution, that has so many rows, or places in its result."""
+    return 2.0 * rows * math.prod(shape) if len(shape) > 1 else 0.0
+
+
+def full(tensors: Tensors, name: str, value: float) -> Tensors:
+    """An input that has one value everywhere."""
+    return {name: torch.full_like(tensors[name], value)}

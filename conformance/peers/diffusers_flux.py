@@ -1,0 +1,1 @@
+"""diffusers' FluxTransformer2DModel on trial; imported only where diffusers is installed."""

@@ -1,0 +1,1 @@
+"""diffusers' SD3Transformer2DModel on trial; imported only where diffusers is installed."""

@@ -1,0 +1,1 @@
+"""diffusers' UNet2DConditionModel on trial; imported only where diffusers is installed."""

@@ -1,0 +1,1 @@
+"""diffusers' AutoencoderKL on trial; imported only where diffusers is installed."""

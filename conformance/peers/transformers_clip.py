@@ -1,0 +1,1 @@
+"""transformers' CLIPTextModel on trial; imported only where transformers is installed."""

@@ -1,0 +1,38 @@
+"""State dicts: parts of them, and how many parameters there are."""
+
+import math
+from collections.abc import Mapping
+from typing import TypeVar
+
+Entry = TypeVar("Entry")
+Shapes = dict[str, tuple[int, ...]]
+
+
+def under(prefix: str, entries: Mapping[str, Entry]) -> dict[str, Entry]:
+    """Return entries by the names that they have in the whole: `attn.to_q.weight` as `blocks.3.attn.to_q.weight`."""
+    return {f"{prefix}.{name}": entry for name, entry in entries.items()}
+
+
+def part(state: Mapping[str, Entry], prefix: str) -> dict[str, Entry]:
+    """Return the entries of one module, by the module's own names: `blocks.3.attn.to_q.weight` as `attn.to_q.weight`."""
+    return {name.removeprefix(f"{prefix}."): entry for name, entry in state.items() if name.startswith(f"{prefix}.")}
+
+
+def num_parameters(shapes: Mapping[str, tuple[int, ...]]) -> int:
+    """Return how many numbers there are in arrays of these shapes."""
+    return sum(math.prod(shape) for shape in shapes.values())
+
+
+def linear_shapes(out_features: int, in_features: int, *, bias: bool = True) -> Shapes:
+    """Return the shapes of the parameters of a linear layer."""
+    return {"weight": (out_features, in_features)} | ({"bias": (out_features,)} if bias else {})
+
+
+def convolution_shapes(out_channels: int, in_channels: int, kernel_size: int) -> Shapes:
+    """Return the shapes of the parameters of a convolution with a square kernel."""
+    return {"weight": (out_channels, in_channels, kernel_size, kernel_size), "bias": (out_channels,)}
+
+
+def norm_shapes(channels: int) -> Shapes:
+    """Return the shapes of the parameters of a norm that scales and shifts."""
+    return {"weight": (channels,), "bias": (channels,)}

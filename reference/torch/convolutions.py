@@ -1,0 +1,39 @@
+"""Convolutions of images, and what changes their size.
+
+Shapes: B batch_size, C channels, O out_channels, H height, W width, K height and width of a kernel.
+"""
+
+import torch
+
+
+def convolution(
+    images: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    *,
+    stride: int = 1,
+    padding: tuple[int, int] | None = None,
+) -> torch.Tensor:
+    """Convolve images with square kernels.
+
+        out[b, o, y, x] = bias[o] + sum over c, i, j of weight[o, c, i, j] * padded[b, c, stride * y + i, stride * x + j]
+
+    Args:
+        images: [batch_size, channels, height, width], floating.
+        weight: [out_channels, channels, kernel_size, kernel_size].
+        bias: [out_channels].
+        stride: Of the kernel's places, in both directions.
+        padding: Rows (and columns) of zeros before the first and after the last; by default kernel_size // 2 on either side,
+            which keeps the size.
+
+    Returns:
+        [batch_size, out_channels, height', width'], dtype of images.
+    """
+    before, after = (weight.shape[-1] // 2,) * 2 if padding is None else padding
+    padded_BCHW = torch.nn.functional.pad(images, (before, after, before, after))
+    return torch.nn.functional.conv2d(padded_BCHW, weight, bias, stride=stride)
+
+
+def upsample(images: torch.Tensor) -> torch.Tensor:
+    """Double height and width of [batch_size, channels, height, width]: each pixel becomes four of its value."""
+    return images.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)
