@@ -16,9 +16,10 @@ def convolution(
     padding: tuple[int, int] | None = None,
 ) -> jax.Array:
     """As `gaugeblock.reference.torch.convolutions.convolution`."""
-    around = (weight.shape[-1] // 2,) * 2 if padding is None else padding
-    out_BOHW = jax.lax.conv_general_dilated(images, weight, (stride, stride), (around, around), precision="highest")
-    return out_BOHW + bias[:, None, None]
+    before, after = (weight.shape[-1] // 2,) * 2 if padding is None else padding
+    padded_BCHW = jnp.pad(images, ((0, 0), (0, 0), (before, after), (before, after)))
+    convolved = jax.lax.conv_general_dilated(padded_BCHW, weight, (stride, stride), "VALID", precision="highest")
+    return convolved + bias[:, None, None]
 
 
 def upsample(images: jax.Array) -> jax.Array:
