@@ -19,6 +19,7 @@ the same bits, and no example's bits depend on its batch; the sums of 32 tokens 
 Shapes: B batch_size, S num_tokens, D hidden_size, C chunks of tokens.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -219,6 +220,17 @@ def _sum_chunks_kernel(chunks_ptr, sums_ptr, num_chunks, width, BLOCK_CHUNKS: tl
     tl.store(sums_ptr + row * width + columns, tl.sum(total, axis=0)[None, :], mask=exists)
 
 
+def sum_chunks(chunks: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Add up contiguous float32 chunks [..., C, D] to [..., D] in their order, rounded to a dtype once."""
+    *rows, num_chunks, width = chunks.shape
+    sums = chunks.new_empty(*rows, width, dtype=dtype)
+    block_chunks, block_columns = SUM_BLOCK
+    _sum_chunks_kernel[(math.prod(rows), triton.cdiv(width, block_columns))](
+        chunks, sums, num_chunks, width, BLOCK_CHUNKS=block_chunks, BLOCK_COLUMNS=block_columns
+    )
+    return sums
+
+
 def _strides(tensor: torch.Tensor | None, rank: int) -> tuple[int, ...]:
     return tensor.stride() if tensor is not None else (0,) * rank
 
@@ -278,13 +290,7 @@ class _GatedResidualLayerNormModulate(torch.autograd.Function):
             NEEDS_HIDDEN=needs_residual or needs_branch or needs_gate,
             BLOCK_TOKENS=block_tokens, BLOCK_COLUMNS=block_columns,
         )  # fmt: skip
-        sums = residual.new_empty(sum(wanted), batch_size, width)
-        if any(wanted):
-            block_chunks, block_columns = SUM_BLOCK
-            _sum_chunks_kernel[(sum(wanted) * batch_size, triton.cdiv(width, block_columns))](
-                chunks, sums, num_chunks, width, BLOCK_CHUNKS=block_chunks, BLOCK_COLUMNS=block_columns
-            )
-        each = iter(sums)
+        each = iter(sum_chunks(chunks, residual.dtype)) if any(wanted) else iter(())
         return residual_gradient, branch_gradient, *(next(each) if needed else None for needed in wanted), None
 
 

@@ -39,6 +39,7 @@ from gaugeblock.reference.validation.experts import (
     gated_shared_swiglu,
     shared_swiglu,
 )
+from gaugeblock.reference.validation.gated_activations import geglu, swiglu
 from gaugeblock.reference.validation.grouped_moe_layers import deepseek_v2_moe, deepseek_v3_moe
 from gaugeblock.reference.validation.input_scaled_moe_layers import llama4_moe
 from gaugeblock.reference.validation.layers import (
@@ -62,6 +63,7 @@ from gaugeblock.reference.validation.objectives import (
 )
 from gaugeblock.reference.validation.quantization import quantize_token_groups
 from gaugeblock.reference.validation.quantized_experts import fused_swiglu_fp8, fused_swiglu_int8
+from gaugeblock.reference.validation.rotary import qk_norm_rotary, rotary_table, rotate
 from gaugeblock.reference.validation.routers import (
     biased_softmax_topk,
     grouped_sigmoid_topk,
