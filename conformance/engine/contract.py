@@ -57,6 +57,8 @@ class Input:
     """Of a dict of tensors (a state dict): its tensors by name, at given sizes."""
     buffers: frozenset[str] = frozenset()
     """Of a dict with gradients: the names of the tensors in it that have none."""
+    any_rank: bool = False
+    """Whether it may have more axes in front, or fewer; the gate calls it with these."""
     whole: tuple[str, ...] = ()
     """Dimensions that every rank has whole, whatever a sharding says of their names: a router's, where experts are spread."""
 

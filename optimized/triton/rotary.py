@@ -22,7 +22,7 @@ import triton.language as tl
 from torch.autograd.function import once_differentiable
 
 from gaugeblock.optimized.triton.launch import device_of, multiprocessors_of, reject_float64, require_triton_device
-from gaugeblock.optimized.triton.layers import sum_chunks
+from gaugeblock.optimized.triton.partial_sums import sum_chunks
 from gaugeblock.reference import validation
 from gaugeblock.reference.configs import RotaryPairs
 
