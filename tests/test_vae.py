@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
+from agreement import assert_agree
 from diffusers import AutoencoderKL
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from test_references import assert_equal_to_rounding, jax_value_and_grads, random, value_and_grads
@@ -21,9 +22,6 @@ from gaugeblock.reference import states
 from gaugeblock.reference.configs import VAE_PRESETS, VAEConfig
 from gaugeblock.reference.jax import vae as jax_vae
 from gaugeblock.reference.torch import vae
-
-# of each array's largest element: float64 keeps 1e-16, and the gradient of what a norm nearly takes out loses some digits of it
-RELATIVE = 1e-10
 
 # sizes that differ pairwise, so that none can stand for another
 SMALL = VAEConfig(
@@ -65,13 +63,6 @@ def latents_of(config: VAEConfig, batch_size: int, height: int, width: int, dtyp
     return random(batch_size, config.latent_channels, height, width, seed=51, dtype=dtype)
 
 
-def assert_agree(actual: list, expected: list) -> None:
-    for one_actual, one_expected in zip(actual, expected, strict=True):
-        one_actual, one_expected = np.asarray(one_actual), np.asarray(one_expected)
-        assert one_actual.shape == one_expected.shape and one_actual.dtype == one_expected.dtype
-        assert abs(one_actual - one_expected).max() <= RELATIVE * abs(one_expected).max()
-
-
 def to_jax(tensors):
     return jax.tree.map(lambda tensor: jnp.asarray(tensor.numpy()), tensors)
 
@@ -86,13 +77,8 @@ def of_state(call, state: dict[str, torch.Tensor]):
     return function
 
 
-def with_biases_of_keys(state: dict[str, torch.Tensor], gradients: list) -> list:
-    """Put the gradient of a key's bias, which is 0 but for rounding, beside that of its weight, to be measured by it."""
-    by_name = {name: np.asarray(gradient) for name, gradient in zip(state, gradients, strict=True)}
-    for name in [each for each in by_name if each.endswith("to_k.bias")]:
-        weight = name.replace("bias", "weight")
-        by_name[weight] = np.concatenate([by_name[weight].flatten(), by_name.pop(name)])
-    return list(by_name.values())
+def by_name(state: dict[str, torch.Tensor], out, of_inputs, *of_entries) -> dict:
+    return {"out": out, "inputs": of_inputs, **dict(zip(state, of_entries, strict=True))}
 
 
 def assert_is_that_of_diffusers(call, state: dict[str, torch.Tensor], inputs: torch.Tensor, expected: torch.Tensor) -> None:
@@ -100,9 +86,9 @@ def assert_is_that_of_diffusers(call, state: dict[str, torch.Tensor], inputs: to
     cotangent = random(*expected.shape, seed=52)
     gradients = torch.autograd.grad(expected, [inputs, *state.values()], cotangent)
     actual = value_and_grads(of_state(call, state), [inputs, *state.values()], cotangent)
-    expected_all = [expected.detach(), gradients[0], *with_biases_of_keys(state, gradients[1:])]
-    assert min(abs(each).max() for each in expected_all) > 1e-5
-    assert_agree([*actual[:2], *with_biases_of_keys(state, actual[2:])], expected_all)
+    results = by_name(state, expected.detach(), *gradients)
+    assert all(each.abs().max() > 1e-5 for name, each in results.items() if not name.endswith("to_k.bias"))
+    assert_agree(by_name(state, *actual), results)
 
 
 def parameters_of(model: AutoencoderKL, shapes: states.Shapes) -> dict[str, torch.Tensor]:
@@ -172,7 +158,7 @@ def test_latents_are_shifted_and_then_scaled(name, module):
     assert_equal_to_rounding(module.unscale_latents(scaled, config=config), latents)
 
 
-# of config.json of the checkpoints' vae: scaling, shift, channels; and the number of parameters
+# scaling, shift and channels as the checkpoints' configurations have them, and the number of parameters
 PUBLISHED = {
     "stable-diffusion-1": (0.18215, 0, 4, 83_653_863),
     "stable-diffusion-2": (0.18215, 0, 4, 83_653_863),
@@ -211,8 +197,9 @@ def test_a_checkpoint_of_diffusers_gives_its_images(tmp_path, deprecated):
     with torch.no_grad():
         model.double()
         posterior, decoded = model.encode(images).latent_dist, model.decode(latents).sample
-    actual = [*vae.encode(wide, images, config=SMALL), vae.decode(wide, latents, config=SMALL)]
-    assert_agree(actual, [posterior.mean, posterior.logvar, decoded])
+    actual = (*vae.encode(wide, images, config=SMALL), vae.decode(wide, latents, config=SMALL))
+    names, expected = ("mean", "logvar", "out"), (posterior.mean, posterior.logvar, decoded)
+    assert_agree(dict(zip(names, actual, strict=True)), dict(zip(names, expected, strict=True)))
     jax_state = jax_vae.load_state(to_jax(checkpoint), config=SMALL)
     assert list(jax_state) == list(state)
     for name, entry in state.items():
@@ -233,8 +220,7 @@ def test_twins_agree(config):
         expected = value_and_grads(ours, [inputs, *own.values()], cotangent)
         with jax.enable_x64(True):
             actual = jax_value_and_grads(jax.jit(theirs), [inputs, *own.values()], cotangent)
-        expected, actual = ([*each[:2], *with_biases_of_keys(own, each[2:])] for each in (expected, actual))
-        assert_agree(actual, expected)
+        assert_agree(by_name(own, *actual), by_name(own, *expected))
 
 
 @EACH_TWIN
