@@ -16,3 +16,4 @@ from gaugeblock.reference.configs.options import (
     TimestepSampling,
     VelocitySign,
 )
+from gaugeblock.reference.configs.vae import VAE_PRESETS, VAEConfig

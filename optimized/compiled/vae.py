@@ -1,0 +1,140 @@
+"""AutoencoderKL with its blocks compiled by torch.compile, in the dtype of its inputs and with the channels last.
+
+With the channels last a GPU's convolutions need no transpositions, and attention finds the tokens as it wants them. What lies
+between convolutions (GroupNorm, silu, residual sums, the doubling of an image) is fused; a block of one kind is compiled once
+for all resolutions. Results of convolutions, products and attention are in the dtype of the inputs; their sums, and what is
+inside of a norm, are float32.
+
+Shapes: as in `reference.torch.vae`.
+"""
+
+from collections.abc import Callable, Mapping
+from functools import cache
+
+import torch
+from torch.nn import functional
+
+from gaugeblock.reference import states, validation
+from gaugeblock.reference.configs import VAEConfig
+from gaugeblock.reference.torch import convolutions, modules
+from gaugeblock.reference.torch.vae import LARGEST_LOGVAR, NORM_EPS, SMALLEST_LOGVAR, decoder_shapes, encoder_shapes
+
+State = Mapping[str, torch.Tensor]
+
+
+def encode(state: State, images: torch.Tensor, *, config: VAEConfig) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return mean and log variance of the latents of images.
+
+    Args:
+        state: The encoder's parameters by name, shapes as in `reference.torch.vae.encoder_shapes`, dtype of images; those of
+            the decoder may be there and are left alone.
+        images: [batch_size, in_channels, height, width], floating, usually in [-1, 1].
+        config: The model.
+
+    Returns:
+        mean, logvar: [batch_size, latent_channels, height // downsampling, width // downsampling] each, dtype as images.
+        Differentiable once, by images and state.
+
+    Raises:
+        TypeError: An argument is not a tensor of the dtype above.
+        ValueError: An entry of the state is missing, unexpected or of another shape; ranks, sizes or devices do not fit
+            together; or an image is smaller than one place of its latents.
+
+    Source: `gaugeblock.reference.torch.vae.encode`.
+    """
+    validation.vae_encode(state, images, config, encoder_shapes(config), decoder_shapes(config))
+    hidden_BCHW = modules.convolution(state, "encoder.conv_in", _channels_last(images))
+    for index in range(len(config.block_out_channels)):
+        block = states.part(state, f"encoder.down_blocks.{index}")
+        hidden_BCHW = _resnets(block, hidden_BCHW, config)
+        if "downsamplers.0.conv.weight" in block:
+            hidden_BCHW = modules.convolution(block, "downsamplers.0.conv", hidden_BCHW, stride=2, padding=(0, 1))
+    hidden_BCHW = _mid_block(states.part(state, "encoder.mid_block"), hidden_BCHW, config)
+    moments_BCHW = _compiled(_last)(states.part(state, "encoder"), hidden_BCHW, config.norm_num_groups)
+    if config.use_quant_conv:
+        moments_BCHW = modules.convolution(state, "quant_conv", moments_BCHW)
+    mean_BCHW, logvar_BCHW = moments_BCHW.contiguous().chunk(2, dim=1)
+    return mean_BCHW, logvar_BCHW.clamp(SMALLEST_LOGVAR, LARGEST_LOGVAR)
+
+
+def decode(state: State, latents: torch.Tensor, *, config: VAEConfig) -> torch.Tensor:
+    """Return the images of latents.
+
+    Args:
+        state: The decoder's parameters by name, shapes as in `reference.torch.vae.decoder_shapes`, dtype of latents; those of
+            the encoder may be there and are left alone.
+        latents: [batch_size, latent_channels, height, width], floating; not scaled.
+        config: The model.
+
+    Returns:
+        [batch_size, out_channels, height * downsampling, width * downsampling], dtype as latents, not clamped. Differentiable
+        once, by latents and state.
+
+    Raises: as `encode`.
+
+    Source: `gaugeblock.reference.torch.vae.decode`.
+    """
+    validation.vae_decode(state, latents, config, decoder_shapes(config), encoder_shapes(config))
+    hidden_BCHW = _channels_last(latents)
+    if config.use_post_quant_conv:
+        hidden_BCHW = modules.convolution(state, "post_quant_conv", hidden_BCHW)
+    hidden_BCHW = modules.convolution(state, "decoder.conv_in", hidden_BCHW)
+    hidden_BCHW = _mid_block(states.part(state, "decoder.mid_block"), hidden_BCHW, config)
+    for index in range(len(config.block_out_channels)):
+        block = states.part(state, f"decoder.up_blocks.{index}")
+        hidden_BCHW = _resnets(block, hidden_BCHW, config)
+        if "upsamplers.0.conv.weight" in block:
+            hidden_BCHW = modules.convolution(block, "upsamplers.0.conv", convolutions.upsample(hidden_BCHW))
+    return _compiled(_last)(states.part(state, "decoder"), hidden_BCHW, config.norm_num_groups).contiguous()
+
+
+def _channels_last(images: torch.Tensor) -> torch.Tensor:
+    return images.contiguous(memory_format=torch.channels_last)
+
+
+def _resnets(block: State, images_BCHW: torch.Tensor, config: VAEConfig) -> torch.Tensor:
+    index = 0
+    while f"resnets.{index}.conv1.weight" in block:
+        images_BCHW = _compiled(_resnet_block)(states.part(block, f"resnets.{index}"), images_BCHW, config.norm_num_groups)
+        index += 1
+    return images_BCHW
+
+
+def _mid_block(block: State, images_BCHW: torch.Tensor, config: VAEConfig) -> torch.Tensor:
+    images_BCHW = _compiled(_resnet_block)(states.part(block, "resnets.0"), images_BCHW, config.norm_num_groups)
+    if config.mid_block_add_attention:
+        images_BCHW = _compiled(_attention_block)(states.part(block, "attentions.0"), images_BCHW, config.norm_num_groups)
+    return _compiled(_resnet_block)(states.part(block, "resnets.1"), images_BCHW, config.norm_num_groups)
+
+
+@cache
+def _compiled(block: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """Compiled when it is first needed: importing torch.compile's compiler takes a second."""
+    return torch.compile(block, dynamic=True)
+
+
+def _resnet_block(state: State, images_BCHW: torch.Tensor, num_groups: int) -> torch.Tensor:
+    inner_BCHW = modules.convolution(state, "conv1", _norm_silu(state, "norm1", images_BCHW, num_groups))
+    branch_BCHW = modules.convolution(state, "conv2", _norm_silu(state, "norm2", inner_BCHW, num_groups))
+    if "conv_shortcut.weight" in state:
+        images_BCHW = modules.convolution(state, "conv_shortcut", images_BCHW)
+    return images_BCHW + branch_BCHW
+
+
+def _attention_block(state: State, images_BCHW: torch.Tensor, num_groups: int) -> torch.Tensor:
+    tokens_BSC = _norm(state, "group_norm", images_BCHW, num_groups).flatten(2).mT
+    query, key, value = (modules.linear(state, name, tokens_BSC)[:, None] for name in ("to_q", "to_k", "to_v"))
+    attended_BSC = functional.scaled_dot_product_attention(query, key, value)[:, 0]
+    return images_BCHW + modules.linear(state, "to_out.0", attended_BSC).mT.reshape(images_BCHW.shape)
+
+
+def _last(state: State, images_BCHW: torch.Tensor, num_groups: int) -> torch.Tensor:
+    return modules.convolution(state, "conv_out", _norm_silu(state, "conv_norm_out", images_BCHW, num_groups))
+
+
+def _norm(state: State, name: str, images_BCHW: torch.Tensor, num_groups: int) -> torch.Tensor:
+    return functional.group_norm(images_BCHW, num_groups, state[f"{name}.weight"], state[f"{name}.bias"], NORM_EPS)
+
+
+def _norm_silu(state: State, name: str, images_BCHW: torch.Tensor, num_groups: int) -> torch.Tensor:
+    return functional.silu(_norm(state, name, images_BCHW, num_groups))
