@@ -1,4 +1,4 @@
-"""DiT with the backward pass of flash attention: equal in exact arithmetic, with other rounding.
+"""Models with the backward pass of flash attention: equal in exact arithmetic, with other rounding.
 
 Where autograd subtracts the mean of dP under P, a flash kernel subtracts delta = rowsum(dO · O), which needs no scores. Where
 O is rounded before it is kept, delta has the error of that rounding, and dS = P (dP - delta) no longer sums to 0: the gradient
@@ -8,12 +8,14 @@ of the keys' bias, which is 0, is then as large as the rounding.
 import math
 from collections.abc import Mapping
 from typing import Any
+from unittest import mock
 
 import torch
 
 from gaugeblock.reference.configs import DiTConfig
 from gaugeblock.reference.torch import dit as model
 from gaugeblock.reference.torch import layers
+from gaugeblock.reference.torch import mmdit as mmdit_model
 
 
 class FlashAttention(torch.autograd.Function):
@@ -67,3 +69,9 @@ def _block(
     tokens, modulated = layers.gated_residual_layer_norm_modulate(tokens, attended, gate_1, shift_2, scale_2, eps=config.norm_eps)
     inner = (state[f"mlp.{name}"] for name in ("fc1.weight", "fc1.bias", "fc2.weight", "fc2.bias"))
     return layers.gated_residual(tokens, layers.gelu_mlp(modulated, *inner), gate_2)
+
+
+def mmdit(*arguments: Any, **options: Any) -> torch.Tensor:
+    """`mmdit.mmdit` with that attention; arguments and result are its own."""
+    with mock.patch.object(mmdit_model, "attention", FlashAttention.apply):
+        return mmdit_model.mmdit(*arguments, **options)

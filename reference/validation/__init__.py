@@ -53,6 +53,7 @@ from gaugeblock.reference.validation.layers import (
     timestep_embedding,
     unpatchify,
 )
+from gaugeblock.reference.validation.mmdit import mmdit, mmdit_block
 from gaugeblock.reference.validation.moe_layers import built_layer, mixtral_moe, qwen2_moe, require_layer
 from gaugeblock.reference.validation.noisy_routers import noise_std_at, noisy_topk, ste_topk
 from gaugeblock.reference.validation.norms import group_norm, layer_norm_affine, rms_norm
