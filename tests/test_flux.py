@@ -177,7 +177,7 @@ def test_packed_latents_are_tokens_row_by_row_of_channel_row_column():
     latents = torch.arange(2 * 3 * 4 * 6, dtype=torch.float32).reshape(2, 3, 4, 6)
     tokens = flux.pack_latents(latents)
     assert tokens.shape == (2, 6, 12)
-    for token, (_, row, column) in enumerate(flux.image_ids(latents).tolist()):
+    for token, (_, row, column) in enumerate(flux.image_ids(latents).int().tolist()):
         patch = latents[1, :, 2 * row : 2 * row + 2, 2 * column : 2 * column + 2]
         assert tokens[1, token].tolist() == patch.flatten().tolist()
     assert flux.image_ids(latents)[:, 0].tolist() == [0] * 6 and flux.text_ids(tokens).tolist() == [[0, 0, 0]] * 6

@@ -233,13 +233,13 @@ def unpack_latents(tokens: jax.Array, *, height: int, width: int) -> jax.Array:
 
 
 def image_ids(latents: jax.Array) -> jax.Array:
-    """As `gaugeblock.reference.torch.flux.image_ids`, but int32 unless JAX has 64 bits."""
+    """As `gaugeblock.reference.torch.flux.image_ids`."""
     validation.pack_latents(latents)
-    row_Y, column_X = (jnp.arange(size // PATCH_SIZE) for size in latents.shape[2:])
+    row_Y, column_X = (jnp.arange(size // PATCH_SIZE, dtype=jnp.float32) for size in latents.shape[2:])
     row_S, column_S = jnp.repeat(row_Y, len(column_X)), jnp.tile(column_X, len(row_Y))
     return jnp.stack([jnp.zeros_like(row_S), row_S, column_S], axis=-1)
 
 
 def text_ids(encoder_hidden_states: jax.Array) -> jax.Array:
-    """As `gaugeblock.reference.torch.flux.text_ids`, but int32 unless JAX has 64 bits."""
-    return jnp.zeros((encoder_hidden_states.shape[1], 3), dtype=int)
+    """As `gaugeblock.reference.torch.flux.text_ids`."""
+    return jnp.zeros((encoder_hidden_states.shape[1], 3), dtype=jnp.float32)

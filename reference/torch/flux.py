@@ -58,7 +58,7 @@ def flux(
         pooled_projections: [batch_size, pooled_projection_dim], dtype of hidden_states: CLIP's of the text.
         timesteps: [batch_size], float32 or float64, in [0, 1]; 1 is noise.
         guidance: [batch_size], float32 or float64, usually 3.5; read where the config has `guidance_embeds`.
-        img_ids: [num_image_tokens, axes], integer, float32 or float64: the tokens' places, as `image_ids` returns them.
+        img_ids: [num_image_tokens, axes], float32 or float64: the tokens' places, as `image_ids` returns them.
         txt_ids: [num_text_tokens, axes], the same of the text: 0, as `text_ids` returns them.
         config: The model.
 
@@ -328,16 +328,16 @@ def unpack_latents(tokens: torch.Tensor, *, height: int, width: int) -> torch.Te
 
 
 def image_ids(latents: torch.Tensor) -> torch.Tensor:
-    """Return the places of the tokens of `pack_latents(latents)`: [num_image_tokens, 3] of 0, row, column, int64.
+    """Return the places of the tokens of `pack_latents(latents)`: [num_image_tokens, 3] of 0, row, column, float32.
 
     Raises: as `pack_latents`.
     """
     validation.pack_latents(latents)
-    row_Y, column_X = (torch.arange(size // PATCH_SIZE, device=latents.device) for size in latents.shape[2:])
+    row_Y, column_X = (torch.arange(size // PATCH_SIZE, dtype=torch.float32, device=latents.device) for size in latents.shape[2:])
     row_S, column_S = row_Y.repeat_interleave(len(column_X)), column_X.repeat(len(row_Y))
     return torch.stack([torch.zeros_like(row_S), row_S, column_S], dim=-1)
 
 
 def text_ids(encoder_hidden_states: torch.Tensor) -> torch.Tensor:
-    """Return the places of the text's tokens [B, T, joint_attention_dim], all 0: [num_text_tokens, 3], int64."""
-    return torch.zeros(encoder_hidden_states.shape[1], 3, dtype=torch.int64, device=encoder_hidden_states.device)
+    """Return the places of the text's tokens [B, T, joint_attention_dim], all 0: [num_text_tokens, 3], float32."""
+    return torch.zeros(encoder_hidden_states.shape[1], 3, device=encoder_hidden_states.device)

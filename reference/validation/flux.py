@@ -6,7 +6,6 @@ from typing import Any
 from gaugeblock.reference.configs import FluxConfig
 from gaugeblock.reference.validation.arrays import (
     FLOATING,
-    INTEGER,
     require_between,
     require_dtype,
     require_like,
@@ -46,7 +45,7 @@ def flux(
         ("img_ids", img_ids, num_image_tokens),
         ("txt_ids", txt_ids, encoder_hidden_states.shape[1]),
     ):
-        require_dtype(name, array, (*INTEGER, *WIDE))
+        require_dtype(name, array, WIDE)
         require_shape(name, array, num_tokens=num_tokens, axes=len(config.axes_dims_rope))
         require_same_device(name, array, "hidden_states", hidden_states)
     state_entries(state, shapes, like=hidden_states)
