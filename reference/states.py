@@ -18,6 +18,11 @@ def part(state: Mapping[str, Entry], prefix: str) -> dict[str, Entry]:
     return {name.removeprefix(f"{prefix}."): entry for name, entry in state.items() if name.startswith(f"{prefix}.")}
 
 
+def of_modules(shapes: Mapping[str, Shapes]) -> Shapes:
+    """Return the shapes of the parameters of several modules: `{"to_q": {"weight": (8, 4)}}` as `{"to_q.weight": (8, 4)}`."""
+    return {name: shape for module, own in shapes.items() for name, shape in under(module, own).items()}
+
+
 def num_parameters(shapes: Mapping[str, tuple[int, ...]]) -> int:
     """Return how many numbers there are in arrays of these shapes."""
     return sum(math.prod(shape) for shape in shapes.values())

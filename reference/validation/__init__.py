@@ -39,6 +39,7 @@ from gaugeblock.reference.validation.experts import (
     gated_shared_swiglu,
     shared_swiglu,
 )
+from gaugeblock.reference.validation.flux import flux, pack_latents, unpack_latents
 from gaugeblock.reference.validation.gated_activations import geglu, swiglu
 from gaugeblock.reference.validation.grouped_moe_layers import deepseek_v2_moe, deepseek_v3_moe
 from gaugeblock.reference.validation.input_scaled_moe_layers import llama4_moe
