@@ -33,7 +33,7 @@ def dit() -> Contract:
         reference=model.dit,
         inputs=(
             Input("state", leaves=state_leaves, differentiable=True),
-            Input("latents", ("batch_size", "in_channels", "input_size", "input_size"), differentiable=True),
+            Input("latents", IMAGE, differentiable=True),
             Input("timesteps", ("batch_size",), dtype="float32"),
             Input("class_labels", ("batch_size",), dtype="int64"),
         ),
@@ -74,6 +74,7 @@ def dit() -> Contract:
     )
 
 
+IMAGE = ("batch_size", "in_channels", "input_size", "input_size")
 TABLE = "y_embedder"  # of which few rows are read
 LABELS = "state/y_embedder.embedding_table.weight"
 
@@ -102,9 +103,13 @@ def flops(parameters: Parameters) -> float:
 
 def moved(parameters: Parameters, itemsize: int) -> float:
     """Parameters, latents and result, once each."""
-    config = configuration(parameters)
-    pixels = parameters["batch_size"] * (config.in_channels + config.out_channels) * config.input_size**2
-    return itemsize * (model_states.moved(model.state_shapes(config), without=(TABLE,)) + pixels)
+    return moved_by(configuration(parameters), model.state_shapes, parameters["batch_size"], itemsize)
+
+
+def moved_by(config: Any, shapes: Callable[[Any], model_states.Shapes], batch_size: int, itemsize: int) -> float:
+    """The same of any model that takes DiT's inputs, with parameters of these shapes."""
+    pixels = batch_size * (config.in_channels + config.out_channels) * config.input_size**2
+    return itemsize * (model_states.moved(shapes(config), without=(TABLE,)) + pixels)
 
 
 def sizes(batch_size: int, config: DiTConfig) -> dict[str, Any]:
@@ -196,7 +201,12 @@ TRAITS = (
 
 def dithered(draw: Draw, parameters: Parameters) -> Tensors:
     """Random latents and weights scaled by fan-in, none of them 0; times up to 999, with neighbours; the dropped label."""
-    state = model_states.drawn(draw, model.state_shapes(configuration(parameters)), tables=(TABLE,))
+    return drawn(draw, parameters, model.state_shapes(configuration(parameters)))
+
+
+def drawn(draw: Draw, parameters: Parameters, shapes: model_states.Shapes, *, around_one: tuple[str, ...] = ()) -> Tensors:
+    """Such inputs of any model that takes DiT's, with parameters of these shapes; `around_one` as of `model_states.drawn`."""
+    state = model_states.drawn(draw, shapes, tables=(TABLE,), around_one=around_one)
     batch_size = parameters["batch_size"]
     times = 1000 * draw.uniform(batch_size)
     times[:2] = torch.tensor([999.0, 998.0], dtype=torch.float64)[:batch_size]
@@ -212,29 +222,37 @@ def dithered(draw: Draw, parameters: Parameters) -> Tensors:
 
 
 def near_constants(draw: Draw, parameters: Parameters) -> Tensors:
-    """Where constants count: the first patch's variance stays near the eps of every LayerNorm; inputs of GELU are near -3.
-
-    There exact GELU is a tenth larger in magnitude than its tanh approximation.
-    """
+    """Where constants count: `near_eps`; inputs of GELU are near -3, where the exact one is a tenth larger in magnitude than its
+    tanh approximation."""
     tensors, config = dithered(draw, parameters), configuration(parameters)
-    width = config.hidden_size
-    place = layers.sincos_position_embedding(config.input_size // config.patch_size, like=draw.normal(width))[0]
-    tensors["state/x_embedder.proj.weight"] *= 2.0**-10
-    tensors["state/x_embedder.proj.bias"] = -place
     for index in range(config.depth):
-        block = f"state/blocks.{index}"
+        mlp = f"state/blocks.{index}.mlp"
+        tensors[f"{mlp}.fc1.weight"] *= 2.0**-4
+        tensors[f"{mlp}.fc1.bias"] = tensors[f"{mlp}.fc1.bias"] / 8 - 3
+        tensors[f"{mlp}.fc2.weight"] *= 2.0**8
+    return near_eps(tensors, config)
+
+
+def near_eps(tensors: Tensors, config: DiTConfig) -> Tensors:
+    """The first patch's variance stays near the eps of every LayerNorm."""
+    width, weight = config.hidden_size, tensors["state/x_embedder.proj.weight"]
+    weight *= 2.0**-10
+    side = config.input_size // config.patch_size
+    tensors["state/x_embedder.proj.bias"] = -layers.sincos_position_embedding(side, like=weight.new_empty(width))[0]
+    for index in range(config.depth):
         for part in ("weight", "bias"):
-            gates = tensors[f"{block}.adaLN_modulation.1.{part}"].unflatten(0, (6, width))[2::3]
+            gates = tensors[f"state/blocks.{index}.adaLN_modulation.1.{part}"].unflatten(0, (6, width))[2::3]
             gates *= 2.0**-10
-        tensors[f"{block}.mlp.fc1.weight"] *= 2.0**-4
-        tensors[f"{block}.mlp.fc1.bias"] = tensors[f"{block}.mlp.fc1.bias"] / 8 - 3
-        tensors[f"{block}.mlp.fc2.weight"] *= 2.0**8
     return tensors
 
 
 def extreme(draw: Draw, parameters: Parameters) -> Tensors:
     """Attention that picks single tokens; latents from 2^-4 to 2^4."""
-    tensors = dithered(draw, parameters)
+    return picking(draw, dithered(draw, parameters), parameters)
+
+
+def picking(draw: Draw, tensors: Tensors, parameters: Parameters) -> Tensors:
+    """Such inputs made of others."""
     scale = torch.exp2(draw.integers(-4, 5, parameters["batch_size"], 1, 1, 1).to(torch.float64))
     tensors["latents"] *= scale
     for index in range(parameters["depth"]):
@@ -244,9 +262,14 @@ def extreme(draw: Draw, parameters: Parameters) -> Tensors:
 
 def special(draw: Draw, parameters: Parameters) -> Tensors:
     """An example with a NaN and one with an infinity."""
-    tensors = dithered(draw, parameters)
-    tensors["latents"][parameters["batch_size"] // 2, 0, 0, 0] = torch.nan
-    tensors["latents"][-1, 0, -1, -1] = torch.inf
+    return with_bad_examples(dithered(draw, parameters))
+
+
+def with_bad_examples(tensors: Tensors) -> Tensors:
+    """A NaN in the latents of one example, an infinity in those of the last."""
+    latents = tensors["latents"]
+    latents[len(latents) // 2, 0, 0, 0] = torch.nan
+    latents[-1, 0, -1, -1] = torch.inf
     return tensors
 
 

@@ -1,4 +1,4 @@
-"""DiT with the backward pass of flash attention: equal in exact arithmetic, with other rounding.
+"""DiT and DiT-MoE with the backward pass of flash attention: equal in exact arithmetic, with other rounding.
 
 Where autograd subtracts the mean of dP under P, a flash kernel subtracts delta = rowsum(dO · O), which needs no scores. Where
 O is rounded before it is kept, delta has the error of that rounding, and dS = P (dP - delta) no longer sums to 0: the gradient
@@ -11,9 +11,12 @@ from typing import Any
 
 import torch
 
-from gaugeblock.reference.configs import DiTConfig
+from gaugeblock.reference import states
+from gaugeblock.reference.configs import DiTConfig, DiTMoEModelConfig
 from gaugeblock.reference.torch import dit as model
-from gaugeblock.reference.torch import layers
+from gaugeblock.reference.torch import dit_moe_layers, layers, modules
+
+State = Mapping[str, torch.Tensor]
 
 
 class FlashAttention(torch.autograd.Function):
@@ -38,7 +41,7 @@ class FlashAttention(torch.autograd.Function):
 
 
 def dit(
-    state: Mapping[str, torch.Tensor],
+    state: State,
     latents: torch.Tensor,
     timesteps: torch.Tensor,
     class_labels: torch.Tensor,
@@ -53,17 +56,42 @@ def dit(
     return model.final_layer(state, tokens, conditioning, config=config)
 
 
-def _block(
-    state: Mapping[str, torch.Tensor], tokens: torch.Tensor, conditioning: torch.Tensor, config: DiTConfig
-) -> torch.Tensor:
-    active = torch.nn.functional.silu(conditioning)
-    modulation = layers.linear(active, state["adaLN_modulation.1.weight"], state["adaLN_modulation.1.bias"])
+def dit_moe(
+    state: State, latents: torch.Tensor, timesteps: torch.Tensor, class_labels: torch.Tensor, *, config: DiTMoEModelConfig
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`dit_moe.dit_moe` with that attention; arguments and result are its own, all of one dtype."""
+    tokens = model.embed_patches(state, latents, config=config)
+    times = timesteps.to(latents.dtype) * config.timestep_scale
+    conditioning = model.embed_conditions(state, times, class_labels, config=config)
+    losses = []
+    for index in range(config.depth):
+        block = model.block_state(state, index)
+        tokens, modulated, gate = _attended(block, tokens, conditioning, config)
+        out, _, _, loss = dit_moe_layers.dit_moe(modulated, states.part(block, "moe"), config=config.moe)
+        tokens = layers.gated_residual(tokens, out, gate)
+        losses.append(loss)
+    return model.final_layer(state, tokens, conditioning, config=config), torch.stack(losses).sum()
+
+
+def _block(state: State, tokens: torch.Tensor, conditioning: torch.Tensor, config: DiTConfig) -> torch.Tensor:
+    tokens, modulated, gate = _attended(state, tokens, conditioning, config)
+    inner = (state[f"mlp.{name}"] for name in ("fc1.weight", "fc1.bias", "fc2.weight", "fc2.bias"))
+    return layers.gated_residual(tokens, layers.gelu_mlp(modulated, *inner), gate)
+
+
+def _attended(
+    state: State, tokens: torch.Tensor, conditioning: torch.Tensor, config: DiTConfig
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The tokens after attention, what the second branch gets of them, and its gate."""
+    modulation = modules.linear(state, "adaLN_modulation.1", torch.nn.functional.silu(conditioning))
     shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = modulation.chunk(6, -1)
     modulated = layers.layer_norm_modulate(tokens, shift_1, scale_1, eps=model.NORM_EPS)
-    qkv = layers.linear(modulated, state["attn.qkv.weight"], state["attn.qkv.bias"])
-    heads = qkv.unflatten(-1, (3, config.num_heads, -1)).permute(2, 0, 3, 1, 4)
-    attended = FlashAttention.apply(*heads).transpose(1, 2).flatten(2)
-    attended = layers.linear(attended, state["attn.proj.weight"], state["attn.proj.bias"])
-    tokens, modulated = layers.gated_residual_layer_norm_modulate(tokens, attended, gate_1, shift_2, scale_2, eps=config.norm_eps)
-    inner = (state[f"mlp.{name}"] for name in ("fc1.weight", "fc1.bias", "fc2.weight", "fc2.bias"))
-    return layers.gated_residual(tokens, layers.gelu_mlp(modulated, *inner), gate_2)
+    qkv = modules.linear(state, "attn.qkv", modulated)
+    query, key, value = qkv.unflatten(-1, (3, config.num_heads, -1)).permute(2, 0, 3, 1, 4)
+    if "attn.q_norm.weight" in state:
+        query, key = (
+            modules.layer_norm(state, f"attn.{name}", each, eps=model.NORM_EPS)
+            for name, each in (("q_norm", query), ("k_norm", key))
+        )
+    attended = modules.linear(state, "attn.proj", FlashAttention.apply(query, key, value).transpose(1, 2).flatten(2))
+    return *layers.gated_residual_layer_norm_modulate(tokens, attended, gate_1, shift_2, scale_2, eps=config.norm_eps), gate_2
