@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 from gaugeblock.conformance.contracts import flash_attention, model_states
 from gaugeblock.conformance.engine.contract import Contract, Input, Output, Regime, Rejection, Workload, row
 from gaugeblock.conformance.engine.factors import Factor, Trait, edges, either
-from gaugeblock.conformance.engine.implementation import compiled, jax, triton
+from gaugeblock.conformance.engine.implementation import compiled, distributed, jax, triton
 from gaugeblock.conformance.engine.inputs.bad_calls import changed
 from gaugeblock.conformance.engine.inputs.draw import Draw
-from gaugeblock.conformance.engine.vocabulary import Parameters, Tensors
+from gaugeblock.conformance.engine.vocabulary import DEVICES, Parameters, Tensors
 from gaugeblock.reference.configs import DIT_PRESETS, DiTConfig
 from gaugeblock.reference.torch import dit as model
 from gaugeblock.reference.torch import layers
@@ -45,6 +45,7 @@ def dit() -> Contract:
             sizes(3, tiny_model(norm_eps=1e-2)),
             sizes(2, tiny_model(24, 3, 1, 6, 2, in_channels=4, learn_sigma=False, frequency_shift=1, num_classes=10)),
             sizes(1, tiny_model(144, 2, 1, in_channels=4, num_classes=10)),  # heads as wide as DiT-XL's
+            sizes(2, tiny_model(16, 4, 2, norm_eps=1e-2, mlp_ratio=1.5)),  # what four ranks can share
         ),
         factors=FACTORS,
         build=point,
@@ -65,15 +66,26 @@ def dit() -> Contract:
             Workload("dit-b-4/256px-batch-32", sizes(32, DIT_PRESETS["DiT-B/4"]), "facebookresearch/DiT models.py, DiT_B_4"),
             Workload("two-cores/dit-s-8-batch-2", sizes(2, DIT_PRESETS["DiT-S/8"]), "a size for a CPU, DiT_S_8"),
         ),
+        shardings={"whole": {}},  # inputs, results and gradients are on every rank alike
         rejections=REJECTIONS,
         implementations=(
             triton(**model_states.LIBRARY_PRODUCTS),
             compiled("compiled", devices=("cuda",), **model_states.LIBRARY_PRODUCTS),  # on a CPU every compilation takes a minute
             jax("jax-compiled"),
+            distributed("tensor-parallel", "dit_tensor_parallel:dit", only=HEADS_FIT, **ON_RANKS),
+            distributed("sequence-parallel", "dit_sequence_parallel:dit", only=TOKENS_FIT, **ON_RANKS),
         ),
     )
 
 
+ON_RANKS: dict[str, Any] = {
+    "dtypes": ("float32", "bfloat16"),
+    "world_sizes": (1, 2, 4),
+    "devices": DEVICES,
+    **model_states.LIBRARY_PRODUCTS,
+}
+HEADS_FIT = "num_heads % 4 == 0"
+TOKENS_FIT = f"{HEADS_FIT} and input_size // patch_size % 2 == 0"
 IMAGE = ("batch_size", "in_channels", "input_size", "input_size")
 TABLE = "y_embedder"  # of which few rows are read
 LABELS = "state/y_embedder.embedding_table.weight"
@@ -137,7 +149,7 @@ def tiny_model(
 @st.composite
 def parameters(draw: st.DrawFn) -> dict[str, Any]:
     """Tiny models with one to three heads, all tokens in one patch or one pixel in each."""
-    hidden_size, num_heads = draw(st.sampled_from([(16, 1), (16, 2), (24, 3), (32, 2), (48, 3)]))
+    hidden_size, num_heads = draw(st.sampled_from([(16, 1), (16, 2), (16, 4), (24, 3), (32, 2), (32, 4), (48, 3)]))
     input_size, patch_size = draw(st.sampled_from([(4, 2), (4, 4), (4, 1), (6, 2), (8, 4)]))
     config = tiny_model(
         hidden_size,
@@ -160,7 +172,7 @@ FACTORS = (
     Factor(
         "heads",
         str,
-        values=((16, 1), (16, 2), (24, 3), (32, 2)),
+        values=((16, 1), (16, 2), (16, 4), (24, 3), (32, 2)),
         of=lambda sizes: (sizes["hidden_size"], sizes["num_heads"]),
     ),
     Factor(

@@ -45,11 +45,6 @@ class DiTMoEModelConfig(DiTConfig):
             raise ValueError(f"moe.top_k must be in 1..{choice}, the experts that a token may choose from, got {self.moe.top_k}")
 
     @property
-    def intermediate_size(self) -> int:
-        """Width of a routed expert's hidden layer."""
-        return int(self.hidden_size * self.mlp_ratio)
-
-    @property
     def shared_intermediate_size(self) -> int:
         """Width of the hidden layer of the expert that all tokens pass."""
         return self.num_shared_experts * self.hidden_size

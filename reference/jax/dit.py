@@ -147,7 +147,7 @@ def shapes_around_blocks(block: Mapping[str, tuple[int, ...]], *, config: DiTCon
 
 def block_shapes(config: DiTConfig) -> dict[str, tuple[int, ...]]:
     """Return the shape of every parameter of one block by its own name."""
-    hidden_size, intermediate_size = config.hidden_size, int(config.hidden_size * config.mlp_ratio)
+    hidden_size, intermediate_size = config.hidden_size, config.intermediate_size
     return {
         "attn.qkv.weight": (3 * hidden_size, hidden_size),
         "attn.qkv.bias": (3 * hidden_size,),
