@@ -4,7 +4,7 @@ All but attention is of each token by itself. Around attention one exchange deal
 some heads, and another one brings the tokens back: four of [batch_size, num_tokens, hidden_size] / world_size numbers each, for
 queries, keys, values and the result.
 
-What every rank has alike (parameters, what steers the blocks) goes through one `gradients_summed` at the entrance. Streams of
+What every rank has alike, parameters and inputs, goes through one `collectives.replicated` at the entrance. Streams of
 joint attention are cut each by itself and put side by side on every rank; that the tokens of all ranks then alternate between the
 streams makes no difference to attention without a mask.
 
@@ -18,20 +18,19 @@ from torch.nn import functional
 from gaugeblock.optimized.distributed.collectives import AllToAll, GatherParts
 
 
-def attention_over_ranks(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+def attention_over_ranks(heads: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
     """Let the tokens of this rank attend to those of all ranks.
 
     Args:
-        query: [batch_size, num_heads, tokens of this rank, features]; all heads, which the ranks divide.
-        key: As query.
-        value: As query.
+        heads: [3, batch_size, num_heads, tokens of this rank, features], queries, keys and values of all heads, which the ranks
+            divide.
         group: The ranks.
 
     Returns:
         [batch_size, num_heads, tokens of this rank, features].
     """
-    heads = AllToAll.apply(torch.stack([query, key, value]), 2, 3, group)
-    return AllToAll.apply(functional.scaled_dot_product_attention(*heads.unbind()), 2, 1, group)
+    attended = functional.scaled_dot_product_attention(*AllToAll.apply(heads, 2, 3, group).unbind())
+    return AllToAll.apply(attended, 2, 1, group)
 
 
 def own_tokens(tokens: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
