@@ -110,8 +110,3 @@ def part(array: Array, cut: Cut | None, *, rank: int, ranks: int) -> Array:
     each = size // cut.blocks // ranks
     grid = array.reshape(*before, cut.blocks, ranks, each, *after)
     return grid[(slice(None),) * (cut.axis + 1) + (rank,)].reshape(*before, cut.blocks * each, *after)
-
-
-def whole_shape(shape: Sequence[int], cut: Cut, ranks: int) -> tuple[int, ...]:
-    """The shape of a parameter of which each rank has a part of the given one."""
-    return (*shape[: cut.axis], ranks * shape[cut.axis], *shape[cut.axis + 1 :])
