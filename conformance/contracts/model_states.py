@@ -32,7 +32,8 @@ def drawn(draw: Draw, shapes: Shapes, *, tables: tuple[str, ...] = (), around_on
     state = {}
     for name, shape in shapes.items():
         is_table = any(each in name for each in tables)
-        deviation = math.prod(shape[1:]) ** -0.5 if len(shape) > 1 and not is_table else 0.5
+        fan_in = math.prod(shape[-1:] if len(shape) == 3 else shape[1:])  # of three axes, the first is of experts
+        deviation = fan_in**-0.5 if len(shape) > 1 and not is_table else 0.5
         offset = 1.0 if any(each in name for each in around_one) else 0.0
         state[f"state/{name}"] = draw.normal(*shape) * deviation + offset
     return state

@@ -8,7 +8,7 @@ Shapes: as in `reference.torch.layers`.
 """
 
 from collections.abc import Callable, Mapping
-from functools import cache
+from functools import cache, partial
 
 import torch
 from torch.nn import functional
@@ -19,6 +19,7 @@ from gaugeblock.reference.torch import layers
 from gaugeblock.reference.torch.dit import NORM_EPS, block_state, embed_patches, state_shapes
 
 State = Mapping[str, torch.Tensor]
+Branch = Callable[[State, torch.Tensor], torch.Tensor]
 
 
 def dit(
@@ -49,19 +50,30 @@ def dit(
     active_BD = functional.silu(embed_conditions(state, timesteps, class_labels, config))
     for index in range(config.depth):
         hidden_BSD = _compiled_block()(block_state(state, index), hidden_BSD, active_BD, config.num_heads, config.norm_eps)
-    shift_BD, scale_BD = linear(state, "final_layer.adaLN_modulation.1", active_BD).chunk(2, dim=-1)
-    modulated_BSD = layers.layer_norm_modulate(hidden_BSD, shift_BD, scale_BD, eps=NORM_EPS)
-    return layers.unpatchify(linear(state, "final_layer.linear", modulated_BSD), patch_size=config.patch_size)
+    return layers.unpatchify(final_patches(state, hidden_BSD, active_BD), patch_size=config.patch_size)
 
 
 def _block(block: State, hidden_BSD: torch.Tensor, active_BD: torch.Tensor, num_heads: int, norm_eps: float) -> torch.Tensor:
+    return block_of_branches(block, hidden_BSD, active_BD, partial(attention, num_heads=num_heads), mlp, norm_eps)
+
+
+def block_of_branches(
+    block: State, hidden_BSD: torch.Tensor, active_BD: torch.Tensor, attention: Branch, mlp: Branch, norm_eps: float
+) -> torch.Tensor:
+    """Apply a block whose branches are given, each as a function of the block's parameters and its tokens, [B, S, D]."""
     modulation_BD = linear(block, "adaLN_modulation.1", active_BD)
     shift_1_BD, scale_1_BD, gate_1_BD, shift_2_BD, scale_2_BD, gate_2_BD = modulation_BD.chunk(6, dim=-1)
     modulated_BSD = layers.layer_norm_modulate(hidden_BSD, shift_1_BD, scale_1_BD, eps=NORM_EPS)
     hidden_BSD, modulated_BSD = layers.gated_residual_layer_norm_modulate(
-        hidden_BSD, attention(block, modulated_BSD, num_heads), gate_1_BD, shift_2_BD, scale_2_BD, eps=norm_eps
+        hidden_BSD, attention(block, modulated_BSD), gate_1_BD, shift_2_BD, scale_2_BD, eps=norm_eps
     )
     return layers.gated_residual(hidden_BSD, mlp(block, modulated_BSD), gate_2_BD)
+
+
+def final_patches(state: State, hidden_BSD: torch.Tensor, active_BD: torch.Tensor) -> torch.Tensor:
+    """Return the final layer's patches, [B, S, patch_size**2 * out_channels]."""
+    shift_BD, scale_BD = linear(state, "final_layer.adaLN_modulation.1", active_BD).chunk(2, dim=-1)
+    return linear(state, "final_layer.linear", layers.layer_norm_modulate(hidden_BSD, shift_BD, scale_BD, eps=NORM_EPS))
 
 
 @cache
@@ -82,15 +94,24 @@ def embed_conditions(state: State, timesteps: torch.Tensor, class_labels: torch.
 
 def attention(block: State, modulated_BSD: torch.Tensor, num_heads: int) -> torch.Tensor:
     """Return the attention branch of a block, [B, S, D]."""
+    return linear(block, "attn.proj", attended_heads(block, modulated_BSD, num_heads))
+
+
+def attended_heads(block: State, modulated_BSD: torch.Tensor, num_heads: int) -> torch.Tensor:
+    """Return what the heads of `attn.qkv` attend to, side by side: [B, S, num_heads * features]."""
     heads_3BASF = linear(block, "attn.qkv", modulated_BSD).unflatten(-1, (3, num_heads, -1)).permute(2, 0, 3, 1, 4)
     attended_BASF = functional.scaled_dot_product_attention(*heads_3BASF.unbind())
-    return linear(block, "attn.proj", attended_BASF.transpose(1, 2).flatten(2))
+    return attended_BASF.transpose(1, 2).flatten(2)
 
 
 def mlp(block: State, modulated_BSD: torch.Tensor) -> torch.Tensor:
     """Return the feed-forward branch of a block, [B, S, D]."""
-    inner_BSI = linear(block, "mlp.fc1", modulated_BSD)
-    return linear(block, "mlp.fc2", functional.gelu(inner_BSI, approximate="tanh"))
+    return linear(block, "mlp.fc2", hidden_layer(block, modulated_BSD))
+
+
+def hidden_layer(block: State, modulated_BSD: torch.Tensor) -> torch.Tensor:
+    """Return the hidden layer of the feed-forward branch, [B, S, I]."""
+    return functional.gelu(linear(block, "mlp.fc1", modulated_BSD), approximate="tanh")
 
 
 def linear(state: State, name: str, inputs: torch.Tensor) -> torch.Tensor:

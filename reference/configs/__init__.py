@@ -4,6 +4,7 @@ They are imported from here, wherever they stand: the cases of the gate are made
 """
 
 from gaugeblock.reference.configs.dit import DIT_PRESETS, DiTConfig
+from gaugeblock.reference.configs.dit_moe import DIT_MOE_PRESETS, DiTMoEModelConfig
 from gaugeblock.reference.configs.dit_moe_layer import DiTMoEConfig
 from gaugeblock.reference.configs.flux import FLUX_PRESETS, FluxConfig
 from gaugeblock.reference.configs.image_diffusion import ImageDiffusionConfig

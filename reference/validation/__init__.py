@@ -29,6 +29,7 @@ from gaugeblock.reference.validation.dispatch import (
     unpermute,
 )
 from gaugeblock.reference.validation.dit import class_labels_in_range, dit, dit_block, position_table
+from gaugeblock.reference.validation.dit_moe import dit_moe_config
 from gaugeblock.reference.validation.dit_moe_layers import dit_moe
 from gaugeblock.reference.validation.experts import (
     expert_ids_in_range,

@@ -1,0 +1,43 @@
+"""Pieces of sequence-parallel models: each rank has some of the tokens of each example, and all parameters.
+
+All but attention is of each token by itself. Around attention one exchange deals the heads, so that a rank has all tokens of
+some heads, and another one brings the tokens back: four of [batch_size, num_tokens, hidden_size] / world_size numbers each, for
+queries, keys, values and the result.
+
+What every rank has alike, parameters and inputs, goes through one `collectives.replicated` at the entrance. Streams of
+joint attention are cut each by itself and put side by side on every rank; that the tokens of all ranks then alternate between the
+streams makes no difference to attention without a mask.
+
+Source: Jacobs et al. 2023 (arXiv:2309.14509), section 3 (DeepSpeed Ulysses).
+"""
+
+import torch
+import torch.distributed as dist
+from torch.nn import functional
+
+from gaugeblock.optimized.distributed.collectives import AllToAll, GatherParts
+
+
+def attention_over_ranks(heads: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+    """Let the tokens of this rank attend to those of all ranks.
+
+    Args:
+        heads: [3, batch_size, num_heads, tokens of this rank, features], queries, keys and values of all heads, which the ranks
+            divide.
+        group: The ranks.
+
+    Returns:
+        [batch_size, num_heads, tokens of this rank, features].
+    """
+    attended = functional.scaled_dot_product_attention(*AllToAll.apply(heads, 2, 3, group).unbind())
+    return AllToAll.apply(attended, 2, 1, group)
+
+
+def own_tokens(tokens: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+    """Return the tokens of this rank, of [batch_size, num_tokens, ...]; the ranks divide their number."""
+    return tokens.chunk(dist.get_world_size(group), 1)[dist.get_rank(group)]
+
+
+def all_tokens(tokens: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+    """Gather the tokens of all ranks, in their order; every rank computes the same of them, and gives the same gradient."""
+    return GatherParts.apply(tokens, 1, group)
