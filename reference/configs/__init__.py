@@ -8,11 +8,31 @@ from gaugeblock.reference.configs.dit_moe_layer import DiTMoEConfig
 from gaugeblock.reference.configs.image_diffusion import ImageDiffusionConfig
 from gaugeblock.reference.configs.options import (
     E4M3_MAX,
+    LARGEST_CHURN,
     SMALLEST_WEIGHT_SUM,
+    BetaSchedule,
+    FinalSigma,
+    FlowStart,
+    FlowWeighting,
     GeluApproximation,
+    PredictionType,
     RotaryPairs,
     ScoreFunction,
     SecondExpertPolicy,
+    SigmaSchedule,
+    SnrOfTimes,
+    TimeShift,
+    TimestepBias,
     TimestepSampling,
+    TimestepSpacing,
+    VarianceType,
     VelocitySign,
+)
+from gaugeblock.reference.configs.schedules import (
+    DIFFUSION_SCHEDULE_PRESETS,
+    EDM_SCHEDULE_PRESETS,
+    FLOW_SCHEDULE_PRESETS,
+    DiffusionScheduleConfig,
+    EDMScheduleConfig,
+    FlowScheduleConfig,
 )
