@@ -60,9 +60,9 @@ def convert_prediction(prediction: Any, noised: Any, alphas: Any, sigmas: Any, p
     if prediction_type == to:
         return
     if prediction_type == "epsilon":
-        require_interval("alphas", alphas, 0, float("inf"), low_excluded=True)
+        require_interval("alphas", alphas, 0, float("inf"), low_excluded=True, high_excluded=True)
     if prediction_type == "sample":
-        require_interval("sigmas", sigmas, 0, float("inf"), low_excluded=True)
+        require_interval("sigmas", sigmas, 0, float("inf"), low_excluded=True, high_excluded=True)
 
 
 def min_snr_weights(snr: Any, prediction_type: Any, gamma: Any) -> None:
