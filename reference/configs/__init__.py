@@ -11,13 +11,33 @@ from gaugeblock.reference.configs.image_diffusion import ImageDiffusionConfig
 from gaugeblock.reference.configs.mmdit import MMDIT_PRESETS, MMDiTConfig
 from gaugeblock.reference.configs.options import (
     E4M3_MAX,
+    LARGEST_CHURN,
     SMALLEST_WEIGHT_SUM,
+    BetaSchedule,
+    FinalSigma,
+    FlowStart,
+    FlowWeighting,
     GeluApproximation,
+    PredictionType,
     QkNorm,
     RotaryPairs,
     ScoreFunction,
     SecondExpertPolicy,
+    SigmaSchedule,
+    SnrOfTimes,
+    TimeShift,
+    TimestepBias,
     TimestepSampling,
+    TimestepSpacing,
+    VarianceType,
     VelocitySign,
+)
+from gaugeblock.reference.configs.schedules import (
+    DIFFUSION_SCHEDULE_PRESETS,
+    EDM_SCHEDULE_PRESETS,
+    FLOW_SCHEDULE_PRESETS,
+    DiffusionScheduleConfig,
+    EDMScheduleConfig,
+    FlowScheduleConfig,
 )
 from gaugeblock.reference.configs.vae import VAE_PRESETS, VAEConfig

@@ -57,14 +57,26 @@ from gaugeblock.reference.validation.layers import (
 )
 from gaugeblock.reference.validation.mmdit import mmdit, mmdit_block
 from gaugeblock.reference.validation.moe_layers import built_layer, mixtral_moe, qwen2_moe, require_layer
+from gaugeblock.reference.validation.noise_schedules import (
+    cumulative_alphas,
+    diffusion_schedule,
+    dynamic_mu,
+    edm_schedule,
+    flow_schedule,
+    schedule_config,
+    shift_sigmas,
+)
 from gaugeblock.reference.validation.noisy_routers import noise_std_at, noisy_topk, ste_topk
 from gaugeblock.reference.validation.norms import group_norm, layer_norm_affine, rms_norm
 from gaugeblock.reference.validation.objectives import (
     rectified_flow,
+    rectified_flow_min_snr_weights,
     rectified_flow_prediction,
     rectified_flow_times,
+    rectified_flow_weights,
     velocity_sign,
 )
+from gaugeblock.reference.validation.predictions import add_noise, convert_prediction, min_snr_weights, prediction_target
 from gaugeblock.reference.validation.quantization import quantize_token_groups
 from gaugeblock.reference.validation.quantized_experts import fused_swiglu_fp8, fused_swiglu_int8
 from gaugeblock.reference.validation.rotary import qk_norm_rotary, rotary_table, rotate
@@ -81,8 +93,19 @@ from gaugeblock.reference.validation.routers import (
     topk_softmax,
     zero_expert_topk,
 )
-from gaugeblock.reference.validation.samplers import euler_sample
+from gaugeblock.reference.validation.sampler_steps import (
+    ddim_step,
+    ddpm_step,
+    dynamic_threshold,
+    edm_step,
+    euler_step,
+    flow_step,
+    heun_predictor,
+    heun_step,
+)
+from gaugeblock.reference.validation.samplers import churned_sample, euler_sample, sample, starting_noise
 from gaugeblock.reference.validation.soft_routers import sinkhorn, soft_moe
+from gaugeblock.reference.validation.timestep_sampling import biased_timesteps, logit_normal_times, mode_times, timestep_indices
 from gaugeblock.reference.validation.train_image_diffusion import (
     image_diffusion_batch,
     image_diffusion_state,
