@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable
 from functools import partial
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -76,6 +77,19 @@ def torchtitan_module(peer: str, problem: Problem) -> Callable[[], Results]:
         raise Unavailable(f"its experts compute in bfloat16, whatever they are given, not in {problem.machine.dtype}")
     _require_aligned_rows(problem)
     return partial(call_torch, problem.contract, getattr(torchtitan, peer)(), problem.call)
+
+
+def peer_module(module: str, peer: str, compiled: bool, problem: Problem) -> Callable[[], Results]:
+    """A model of a public library: a class of a module of this folder, as it comes or compiled by torch.compile."""
+    if compiled and problem.machine.device == "cpu":
+        raise Unavailable("compiling a whole model for a CPU takes minutes")
+    candidate = getattr(import_module(f"gaugeblock.conformance.peers.{module}"), peer)()
+    return partial(call_torch, problem.contract, torch.compile(candidate) if compiled else candidate, problem.call)
+
+
+def _models(library: str, module: str, peer: str) -> dict[str, Callable[[Problem], Callable[[], Results]]]:
+    """A library's model, eager and compiled."""
+    return {f"{library} {how}": partial(peer_module, module, peer, how == "compiled") for how in ("eager", "compiled")}
 
 
 def _layers(of_transformers: str, of_torchtitan: str = "") -> dict[str, Callable[[Problem], Callable[[], Results]]]:
@@ -169,6 +183,8 @@ OUTSIDERS: dict[str, dict[str, Callable[[Problem], Callable[[], Results]]]] = {
     "moe_layers.qwen2_moe": _layers("TransformersQwen2Block", "TorchtitanQwen35Block"),
     "grouped_moe_layers.deepseek_v3_moe": _layers("TransformersDeepseekV3Block", "TorchtitanDeepseekV3Block"),
     "biased_moe_layers.gpt_oss_moe": _layers("TransformersGptOssBlock", "TorchtitanGptOssBlock"),
+    "dit.dit": _models("diffusers", "diffusers", "DiffusersDit"),
+    "mmdit.mmdit": _models("diffusers", "diffusers_mmdit", "DiffusersMMDiT"),
     "routers.softmax_topk": {"transformers, identity gate": transformers_softmax_router},
     "routers.grouped_sigmoid_topk": {"transformers, identity gate": transformers_grouped_router},
 }
