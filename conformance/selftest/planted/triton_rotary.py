@@ -6,7 +6,7 @@ ROTATE, NORMED = "rotary.rotate", "rotary.qk_norm_rotary"
 
 mutant(
     ROTATE, "last-heads-unread", "A block of too few heads loses its last.", "rotary._turn_kernel",
-    "tl.minimum(BLOCK_HEADS, num_heads - first_head)", "tl.minimum(BLOCK_HEADS, num_heads - first_head - 1)", "parity", "boundary",
+    "num_heads - first_head)", "num_heads - first_head - 1)", "parity", "boundary",
 )  # fmt: skip
 mutant(
     ROTATE, "heads-of-the-first-block", "Every block of heads begins with the first head.", "rotary._place",
