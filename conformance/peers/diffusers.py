@@ -63,9 +63,9 @@ def turned(heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, pairs: str
     return apply_rotary_emb(heads, (torch.cat([cos, cos], 1), torch.cat([sin, sin], 1)), use_real_unbind_dim=-2)
 
 
-@peer("rotary.rotate", dtypes=DTYPES, oracle=True)
+@peer("rotary.rotate", dtypes=DTYPES, rounding="eager", oracle=True)
 class DiffusersRotary:
-    """apply_rotary_emb, which computes in float32."""
+    """apply_rotary_emb, which computes in float32; backward, the gradients through x and y are rounded before they are added."""
 
     def __call__(self, heads, cos, sin, *, pairs):
         return turned(heads, cos, sin, pairs)
