@@ -125,21 +125,22 @@ def _dithered(draw: Draw, parameters: Parameters) -> Tensors:
 
 
 def _saturated(draw: Draw, parameters: Parameters) -> Tensors:
-    """Gates of up to 2^7 on either side, where nothing or all of them is left, and ups of up to 2^6."""
-    powers = draw.integers(-7, 8, *(parameters[each] for each in SHAPE)).to(torch.float64)
-    ups = draw.integers(-6, 7, *(parameters[each] for each in SHAPE)).to(torch.float64)
-    signs = 1 - 2 * draw.integers(0, 2, *(parameters[each] for each in SHAPE))
-    magnitudes = 0.5 + draw.uniform(*(parameters[each] for each in SHAPE)) / 2
-    return {"gate": signs * magnitudes * torch.exp2(powers), "up": _normal(draw, parameters) * torch.exp2(ups)}
+    """Gates of up to 2^7, of which all is left, and of down to -2^4, of which almost nothing is (of less, nothing in float32);
+    ups of up to 2^6."""
+    shape = tuple(parameters[each] for each in SHAPE)
+    is_negative = draw.integers(0, 2, *shape).bool()
+    powers = draw.integers(-7, 8, *shape).to(torch.float64)
+    magnitudes = (0.5 + draw.uniform(*shape) / 2) * torch.exp2(torch.where(is_negative, powers.clamp(max=4), powers))
+    ups = _normal(draw, parameters) * torch.exp2(draw.integers(-6, 7, *shape).to(torch.float64))
+    return {"gate": torch.where(is_negative, -magnitudes, magnitudes), "up": ups}
 
 
 def _with_bad_values(draw: Draw, parameters: Parameters) -> Tensors:
-    """A gate of NaN in one example, infinite ones of both signs, and an infinite up in the last."""
+    """A gate of NaN in one example, an infinite up in the last. No infinite gate: that of -inf is 0 times infinity, and of inf
+    torch's own exact GELU is NaN in its vectors and inf behind the last one (2.13)."""
     tensors = _dithered(draw, parameters)
     tensors["gate"][parameters["batch_size"] // 2, 0, -1] = torch.nan
-    tensors["gate"][-1, -1, 0] = torch.inf
-    tensors["gate"][0, -1, -1] = -torch.inf
-    tensors["up"][-1, 0, 0] = torch.inf
+    tensors["up"][-1, -1, 0] = torch.inf
     return tensors
 
 

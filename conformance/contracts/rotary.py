@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from hypothesis import strategies as st
 
 from gaugeblock.conformance.engine.contract import Contract, Derived, Input, Output, Regime, Rejection, Workload, row
 from gaugeblock.conformance.engine.factors import Trait, edges, either, kind_of_width, kinds
@@ -28,6 +29,7 @@ def rotate() -> Contract:
         outputs=(Output("rotated", HEADS_SHAPE, differentiable=True),),
         options=("pairs",),
         batch="batch_size",
+        parameters=parameters,
         landmarks=(
             sizes(2, 3, 17, 72, "half-split"),  # tails everywhere
             sizes(1, 2, 33, 128, "interleaved"),  # Flux
@@ -79,6 +81,7 @@ def qk_norm_rotary() -> Contract:
         ),
         options=("eps", "pairs"),
         batch="batch_size",
+        parameters=grouped_parameters,
         landmarks=(
             grouped(2, 3, 1, 17, 72, "half-split"),  # tails everywhere
             grouped(1, 2, 2, 33, 128, "interleaved"),  # Flux
@@ -132,6 +135,25 @@ def grouped(
 ) -> dict[str, Any]:
     """One point of the input space of queries and keys."""
     return {**sizes(batch_size, num_heads, num_tokens, head_size, pairs), "num_key_heads": num_key_heads, "eps": eps}
+
+
+@st.composite
+def parameters(draw: st.DrawFn) -> dict[str, Any]:
+    """Sizes around block sizes, with tails."""
+    return sizes(
+        batch_size=draw(st.sampled_from([1, 2, 3])),
+        num_heads=draw(st.sampled_from([1, 2, 5, 9])),
+        num_tokens=draw(st.sampled_from([1, 2, 4, 9, 16, 17, 33])),
+        head_size=draw(st.sampled_from([2, 16, 18, 40, 64, 72])),
+        pairs=draw(st.sampled_from(["interleaved", "half-split"])),
+    )
+
+
+@st.composite
+def grouped_parameters(draw: st.DrawFn) -> dict[str, Any]:
+    """As `parameters`, with heads of keys."""
+    num_key_heads, eps = draw(st.sampled_from([1, 2, 3])), draw(st.sampled_from([1e-6, 1e-5]))
+    return {**draw(parameters()), "num_key_heads": num_key_heads, "eps": eps}
 
 
 FACTORS = (

@@ -14,7 +14,7 @@ Heads are addressed by their strides: queries and keys may be slices of one prod
 of what was read, so that heads which lie side by side in a token still do.
 """
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
@@ -26,11 +26,11 @@ from gaugeblock.optimized.triton.partial_sums import sum_chunks
 from gaugeblock.reference import validation
 from gaugeblock.reference.configs import RotaryPairs
 
-# Pairs of features in registers, for 4 warps: a thread has 8 of x and 8 of y, each one load of 16 bytes in bfloat16.
+# Pairs of features of a program's block, for 4 warps: a thread has 8 of x and 8 of y, each a load of 16 bytes in bfloat16.
 TILE = 1024
 # Heads that a program turns by the same angles: these are then an eighth of what it reads of float32.
 BLOCK_HEADS = 8
-# Of backward, which has more in registers than forward: so many programs fit a multiprocessor.
+# Of backward, which is persistent: so many have registers at the same time.
 PROGRAMS_PER_MULTIPROCESSOR = 4
 
 
@@ -138,18 +138,20 @@ def _turn_kernel(
         sin = -sin
     if weight_ptr is not None:
         x_weight, y_weight = _load_weight(weight_ptr, weight_stride, head_size, BLOCK_PAIRS, INTERLEAVED)
-    heads_ptr += example * example_stride + tokens * token_stride
-    out_ptr += example * out_example_stride + tokens * out_token_stride
-    for head in range(first_head, tl.minimum(first_head + BLOCK_HEADS, num_heads)):
-        x, y = _load_head(heads_ptr + head * head_stride, stride, head_size, token_exists, BLOCK_TOKENS, BLOCK_PAIRS, INTERLEAVED)
+    heads_ptr += example * example_stride + first_head * head_stride + tokens * token_stride
+    out_ptr += example * out_example_stride + first_head * out_head_stride + tokens * out_token_stride
+    for _ in range(tl.minimum(BLOCK_HEADS, num_heads - first_head)):
+        x, y = _load_head(heads_ptr, stride, head_size, token_exists, BLOCK_TOKENS, BLOCK_PAIRS, INTERLEAVED)
         if weight_ptr is not None:
             rstd = _rstd(x, y, head_size, eps)
-            x *= rstd * x_weight
-            y *= rstd * y_weight
+            x = x * rstd * x_weight
+            y = y * rstd * y_weight
         _store_head(
-            out_ptr + head * out_head_stride, out_stride, x * cos - y * sin, y * cos + x * sin, head_size, token_exists,
+            out_ptr, out_stride, x * cos - y * sin, y * cos + x * sin, head_size, token_exists,
             BLOCK_TOKENS, BLOCK_PAIRS, INTERLEAVED,
         )  # fmt: skip
+        heads_ptr += head_stride
+        out_ptr += out_head_stride
 
 
 @triton.jit
@@ -177,15 +179,19 @@ def _norm_backward_kernel(
             cos_ptr, sin_ptr, cos_token_stride, cos_stride, sin_token_stride, sin_stride,
             tokens, token_exists, head_size, BLOCK_PAIRS,
         )  # fmt: skip
-        for head in range(first_head, tl.minimum(first_head + BLOCK_HEADS, num_heads)):
-            x, y = _load_head(
-                heads_ptr + example * example_stride + head * head_stride + tokens * token_stride, stride,
-                head_size, token_exists, BLOCK_TOKENS, BLOCK_PAIRS, INTERLEAVED,
-            )  # fmt: skip
+        ptrs = heads_ptr + example * example_stride + first_head * head_stride + tokens * token_stride
+        gradient_ptrs = gradient_ptr + example * gradient_example_stride
+        gradient_ptrs += first_head * gradient_head_stride + tokens * gradient_token_stride
+        if heads_gradient_ptr is not None:
+            out_ptrs = heads_gradient_ptr + example * out_example_stride
+            out_ptrs += first_head * out_head_stride + tokens * out_token_stride
+        for _ in range(tl.minimum(BLOCK_HEADS, num_heads - first_head)):
+            x, y = _load_head(ptrs, stride, head_size, token_exists, BLOCK_TOKENS, BLOCK_PAIRS, INTERLEAVED)
             x_out, y_out = _load_head(
-                gradient_ptr + example * gradient_example_stride + head * gradient_head_stride + tokens * gradient_token_stride,
-                gradient_stride, head_size, token_exists, BLOCK_TOKENS, BLOCK_PAIRS, INTERLEAVED,
-            )  # fmt: skip
+                gradient_ptrs, gradient_stride, head_size, token_exists, BLOCK_TOKENS, BLOCK_PAIRS, INTERLEAVED
+            )
+            ptrs += head_stride
+            gradient_ptrs += gradient_head_stride
             rstd = _rstd(x, y, head_size, eps)
             x *= rstd
             y *= rstd
@@ -199,10 +205,10 @@ def _norm_backward_kernel(
                 y_gradient *= y_weight
                 projection = (tl.sum(x_gradient * x, axis=1) + tl.sum(y_gradient * y, axis=1))[:, None] / head_size
                 _store_head(
-                    heads_gradient_ptr + example * out_example_stride + head * out_head_stride + tokens * out_token_stride,
-                    out_stride, rstd * (x_gradient - x * projection), rstd * (y_gradient - y * projection),
+                    out_ptrs, out_stride, rstd * (x_gradient - x * projection), rstd * (y_gradient - y * projection),
                     head_size, token_exists, BLOCK_TOKENS, BLOCK_PAIRS, INTERLEAVED,
                 )  # fmt: skip
+                out_ptrs += out_head_stride
     if sums_ptr is not None:
         sums_ptr += tl.program_id(0).to(tl.int64) * head_size
         first, second, exists = _pairs(head_size, BLOCK_PAIRS, INTERLEAVED)
@@ -210,22 +216,14 @@ def _norm_backward_kernel(
         tl.store(sums_ptr + second, tl.sum(y_sums, axis=0)[None, :], mask=exists)
 
 
-class _Tiles(NamedTuple):
-    """How heads are dealt to programs."""
-
-    items: int
-    """Blocks of tokens of an example and of heads."""
-    constants: dict[str, Any]
-    """Of the kernels."""
-
-
-def _tiles(heads: torch.Tensor, pairs: RotaryPairs) -> _Tiles:
+def _blocks(heads: torch.Tensor, pairs: RotaryPairs) -> tuple[int, dict[str, Any]]:
+    """Return how many blocks of an example's tokens and heads there are, and the constants of the kernels."""
     batch_size, num_heads, num_tokens, head_size = heads.shape
     block_pairs = triton.next_power_of_2(max(1, head_size // 2))
     block_tokens = max(1, TILE // block_pairs)
     items = batch_size * triton.cdiv(num_tokens, block_tokens) * triton.cdiv(num_heads, BLOCK_HEADS)
     blocks = {"BLOCK_HEADS": BLOCK_HEADS, "BLOCK_TOKENS": block_tokens, "BLOCK_PAIRS": block_pairs}
-    return _Tiles(items, {"INTERLEAVED": pairs == "interleaved", **blocks})
+    return items, {"INTERLEAVED": pairs == "interleaved", **blocks}
 
 
 def _turn(
@@ -239,11 +237,11 @@ def _turn(
     back: bool = False,
 ) -> torch.Tensor:
     out = torch.empty_like(heads)
-    tiles = _tiles(heads, pairs)
-    _turn_kernel[(tiles.items,)](
+    items, constants = _blocks(heads, pairs)
+    _turn_kernel[(items,)](
         heads, weight, out, cos, sin, *heads.shape[1:], eps,
         *heads.stride(), weight.stride(0) if weight is not None else 0, *out.stride(), *cos.stride(), *sin.stride(),
-        BACK=back, **tiles.constants,
+        BACK=back, **constants,
     )  # fmt: skip
     return out
 
@@ -291,13 +289,13 @@ class _QkNormRotary(torch.autograd.Function):
             for heads, used, needed in zip((query, key), given, ctx.needs_input_grad[:2], strict=True)
         ]
         wanted = [used and needed for used, needed in zip(given, ctx.needs_input_grad[2:4], strict=True)]
-        tiles = [_tiles(heads, pairs) for heads in (query, key)]
-        programs = min(PROGRAMS_PER_MULTIPROCESSOR * multiprocessors_of(query), max(each.items for each in tiles))
+        blocks = [_blocks(heads, pairs) for heads in (query, key)]
+        programs = min(PROGRAMS_PER_MULTIPROCESSOR * multiprocessors_of(query), max(items for items, _ in blocks))
         sums = query.new_empty(sum(wanted), programs, query.shape[3], dtype=torch.float32)
         each = iter(sums)
         sums_of = [next(each) if needed else None for needed in wanted]
         for heads, weight, gradient, of_head, of_weight, (items, constants) in zip(
-            (query, key), weights, out_gradients, of_heads, sums_of, tiles, strict=True
+            (query, key), weights, out_gradients, of_heads, sums_of, blocks, strict=True
         ):
             if of_head is not None or of_weight is not None:
                 _norm_backward_kernel[(programs,)](

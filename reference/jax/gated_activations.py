@@ -16,7 +16,8 @@ from gaugeblock.reference.jax.precision import at_least_float32
 def swiglu(gate: jax.Array, up: jax.Array) -> jax.Array:
     """As `gaugeblock.reference.torch.gated_activations.swiglu`."""
     validation.swiglu(gate, up)
-    out_BSI = jax.nn.silu(at_least_float32(gate)) * at_least_float32(up)
+    gate_BSI, up_BSI = at_least_float32(gate), at_least_float32(up)
+    out_BSI = gate_BSI * jax.nn.sigmoid(gate_BSI) * up_BSI
     return out_BSI.astype(gate.dtype)
 
 

@@ -33,7 +33,8 @@ def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     Source: Shazeer 2020 (arXiv:2002.05202), equation 5, SwiGLU without biases.
     """
     validation.swiglu(gate, up)
-    out_BSI = torch.nn.functional.silu(at_least_float32(gate)) * at_least_float32(up)
+    gate_BSI, up_BSI = at_least_float32(gate), at_least_float32(up)
+    out_BSI = gate_BSI * torch.sigmoid(gate_BSI) * up_BSI
     return out_BSI.to(gate.dtype)
 
 
