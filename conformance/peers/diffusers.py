@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from diffusers import DiTTransformer2DModel
 from diffusers.models.embeddings import Timesteps
-from diffusers.models.normalization import AdaLayerNormContinuous
+from diffusers.models.normalization import AdaLayerNormContinuous, RMSNorm
 from torch.func import functional_call
 
 from gaugeblock.conformance.engine.vocabulary import DTYPES
@@ -52,3 +52,13 @@ class DiffusersAdaLayerNorm:
             module: Any = AdaLayerNormContinuous(width, 1, elementwise_affine=False, eps=eps, bias=False)
         module.silu, module.linear = torch.nn.Identity(), torch.nn.Identity()
         return module(hidden_states, torch.cat([scale, shift], 1))
+
+
+@peer("norms.rms_norm", dtypes=DTYPES, rounding="eager", oracle=True)
+class DiffusersRmsNorm:
+    """RMSNorm, as the attention of Flux and Stable Diffusion 3 has it."""
+
+    def __call__(self, hidden_states, weight, *, eps):
+        with torch.device("meta"):
+            module: Any = RMSNorm(weight.shape[0], eps)
+        return functional_call(module, {"weight": weight}, (hidden_states,))
