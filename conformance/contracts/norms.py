@@ -97,6 +97,13 @@ def groups(
     return sizes | {"channels": num_groups * channels_per_group, "height": height, "width": width, "eps": eps}
 
 
+def _of_several_numbers(channels_per_group: int, height: int, width: int, **others: Any) -> dict[str, Any] | None:
+    """None where a group is one number, which is always 0 and which torch refuses."""
+    if channels_per_group * height * width == 1:
+        return None
+    return groups(channels_per_group=channels_per_group, height=height, width=width, **others)
+
+
 def _at_start(tensors: Tensors) -> Tensors:
     return {name: torch.full_like(tensors[name], mean) for name, mean in MEANS.items() if name in tensors}
 
@@ -198,7 +205,7 @@ OF_ROWS: dict[str, Any] = {
     "factors": (
         edges("batch_size", 1, 2, 3),
         edges("num_tokens", 1, 2, 15, 16, 17, 33),
-        kinds("hidden_size", kind_of_width, 1, 2, 16, 31, 100),
+        kinds("hidden_size", kind_of_width, 2, 16, 31, 100),
         either("eps", 1e-6, 1e-5, 1e-3),
     ),
     "build": rows,
@@ -236,7 +243,7 @@ OF_IMAGES: dict[str, Any] = {
         kinds("width", kind_of_width, 1, 2, 7, 16),
         either("eps", 1e-6, 1e-5, 1e-3),
     ),
-    "build": groups,
+    "build": _of_several_numbers,
     "traits": (
         Trait("1 and 0, as at the start of a training", "parameters", _at_start),
         Trait("means of their own", "channels", _channels_apart),

@@ -170,6 +170,34 @@ def _guard_memory(problem: Problem) -> None:
         raise Unavailable(f"copies {needed / 2**30:.0f} GiB of weights, {limit / 2**30:.0f} GiB allowed")
 
 
+def torch_function(function: Callable[..., torch.Tensor], compiled: bool, problem: Problem) -> Callable[[], Results]:
+    """A function of torch in the dtype of its inputs, as it is or compiled for the very sizes."""
+    called = torch.compile(function) if compiled else function
+    return partial(call_torch, problem.contract, called, problem.call)
+
+
+def _rms_norm(hidden_states: torch.Tensor, weight: torch.Tensor, *, eps: float) -> torch.Tensor:
+    return torch.nn.functional.rms_norm(hidden_states, weight.shape, weight, eps)
+
+
+def _layer_norm(hidden_states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, *, eps: float) -> torch.Tensor:
+    return torch.nn.functional.layer_norm(hidden_states, weight.shape, weight, bias, eps)
+
+
+def _group_norm(images: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, *, num_groups: int, eps: float) -> torch.Tensor:
+    return torch.nn.functional.group_norm(images, num_groups, weight, bias, eps)
+
+
+def _group_norm_silu(
+    images: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, *, num_groups: int, eps: float
+) -> torch.Tensor:
+    return torch.nn.functional.silu(_group_norm(images, weight, bias, num_groups=num_groups, eps=eps))
+
+
+def _of_torch(function: Callable[..., torch.Tensor]) -> dict[str, Callable[[Problem], Callable[[], Results]]]:
+    return {name: partial(torch_function, function, name == "torch.compile") for name in ("torch", "torch.compile")}
+
+
 OUTSIDERS: dict[str, dict[str, Callable[[Problem], Callable[[], Results]]]] = {
     "experts.fused_swiglu": {
         "torch grouped_mm": grouped_mm,
@@ -185,6 +213,10 @@ OUTSIDERS: dict[str, dict[str, Callable[[Problem], Callable[[], Results]]]] = {
     "biased_moe_layers.gpt_oss_moe": _layers("TransformersGptOssBlock", "TorchtitanGptOssBlock"),
     "dit.dit": _models("diffusers", "diffusers", "DiffusersDit"),
     "mmdit.mmdit": _models("diffusers", "diffusers_mmdit", "DiffusersMMDiT"),
+    "norms.rms_norm": _of_torch(_rms_norm),
+    "norms.layer_norm_affine": _of_torch(_layer_norm),
+    "norms.group_norm": _of_torch(_group_norm),
+    "norms.group_norm_silu": _of_torch(_group_norm_silu),
     "routers.softmax_topk": {"transformers, identity gate": transformers_softmax_router},
     "routers.grouped_sigmoid_topk": {"transformers, identity gate": transformers_grouped_router},
 }

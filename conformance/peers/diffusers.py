@@ -7,7 +7,7 @@ import torch
 from diffusers import DiTTransformer2DModel
 from diffusers.models.activations import GEGLU, SwiGLU
 from diffusers.models.embeddings import Timesteps, apply_rotary_emb
-from diffusers.models.normalization import AdaLayerNormContinuous
+from diffusers.models.normalization import AdaLayerNormContinuous, RMSNorm
 from torch.func import functional_call
 
 from gaugeblock.conformance.engine.vocabulary import DTYPES
@@ -102,3 +102,13 @@ class DiffusersGeGlu:
 
     def __call__(self, gate, up, *, approximation):
         return gated(GEGLU, gate, up)
+
+
+@peer("norms.rms_norm", dtypes=DTYPES, rounding="eager", oracle=True)
+class DiffusersRmsNorm:
+    """RMSNorm, as the attention of Flux and Stable Diffusion 3 has it."""
+
+    def __call__(self, hidden_states, weight, *, eps):
+        with torch.device("meta"):
+            module: Any = RMSNorm(weight.shape[0], eps)
+        return functional_call(module, {"weight": weight}, (hidden_states,))

@@ -6,12 +6,12 @@ All kernels are bound by memory. Forward reads images and writes the result; bac
 and writes the gradient of the images. A small group has one program, which goes through it twice, for statistics and for results,
 and finds the second time in the cache what the first time brought. A large one is cut along its pixels over several programs:
 one kernel writes the statistics, or sums, of each part, a second one merges those of its group and goes on with its own part, so
-that what is larger than the cache is read twice. Statistics are Welford's, lane by lane, and Chan's where lanes and parts are merged:
-one pass, and no digits are lost where the mean is far from 0.
+that what is larger than the cache is read twice. Statistics are Welford's in each lane and Chan's where lanes and parts are
+merged: one pass, and no digits are lost where the mean is far from 0.
 
-Kept from forward are mean and rstd of each group. Backward, gradients of weight and bias are sums over pixels, parts and examples:
-programs write those of their channels, and `partial_sums` adds them up, without atomics. How a group is cut depends on its size
-alone: every run gives the same bits, and no example's bits depend on its batch.
+Kept from forward are mean and rstd of each group. Gradients of weight and bias are sums over pixels, parts and examples: programs
+write those of their channels, and `partial_sums` adds them up, without atomics. How a group is cut depends on its size alone:
+every run gives the same bits, and no example's bits depend on its batch.
 
 Images are addressed by their strides, channels-last ones too; the result lies in memory in the order of the images.
 
