@@ -3,12 +3,14 @@
 They are imported from here, wherever they stand: the cases of the gate are made of these classes.
 """
 
+from gaugeblock.reference.configs.clip_text import CLIP_TEXT_PRESETS, LEGACY_EOS_TOKEN_ID, CLIPTextConfig
 from gaugeblock.reference.configs.dit import DIT_PRESETS, DiTConfig
 from gaugeblock.reference.configs.dit_moe_layer import DiTMoEConfig
 from gaugeblock.reference.configs.image_diffusion import ImageDiffusionConfig
 from gaugeblock.reference.configs.options import (
     E4M3_MAX,
     SMALLEST_WEIGHT_SUM,
+    ClipActivation,
     GeluApproximation,
     RotaryPairs,
     ScoreFunction,

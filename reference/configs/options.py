@@ -7,6 +7,7 @@ VelocitySign = Literal["noise - data", "data - noise"]
 TimestepSampling = Literal["uniform", "logit-normal"]
 SecondExpertPolicy = Literal["all", "sampling", "random"]
 GeluApproximation = Literal["none", "tanh"]
+ClipActivation = Literal["quick_gelu", "gelu"]
 RotaryPairs = Literal["interleaved", "half-split"]
 
 E4M3_MAX = 448.0  # the largest number of float8_e4m3fn
