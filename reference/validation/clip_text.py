@@ -31,7 +31,9 @@ def clip_text(
     state_entries(state, shapes)
     first = next(iter(shapes))
     for name in shapes:
-        require_dtype(f"state[{name!r}]", state[name], (dtype_name(state[first]),))
+        if dtype_name(state[name]) != dtype_name(state[first]):
+            dtypes = f"{dtype_name(state[first])}, got {dtype_name(state[name])}"
+            raise TypeError(f"state must have {name} in the dtype of {first}, {dtypes}")
         require_same_device(f"state[{name!r}]", state[name], "input_ids", input_ids)
 
 
