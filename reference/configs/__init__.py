@@ -3,6 +3,7 @@
 They are imported from here, wherever they stand: the cases of the gate are made of these classes.
 """
 
+from gaugeblock.reference.configs.clip_text import CLIP_TEXT_PRESETS, LEGACY_EOS_TOKEN_ID, CLIPTextConfig
 from gaugeblock.reference.configs.dit import DIT_PRESETS, DiTConfig
 from gaugeblock.reference.configs.dit_moe import DIT_MOE_PRESETS, DiTMoEModelConfig
 from gaugeblock.reference.configs.dit_moe_layer import DiTMoEConfig
@@ -17,6 +18,7 @@ from gaugeblock.reference.configs.options import (
     FinalSigma,
     FlowStart,
     FlowWeighting,
+    ClipActivation,
     GeluApproximation,
     PredictionType,
     QkNorm,

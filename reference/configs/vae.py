@@ -30,7 +30,7 @@ class VAEConfig:
         TypeError: block_out_channels is no tuple.
         ValueError: Sizes are not positive or do not fit together, or a factor is not finite, or the scale is 0.
 
-    Source: Rombach et al. 2021 (arXiv:2112.10752), section 3.1 and appendix G; config.json of the checkpoints' `vae`.
+    Source: Rombach et al. 2021 (arXiv:2112.10752), section 3.1 and appendix G; the configurations of the checkpoints' `vae`.
     """
 
     in_channels: int = 3

@@ -20,6 +20,7 @@ from gaugeblock.reference.validation.auxiliary_losses import (
 )
 from gaugeblock.reference.validation.biased_moe_layers import gpt_oss_moe, upcycled_gpt2_moe
 from gaugeblock.reference.validation.capacity_routers import expert_choice, gshard_top2, switch_top1
+from gaugeblock.reference.validation.clip_text import clip_input_ids_in_range, clip_position_ids, clip_text
 from gaugeblock.reference.validation.dispatch import (
     align_to_blocks,
     permute,
