@@ -174,9 +174,13 @@ FACTORS = (
         of=lambda sizes: (sizes["height"] // sizes["patch_size"], sizes["width"] // sizes["patch_size"]),
     ),
     edges("num_layers", 1, 2),
-    edges("patch_size", 1, 2, 3),
-    either("in_channels", 3, 4),
-    either("out_channels", 3, 2),
+    edges("patch_size", 1, 2),
+    Factor(
+        "channels",
+        str,
+        values=((3, 3), (4, 2)),
+        of=lambda sizes: (sizes["in_channels"], sizes["out_channels"]),
+    ),
     either("qk_norm", None, "rms_norm"),
     edges("dual_layers", 0, 1),
 )
@@ -188,11 +192,13 @@ def point(
     heads: tuple[int, int],
     patches: tuple[int, int],
     num_layers: int,
+    channels: tuple[int, int],
     dual_layers: int,
     **others: Any,
 ) -> dict[str, Any]:
     """The point with these values of the factors."""
-    return sizes(batch_size, num_text_tokens, patches, tiny_model(*heads, num_layers, **others), dual_layers=dual_layers)
+    config = tiny_model(*heads, num_layers, in_channels=channels[0], out_channels=channels[1], **others)
+    return sizes(batch_size, num_text_tokens, patches, config, dual_layers=dual_layers)
 
 
 @st.composite

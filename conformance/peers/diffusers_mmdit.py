@@ -20,7 +20,7 @@ def model(config: MMDiTConfig) -> Any:
 
 
 @peer("mmdit.mmdit", dtypes=DTYPES, rounding="eager", oracle=True)
-class DiffusersMMDiT:
+class DiffusersMmdit:
     """SD3Transformer2DModel, whose state has the same names."""
 
     def __call__(self, state, latents, encoder_hidden_states, pooled_projections, timesteps, *, config):

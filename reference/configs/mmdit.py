@@ -10,7 +10,7 @@ from gaugeblock.reference.configs.options import QkNorm
 
 @dataclass(frozen=True)
 class MMDiTConfig:
-    """A diffusion transformer on the tokens of an image and of a text; names and defaults as in diffusers' config.json.
+    """A diffusion transformer on the tokens of an image and of a text; names and defaults as in diffusers.
 
     Attributes:
         sample_size: Height and width of the latents that it was made for; others are taken too.

@@ -3,14 +3,14 @@
 import torch
 
 from gaugeblock.conformance.selftest.fault import fault
-from gaugeblock.conformance.selftest.simulated.mmdit import MMDiT
+from gaugeblock.conformance.selftest.simulated.mmdit import Mmdit
 from gaugeblock.reference.torch.mmdit import POSITIONS
 
 BFLOAT = ("bfloat16",)
 
 
 @fault(caught_by="parity", kind="structural", source="Flux has the text first, Stable Diffusion 3 the image")
-class TextFirst(MMDiT):
+class TextFirst(Mmdit):
     """Keys, queries and values of the text come first; results are cut as if the image did."""
 
     def in_order(self, of_image, of_text):
@@ -18,7 +18,7 @@ class TextFirst(MMDiT):
 
 
 @fault(caught_by="parity", kind="structural", source="SimpleTuner#904, axolotl#3735: masks of joint sequences")
-class PaddingMasked(MMDiT):
+class PaddingMasked(Mmdit):
     """Tokens of the text that are all 0 are not attended to."""
 
     def load_text(self, text):
@@ -42,7 +42,7 @@ class PaddingMasked(MMDiT):
 
 
 @fault(caught_by="parity", kind="structural", source="positions cut from the corner, as for other models")
-class TableFromItsCorner(MMDiT):
+class TableFromItsCorner(Mmdit):
     """Positions count from the first row and column of the table."""
 
     def margin(self, size, number):
@@ -50,7 +50,7 @@ class TableFromItsCorner(MMDiT):
 
 
 @fault(caught_by="parity", kind="boundary", source="centre crops that round the margin to the nearest")
-class MarginRoundedUp(MMDiT):
+class MarginRoundedUp(Mmdit):
     """What lies before the middle is rounded up."""
 
     def margin(self, size, number):
@@ -58,7 +58,7 @@ class MarginRoundedUp(MMDiT):
 
 
 @fault(caught_by="parity", kind="structural", source="width before height")
-class TableTransposed(MMDiT):
+class TableTransposed(Mmdit):
     """Rows of the table are taken for columns."""
 
     def crop(self, table, rows, columns):
@@ -66,7 +66,7 @@ class TableTransposed(MMDiT):
 
 
 @fault(caught_by="parity", kind="boundary", source="tables for square images")
-class SquareTable(MMDiT):
+class SquareTable(Mmdit):
     """The margin of the rows is that of the columns."""
 
     def crop(self, table, rows, columns):
@@ -75,7 +75,7 @@ class SquareTable(MMDiT):
 
 
 @fault(caught_by="parity", kind="structural", source="AdaLayerNormContinuous: scale, shift")
-class ShiftBeforeScale(MMDiT):
+class ShiftBeforeScale(Mmdit):
     """Of the last block's text and at the end, the first half is taken for the shift."""
 
     def halves(self, scale, shift):
@@ -83,7 +83,7 @@ class ShiftBeforeScale(MMDiT):
 
 
 @fault(caught_by="parity", kind="structural", source="SD35AdaLayerNormZeroX: chunk order")
-class SecondAttentionBeforeTheNetwork(MMDiT):
+class SecondAttentionBeforeTheNetwork(Mmdit):
     """The steering of the second attention is looked for before that of the feed-forward network."""
 
     def ninths(self, *parts):
@@ -91,7 +91,7 @@ class SecondAttentionBeforeTheNetwork(MMDiT):
 
 
 @fault(caught_by="parity", kind="structural", source="dual attention one after the other")
-class SecondAttentionSeesTheFirst(MMDiT):
+class SecondAttentionSeesTheFirst(Mmdit):
     """The image attends to itself after it has attended to the text."""
 
     def seen_again(self, tokens, attended):
@@ -99,7 +99,7 @@ class SecondAttentionSeesTheFirst(MMDiT):
 
 
 @fault(caught_by="parity", kind="structural", source="qk_norm of the whole width, as in other models")
-class NormOfAllHeads(MMDiT):
+class NormOfAllHeads(Mmdit):
     """Queries and keys are normalized over all heads."""
 
     def rms(self, heads, weight):
@@ -108,7 +108,7 @@ class NormOfAllHeads(MMDiT):
 
 
 @fault(caught_by="parity", kind="structural", source="norm_added_q and norm_added_k not loaded")
-class TextNotNormalized(MMDiT):
+class TextNotNormalized(Mmdit):
     """Queries and keys of the text are not normalized."""
 
     def own_heads(self, state, names, tokens, config):
@@ -120,7 +120,7 @@ class TextNotNormalized(MMDiT):
 
 
 @fault(caught_by="parity", kind="precision", source="Attention(eps=1e-5) of diffusers")
-class EpsOfAttention(MMDiT):
+class EpsOfAttention(Mmdit):
     """The heads' norm has eps 1e-5."""
 
     def rms(self, heads, weight):
@@ -128,7 +128,7 @@ class EpsOfAttention(MMDiT):
 
 
 @fault(caught_by="parity", kind="precision", source="torch's LayerNorm has 1e-5")
-class EpsOfTorch(MMDiT):
+class EpsOfTorch(Mmdit):
     """Every LayerNorm has eps 1e-5."""
 
     def norm(self, tokens, eps):
@@ -136,7 +136,7 @@ class EpsOfTorch(MMDiT):
 
 
 @fault(caught_by="parity", kind="precision", source="DiT and CLIP ports")
-class ExactGelu(MMDiT):
+class ExactGelu(Mmdit):
     """The GELU is the exact one, a thousandth away."""
 
     def gelu(self, inner):
@@ -144,7 +144,7 @@ class ExactGelu(MMDiT):
 
 
 @fault(caught_by="parity", kind="precision", source="diffusers and Flux ports", dtypes=BFLOAT)
-class TimesInBfloat16(MMDiT):
+class TimesInBfloat16(Mmdit):
     """Times 998 and 999 are one."""
 
     def times(self, timesteps):
@@ -152,7 +152,7 @@ class TimesInBfloat16(MMDiT):
 
 
 @fault(caught_by="parity", kind="structural", source="Flux tells its model t in [0, 1], and multiplies by 1000 inside")
-class TimesMultipliedAgain(MMDiT):
+class TimesMultipliedAgain(Mmdit):
     """The factor 1000 is applied twice."""
 
     def times(self, timesteps):
@@ -160,7 +160,7 @@ class TimesMultipliedAgain(MMDiT):
 
 
 @fault(caught_by="parity", kind="structural", source="freq_shift 1, as in diffusers' DiT")
-class FrequencyShift(MMDiT):
+class FrequencyShift(Mmdit):
     """The lowest frequency is 1 / 10000."""
 
     def times(self, timesteps):
@@ -168,7 +168,7 @@ class FrequencyShift(MMDiT):
 
 
 @fault(caught_by="parity", kind="structural", source="pooled projections left out, as where there is no guidance")
-class PooledIgnored(MMDiT):
+class PooledIgnored(Mmdit):
     """The vector of the whole text does not count."""
 
     def conditions(self, state, timesteps, pooled):
@@ -176,7 +176,7 @@ class PooledIgnored(MMDiT):
 
 
 @fault(caught_by="parity", kind="structural", source="unpatchify of square images")
-class ImageTransposed(MMDiT):
+class ImageTransposed(Mmdit):
     """Patches are put together as if there were as many rows as there are columns."""
 
     def image(self, patches, rows, config):
@@ -185,7 +185,7 @@ class ImageTransposed(MMDiT):
 
 
 @fault(caught_by="parity", kind="structural", source="unpatchify as the inverse of patchify")
-class ChannelFirstInTheResult(MMDiT):
+class ChannelFirstInTheResult(Mmdit):
     """The last layer's values are taken channel, row, column."""
 
     def image(self, patches, rows, config):
@@ -193,7 +193,7 @@ class ChannelFirstInTheResult(MMDiT):
 
 
 @fault(caught_by="nan_containment", kind="structural", source="tokens flattened over the batch without a mask")
-class AttendsAcrossTheBatch(MMDiT):
+class AttendsAcrossTheBatch(Mmdit):
     """The image's second attention sees the tokens of all examples as one sequence."""
 
     def second_attention(self, state, tokens, config):
@@ -201,7 +201,7 @@ class AttendsAcrossTheBatch(MMDiT):
 
 
 @fault(caught_by="same_pointer_new_data", kind="state", source="text embeddings computed once for all steps")
-class TextKept(MMDiT):
+class TextKept(Mmdit):
     """The text of a batch of one size is embedded once."""
 
     def __init__(self):
@@ -213,7 +213,7 @@ class TextKept(MMDiT):
 
 
 @fault(caught_by="inputs_unchanged", kind="memory", source="tables cropped in place")
-class TableChangedInPlace(MMDiT):
+class TableChangedInPlace(Mmdit):
     """What is cut out of the table is left zero there."""
 
     def __call__(self, state, *arguments, config):
@@ -223,7 +223,7 @@ class TableChangedInPlace(MMDiT):
 
 
 @fault(caught_by="gradients", kind="gradient", source="frozen text encoders and what follows them")
-class TextEmbedderFrozen(MMDiT):
+class TextEmbedderFrozen(Mmdit):
     """What embeds the text gets no gradient."""
 
     def linear(self, state, name, inputs):
@@ -232,7 +232,7 @@ class TextEmbedderFrozen(MMDiT):
 
 
 @fault(caught_by="state_dict_round_trip", kind="state", source="parameters zipped with the keys of a checkpoint")
-class NormsByPlace(MMDiT):
+class NormsByPlace(Mmdit):
     """The heads' norms are taken in the order in which the dict holds them."""
 
     def own_heads(self, state, names, tokens, config):

@@ -4,13 +4,13 @@ import torch
 from torch.nn import functional
 
 from gaugeblock.conformance.selftest.right.dit import FlashKernel
-from gaugeblock.conformance.selftest.simulated.mmdit import MMDiT
+from gaugeblock.conformance.selftest.simulated.mmdit import Mmdit
 from gaugeblock.conformance.selftest.variant import right
 from gaugeblock.reference.torch.mmdit import NORM_EPS
 
 
 @right(batch_invariant=False)
-class FunctionsOfTorch(MMDiT):
+class FunctionsOfTorch(Mmdit):
     """torch's linear, layer_norm, rms_norm, convolution and attention in float32."""
 
     def linear(self, state, name, inputs):
@@ -31,7 +31,7 @@ class FunctionsOfTorch(MMDiT):
 
 
 @right()
-class OperandsRounded(MMDiT):
+class OperandsRounded(Mmdit):
     """What is multiplied is rounded to the dtype of the latents, as tensor cores want it; gradients are not."""
 
     def run(self, state, latents, *others):
@@ -50,7 +50,7 @@ class OperandsRounded(MMDiT):
 
 
 @right()
-class TextFirstThroughout(MMDiT):
+class TextFirstThroughout(Mmdit):
     """The text comes first, and its result is taken from there; queries are scaled, not scores."""
 
     def in_order(self, of_image, of_text):
@@ -67,7 +67,7 @@ class TextFirstThroughout(MMDiT):
 
 
 @right()
-class GeluWrittenOut(MMDiT):
+class GeluWrittenOut(Mmdit):
     """x · sigmoid(2 u), which is x / 2 · (1 + tanh(u)); the heads' norm by a root and a division."""
 
     def gelu(self, inner):
@@ -78,7 +78,7 @@ class GeluWrittenOut(MMDiT):
 
 
 @right()
-class BlocksInFloat64(MMDiT):
+class BlocksInFloat64(Mmdit):
     """Every product in float64, and what follows too, rounded once."""
 
     def linear(self, state, name, inputs):

@@ -12,7 +12,7 @@ IMAGE = ("to_q", "to_k", "to_v", "norm_q", "norm_k")
 TEXT = ("add_q_proj", "add_k_proj", "add_v_proj", "norm_added_q", "norm_added_k")
 
 
-class MMDiT(Dit):
+class Mmdit(Dit):
     """`mmdit.mmdit`."""
 
     contract = "mmdit.mmdit"
