@@ -48,7 +48,7 @@ def flux() -> Contract:
         landmarks=(
             sizes(2, 6, 3, tiny_model(num_single_layers=2)),
             sizes(3, 5, 4, tiny_model(3, (2, 2, 4), num_layers=2, guidance_embeds=False, out_channels=2, patch_size=2)),
-            sizes(1, 4, 2, tiny_model(1, (16, 56, 56))),  # a head as it is published
+            sizes(1, 4, 2, tiny_model(1, (8, 28, 28))),  # the published proportions, in half a head
         ),
         factors=FACTORS,
         build=point,
@@ -59,7 +59,7 @@ def flux() -> Contract:
             Regime("adversarial", extreme, "worst element"),
             Regime("special", special, "worst element", differentiable=False),
         ),
-        cases=0.2,  # a budget with the gradients of all parameters takes about a second
+        cases=0.1,  # a budget with the gradients of all parameters takes about a second
         configure=lambda parameters: {"config": configuration(parameters)},
         flops=flops,
         moved=moved,
