@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from hypothesis import strategies as st
 
-from gaugeblock.conformance.contracts import model_states
+from gaugeblock.conformance.contracts import flux_flash_attention, model_states
 from gaugeblock.conformance.engine.contract import Contract, Input, Output, Regime, Rejection, Workload, row
 from gaugeblock.conformance.engine.factors import Factor, Trait, edges, either
-from gaugeblock.conformance.engine.implementation import compiled, jax
+from gaugeblock.conformance.engine.implementation import compiled, jax, triton
 from gaugeblock.conformance.engine.inputs.bad_calls import changed
 from gaugeblock.conformance.engine.inputs.draw import Draw
 from gaugeblock.conformance.engine.vocabulary import Parameters, Tensors
@@ -48,7 +48,7 @@ def flux() -> Contract:
         landmarks=(
             sizes(2, 6, 3, tiny_model(num_single_layers=2)),
             sizes(3, 5, 4, tiny_model(3, (2, 2, 4), num_layers=2, guidance_embeds=False, out_channels=2, patch_size=2)),
-            sizes(1, 4, 2, tiny_model(1, (16, 56, 56))),  # a head as it is published
+            sizes(1, 4, 2, tiny_model(1, (8, 28, 28))),  # the published proportions, in half a head
         ),
         factors=FACTORS,
         build=point,
@@ -59,7 +59,8 @@ def flux() -> Contract:
             Regime("adversarial", extreme, "worst element"),
             Regime("special", special, "worst element", differentiable=False),
         ),
-        cases=0.2,  # a budget with the gradients of all parameters takes about a second
+        formulas=(flux_flash_attention.flux,),
+        cases=0.1,  # a budget with the gradients of all parameters takes about a second
         configure=lambda parameters: {"config": configuration(parameters)},
         flops=flops,
         moved=moved,
@@ -76,6 +77,7 @@ def flux() -> Contract:
         ),
         rejections=REJECTIONS,
         implementations=(
+            triton(**model_states.LIBRARY_PRODUCTS),
             compiled("compiled", devices=("cuda",), **model_states.LIBRARY_PRODUCTS),  # on a CPU every compilation takes a minute
             jax("jax-compiled"),
         ),
