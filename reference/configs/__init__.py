@@ -16,3 +16,4 @@ from gaugeblock.reference.configs.options import (
     TimestepSampling,
     VelocitySign,
 )
+from gaugeblock.reference.configs.unet import UNET_PRESETS, UNetBlock, UNetConfig

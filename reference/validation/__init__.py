@@ -82,4 +82,5 @@ from gaugeblock.reference.validation.train_image_diffusion import (
     image_diffusion_state,
     image_diffusion_step,
 )
+from gaugeblock.reference.validation.unet import unet, unet_text_time
 from gaugeblock.reference.validation.upcycling import adamw_of_used_experts, upcycle
