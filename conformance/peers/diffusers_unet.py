@@ -7,6 +7,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch.func import functional_call
 
+from gaugeblock.conformance.engine.inputs.cases import Case
 from gaugeblock.conformance.engine.vocabulary import DTYPES
 from gaugeblock.conformance.peers.peer import peer
 from gaugeblock.reference.configs import UNetConfig
@@ -34,13 +35,18 @@ def made(config: UNetConfig) -> Any:
     return model.eval()
 
 
+def has_text(case: Case) -> bool:
+    """Whether every example has text to look at; where there is none, this model looks at all of it."""
+    return "nothing by the first" not in case.traits
+
+
 def predict(state: Any, latents: Any, timesteps: Any, text: Any, mask: Any, config: UNetConfig, **others: Any) -> torch.Tensor:
     """Its call; of a batch its mask must be a batch too."""
     kwargs = {"encoder_attention_mask": mask, **others}
     return functional_call(made(config), dict(state), (latents, timesteps, text), kwargs).sample
 
 
-@peer("unet.unet", dtypes=DTYPES, rounding="eager", oracle=True)
+@peer("unet.unet", dtypes=DTYPES, rounding="eager", fits=has_text, oracle=True)
 class DiffusersUnet:
     """UNet2DConditionModel of SD 1 and 2."""
 
@@ -48,7 +54,7 @@ class DiffusersUnet:
         return predict(state, latents, timesteps, encoder_hidden_states, encoder_attention_mask, config)
 
 
-@peer("unet.unet_text_time", dtypes=DTYPES, rounding="eager", oracle=True)
+@peer("unet.unet_text_time", dtypes=DTYPES, rounding="eager", fits=has_text, oracle=True)
 class DiffusersUnetTextTime:
     """UNet2DConditionModel of SDXL."""
 
