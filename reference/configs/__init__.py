@@ -43,3 +43,4 @@ from gaugeblock.reference.configs.schedules import (
     FlowScheduleConfig,
 )
 from gaugeblock.reference.configs.vae import VAE_PRESETS, VAEConfig
+from gaugeblock.reference.configs.unet import UNET_PRESETS, UNetBlock, UNetConfig

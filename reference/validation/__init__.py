@@ -112,5 +112,6 @@ from gaugeblock.reference.validation.train_image_diffusion import (
     image_diffusion_state,
     image_diffusion_step,
 )
+from gaugeblock.reference.validation.unet import unet, unet_text_time
 from gaugeblock.reference.validation.upcycling import adamw_of_used_experts, upcycle
 from gaugeblock.reference.validation.vae import vae_decode, vae_encode, vae_latents, vae_sample
