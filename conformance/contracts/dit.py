@@ -66,7 +66,10 @@ def dit() -> Contract:
             Workload("dit-b-4/256px-batch-32", sizes(32, DIT_PRESETS["DiT-B/4"]), "facebookresearch/DiT models.py, DiT_B_4"),
             Workload("two-cores/dit-s-8-batch-2", sizes(2, DIT_PRESETS["DiT-S/8"]), "a size for a CPU, DiT_S_8"),
         ),
-        shardings={"whole": {}},  # inputs, results and gradients are on every rank alike
+        shardings={
+            "whole": {},  # inputs, results and gradients are on every rank alike
+            "data_parallel": {"batch_size": "uneven"},
+        },
         rejections=REJECTIONS,
         implementations=(
             triton(**model_states.LIBRARY_PRODUCTS),
@@ -74,6 +77,9 @@ def dit() -> Contract:
             jax("jax-compiled"),
             distributed("tensor-parallel", "dit_tensor_parallel:dit", only=HEADS_FIT, **ON_RANKS),
             distributed("sequence-parallel", "dit_sequence_parallel:dit", only=TOKENS_FIT, **ON_RANKS),
+            distributed("fsdp2", "dit_fully_sharded:dit", sharding="data_parallel", **ON_RANKS),
+            # each number of devices takes a compilation: tests/test_jax_sharded_dit.py has 1 and 2
+            distributed("jax-sharded", "sharded_dit:dit", framework="jax", world_sizes=(4,), only=HEADS_FIT),
         ),
     )
 

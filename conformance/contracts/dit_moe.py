@@ -9,7 +9,7 @@ from gaugeblock.conformance.contracts import dit as of_dit
 from gaugeblock.conformance.contracts import flash_attention, model_states
 from gaugeblock.conformance.engine.contract import Contract, Input, Output, Regime, Rejection, Workload, row
 from gaugeblock.conformance.engine.factors import Factor, edges, either
-from gaugeblock.conformance.engine.implementation import jax
+from gaugeblock.conformance.engine.implementation import distributed, jax, triton
 from gaugeblock.conformance.engine.inputs.bad_calls import changed
 from gaugeblock.conformance.engine.inputs.draw import Draw
 from gaugeblock.conformance.engine.vocabulary import Parameters, Tensors
@@ -47,6 +47,7 @@ def dit_moe() -> Contract:
             sizes(3, tiny_model(norm_eps=1e-2)),
             sizes(2, tiny_model(heads=(24, 3), depth=1, patches=(6, 2), top_k=1, qk_norm=True, timestep_scale=1000.0)),
             sizes(1, tiny_model(heads=(88, 1), depth=1, qk_norm=True, num_experts=16)),  # heads and experts of DiT-MoE-G
+            sizes(2, tiny_model(heads=(16, 4), depth=1, qk_norm=True, timestep_scale=1000.0)),  # what four ranks can share
         ),
         factors=FACTORS,
         build=point,
@@ -72,11 +73,18 @@ def dit_moe() -> Contract:
                 "a size for a CPU: half the width of DiT_MoE_S_2",
             ),
         ),
+        shardings={"whole": {}},  # inputs, results and gradients are on every rank alike
         rejections=REJECTIONS,
-        implementations=(jax("jax-compiled"),),
+        implementations=(
+            triton(**model_states.LIBRARY_PRODUCTS),
+            jax("jax-compiled"),
+            # each number of devices takes a compilation: tests/test_jax_sharded_dit.py has 1
+            distributed("jax-sharded", "sharded_dit:dit_moe", framework="jax", world_sizes=(4,), only=FITS_RANKS),
+        ),
     )
 
 
+FITS_RANKS = "num_heads % 4 == 0 and num_experts % 4 == 0"
 PUBLIC = "feizc/DiT-MoE models.py"
 OF_MODEL = tuple(each.name for each in fields(DiTMoEModelConfig) if each.name != "moe")
 OF_LAYER = tuple(each.name for each in fields(DiTMoEConfig))
@@ -125,7 +133,9 @@ def tiny_model(
 
 FACTORS = (
     edges("batch_size", 1, 2, 3),
-    Factor("heads", str, values=((16, 1), (16, 2), (24, 3)), of=lambda sizes: (sizes["hidden_size"], sizes["num_heads"])),
+    Factor(
+        "heads", str, values=((16, 1), (16, 2), (16, 4), (24, 3)), of=lambda sizes: (sizes["hidden_size"], sizes["num_heads"])
+    ),
     Factor("patches", str, values=((4, 4), (4, 2), (6, 2)), of=lambda sizes: (sizes["input_size"], sizes["patch_size"])),
     edges("depth", 1, 2),
     either("learn_sigma", False, True),

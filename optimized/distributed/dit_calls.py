@@ -19,13 +19,16 @@ def agree_on_call(
     class_labels: torch.Tensor,
     config: DiTConfig,
     mesh: DeviceMesh,
-    require_fitting: Callable[[int], None],
+    require_fitting: Callable[[int], None] = lambda ranks: None,
+    *,
+    batch_is_alike: bool = True,
 ) -> None:
     """Raise on every rank what is wrong with the call of any; one small exchange, for which the host waits.
 
     Args:
-        state: And all others as of `dit.dit`, whole and alike on every rank; their values are not compared.
+        state: And all others as of `dit.dit`, whole on every rank, or the rank's part of a batch; their values are not compared.
         require_fitting: Raises ValueError where so many ranks cannot share the model.
+        batch_is_alike: Whether every rank has the whole batch.
     """
     require_one_dimension(mesh)
     error, facts = None, dict.fromkeys(("latents must have the same batch_size", "latents must have the same dtype"), 0)
@@ -39,5 +42,5 @@ def agree_on_call(
         error = raised  # raised again once the other ranks know
     else:
         dtype = validation.FLOATING.index(validation.dtype_name(latents))
-        facts = dict(zip(facts, (latents.shape[0], dtype), strict=True))
+        facts = dict(zip(facts, (latents.shape[0] if batch_is_alike else 0, dtype), strict=True))
     agree(torch.zeros(mesh.size(), dtype=torch.int64, device=mesh.device_type), facts, error, mesh)
