@@ -107,6 +107,7 @@ def convert_prediction() -> Contract:
         ),
         factors=options_of(prediction_type=KINDS, to=KINDS),
         build=sizes,
+        traits=LITTLE,
         regimes=(
             Regime("dithered", noised_mixtures),
             Regime("adversarial", noised_near_ends, "worst element"),
@@ -208,4 +209,8 @@ def ratios_at_the_limit(draw: Draw, parameters: Parameters) -> Tensors:
 
 
 ENDS = (all_equal("rates", alphas=1.0, sigmas=0.0), all_equal("rates", alphas=0.0, sigmas=1.0))
+LITTLE = (
+    all_equal("rates", alphas=2.0**-8, sigmas=(1 - 2.0**-16) ** 0.5),
+    all_equal("rates", alphas=(1 - 2.0**-16) ** 0.5, sigmas=2.0**-8),
+)
 NEGATIVE = by_value("less than nothing of the data", "alphas", {"alphas": -0.5})
