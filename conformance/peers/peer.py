@@ -24,6 +24,7 @@ LIBRARIES = {
     "diffusers_mmdit": "diffusers",
     "diffusers_unet": "diffusers",
     "diffusers_vae": "diffusers",
+    "diffusers_schedulers": "diffusers",
     "liger": "liger-kernel",
     "torchtitan": "torchtitan",
 }
@@ -37,6 +38,7 @@ IMPORTS = {
     "diffusers_mmdit": "diffusers",
     "diffusers_unet": "diffusers",
     "diffusers_vae": "diffusers",
+    "diffusers_schedulers": "diffusers",
 }
 """The package that a distribution brings, where it is named otherwise than the module of this folder."""
 UNDOCUMENTED: Mapping[str, Any] = {"validates": False, "batch_invariant": False}

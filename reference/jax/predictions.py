@@ -56,10 +56,10 @@ def convert_prediction(
     alphas_B1, sigmas_B1 = per_example(alphas, prediction), per_example(sigmas, prediction)
     noise_B1, data_B1 = shares(alphas_B1, sigmas_B1, prediction_type)
     to_noise_B1, to_data_B1 = shares(alphas_B1, sigmas_B1, to)
-    of_prediction_B1 = alphas_B1 * to_noise_B1 - sigmas_B1 * to_data_B1
-    of_noised_B1 = noise_B1 * to_data_B1 - to_noise_B1 * data_B1
-    both = of_prediction_B1 * at_least_float32(prediction) + of_noised_B1 * at_least_float32(noised)
-    return (both / (alphas_B1 * noise_B1 - sigmas_B1 * data_B1)).astype(prediction.dtype)
+    determinant_B1 = alphas_B1 * noise_B1 - sigmas_B1 * data_B1
+    of_prediction_B1 = (alphas_B1 * to_noise_B1 - sigmas_B1 * to_data_B1) / determinant_B1
+    of_noised_B1 = (noise_B1 * to_data_B1 - to_noise_B1 * data_B1) / determinant_B1
+    return (of_prediction_B1 * at_least_float32(prediction) + of_noised_B1 * at_least_float32(noised)).astype(prediction.dtype)
 
 
 def min_snr_weights(snr: jax.Array, *, prediction_type: PredictionType, gamma: float) -> jax.Array:
