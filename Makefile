@@ -31,8 +31,9 @@ lint: setup  ## ruff, mypy, and the direction of imports
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-demo: setup  ## train a tiny DiT on digits, in PyTorch and in JAX from the same draws (some minutes): demo/*.png
+demo: setup  ## train tiny models on digits, in PyTorch and in JAX, and sample with every sampler (ten minutes): demo/*.png
 	OMP_NUM_THREADS=2 $(BIN)/python demo/train_digits.py
+	OMP_NUM_THREADS=2 $(BIN)/python demo/sample_digits.py --train
 
 dashboard: setup  ## measure this commit, and a page of all commits' results that needs no internet: .asv/html (six minutes)
 	$(BIN)/gaugeblock bench --asv benchmarks/results; \

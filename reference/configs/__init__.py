@@ -15,10 +15,10 @@ from gaugeblock.reference.configs.options import (
     LARGEST_CHURN,
     SMALLEST_WEIGHT_SUM,
     BetaSchedule,
+    ClipActivation,
     FinalSigma,
     FlowStart,
     FlowWeighting,
-    ClipActivation,
     GeluApproximation,
     PredictionType,
     QkNorm,
@@ -42,5 +42,5 @@ from gaugeblock.reference.configs.schedules import (
     EDMScheduleConfig,
     FlowScheduleConfig,
 )
-from gaugeblock.reference.configs.vae import VAE_PRESETS, VAEConfig
 from gaugeblock.reference.configs.unet import UNET_PRESETS, UNetBlock, UNetConfig
+from gaugeblock.reference.configs.vae import VAE_PRESETS, VAEConfig
