@@ -4,8 +4,8 @@
     python demo/sample_digits.py --train     trains them first (some minutes on two cores)
 
 The UNet predicts the noise of Stable Diffusion's schedule, the DiT the velocity of a rectified flow; both are told the digit, or
-nothing, and samples are guided. Writes samplers.png, a row for each sampler, and says of each how many of its samples a classifier
-takes for the digit that was asked for, and how far their means and deviations lie from the data's.
+nothing, and samples are guided. Writes samplers.png, a row for each sampler, and says of each how many of its samples a
+classifier takes for the digit that was asked for, and how far their means and deviations lie from the data's.
 """
 
 import argparse
@@ -33,8 +33,7 @@ from gaugeblock.reference.configs import (
 from gaugeblock.reference.torch import dit, noise_schedules, objectives, predictions, random, samplers, unet, vae
 from gaugeblock.reference.unet_states import state_shapes as unet_shapes
 
-VAE = VAEConfig(in_channels=1, out_channels=1, block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4, shift_factor=0.0,
-                scaling_factor=1.0)  # fmt: skip
+VAE = VAEConfig(in_channels=1, out_channels=1, block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4)
 DIT = DiTConfig(
     input_size=4, patch_size=1, in_channels=4, hidden_size=64, depth=3, num_heads=4, num_classes=10, learn_sigma=False
 )
