@@ -48,7 +48,8 @@ def encode(state: State, images: torch.Tensor, *, config: VAEConfig) -> tuple[to
         block = states.part(state, f"encoder.down_blocks.{index}")
         hidden_BCHW = _resnets(block, hidden_BCHW, config)
         if "downsamplers.0.conv.weight" in block:
-            hidden_BCHW = modules.convolution(block, "downsamplers.0.conv", hidden_BCHW, stride=2, padding=(0, 1))
+            padded_BCHW = functional.pad(hidden_BCHW, (0, 1, 0, 1))
+            hidden_BCHW = modules.convolution(block, "downsamplers.0.conv", padded_BCHW, stride=2, padding=0)
     hidden_BCHW = _mid_block(states.part(state, "encoder.mid_block"), hidden_BCHW, config)
     moments_BCHW = _compiled(_last)(states.part(state, "encoder"), hidden_BCHW, config.norm_num_groups)
     if config.use_quant_conv:

@@ -84,7 +84,8 @@ def down_block(state: State, images: jax.Array, *, config: VAEConfig) -> jax.Arr
         images = resnet_block(states.part(state, f"resnets.{index}"), images, config=config)
     if "downsamplers.0.conv.weight" not in state:
         return images
-    return modules.convolution(state, "downsamplers.0.conv", images, stride=2, padding=(0, 1))
+    padded_BCHW = jnp.pad(images, ((0, 0), (0, 0), (0, 1), (0, 1)))
+    return modules.convolution(state, "downsamplers.0.conv", padded_BCHW, stride=2, padding=0)
 
 
 def up_block(state: State, images: jax.Array, *, config: VAEConfig) -> jax.Array:

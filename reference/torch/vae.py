@@ -144,7 +144,8 @@ def down_block(state: State, images: torch.Tensor, *, config: VAEConfig) -> torc
         images = resnet_block(states.part(state, f"resnets.{index}"), images, config=config)
     if "downsamplers.0.conv.weight" not in state:
         return images
-    return modules.convolution(state, "downsamplers.0.conv", images, stride=2, padding=(0, 1))
+    padded_BCHW = torch.nn.functional.pad(images, (0, 1, 0, 1))
+    return modules.convolution(state, "downsamplers.0.conv", padded_BCHW, stride=2, padding=0)
 
 
 def up_block(state: State, images: torch.Tensor, *, config: VAEConfig) -> torch.Tensor:
