@@ -198,11 +198,11 @@ def test_a_batch_or_a_text_may_be_empty(module, batch_size, num_text_tokens):
 
 
 def test_places_far_away_keep_their_digits():
-    """Angles are computed in float64: shifting all places by 2^12 turns queries and keys alike, and changes next to nothing."""
+    """Angles are computed in float64: shifting all places by 2^20 turns queries and keys alike, and changes next to nothing."""
     arrays, (times, guidance, img_ids, txt_ids) = random_inputs(SMALL, 1, (4, 6), 5, dtype=torch.float32)
     state = random_state(SMALL, torch.float32)
     near = flux.flux(state, *arrays, times, guidance, img_ids, txt_ids, config=SMALL)
-    far = flux.flux(state, *arrays, times, guidance, img_ids + 4096, txt_ids + 4096, config=SMALL)
+    far = flux.flux(state, *arrays, times, guidance, img_ids + 2**20, txt_ids + 2**20, config=SMALL)
     torch.testing.assert_close(far, near, rtol=0, atol=2e-5)
     assert not torch.allclose(flux.flux(state, *arrays, times, guidance, 3 * img_ids, txt_ids, config=SMALL), near, atol=1e-2)
 
