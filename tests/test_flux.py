@@ -20,6 +20,7 @@ from test_references import (
     value_and_grads,
 )
 
+from gaugeblock.conformance.contracts import flux_flash_attention
 from gaugeblock.reference import flux_checkpoints, states
 from gaugeblock.reference.configs import FLUX_PRESETS, FluxConfig
 from gaugeblock.reference.jax import flux as jax_flux
@@ -96,6 +97,16 @@ def test_flux_is_that_of_diffusers(name):
     keys_biases = [place for place, key in enumerate(state) if key.endswith(("to_k.bias", "add_k_proj.bias"))]
     assert all(gradient.abs().max() > 1e-6 for place, gradient in enumerate(expected[4:]) if place not in keys_biases)
     assert_all_equal_to_rounding(actual, expected)
+
+
+@pytest.mark.parametrize("name", ["dev", "schnell"])
+def test_flash_attention_changes_rounding_alone(name):
+    config, *sizes = CONFIGS[name]
+    arrays, others = random_inputs(config, *sizes)
+    state = random_state(config)
+    cotangent = random(sizes[0], arrays[0].shape[1], config.out_features, seed=53)
+    calls = (value_and_grads_of(module, state, others, config) for module in (flux_flash_attention, flux))
+    assert_all_equal_to_rounding(*(value_and_grads(call, [*arrays, *state.values()], cotangent) for call in calls))
 
 
 @pytest.mark.parametrize(("name", "count"), [("FLUX.1-dev", 11_901_408_320), ("FLUX.1-schnell", 11_891_178_560)])
