@@ -10,6 +10,7 @@ import pytest
 import safetensors.torch
 import torch
 from diffusers import FluxTransformer2DModel
+from diffusers.loaders.single_file_utils import convert_flux_transformer_checkpoint_to_diffusers
 from test_references import (
     assert_all_equal_to_rounding,
     assert_equal_to_rounding,
@@ -19,7 +20,8 @@ from test_references import (
     value_and_grads,
 )
 
-from gaugeblock.reference import states
+from gaugeblock.conformance.contracts import flux_flash_attention
+from gaugeblock.reference import flux_checkpoints, states
 from gaugeblock.reference.configs import FLUX_PRESETS, FluxConfig
 from gaugeblock.reference.jax import flux as jax_flux
 from gaugeblock.reference.torch import flux
@@ -97,6 +99,16 @@ def test_flux_is_that_of_diffusers(name):
     assert_all_equal_to_rounding(actual, expected)
 
 
+@pytest.mark.parametrize("name", ["dev", "schnell"])
+def test_flash_attention_changes_rounding_alone(name):
+    config, *sizes = CONFIGS[name]
+    arrays, others = random_inputs(config, *sizes)
+    state = random_state(config)
+    cotangent = random(sizes[0], arrays[0].shape[1], config.out_features, seed=53)
+    calls = (value_and_grads_of(module, state, others, config) for module in (flux_flash_attention, flux))
+    assert_all_equal_to_rounding(*(value_and_grads(call, [*arrays, *state.values()], cotangent) for call in calls))
+
+
 @pytest.mark.parametrize(("name", "count"), [("FLUX.1-dev", 11_901_408_320), ("FLUX.1-schnell", 11_891_178_560)])
 def test_presets_have_the_parameters_of_the_published_models(name, count):
     config = FLUX_PRESETS[name]
@@ -118,6 +130,39 @@ def test_a_checkpoint_of_diffusers_is_taken_as_it_is(tmp_path):
         expected = model(*arrays, times, img_ids, txt_ids, guidance).sample
     actual = flux.flux(checkpoint, *arrays, times, guidance, img_ids, txt_ids, config=SMALL)
     assert_equal_to_rounding(actual, expected)
+
+
+def test_a_checkpoint_of_black_forest_labs_becomes_one_of_diffusers(tmp_path):
+    """At the published width, which diffusers' conversion has built in; its matrices have one column here."""
+    config = FluxConfig(num_layers=2, num_single_layers=2, guidance_embeds=True)
+    shapes = {name: (shape[0], 1) if len(shape) == 2 else shape for name, shape in flux.state_shapes(config).items()}
+    original = {
+        name: random(*shape, seed=seed)
+        for seed, (name, shape) in enumerate(flux_checkpoints.original_shapes(shapes, config).items())
+    }
+    rows = flux_checkpoints.original_rows(shapes, config)
+    ours = {name: torch.cat([original[entry][first:end] for entry, first, end in rows[name]]) for name in shapes}
+    theirs = convert_flux_transformer_checkpoint_to_diffusers(dict(original))
+    assert theirs.keys() == ours.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_a_checkpoint_of_another_model_is_refused():
+    shapes = flux_checkpoints.original_shapes(flux.state_shapes(SMALL), SMALL)
+    original = {name: random(*shape, seed=seed) for seed, (name, shape) in enumerate(shapes.items())}
+    loaded, jax_loaded = flux.load_state(original, config=SMALL), jax_flux.load_state(to_jax(original), config=SMALL)
+    assert {name: tuple(entry.shape) for name, entry in loaded.items()} == flux.state_shapes(SMALL)
+    assert list(flux.load_state(loaded, config=SMALL)) == list(loaded) == list(jax_loaded)
+    for name, entry in loaded.items():
+        np.testing.assert_array_equal(jax_loaded[name], entry.float())
+    qkv = "double_blocks.1.txt_attn.qkv.bias"
+    for bad, message in (
+        ({name: entry for name, entry in original.items() if name != qkv}, f"state must have {qkv}, got none"),
+        (original | {qkv: original[qkv][:-1]}, f"state must have {qkv} of shape .144,., got .143,."),
+        (loaded | {"x_embedder.bias": torch.zeros(47)}, "state must have x_embedder.bias of shape .48,., got .47,."),
+    ):
+        for module, state in ((flux, bad), (jax_flux, to_jax(bad))):
+            with pytest.raises(ValueError, match=f"^{message}"):
+                module.load_state(state, config=SMALL)
 
 
 @pytest.mark.parametrize("x64", [False, True])
@@ -164,11 +209,11 @@ def test_a_batch_or_a_text_may_be_empty(module, batch_size, num_text_tokens):
 
 
 def test_places_far_away_keep_their_digits():
-    """Angles are computed in float64: shifting all places by 2^12 turns queries and keys alike, and changes next to nothing."""
+    """Angles are computed in float64: shifting all places by 2^20 turns queries and keys alike, and changes next to nothing."""
     arrays, (times, guidance, img_ids, txt_ids) = random_inputs(SMALL, 1, (4, 6), 5, dtype=torch.float32)
     state = random_state(SMALL, torch.float32)
     near = flux.flux(state, *arrays, times, guidance, img_ids, txt_ids, config=SMALL)
-    far = flux.flux(state, *arrays, times, guidance, img_ids + 4096, txt_ids + 4096, config=SMALL)
+    far = flux.flux(state, *arrays, times, guidance, img_ids + 2**20, txt_ids + 2**20, config=SMALL)
     torch.testing.assert_close(far, near, rtol=0, atol=2e-5)
     assert not torch.allclose(flux.flux(state, *arrays, times, guidance, 3 * img_ids, txt_ids, config=SMALL), near, atol=1e-2)
 

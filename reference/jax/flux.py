@@ -12,7 +12,7 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 
-from gaugeblock.reference import states, validation
+from gaugeblock.reference import flux_checkpoints, states, validation
 from gaugeblock.reference.configs import FluxConfig
 from gaugeblock.reference.jax import layers, modules
 from gaugeblock.reference.jax.attention import attention, join_heads, split_heads
@@ -214,6 +214,17 @@ def heads_shapes(names: tuple[str, ...], config: FluxConfig) -> states.Shapes:
     linear = states.linear_shapes(config.hidden_size, config.hidden_size)
     shapes = states.of_modules(dict.fromkeys(projections, linear))
     return shapes | dict.fromkeys((f"{norm_q}.weight", f"{norm_k}.weight"), (config.attention_head_dim,))
+
+
+def load_state(state: State, *, config: FluxConfig) -> dict[str, jax.Array]:
+    """As `gaugeblock.reference.torch.flux.load_state`."""
+    shapes = state_shapes(config)
+    if not any(name.startswith("double_blocks.") for name in state):
+        validation.state_entries(state, shapes)
+        return {name: state[name] for name in shapes}
+    validation.state_entries(state, flux_checkpoints.original_shapes(shapes, config))
+    rows = flux_checkpoints.original_rows(shapes, config)
+    return {name: jnp.concatenate([state[entry][first:end] for entry, first, end in rows[name]]) for name in shapes}
 
 
 def pack_latents(latents: jax.Array) -> jax.Array:

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 
 import torch
 
-from gaugeblock.reference import states, validation
+from gaugeblock.reference import flux_checkpoints, states, validation
 from gaugeblock.reference.configs import FluxConfig
 from gaugeblock.reference.torch import layers, modules
 from gaugeblock.reference.torch.attention import attention, join_heads, split_heads
@@ -282,6 +282,32 @@ def heads_shapes(names: tuple[str, ...], config: FluxConfig) -> states.Shapes:
     linear = states.linear_shapes(config.hidden_size, config.hidden_size)
     shapes = states.of_modules(dict.fromkeys(projections, linear))
     return shapes | dict.fromkeys((f"{norm_q}.weight", f"{norm_k}.weight"), (config.attention_head_dim,))
+
+
+def load_state(state: State, *, config: FluxConfig) -> dict[str, torch.Tensor]:
+    """Return a checkpoint of diffusers or of black-forest-labs as `flux` takes it, by diffusers' names.
+
+    Parameters keep their dtype. Of the original, queries, keys and values (and a feed-forward network's first layer) are rows of
+    one entry, and the final layer's shift comes before its scale.
+
+    Args:
+        state: Floating arrays by name, as in diffusers' FluxTransformer2DModel (`transformer_blocks.0.attn.to_q.weight`) or
+            as in black-forest-labs/flux (`double_blocks.0.img_attn.qkv.weight`).
+        config: The model.
+
+    Raises:
+        TypeError: An entry is not a floating array.
+        ValueError: An entry is missing, unexpected or of another shape.
+
+    Source: black-forest-labs/flux model.py; diffusers scripts/convert_flux_to_diffusers.py.
+    """
+    shapes = state_shapes(config)
+    if not any(name.startswith("double_blocks.") for name in state):
+        validation.state_entries(state, shapes)
+        return {name: state[name] for name in shapes}
+    validation.state_entries(state, flux_checkpoints.original_shapes(shapes, config))
+    rows = flux_checkpoints.original_rows(shapes, config)
+    return {name: torch.cat([state[entry][first:end] for entry, first, end in rows[name]]) for name in shapes}
 
 
 def pack_latents(latents: torch.Tensor) -> torch.Tensor:
