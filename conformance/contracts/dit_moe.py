@@ -44,10 +44,10 @@ def dit_moe() -> Contract:
         options=("config",),
         batch="batch_size",
         landmarks=(
-            sizes(3, tiny_model(norm_eps=1e-2)),
-            sizes(2, tiny_model(heads=(24, 3), depth=1, patches=(6, 2), top_k=1, qk_norm=True, timestep_scale=1000.0)),
+            sizes(2, tiny_model(norm_eps=1e-2)),
+            # what four ranks can share
+            sizes(2, tiny_model(heads=(16, 4), depth=1, top_k=1, qk_norm=True, timestep_scale=1000.0)),
             sizes(1, tiny_model(heads=(88, 1), depth=1, qk_norm=True, num_experts=16)),  # heads and experts of DiT-MoE-G
-            sizes(2, tiny_model(heads=(16, 4), depth=1, qk_norm=True, timestep_scale=1000.0)),  # what four ranks can share
         ),
         factors=FACTORS,
         build=point,
