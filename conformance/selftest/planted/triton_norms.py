@@ -14,8 +14,8 @@ mutant(
     "range(0, width, BLOCK_COLUMNS)", "range(0, width - BLOCK_COLUMNS, BLOCK_COLUMNS)", "parity", "boundary",
 )  # fmt: skip
 mutant(
-    RMS, "row-stride-ignored", "Neighbouring rows are taken to lie side by side.", "row_norms._offsets",
-    "* stride_1", "* size_2", "layout", "memory",
+    RMS, "leading-axes-flattened", "Leading axes are taken for one, whatever their strides.", "row_norms._rows_of",
+    "all(outer == size * inner for outer, inner in zip(axes[-1][1], strides, strict=True))", "True", "layout", "memory",
 )  # fmt: skip
 mutant(
     RMS, "weight-stride-ignored", "Neighbouring weights are taken to lie side by side.", "row_norms._forward_kernel",
