@@ -14,7 +14,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gaugeblock.conformance.engine.triton.interpreter import watch
-from gaugeblock.optimized.triton import group_norms, launch, norms, row_norms
+from gaugeblock.optimized.triton import group_norm_kernels, group_norms, launch, norms, row_norms
 from gaugeblock.reference.jax import norms as jax_norms
 from gaugeblock.reference.torch import norms as reference
 
@@ -143,7 +143,9 @@ def test_a_group_that_is_cut_is_one_that_is_not(name, dtype, monkeypatch):
         monkeypatch.setattr(group_norms, "PART", part)
         with watch() as seen:
             cut = assert_right(name, tensors, **options)
-        assert seen.launches == {"_statistics_kernel": 1, "_forward_kernel": 1, "_backward_kernel": 2, "_sum_chunks_kernel": 1}
+        assert seen.launches == {
+            "group_statistics_kernel": 1, "group_norm_kernel": 1, "group_gradients_kernel": 2, "_sum_chunks_kernel": 1
+        }  # fmt: skip
         for one, other in zip(whole, cut, strict=True):
             torch.testing.assert_close(one, other)
 
@@ -152,7 +154,7 @@ def test_more_parts_than_are_merged_at_a_time(monkeypatch):
     for constant, value in (("LARGEST_WHOLE", 8), ("TILE", 2), ("PART", 2)):
         monkeypatch.setattr(group_norms, constant, value)
     tensors = [draw(1, 2, 17, 17, seed=0) + 3, *parameters_of("group_norm", 2)]
-    assert group_norms.MERGED.value < 17 * 17 // 2
+    assert group_norm_kernels.MERGED.value < 17 * 17 // 2
     assert_right("group_norm_silu", tensors, num_groups=2, eps=EPS)
 
 
@@ -201,7 +203,8 @@ def test_gradients_that_nobody_wants_are_not_computed(name, place):
     with watch() as seen:
         _, alone = results(function, tensors, wanted=[place], **options)
     assert torch.equal(alone, results(function, tensors, **options)[1 + place])
-    assert seen.launches == {"_forward_kernel": 1, "_backward_kernel": 1, **({"_sum_chunks_kernel": 1} if place else {})}
+    kernels = ("_forward_kernel", "_backward_kernel") if name in ROWS else ("group_norm_kernel", "group_gradients_kernel")
+    assert seen.launches == {**dict.fromkeys(kernels, 1), **({"_sum_chunks_kernel": 1} if place else {})}
 
 
 @pytest.mark.parametrize("name", ROWS)

@@ -155,8 +155,9 @@ def _row_sums_kernel(
             normalized_sum += normalized
     row_sums_ptr += row
     tl.store(row_sums_ptr, tl.sum(products, axis=1)[:, None])
-    tl.store(row_sums_ptr + num_rows, tl.sum(gradient_sum, axis=1)[:, None])
-    tl.store(row_sums_ptr + 2 * num_rows, tl.sum(normalized_sum, axis=1)[:, None])
+    if means_ptr is not None:
+        tl.store(row_sums_ptr + num_rows, tl.sum(gradient_sum, axis=1)[:, None])
+        tl.store(row_sums_ptr + 2 * num_rows, tl.sum(normalized_sum, axis=1)[:, None])
 
 
 @triton.jit

@@ -14,8 +14,8 @@ mutant(
     "range(0, width, BLOCK_COLUMNS)", "range(0, width - BLOCK_COLUMNS, BLOCK_COLUMNS)", "parity", "boundary",
 )  # fmt: skip
 mutant(
-    RMS, "row-stride-ignored", "Neighbouring rows are taken to lie side by side.", "row_norms._offsets",
-    "* stride_1", "* size_2", "layout", "memory",
+    RMS, "leading-axes-flattened", "Leading axes are taken for one, whatever their strides.", "row_norms._rows_of",
+    "all(outer == size * inner for outer, inner in zip(axes[-1][1], strides, strict=True))", "True", "layout", "memory",
 )  # fmt: skip
 mutant(
     RMS, "weight-stride-ignored", "Neighbouring weights are taken to lie side by side.", "row_norms._forward_kernel",
@@ -46,39 +46,41 @@ mutant(
     "bias_sum += gradient", "bias_sum += gradient * weight", "gradients", "gradient",
 )  # fmt: skip
 mutant(
-    GROUP, "padding-in-the-mean", "Lanes behind the last pixel are numbers of the group.", "group_norms._statistics",
+    GROUP, "padding-in-the-mean", "Lanes behind the last pixel are numbers of the group.", "group_norm_kernels._statistics",
     "counts += mask.to(tl.float32)", "counts += 1.0", "parity", "boundary",
 )  # fmt: skip
 mutant(
-    GROUP, "last-part-counts-as-a-whole-one", "Means of parts are averaged as if all were as large.", "group_norms._counts",
+    GROUP, "last-part-counts-as-a-whole-one", "Means of parts are averaged as if of one size.", "group_norm_kernels._counts",
     "tl.minimum(tl.maximum(left, 0), part_pixels)", "(left > 0) * part_pixels", "parity", "boundary",
 )  # fmt: skip
 mutant(
-    GROUP, "distances-of-parts-forgotten", "Parts are merged as if they had one mean.", "group_norms._merged_parts",
+    GROUP, "distances-of-parts-forgotten", "Parts are merged as if they had one mean.", "group_norm_kernels._merged_parts",
     "counts * distances * distances", "0.0 * counts * distances", "parity", "structural",
 )  # fmt: skip
 mutant(
-    GROUP, "distances-of-lanes-forgotten", "Lanes are merged as if they had one mean.", "group_norms._merged",
+    GROUP, "distances-of-lanes-forgotten", "Lanes are merged as if they had one mean.", "group_norm_kernels._merged",
     "squares + counts * (means - mean) * (means - mean)", "squares", "parity", "structural",
 )  # fmt: skip
 mutant(
     GROUP, "weights-of-the-first-group", "Weights are addressed by the channel's place in its group.",
-    "group_norms._forward_kernel", "weight_ptr += channel * weight_stride", "weight_ptr += 0 * channel", "parity", "structural",
+    "group_norm_kernels.group_norm_kernel", "weight_ptr += channel * weight_stride", "weight_ptr += 0 * channel",
+    "parity", "structural",
 )  # fmt: skip
 mutant(
     GROUP, "rows-of-pixels-side-by-side", "Rows of an image are taken to follow each other.", "group_norms._strides",
     "any(each.stride(2) != width * each.stride(3) for each in images)", "False", "layout", "memory",
 )  # fmt: skip
 mutant(
-    GROUP, "sums-of-one-part", "Backward of a large group takes the sums of its first part.", "group_norms._load_parts",
+    GROUP, "sums-of-one-part", "Backward of a large group takes the sums of its first part.", "group_norm_kernels._load_parts",
     "parts < tl.num_programs(1)", "(parts < tl.num_programs(1)) & ((kind < 1) | (parts < 1))", "gradients", "gradient",
 )  # fmt: skip
 mutant(
-    SILU, "silu-forgotten-backward", "The gradient of the norm is that of silu's result.", "group_norms._load_pair",
+    SILU, "silu-forgotten-backward", "The gradient of the norm is that of silu's result.", "group_norm_kernels._load_pair",
     "if SILU:", "if False:", "gradients", "gradient",
 )  # fmt: skip
 mutant(
-    SILU, "normalized-padding-has-gradients", "Lanes behind the last pixel are centred, and counted.", "group_norms._load_pair",
+    SILU, "normalized-padding-has-gradients", "Lanes behind the last pixel are centred, and counted.",
+    "group_norm_kernels._load_pair",
     "tl.where(mask, (_load(images_ptrs, mask) - mean) * rstd, 0.0)", "(_load(images_ptrs, mask) - mean) * rstd", "gradients",
     "gradient",
 )  # fmt: skip

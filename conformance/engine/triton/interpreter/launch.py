@@ -166,7 +166,7 @@ def _type_of(mangled: str) -> Any:
     return tl.str_to_ty(mangled, None)
 
 
-def _scalar(value: int, mangled: str) -> Any:
+def _scalar(value: float, mangled: str) -> Any:
     dtype = _type_of(mangled)
     return tl.tensor(Handle(np.array([value], stored_dtype(dtype)), dtype), dtype)
 
