@@ -49,7 +49,8 @@ class RotationMatrices(Rotate):
     def turn(self, heads, cos, sin, pairs):
         vectors = torch.stack(self.split(heads, pairs), -1)
         matrices = torch.stack([torch.stack([cos, -sin], -1), torch.stack([sin, cos], -1)], -2)
-        return self.join(*(matrices * vectors[..., None, :]).sum(-1).unbind(-1), pairs)
+        x, y = (matrices * vectors[..., None, :]).sum(-1).unbind(-1)
+        return self.join(x, y, pairs)
 
 
 @right()
@@ -88,7 +89,8 @@ class RotatedHalves(QkNormRotary):
 
     def turn(self, heads, cos, sin, pairs):
         halves = torch.cat(self.split(heads, pairs), -1)
-        return self.join(*rotated_halves(halves, cos, sin).chunk(2, -1), pairs)
+        x, y = rotated_halves(halves, cos, sin).chunk(2, -1)
+        return self.join(x, y, pairs)
 
 
 @right()

@@ -23,7 +23,7 @@ class Rotate:
     def turn_blocks(self, heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, pairs: str) -> torch.Tensor:
         """Block by block of tokens; heads are `[B, A, S, F]` float32."""
         blocks = zip(*(each.split(self.block_tokens, -2) for each in (heads, cos, sin)), strict=True)
-        return torch.cat([self.turn(*block, pairs) for block in blocks], -2)
+        return torch.cat([self.turn(each, cosines, sines, pairs) for each, cosines, sines in blocks], -2)
 
     def turn(self, heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, pairs: str) -> torch.Tensor:
         """One block."""
