@@ -234,7 +234,7 @@ def test_bad_calls_name_the_argument(module):
         (lambda: call(state, ids, ids[:1] > 0), "attention_mask must be [batch_size=3, num_tokens=8], got (1, 8)"),
         (
             lambda: call({**state, embedding: narrow}, ids),
-            "state['text_model.embeddings.position_embedding.weight'] must be bfloat16",
+            f"state must have {embedding.replace('token', 'position')} in the dtype of {embedding}, bfloat16, got float32",
         ),
         (lambda: call({k: v for k, v in state.items() if k != projection}, ids), "state must have text_projection.weight"),
         (lambda: call([], ids), "state must be a dict of arrays"),

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from hypothesis import strategies as st
 
-from gaugeblock.conformance.contracts import model_states
+from gaugeblock.conformance.contracts import flash_attention, model_states
 from gaugeblock.conformance.engine.contract import Contract, Input, Output, Regime, Rejection, Workload, row
 from gaugeblock.conformance.engine.factors import Factor, Trait, edges, either
 from gaugeblock.conformance.engine.implementation import compiled, jax
@@ -24,8 +24,8 @@ def clip_text() -> Contract:
         name="clip_text.clip_text",
         summary="A causal transformer on the tokens of a caption, pooled at the token that ends it.",
         formula=(
-            "x = token embedding + position embedding; x = layer(x), num_hidden_layers times; "
-            "hidden_states = the returned layer's, layer-normalized or not; pooled = projection(layer_norm(x) at the place of the token that ends the caption)"
+            "x = token embedding + position embedding; x = layer(x), num_hidden_layers times; hidden_states = x of the returned "
+            "layer, normalized or not; pooled = projection(layer_norm(x) at the place of the token that ends the caption)"
         ),
         source="Radford et al. 2021 (arXiv:2103.00020), section 2.4; transformers models/clip/modeling_clip.py",
         reference=model.clip_text,
@@ -55,6 +55,7 @@ def clip_text() -> Contract:
             Regime("adversarial", extreme, "worst element"),
             Regime("special", special, "worst element", differentiable=False),
         ),
+        formulas=(flash_attention.of(model.clip_text, model),),
         cases=0.2,  # a budget with the gradients of all parameters takes about a second
         configure=lambda parameters: {"config": configuration(parameters)},
         flops=flops,

@@ -14,11 +14,9 @@ from unittest import mock
 
 import torch
 
-from gaugeblock.reference.torch.attention import attention
-
 
 def of(model: Callable[..., Any], module: ModuleType) -> Callable[..., Any]:
-    """A model whose attention is that, but where keys are masked; `module` is where the model takes `attention` from."""
+    """A model whose attention is that; `module` is where the model takes `attention` from."""
 
     def formula(*arguments: Any, **options: Any) -> Any:
         with mock.patch.object(module, "attention", attend):
@@ -29,22 +27,30 @@ def of(model: Callable[..., Any], module: ModuleType) -> Callable[..., Any]:
 
 def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, mask: torch.Tensor | None = None) -> torch.Tensor:
     """As `reference.torch.attention.attention`."""
-    return FlashAttention.apply(query, key, value) if mask is None else attention(query, key, value, mask=mask)
+    return FlashAttention.apply(query, key, value, mask)
 
 
 class FlashAttention(torch.autograd.Function):
-    """Attention whose backward pass takes delta from the result."""
+    """Attention whose backward pass takes delta from the result.
+
+    Source: Dao et al. 2022 (arXiv:2205.14135), appendix B.2; delta as in equation 4.
+    """
 
     @staticmethod
-    def forward(ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        probabilities = (query @ key.mT / math.sqrt(query.shape[-1])).softmax(-1)
+    def forward(ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        scores = query @ key.mT / math.sqrt(query.shape[-1])
+        if mask is None:
+            probabilities = scores.softmax(-1)
+        else:
+            is_lost = ~mask.any(-1, keepdim=True)
+            probabilities = torch.where(is_lost, 0.0, torch.where(mask | is_lost, scores, -math.inf).softmax(-1))
         attended = probabilities @ value
         ctx.save_for_backward(query, key, value, probabilities, attended)
         return attended
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         query, key, value, probabilities, attended = ctx.saved_tensors
         delta = (gradient * attended).sum(-1, keepdim=True)
         of_scores = probabilities * (gradient @ value.mT - delta) / math.sqrt(query.shape[-1])
-        return of_scores @ key, of_scores.mT @ query, probabilities.mT @ gradient
+        return of_scores @ key, of_scores.mT @ query, probabilities.mT @ gradient, None

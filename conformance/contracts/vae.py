@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from hypothesis import strategies as st
 
-from gaugeblock.conformance.contracts import model_states
+from gaugeblock.conformance.contracts import flash_attention, model_states
 from gaugeblock.conformance.engine.contract import Contract, Input, Output, Regime, Rejection, Workload, row
 from gaugeblock.conformance.engine.factors import Factor, Trait, edges, either
 from gaugeblock.conformance.engine.implementation import compiled, jax
@@ -54,6 +54,7 @@ def encode() -> Contract:
             Regime("adversarial", lambda draw, sizes: extreme(encoder_inputs(draw, sizes), "images"), "worst element"),
             Regime("special", lambda draw, sizes: special(encoder_inputs(draw, sizes)), "worst element", differentiable=False),
         ),
+        formulas=(flash_attention.of(model.encode, model),),
         cases=CASES,
         configure=lambda parameters: {"config": configuration(parameters)},
         flops=encoder_flops,
@@ -106,6 +107,7 @@ def decode() -> Contract:
             Regime("adversarial", lambda draw, sizes: extreme(decoder_inputs(draw, sizes), "latents"), "worst element"),
             Regime("special", lambda draw, sizes: special(decoder_inputs(draw, sizes)), "worst element", differentiable=False),
         ),
+        formulas=(flash_attention.of(model.decode, model),),
         cases=CASES,
         configure=lambda parameters: {"config": configuration(parameters)},
         flops=decoder_flops,

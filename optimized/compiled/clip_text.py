@@ -88,11 +88,13 @@ def _compiled_layer() -> Callable[..., torch.Tensor]:
 
 def attention(state: State, normalized_BSD: torch.Tensor, mask_BAST: torch.Tensor | None, config: CLIPTextConfig) -> torch.Tensor:
     """Return the attention branch of a layer, [B, S, D]."""
-    heads = (
+    query_BASF, key_BASF, value_BASF = (
         split_heads(modules.linear(state, f"self_attn.{name}", normalized_BSD), config.num_attention_heads)
         for name in PROJECTIONS[:3]
     )
-    attended_BASF = functional.scaled_dot_product_attention(*heads, attn_mask=mask_BAST, is_causal=mask_BAST is None)
+    attended_BASF = functional.scaled_dot_product_attention(
+        query_BASF, key_BASF, value_BASF, attn_mask=mask_BAST, is_causal=mask_BAST is None
+    )
     return modules.linear(state, "self_attn.out_proj", join_heads(attended_BASF))
 
 
