@@ -17,24 +17,31 @@ from gaugeblock.reference.torch import layers
 
 
 class FlashAttention(torch.autograd.Function):
-    """softmax(q k^T / sqrt(features)) v, of which the backward pass keeps the result.
+    """softmax(q k^T / sqrt(features)) v, of which the backward pass keeps the result; keys that a mask hides are left out.
 
     Source: Dao et al. 2022 (arXiv:2205.14135), appendix B.2; delta as in equation 4.
     """
 
     @staticmethod
-    def forward(ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        probabilities = (query @ key.mT / math.sqrt(query.shape[-1])).softmax(-1)
+    def forward(
+        ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        scores = query @ key.mT / math.sqrt(query.shape[-1])
+        if mask is None:
+            probabilities = scores.softmax(-1)
+        else:  # a row without any key gives 0
+            is_lost = ~mask.any(dim=-1, keepdim=True)
+            probabilities = torch.where(is_lost, 0.0, torch.where(mask | is_lost, scores, -math.inf).softmax(-1))
         attended = probabilities @ value
         ctx.save_for_backward(query, key, value, probabilities, attended)
         return attended
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         query, key, value, probabilities, attended = ctx.saved_tensors
         delta = (gradient * attended).sum(-1, keepdim=True)
         of_scores = probabilities * (gradient @ value.mT - delta) / math.sqrt(query.shape[-1])
-        return of_scores @ key, of_scores.mT @ query, probabilities.mT @ gradient
+        return of_scores @ key, of_scores.mT @ query, probabilities.mT @ gradient, None
 
 
 def dit(
