@@ -12,6 +12,9 @@ import torch
 from diffusers import UNet2DConditionModel
 from test_references import float32_as_float64, jax_value_and_grads, random, value_and_grads
 
+from gaugeblock.conformance.engine.budget.oracle import exact_inputs, reference_run
+from gaugeblock.conformance.engine.inputs.cases import Case, cotangents, options
+from gaugeblock.conformance.engine.registry import find_contract
 from gaugeblock.conformance.peers.diffusers_unet import made
 from gaugeblock.reference import states
 from gaugeblock.reference.configs import UNET_PRESETS, UNetConfig
@@ -143,14 +146,13 @@ def test_an_example_without_any_text_sees_nothing_where_diffusers_lets_it_see_al
 )
 def test_presets_have_the_parameters_of_the_published_checkpoints(name, exactly):
     shapes = state_shapes(UNET_PRESETS[name])
-    with torch.device("meta"):
-        model = made.__wrapped__(UNET_PRESETS[name])
+    model = made(UNET_PRESETS[name])
     assert states.num_parameters(shapes) == model.num_parameters() == exactly
     assert shapes == {key: tuple(entry.shape) for key, entry in model.state_dict().items()}
 
 
 def test_a_file_of_diffusers_is_taken_as_it_is(tmp_path):
-    model: UNet2DConditionModel = made.__wrapped__(WITH_SIZES)
+    model: UNet2DConditionModel = made.__wrapped__(WITH_SIZES).to_empty(device="cpu")
     model.load_state_dict(random_state(WITH_SIZES, torch.float32))
     model.save_pretrained(tmp_path)
     state = safetensors.torch.load_file(tmp_path / "diffusion_pytorch_model.safetensors")
@@ -204,7 +206,7 @@ def test_a_config_that_does_not_fit_is_refused(change, message):
 @pytest.mark.parametrize("module", [unet, jax_unet])
 def test_a_bad_call_names_the_argument(module):
     def call(config, place=None, wrong=None, operation=None, mask=None):
-        arrays = random_inputs(config, "odd", torch.float32)
+        arrays = random_inputs(config, "odd", torch.float32)[: 3 if operation == "unet" else None]
         if place is not None:
             arrays[place] = wrong(arrays[place])
         state, as_given = random_state(config, torch.float32), lambda each: each
@@ -229,3 +231,13 @@ def test_a_bad_call_names_the_argument(module):
             call(SMALL, mask=[mask])
     with pytest.raises(ValueError, match=r"^config must be a model without added embeddings"):
         call(replace(SMALL, addition_time_embed_dim=6, projection_class_embeddings_input_dim=23), 0, lambda each: each, "unet")
+
+
+@pytest.mark.parametrize("name", ["unet.unet", "unet.unet_text_time"])
+def test_with_flash_attention_it_is_the_same_function_with_the_same_gradients(name):
+    contract = find_contract(name)
+    case = Case(**contract.landmarks[0], regime="dithered", traits=("nothing by the first",))
+    arguments = exact_inputs(contract, case, "float32"), options(contract, case), cotangents(contract, case)
+    expected = reference_run(contract, *arguments)
+    for key, tensor in reference_run(contract, *arguments, contract.formulas[0]).items():
+        torch.testing.assert_close(tensor, expected[key], rtol=1e-10, atol=1e-10 * float(expected[key].abs().max()) + 1e-13)

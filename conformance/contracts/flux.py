@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from hypothesis import strategies as st
 
-from gaugeblock.conformance.contracts import flux_flash_attention, model_states
+from gaugeblock.conformance.contracts import flash_attention, model_states
 from gaugeblock.conformance.engine.contract import Contract, Input, Output, Regime, Rejection, Workload, row
 from gaugeblock.conformance.engine.factors import Factor, Trait, edges, either
 from gaugeblock.conformance.engine.implementation import compiled, jax, triton
@@ -59,7 +59,7 @@ def flux() -> Contract:
             Regime("adversarial", extreme, "worst element"),
             Regime("special", special, "worst element", differentiable=False),
         ),
-        formulas=(flux_flash_attention.flux,),
+        formulas=(flash_attention.of(model.flux, model),),
         cases=0.1,  # a budget with the gradients of all parameters takes about a second
         configure=lambda parameters: {"config": configuration(parameters)},
         flops=flops,

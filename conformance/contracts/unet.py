@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from hypothesis import strategies as st
 
-from gaugeblock.conformance.contracts import model_states
+from gaugeblock.conformance.contracts import flash_attention, model_states
 from gaugeblock.conformance.engine.contract import Contract, Input, Output, Regime, Rejection, Workload, row
 from gaugeblock.conformance.engine.factors import Factor, Trait, edges, either
 from gaugeblock.conformance.engine.implementation import compiled, jax
@@ -51,6 +51,7 @@ def unet() -> Contract:
         build=point,
         traits=TRAITS,
         regimes=REGIMES,
+        formulas=(flash_attention.of(model.unet, model),),
         cases=0.1,  # a budget with the gradients of all parameters takes about a second
         configure=lambda parameters: {"config": configuration(parameters)},
         flops=flops,
@@ -92,6 +93,7 @@ def unet_text_time() -> Contract:
         build=point_with_sizes,
         traits=TRAITS,
         regimes=REGIMES,
+        formulas=(flash_attention.of(model.unet_text_time, model),),
         cases=0.05,  # as unet.unet, from which it differs in what steers the blocks alone
         configure=lambda parameters: {"config": configuration(parameters)},
         flops=flops,

@@ -23,15 +23,16 @@ def made(config: UNetConfig) -> Any:
             "addition_time_embed_dim": config.addition_time_embed_dim,
             "projection_class_embeddings_input_dim": config.projection_class_embeddings_input_dim,
         }
-    model: Any = UNet2DConditionModel(
-        in_channels=config.in_channels, out_channels=config.out_channels, block_out_channels=config.block_out_channels,
-        down_block_types=config.down_block_types,
-        up_block_types=tuple(each.replace("Down", "Up") for each in reversed(config.down_block_types)),
-        layers_per_block=config.layers_per_block, transformer_layers_per_block=config.transformer_layers_per_block,
-        attention_head_dim=config.attention_head_dim, cross_attention_dim=config.cross_attention_dim,
-        use_linear_projection=config.use_linear_projection, norm_num_groups=config.norm_num_groups, norm_eps=config.norm_eps,
-        **added,
-    )  # fmt: skip
+    with torch.device("meta"):
+        model: Any = UNet2DConditionModel(
+            in_channels=config.in_channels, out_channels=config.out_channels, block_out_channels=config.block_out_channels,
+            down_block_types=config.down_block_types,
+            up_block_types=tuple(each.replace("Down", "Up") for each in reversed(config.down_block_types)),
+            layers_per_block=config.layers_per_block, transformer_layers_per_block=config.transformer_layers_per_block,
+            attention_head_dim=config.attention_head_dim, cross_attention_dim=config.cross_attention_dim,
+            use_linear_projection=config.use_linear_projection, norm_num_groups=config.norm_num_groups, norm_eps=config.norm_eps,
+            **added,
+        )  # fmt: skip
     return model.eval()
 
 

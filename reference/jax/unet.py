@@ -106,9 +106,7 @@ def predict(state: modules.State, latents: jax.Array, conditioning: Conditioning
         images_BCHW = up_block(block, images_BCHW, skips, conditioning, level=level, config=config)
         if kept:
             images_BCHW = upsample(block, images_BCHW, like=kept[-1])
-    normalized_BCHW = modules.group_norm_silu(
-        state, "conv_norm_out", images_BCHW, num_groups=config.norm_num_groups, eps=config.norm_eps
-    )
+    normalized_BCHW = norm_silu(state, "conv_norm_out", images_BCHW, config=config)
     return modules.convolution(state, "conv_out", normalized_BCHW)
 
 
@@ -167,12 +165,16 @@ def layer(
 
 def resnet(state: modules.State, images: jax.Array, conditioning: Conditioning, *, config: UNetConfig) -> jax.Array:
     """As `gaugeblock.reference.torch.unet.resnet`."""
-    norm = {"num_groups": config.norm_num_groups, "eps": config.norm_eps}
-    hidden_BCHW = modules.convolution(state, "conv1", modules.group_norm_silu(state, "norm1", images, **norm))
+    hidden_BCHW = modules.convolution(state, "conv1", norm_silu(state, "norm1", images, config=config))
     time_BC = modules.linear(state, "time_emb_proj", jax.nn.silu(conditioning.time))
     hidden_BCHW = hidden_BCHW + time_BC[:, :, None, None]
-    hidden_BCHW = modules.convolution(state, "conv2", modules.group_norm_silu(state, "norm2", hidden_BCHW, **norm))
+    hidden_BCHW = modules.convolution(state, "conv2", norm_silu(state, "norm2", hidden_BCHW, config=config))
     return hidden_BCHW + (modules.convolution(state, "conv_shortcut", images) if "conv_shortcut.weight" in state else images)
+
+
+def norm_silu(state: modules.State, name: str, images: jax.Array, *, config: UNetConfig) -> jax.Array:
+    """Apply the GroupNorm of that name to [B, C, H, W], with the config's groups and eps, and silu to its result."""
+    return modules.group_norm_silu(state, name, images, num_groups=config.norm_num_groups, eps=config.norm_eps)
 
 
 def transformer(

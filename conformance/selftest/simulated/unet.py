@@ -257,7 +257,7 @@ class UnetTextTime(Unet):
 
     contract = "unet.unet_text_time"
 
-    def __call__(  # type: ignore[override]  # the call of another contract
+    def __call__(  # the call of another contract
         self,
         state: State,
         latents: torch.Tensor,
