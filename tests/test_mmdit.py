@@ -11,6 +11,7 @@ import pytest
 import safetensors.torch
 import torch
 from diffusers import SD3Transformer2DModel
+from diffusers.loaders.single_file_utils import convert_sd3_transformer_checkpoint_to_diffusers
 from test_references import (
     assert_all_equal_to_rounding,
     assert_equal_to_rounding,
@@ -20,6 +21,7 @@ from test_references import (
     value_and_grads,
 )
 
+from gaugeblock.optimized.compiled import mmdit as compiled_mmdit
 from gaugeblock.reference import states
 from gaugeblock.reference.configs import MMDIT_PRESETS, MMDiTConfig
 from gaugeblock.reference.jax import layers as jax_layers
@@ -265,3 +267,78 @@ def test_patches_of_an_image_that_is_no_square_are_put_together(module):
         module.unpatchify(array, patch_size=2, num_rows=4)
     with pytest.raises(ValueError, match=r"^num_rows must be in "):
         module.unpatchify(array, patch_size=2, num_rows=0)
+
+
+def checkpoint_of_stability(config: MMDiTConfig, prefix: str) -> dict[str, torch.Tensor]:
+    """Return random entries by the names of Stability AI's code."""
+    width, patch = config.hidden_size, config.patch_size
+    linears = {
+        "t_embedder.mlp.0": (width, 256), "t_embedder.mlp.2": (width, width),
+        "y_embedder.mlp.0": (width, config.pooled_projection_dim), "y_embedder.mlp.2": (width, width),
+        "context_embedder": (width, config.joint_attention_dim),
+        "x_embedder.proj": (width, config.in_channels, patch, patch),
+        "final_layer.adaLN_modulation.1": (2 * width, width), "final_layer.linear": (patch**2 * config.out_channels, width),
+    }  # fmt: skip
+    norms = []
+    for index in range(config.num_layers):
+        for stream in ("x", "context"):
+            is_whole = stream == "x" or index < config.num_layers - 1
+            is_dual = stream == "x" and index in config.dual_attention_layers
+            name = f"joint_blocks.{index}.{stream}_block"
+            linears[f"{name}.adaLN_modulation.1"] = ((9 if is_dual else 6 if is_whole else 2) * width, width)
+            for attention in ("attn", "attn2") if is_dual else ("attn",):
+                linears[f"{name}.{attention}.qkv"] = (3 * width, width)
+                linears |= {f"{name}.{attention}.proj": (width, width)} if is_whole else {}
+                norms += [f"{name}.{attention}.ln_q", f"{name}.{attention}.ln_k"] if config.qk_norm else []
+            if is_whole:
+                linears |= {f"{name}.mlp.fc1": (4 * width, width), f"{name}.mlp.fc2": (width, 4 * width)}
+    shapes = {"pos_embed": (1, config.pos_embed_max_size**2, width)}
+    shapes |= {f"{name}.weight": shape for name, shape in linears.items()}
+    shapes |= {f"{name}.bias": shape[:1] for name, shape in linears.items()}
+    shapes |= {f"{name}.weight": (config.attention_head_dim,) for name in norms}
+    return {f"{prefix}{name}": random(*shape, seed=seed).float() for seed, (name, shape) in enumerate(shapes.items())}
+
+
+@pytest.mark.parametrize("prefix", ["model.diffusion_model.", ""])
+@pytest.mark.parametrize("config", [SD35, small(num_layers=3)])
+def test_a_checkpoint_of_stability_becomes_one_of_diffusers(tmp_path, config, prefix):
+    other = {"first_stage_model.encoder.conv_in.bias": torch.zeros(3)} if prefix else {}
+    safetensors.torch.save_file(checkpoint_of_stability(config, prefix) | other, tmp_path / "sd3.safetensors")
+    checkpoint = safetensors.torch.load_file(tmp_path / "sd3.safetensors")
+    transformer = {name: entry for name, entry in checkpoint.items() if name not in other}
+    expected = convert_sd3_transformer_checkpoint_to_diffusers(transformer)
+    for module in (mmdit, jax_mmdit):
+        loaded = module.load_state(to_jax(checkpoint) if module is jax_mmdit else checkpoint, config=config)
+        assert list(loaded) == list(mmdit.state_shapes(config)) and loaded.keys() == expected.keys()
+        for name, entry in expected.items():
+            np.testing.assert_array_equal(loaded[name], entry)
+        again = module.load_state(loaded, config=config)
+        assert list(again) == list(loaded) and all(again[name] is loaded[name] for name in loaded)
+
+
+@pytest.mark.parametrize("module", [mmdit, jax_mmdit])
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda state: state | {"joint_blocks.2.x_block.attn.qkv.bias": torch.zeros(72)}, "joint_blocks.2.x_block.attn.qkv.bias"),
+        (lambda state: {k: v for k, v in state.items() if "final_layer.linear.bias" not in k}, "final_layer.linear.bias"),
+        (lambda state: state | {"joint_blocks.0.x_block.attn.qkv.bias": torch.zeros(24)}, "of shape (72,), got (24,)"),
+        (lambda _: random_state(SD35, torch.float32) | {"proj_out.bias": torch.zeros(3)}, "of shape (20,), got (3,)"),
+    ],
+)
+def test_a_checkpoint_of_another_model_is_refused(module, spoil, message):
+    bad = spoil(checkpoint_of_stability(SD35, ""))
+    with pytest.raises(ValueError, match=f"^state must .*{re.escape(message)}"):
+        module.load_state(to_jax(bad) if module is jax_mmdit else bad, config=SD35)
+
+
+@pytest.mark.parametrize("config", [SD35, small(num_layers=1)])
+def test_the_compiled_model_is_the_reference(config, monkeypatch):
+    monkeypatch.setattr(compiled_mmdit, "_compiled_block", lambda: compiled_mmdit._block)  # a compilation takes a minute
+    state, (*arrays, timesteps) = random_state(config), random_inputs(config)
+    arrays += state.values()
+    cotangent = random(3, config.out_channels, 4, 6, seed=53)
+    expected = value_and_grads(of_leaves(mmdit, state, config, timesteps), arrays, cotangent)
+    actual = value_and_grads(of_leaves(compiled_mmdit, state, config, timesteps), arrays, cotangent)
+    for one_actual, one_expected in zip(actual, expected, strict=True):
+        assert (one_actual - one_expected).abs().max() <= max(RELATIVE * one_expected.abs().max(), 1e-12)

@@ -24,6 +24,34 @@ POSITIONS = "pos_embed.pos_embed"  # a buffer: fixed values, which training leav
 IMAGE_HEADS = ("to_q", "to_k", "to_v", "norm_q", "norm_k")
 TEXT_HEADS = ("add_q_proj", "add_k_proj", "add_v_proj", "norm_added_q", "norm_added_k")
 
+# what the code of Stable Diffusion 3 calls the modules; a "qkv" holds queries, keys and values one below the other
+HEADS_OF_STABILITY = ("qkv", "qkv", "qkv", "ln_q", "ln_k")
+STABILITY_PREFIX = "model.diffusion_model."
+STABILITY_ENDS = {
+    "pos_embed.proj": "x_embedder.proj",
+    "time_text_embed.timestep_embedder.linear_1": "t_embedder.mlp.0",
+    "time_text_embed.timestep_embedder.linear_2": "t_embedder.mlp.2",
+    "time_text_embed.text_embedder.linear_1": "y_embedder.mlp.0",
+    "time_text_embed.text_embedder.linear_2": "y_embedder.mlp.2",
+    "context_embedder": "context_embedder",
+    "norm_out.linear": "final_layer.adaLN_modulation.1",
+    "proj_out": "final_layer.linear",
+}
+STABILITY_BLOCK = {
+    "norm1.linear": "x_block.adaLN_modulation.1",
+    "norm1_context.linear": "context_block.adaLN_modulation.1",
+    "attn.to_out.0": "x_block.attn.proj",
+    "attn.to_add_out": "context_block.attn.proj",
+    "attn2.to_out.0": "x_block.attn2.proj",
+    "ff.net.0.proj": "x_block.mlp.fc1",
+    "ff.net.2": "x_block.mlp.fc2",
+    "ff_context.net.0.proj": "context_block.mlp.fc1",
+    "ff_context.net.2": "context_block.mlp.fc2",
+    **{f"attn.{name}": f"x_block.attn.{own}" for name, own in zip(IMAGE_HEADS, HEADS_OF_STABILITY, strict=True)},
+    **{f"attn2.{name}": f"x_block.attn2.{own}" for name, own in zip(IMAGE_HEADS, HEADS_OF_STABILITY, strict=True)},
+    **{f"attn.{name}": f"context_block.attn.{own}" for name, own in zip(TEXT_HEADS, HEADS_OF_STABILITY, strict=True)},
+}
+
 
 def mmdit(
     state: State,
@@ -217,3 +245,36 @@ def heads_shapes(names: tuple[str, ...], config: MMDiTConfig) -> states.Shapes:
 def block_state(state: State, index: int) -> dict[str, jax.Array]:
     """Return the entries of one block, by the block's own names."""
     return states.part(state, f"transformer_blocks.{index}")
+
+
+def load_state(state: State, *, config: MMDiTConfig) -> dict[str, jax.Array]:
+    """As `gaugeblock.reference.torch.mmdit.load_state`."""
+    shapes = state_shapes(config)
+    if any(name.startswith(STABILITY_PREFIX) for name in state):
+        state = states.part(state, STABILITY_PREFIX.removesuffix("."))
+    if not any(name.startswith("joint_blocks.") for name in state):
+        validation.state_entries(state, shapes)
+        return {name: state[name] for name in shapes}
+    names = {name: stability_name(name) for name in shapes}
+    joined = {own: (3 * shapes[name][0], *shapes[name][1:]) if ".qkv." in own else shapes[name] for name, own in names.items()}
+    validation.state_entries(state, joined)
+    loaded = {name: state[own] for name, own in names.items()}
+    scale_first = ("norm_out", f"transformer_blocks.{config.num_layers - 1}.norm1_context")
+    for name, own in names.items():
+        if ".qkv." in own:
+            place = next(place for place, end in enumerate(("q", "k", "v")) if f".to_{end}." in name or f".add_{end}_" in name)
+            loaded[name] = jnp.split(loaded[name], 3)[place]
+        elif name.startswith(scale_first):  # theirs have the shift first, as all others
+            loaded[name] = jnp.concatenate(jnp.split(loaded[name], 2)[::-1])
+    return loaded
+
+
+def stability_name(name: str) -> str:
+    """Return what Stability AI's code calls the entry that holds a parameter."""
+    if name == POSITIONS:
+        return "pos_embed"
+    module, _, kind = name.rpartition(".")
+    if module in STABILITY_ENDS:
+        return f"{STABILITY_ENDS[module]}.{kind}"
+    _, index, own_name = module.split(".", 2)
+    return f"joint_blocks.{index}.{STABILITY_BLOCK[own_name]}.{kind}"
