@@ -1,6 +1,7 @@
 """Contracts of predictions."""
 
 import math
+from typing import Any
 
 import torch
 
@@ -106,7 +107,7 @@ def convert_prediction() -> Contract:
             sizes(3, 2, 16, prediction_type="flow_prediction", to="sample"),
         ),
         factors=options_of(prediction_type=KINDS, to=KINDS),
-        build=sizes,
+        build=conversions,
         traits=LITTLE,
         regimes=(
             Regime("dithered", noised_mixtures),
@@ -150,6 +151,13 @@ def min_snr_weights() -> Contract:
 
 
 KINDS = ("epsilon", "sample", "v_prediction", "flow_prediction")
+
+
+def conversions(batch_size: int, channels: int, size: int, prediction_type: str, to: str) -> dict[str, Any] | None:
+    """One point of the conversions' input space; one to its own kind is none, and depends on nothing else."""
+    if prediction_type == to:
+        return None
+    return builder()(batch_size, channels, size, prediction_type=prediction_type, to=to)
 
 
 def weight_sizes(batch_size: int, prediction_type: str, gamma: float = 5.0) -> dict[str, object]:
