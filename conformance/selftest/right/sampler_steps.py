@@ -96,10 +96,12 @@ class SlopesInFloat64(Heun):
     """In float64, rounded once."""
 
     def first(self, x, p, sigma, config):
-        return super().first(*wide(x, p, sigma), config)
+        x, p, sigma = wide(x, p, sigma)
+        return super().first(x, p, sigma, config)
 
     def follow(self, x, euler, first, second, sigma, after):
-        return super().follow(*wide(x, euler), first, second, *wide(sigma, after)).float()
+        x, euler, sigma, after = wide(x, euler, sigma, after)
+        return super().follow(x, euler, first, second, sigma, after).float()
 
 
 @right()
@@ -125,7 +127,8 @@ class ScaledInFloat64(Edm):
     """Scales in float64."""
 
     def scaled(self, x, p, sigma, higher, config):
-        return super().scaled(*wide(x, p, sigma, higher), config).float()
+        x, p, sigma, higher = wide(x, p, sigma, higher)
+        return super().scaled(x, p, sigma, higher, config).float()
 
 
 @right()
