@@ -25,7 +25,7 @@ from gaugeblock.reference.torch import dit, noise_schedules, predictions, sample
 NUM_STEPS = 24
 GUIDANCE_SCALE = 1.5
 SEED = 11
-LARGEST_MEAN_ERROR, LARGEST_DEVIATION_ERROR = 0.12, 0.15  # of pixels in [-1, 1], after 1500 steps of training
+LARGEST_MEAN_ERROR, LARGEST_DEVIATION_ERROR = 0.05, 0.1  # of pixels in [-1, 1]; 0.024 and 0.051 after 300 steps of training
 Flow = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 

@@ -32,6 +32,6 @@ def test_every_sampler_makes_digits_of_one_model(tmp_path):
     (_, mean, deviation), *found = re.findall(r"^(.+): mean (\S+), deviation ([\d.]+)", run.stdout, re.MULTILINE)
     assert len(found) == 10
     for name, its_mean, its_deviation in found:
-        assert abs(float(its_mean) - float(mean)) <= 0.12, name
-        assert abs(float(its_deviation) - float(deviation)) <= 0.15, name
+        assert abs(float(its_mean) - float(mean)) <= 0.05, name
+        assert abs(float(its_deviation) - float(deviation)) <= 0.1, name
     assert (tmp_path / "new" / "samplers.png").read_bytes().startswith(b"\x89PNG")
