@@ -3,7 +3,7 @@
     python demo/sample_digits.py [--steps 1500] [--folder demo]
 
 The model predicts a flow's velocity. A sampler of another diffusion shows it an example with as much noise per data, scaled to
-the flow's, and gets the prediction that it wants, converted. Writes samplers.png, a row for each sampler, and says how far the
+the flow's, and gets the prediction that it wants, converted. Writes a picture, a row for each sampler, and says how far the
 mean and the deviation of its pixels lie from those of the digits.
 """
 
