@@ -21,7 +21,7 @@ from gaugeblock.conformance.contracts.noised_examples import (
 from gaugeblock.conformance.engine.contract import Contract, Derived, Input, Output, Regime, row
 from gaugeblock.conformance.engine.inputs.draw import Draw
 from gaugeblock.conformance.engine.vocabulary import Parameters, Tensors
-from gaugeblock.reference.configs import LARGEST_CHURN, DiffusionScheduleConfig, EDMScheduleConfig
+from gaugeblock.reference.configs import DiffusionScheduleConfig, EDMScheduleConfig
 from gaugeblock.reference.torch import sampler_steps
 
 
@@ -109,10 +109,10 @@ def euler_step() -> Contract:
         landmarks=(
             sizes(3, 4, 65),
             sizes(2, 3, 16, prediction_type="v_prediction"),
-            sizes(3, 2, 33, prediction_type="v_prediction", churn=LARGEST_CHURN),
+            sizes(3, 2, 33, prediction_type="v_prediction", churn=0.375),
             sizes(3, 2, 24, prediction_type="sample", churn=0.25, noise_scale=1.5),
         ),
-        factors=options_of(prediction_type=KINDS, churn=(0.0, 0.25, LARGEST_CHURN), noise_scale=(1.0, 1.5)),
+        factors=options_of(prediction_type=KINDS, churn=(0.0, 0.25, 0.375), noise_scale=(1.0, 1.5)),
         build=sizes,
         traits=(TO_DATA,),
         regimes=_regimes(apart, close, "noised", "prediction", "noise"),
@@ -172,9 +172,9 @@ def edm_step() -> Contract:
             | _some(parameters, "churn", "noise_scale")
         ),
         batch="batch_size",
-        landmarks=(sizes(3, 4, 65), sizes(2, 3, 16, prediction_type="v_prediction", sigma_data=1.0, churn=LARGEST_CHURN)),
+        landmarks=(sizes(3, 4, 65), sizes(2, 3, 16, prediction_type="v_prediction", sigma_data=1.0, churn=0.375)),
         factors=options_of(
-            prediction_type=("epsilon", "v_prediction"), sigma_data=(0.5, 1.0), churn=(0.0, LARGEST_CHURN), noise_scale=(1.0, 1.5)
+            prediction_type=("epsilon", "v_prediction"), sigma_data=(0.5, 1.0), churn=(0.0, 0.375), noise_scale=(1.0, 1.5)
         ),
         build=sizes,
         traits=(TO_DATA,),

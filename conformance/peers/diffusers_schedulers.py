@@ -25,6 +25,7 @@ from diffusers.schedulers import (
     scheduling_flow_match_euler_discrete,
 )
 
+from gaugeblock.conformance.engine.inputs.cases import Case
 from gaugeblock.conformance.engine.vocabulary import DTYPES
 from gaugeblock.conformance.peers.peer import peer
 
@@ -58,14 +59,18 @@ def of_two_sigmas(scheduler: Any, sigma: torch.Tensor, after: torch.Tensor) -> A
     return scheduler
 
 
+def of_long_steps(case: Case) -> bool:
+    """Where 1 - a / p and 1 - p - s**2 keep their digits in float32."""
+    return case.regime != "adversarial" and case.parameters.get("eta", 0) < 1
+
+
 def clipping(config: Any) -> dict[str, Any]:
     """Of a config, by the same names."""
     names = ("clip_sample", "clip_sample_range", "thresholding", "dynamic_thresholding_ratio", "sample_max_value")
     return {name: getattr(config, name) for name in names}
 
 
-@peer("sampler_steps.ddpm_step", dtypes=DTYPES, rounding="eager", oracle=True, differentiable=False,
-      right_in=("float32",))  # fmt: skip
+@peer("sampler_steps.ddpm_step", dtypes=DTYPES, rounding="eager", oracle=True, differentiable=False, fits=of_long_steps)
 class DiffusersDdpm:
     """DDPMScheduler.step."""
 
@@ -81,8 +86,7 @@ class DiffusersDdpm:
         return example_by_example(step, noised, prediction, noise, alphas_cumprod, previous_alphas_cumprod).to(noised.dtype)
 
 
-@peer("sampler_steps.ddim_step", dtypes=DTYPES, rounding="eager", oracle=True, differentiable=False,
-      right_in=("float32",))  # fmt: skip
+@peer("sampler_steps.ddim_step", dtypes=DTYPES, rounding="eager", oracle=True, differentiable=False, fits=of_long_steps)
 class DiffusersDdim:
     """DDIMScheduler.step."""
 
@@ -126,8 +130,7 @@ class DiffusersEdm:
         return example_by_example(step, noised, prediction, noise, sigmas, next_sigmas)
 
 
-@peer("sampler_steps.heun_step", dtypes=DTYPES, rounding="eager", oracle=True, differentiable=False,
-      right_in=("float32",))  # fmt: skip
+@peer("sampler_steps.heun_step", dtypes=DTYPES, rounding="eager", oracle=True, differentiable=False)
 class DiffusersHeun:
     """HeunDiscreteScheduler.step in its second order, which is given the first one's slope."""
 

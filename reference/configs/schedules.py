@@ -20,7 +20,7 @@ from gaugeblock.reference.configs.options import (
 
 @dataclass(frozen=True)
 class DiffusionScheduleConfig:
-    """Variance preserving diffusion in discrete timesteps, and how it is sampled; names as in scheduler_config.json of diffusers.
+    """Variance preserving diffusion in discrete timesteps, and how it is sampled; names as in the schedulers of diffusers.
 
     Attributes:
         num_train_timesteps: Length of the tables.
@@ -95,7 +95,7 @@ class DiffusionScheduleConfig:
 
 @dataclass(frozen=True)
 class FlowScheduleConfig:
-    """Rectified flow, and which sigmas are visited; names as in scheduler_config.json of diffusers. Sigma 1 is noise, 0 the data.
+    """Rectified flow, and which sigmas are visited; names as in the schedulers of diffusers. Sigma 1 is noise, 0 the data.
 
     Attributes:
         num_train_timesteps: What a model is told at sigma 1.

@@ -138,7 +138,7 @@ def _sigmas(noised: Any, sigmas: Any, next_sigmas: Any, *, last_included: bool) 
 
 def _churn(churn: Any, noise_scale: Any) -> None:
     require_number("churn", churn)
-    if not 0 <= churn <= LARGEST_CHURN + 1e-6:  # an option that was rounded to float32 is none the worse
+    if not 0 <= churn <= LARGEST_CHURN:
         raise ValueError(f"churn must be in [0, sqrt(2) - 1], got {churn}")
     require_positive("noise_scale", noise_scale)
 

@@ -22,16 +22,6 @@ class NoiseFirst(AddNoise):
         return torch.addcmul(sigmas * noise, alphas, data)
 
 
-@right(rounding="eager")
-class EveryShareRounded(AddNoise):
-    """Each operation's result is rounded to the dtype, the rates being float32."""
-
-    def __call__(self, data, noise, alphas, sigmas):
-        super().__call__(data, noise, alphas, sigmas)  # which validates
-        alphas, sigmas = (each.view(-1, 1, 1).to(data.dtype) for each in (alphas, sigmas))
-        return alphas * data + sigmas * noise
-
-
 @right()
 class TargetInFloat64(Target):
     """In float64, rounded once."""
@@ -86,3 +76,11 @@ class OfTheFraction(MinSnr):
         if prediction_type == "v_prediction":
             return (snr.clamp(max=gamma) * shares).float()
         return super().weights(snr, prediction_type, gamma).float()
+
+
+@right(dtypes=("float32",))
+class WeightsOfSnrInFloat64(MinSnr):
+    """In float64, rounded once."""
+
+    def weights(self, snr, prediction_type, gamma):
+        return super().weights(snr.double(), prediction_type, gamma).float()

@@ -6,6 +6,11 @@ from gaugeblock.conformance.selftest.simulated.sampler_steps import Ddim, Ddpm, 
 from gaugeblock.conformance.selftest.variant import right
 
 
+def of_numbers(case):
+    """Not where infinities cancel in one formula and not in the other."""
+    return case.regime != "special"
+
+
 def wide(*arrays):
     """In float64."""
     return [each.double() for each in arrays]
@@ -19,7 +24,7 @@ class MeanInFloat64(Ddpm):
         return super().mean(*wide(data, x, a, previous, beta)).float()
 
 
-@right()
+@right(fits=of_numbers)
 class PosteriorOfDdim(Ddpm):
     """The mean by DDIM's formula: the data, and the noise that they leave, as far as the posterior's variance leaves it."""
 
@@ -42,7 +47,10 @@ class StepInFloat64(Ddim):
     """Everything behind the prediction in float64, the direction's share as the paper writes it."""
 
     def step(self, data, epsilon, z, a, previous, eta):
-        return super().step(*wide(data, epsilon, z, a, previous), eta).float()
+        data, epsilon, z, a, previous = wide(data, epsilon, z, a, previous)
+        deviation = eta * self.deviation(a, previous)
+        direction = (1 - previous - deviation**2).clamp(min=0).sqrt() * epsilon
+        return (previous.sqrt() * data + direction + deviation * z).float()
 
 
 @right()
@@ -56,7 +64,7 @@ class EveryShareOnce(Ddim):
         return previous.sqrt() * data + root * (kept.sqrt() * epsilon + renewed.clamp(min=0).sqrt() * z)
 
 
-@right()
+@right(fits=of_numbers)
 class RatioOfSigmas(Euler):
     """Data and example are mixed by the ratio of the sigmas."""
 
@@ -88,10 +96,12 @@ class SlopesInFloat64(Heun):
     """In float64, rounded once."""
 
     def first(self, x, p, sigma, config):
-        return super().first(*wide(x, p, sigma), config)
+        x, p, sigma = wide(x, p, sigma)
+        return super().first(x, p, sigma, config)
 
     def follow(self, x, euler, first, second, sigma, after):
-        return super().follow(*wide(x, euler), first, second, *wide(sigma, after)).float()
+        x, euler, sigma, after = wide(x, euler, sigma, after)
+        return super().follow(x, euler, first, second, sigma, after).float()
 
 
 @right()
@@ -117,7 +127,8 @@ class ScaledInFloat64(Edm):
     """Scales in float64."""
 
     def scaled(self, x, p, sigma, higher, config):
-        return super().scaled(*wide(x, p, sigma, higher), config).float()
+        x, p, sigma, higher = wide(x, p, sigma, higher)
+        return super().scaled(x, p, sigma, higher, config).float()
 
 
 @right()

@@ -132,10 +132,10 @@ class Ddim(Denoiser):
     def step(
         self, data: torch.Tensor, epsilon: torch.Tensor, z: torch.Tensor, a: torch.Tensor, previous: torch.Tensor, eta: float
     ) -> torch.Tensor:
-        """To the last formula."""
-        deviation = eta * self.deviation(a, previous)
-        direction = (1 - previous - deviation**2).clamp(min=0).sqrt() * epsilon
-        return previous.sqrt() * data + direction + deviation * z
+        """To the last formula, but that what is left beside the new noise is found without a difference."""
+        kept = (1 - eta**2) + eta**2 * a * (1 - previous) / (previous * (1 - a))
+        direction = ((1 - previous) * kept).sqrt() * epsilon
+        return previous.sqrt() * data + direction + eta * self.deviation(a, previous) * z
 
     def deviation(self, a: torch.Tensor, previous: torch.Tensor) -> torch.Tensor:
         """Of DDPM."""
