@@ -20,7 +20,7 @@ from test_references import (
     value_and_grads,
 )
 
-from gaugeblock.conformance.contracts import flux_flash_attention
+from gaugeblock.conformance.contracts import flash_attention
 from gaugeblock.reference import flux_checkpoints, states
 from gaugeblock.reference.configs import FLUX_PRESETS, FluxConfig
 from gaugeblock.reference.jax import flux as jax_flux
@@ -99,13 +99,16 @@ def test_flux_is_that_of_diffusers(name):
     assert_all_equal_to_rounding(actual, expected)
 
 
+BY_FLASH_ATTENTION = SimpleNamespace(flux=flash_attention.of(flux.flux, flux))
+
+
 @pytest.mark.parametrize("name", ["dev", "schnell"])
 def test_flash_attention_changes_rounding_alone(name):
     config, *sizes = CONFIGS[name]
     arrays, others = random_inputs(config, *sizes)
     state = random_state(config)
     cotangent = random(sizes[0], arrays[0].shape[1], config.out_features, seed=53)
-    calls = (value_and_grads_of(module, state, others, config) for module in (flux_flash_attention, flux))
+    calls = (value_and_grads_of(module, state, others, config) for module in (BY_FLASH_ATTENTION, flux))
     assert_all_equal_to_rounding(*(value_and_grads(call, [*arrays, *state.values()], cotangent) for call in calls))
 
 
