@@ -38,8 +38,8 @@ def unet() -> Contract:
         parameters=parameters,
         landmarks=(
             sizes(3, 3, 5, 4, tiny_model(norm_eps=1e-2)),
-            sizes(2, 4, 2, 3, tiny_model(LAST_LOOKS, use_linear_projection=True, transformer_layers_per_block=(1, 2))),
-            sizes(1, 2, 3, 5, tiny_model(AS_WIDE_AS_SD, in_channels=4)),
+            sizes(2, 4, 2, 3, tiny_model(LAST_LOOKS, use_linear_projection=True)),
+            sizes(1, 2, 3, 5, tiny_model(AS_WIDE_AS_SD, in_channels=4, transformer_layers_per_block=(2,))),
         ),
         factors=(
             *FACTORS,
