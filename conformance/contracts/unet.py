@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from gaugeblock.conformance.contracts import flash_attention, model_states
 from gaugeblock.conformance.engine.contract import Contract, Input, Output, Regime, Rejection, Workload, row
 from gaugeblock.conformance.engine.factors import Factor, Trait, edges, either
-from gaugeblock.conformance.engine.implementation import compiled, jax
+from gaugeblock.conformance.engine.implementation import compiled, jax, triton
 from gaugeblock.conformance.engine.inputs.bad_calls import changed
 from gaugeblock.conformance.engine.inputs.draw import Draw
 from gaugeblock.conformance.engine.vocabulary import Parameters, Tensors
@@ -38,8 +38,8 @@ def unet() -> Contract:
         parameters=parameters,
         landmarks=(
             sizes(3, 3, 5, 4, tiny_model(norm_eps=1e-2)),
-            sizes(2, 4, 2, 3, tiny_model(LAST_LOOKS, use_linear_projection=True, transformer_layers_per_block=(1, 2))),
-            sizes(1, 2, 3, 5, tiny_model(AS_WIDE_AS_SD, in_channels=4)),
+            sizes(2, 4, 2, 3, tiny_model(LAST_LOOKS, use_linear_projection=True)),
+            sizes(1, 2, 3, 5, tiny_model(AS_WIDE_AS_SD, in_channels=4, transformer_layers_per_block=(2,))),
         ),
         factors=(
             *FACTORS,
@@ -126,6 +126,7 @@ MASK = Input("encoder_attention_mask", ("batch_size", "text_length"), dtype="boo
 OUTPUTS = (Output("out", ("batch_size", "out_channels", "height", "width"), differentiable=True),)
 OURS = (
     compiled("compiled", devices=("cuda",), **model_states.LIBRARY_PRODUCTS),  # on a CPU every compilation takes minutes
+    triton(**model_states.LIBRARY_PRODUCTS),
     jax("jax-compiled"),
 )
 SD_1, SD_2 = "Stable Diffusion 1.5, unet/config.json", "Stable Diffusion 2.1, unet/config.json"

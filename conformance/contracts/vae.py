@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from gaugeblock.conformance.contracts import flash_attention, model_states
 from gaugeblock.conformance.engine.contract import Contract, Input, Output, Regime, Rejection, Workload, row
 from gaugeblock.conformance.engine.factors import Factor, Trait, edges, either
-from gaugeblock.conformance.engine.implementation import compiled, jax
+from gaugeblock.conformance.engine.implementation import compiled, jax, triton
 from gaugeblock.conformance.engine.inputs.bad_calls import changed
 from gaugeblock.conformance.engine.inputs.draw import Draw
 from gaugeblock.conformance.engine.vocabulary import Parameters, Tensors
@@ -132,6 +132,7 @@ SOURCE = "Rombach et al. 2021 (arXiv:2112.10752), Stable Diffusion 1: an f = 8 a
 SOURCE_OF_FLUX = "black-forest-labs FLUX.1, vae/config.json"
 OURS = (
     compiled("compiled", devices=("cuda",), **model_states.LIBRARY_PRODUCTS),  # on a CPU every compilation takes a minute
+    triton(**model_states.LIBRARY_PRODUCTS),
     jax("jax-compiled"),
 )
 NORM_SCALES = ("norm1.weight", "norm2.weight", "group_norm.weight", "conv_norm_out.weight")
