@@ -26,11 +26,14 @@ LIBRARIES = {
     "diffusers_vae": "diffusers",
     "diffusers_schedulers": "diffusers",
     "liger": "liger-kernel",
+    "liger_layers": "liger-kernel",
+    "fla": "fla-core",
     "torchtitan": "torchtitan",
 }
 """For each module of this folder that holds peers, the distribution that they need."""
 IMPORTS = {
     "liger": "liger_kernel",
+    "liger_layers": "liger_kernel",
     "transformers_layers": "transformers",
     "transformers_clip": "transformers",
     "transformers_dense": "transformers",
