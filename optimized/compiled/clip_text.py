@@ -1,4 +1,4 @@
-"""CLIP's text encoder with its layer compiled by torch.compile, in the dtype of its parameters.
+"""CLIP's text encoder of torch's fused operations, in the dtype of its parameters, its layer compiled or left as it is.
 
 One compilation serves all layers, so that its time does not grow with the depth; everything between the matrix products
 and `scaled_dot_product_attention` is fused. Results of products and of attention are in the dtype of the parameters; sums of
@@ -8,15 +8,12 @@ leaves out what no token sees.
 Shapes: as in `reference.torch.clip_text`.
 """
 
-from collections.abc import Callable, Mapping
-from functools import cache
-
 import torch
 from torch.nn import functional
 
+from gaugeblock.optimized.compiled.library_layers import Fuse, State, compiled, linear, uncompiled
 from gaugeblock.reference import states, validation
 from gaugeblock.reference.configs import CLIPTextConfig
-from gaugeblock.reference.torch import modules
 from gaugeblock.reference.torch.attention import join_heads, split_heads
 from gaugeblock.reference.torch.clip_text import (
     PROJECTIONS,
@@ -26,8 +23,6 @@ from gaugeblock.reference.torch.clip_text import (
     eos_places,
     state_shapes,
 )
-
-State = Mapping[str, torch.Tensor]
 
 
 def clip_text(
@@ -52,22 +47,34 @@ def clip_text(
 
     Source: `gaugeblock.reference.torch.clip_text.clip_text`.
     """
+    return _encode(compiled, state, input_ids, attention_mask, config)
+
+
+def clip_text_by_library(
+    state: State, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, *, config: CLIPTextConfig
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As `clip_text`, with nothing compiled: each operation of torch is fused in itself."""
+    return _encode(uncompiled, state, input_ids, attention_mask, config)
+
+
+def _encode(
+    fuse: Fuse, state: State, input_ids: torch.Tensor, attention_mask: torch.Tensor | None, config: CLIPTextConfig
+) -> tuple[torch.Tensor, torch.Tensor]:
     validation.clip_text(state, input_ids, attention_mask, config, state_shapes(config))
     validation.clip_input_ids_in_range(input_ids, config)
     input_ids = input_ids.long()
     hidden_BSD = embed_tokens(states.part(state, "text_model.embeddings"), input_ids)
     mask_BAST = None if attention_mask is None else causal_mask(input_ids, attention_mask)
     all_hidden = [hidden_BSD]
-    for index in range(config.num_hidden_layers):
-        block = states.part(state, f"text_model.encoder.layers.{index}")
-        hidden_BSD = _compiled_layer()(block, hidden_BSD, mask_BAST, config)
+    for block in states.parts(state, "text_model.encoder.layers", config.num_hidden_layers):
+        hidden_BSD = fuse(layer)(block, hidden_BSD, mask_BAST, config)
         all_hidden.append(hidden_BSD)
 
     last_norm = states.part(state, "text_model.final_layer_norm")
     ends = torch.arange(len(input_ids), device=input_ids.device), eos_places(input_ids, config=config)
     pooled_BV = norm(last_norm, hidden_BSD[ends], config)
     if config.projection_dim is not None:
-        pooled_BV = modules.linear(state, "text_projection", pooled_BV)
+        pooled_BV = linear(state, "text_projection", pooled_BV)
     returned_BSD = all_hidden[config.returned_layer]
     return norm(last_norm, returned_BSD, config) if config.normalize_returned else returned_BSD, pooled_BV
 
@@ -80,30 +87,23 @@ def layer(state: State, hidden_BSD: torch.Tensor, mask_BAST: torch.Tensor | None
     return hidden_BSD + mlp(state, normalized_BSD, config)
 
 
-@cache
-def _compiled_layer() -> Callable[..., torch.Tensor]:
-    """Compiled when it is first needed: importing torch.compile's compiler takes a second."""
-    return torch.compile(layer, dynamic=True)
-
-
 def attention(state: State, normalized_BSD: torch.Tensor, mask_BAST: torch.Tensor | None, config: CLIPTextConfig) -> torch.Tensor:
     """Return the attention branch of a layer, [B, S, D]."""
     query_BASF, key_BASF, value_BASF = (
-        split_heads(modules.linear(state, f"self_attn.{name}", normalized_BSD), config.num_attention_heads)
-        for name in PROJECTIONS[:3]
+        split_heads(linear(state, f"self_attn.{name}", normalized_BSD), config.num_attention_heads) for name in PROJECTIONS[:3]
     )
     attended_BASF = functional.scaled_dot_product_attention(
         query_BASF, key_BASF, value_BASF, attn_mask=mask_BAST, is_causal=mask_BAST is None
     )
-    return modules.linear(state, "self_attn.out_proj", join_heads(attended_BASF))
+    return linear(state, "self_attn.out_proj", join_heads(attended_BASF))
 
 
 def mlp(state: State, normalized_BSD: torch.Tensor, config: CLIPTextConfig) -> torch.Tensor:
     """Return the feed-forward branch of a layer, [B, S, D]."""
-    inner_BSI = modules.linear(state, "mlp.fc1", normalized_BSD)
+    inner_BSI = linear(state, "mlp.fc1", normalized_BSD)
     is_quick = config.hidden_act == "quick_gelu"
     active_BSI = inner_BSI * torch.sigmoid(QUICK_GELU_SLOPE * inner_BSI) if is_quick else functional.gelu(inner_BSI)
-    return modules.linear(state, "mlp.fc2", active_BSI)
+    return linear(state, "mlp.fc2", active_BSI)
 
 
 def norm(state: State, hidden_BSD: torch.Tensor, config: CLIPTextConfig) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""The UNets with their layers compiled by torch.compile, in the dtype of the latents and with the channels last.
+"""The UNets of torch's fused operations, in the dtype of the latents and with the channels last, their layers compiled or not.
 
 With the channels last a GPU's convolutions need no transpositions, and pixels are tokens as they lie. What lies between
 convolutions and matrix products (GroupNorm, silu, LayerNorm, GEGLU, residual sums) is fused; a ResNet block, and a transformer
@@ -8,20 +8,16 @@ sums, and what is inside of a norm, are float32.
 Shapes: as in `reference.torch.unet`.
 """
 
-from collections.abc import Callable, Mapping
-from functools import cache
-
 import torch
 from torch.nn import functional
 
+from gaugeblock.optimized.compiled.library_layers import Fuse, State, compiled, linear, two_linears, uncompiled
 from gaugeblock.reference import states, validation
 from gaugeblock.reference.configs import UNetConfig
 from gaugeblock.reference.torch import convolutions, layers, modules
 from gaugeblock.reference.torch.attention import join_heads, split_heads
 from gaugeblock.reference.torch.unet import BLOCK_NORM_EPS, TRANSFORMER_NORM_EPS, Conditioning
 from gaugeblock.reference.unet_states import state_shapes
-
-State = Mapping[str, torch.Tensor]
 
 
 def unet(
@@ -53,9 +49,34 @@ def unet(
 
     Source: `gaugeblock.reference.torch.unet.unet`.
     """
+    return _steered_by_text(compiled, state, latents, timesteps, encoder_hidden_states, encoder_attention_mask, config)
+
+
+def unet_by_library(
+    state: State,
+    latents: torch.Tensor,
+    timesteps: torch.Tensor,
+    encoder_hidden_states: torch.Tensor,
+    encoder_attention_mask: torch.Tensor | None = None,
+    *,
+    config: UNetConfig,
+) -> torch.Tensor:
+    """As `unet`, with nothing compiled: each operation of torch is fused in itself."""
+    return _steered_by_text(uncompiled, state, latents, timesteps, encoder_hidden_states, encoder_attention_mask, config)
+
+
+def _steered_by_text(
+    fuse: Fuse,
+    state: State,
+    latents: torch.Tensor,
+    timesteps: torch.Tensor,
+    encoder_hidden_states: torch.Tensor,
+    encoder_attention_mask: torch.Tensor | None,
+    config: UNetConfig,
+) -> torch.Tensor:
     validation.unet(state, latents, timesteps, encoder_hidden_states, encoder_attention_mask, config, state_shapes(config))
     time_BE = embed(state, "time_embedding", waves(timesteps, config.block_out_channels[0]).to(latents.dtype))
-    return _predict(state, latents, Conditioning(time_BE, encoder_hidden_states, encoder_attention_mask), config)
+    return _predict(fuse, state, latents, Conditioning(time_BE, encoder_hidden_states, encoder_attention_mask), config)
 
 
 def unet_text_time(
@@ -83,16 +104,38 @@ def unet_text_time(
 
     Source: `gaugeblock.reference.torch.unet.unet_text_time`.
     """
-    validation.unet_text_time(
-        state, latents, timesteps, encoder_hidden_states, text_embeds, time_ids, encoder_attention_mask, config,
-        state_shapes(config),
-    )  # fmt: skip
+    arrays = latents, timesteps, encoder_hidden_states, text_embeds, time_ids
+    return _steered_by_text_and_sizes(compiled, state, arrays, encoder_attention_mask, config)
+
+
+def unet_text_time_by_library(
+    state: State,
+    latents: torch.Tensor,
+    timesteps: torch.Tensor,
+    encoder_hidden_states: torch.Tensor,
+    text_embeds: torch.Tensor,
+    time_ids: torch.Tensor,
+    encoder_attention_mask: torch.Tensor | None = None,
+    *,
+    config: UNetConfig,
+) -> torch.Tensor:
+    """As `unet_text_time`, with nothing compiled: each operation of torch is fused in itself."""
+    arrays = latents, timesteps, encoder_hidden_states, text_embeds, time_ids
+    return _steered_by_text_and_sizes(uncompiled, state, arrays, encoder_attention_mask, config)
+
+
+def _steered_by_text_and_sizes(
+    fuse: Fuse, state: State, arrays: tuple[torch.Tensor, ...], mask: torch.Tensor | None, config: UNetConfig
+) -> torch.Tensor:
+    """Take latents, times, text, pooled text and sizes."""
+    validation.unet_text_time(state, *arrays, mask, config, state_shapes(config))
+    latents, timesteps, encoder_hidden_states, text_embeds, time_ids = arrays
     time_BE = embed(state, "time_embedding", waves(timesteps, config.block_out_channels[0]).to(latents.dtype))
     batch_size, num_time_ids = time_ids.shape
     size = config.addition_time_embed_dim
     waves_BF = waves(time_ids.flatten(), size).to(latents.dtype).reshape(batch_size, num_time_ids * size)
     added_BE = embed(state, "add_embedding", torch.cat([text_embeds, waves_BF], dim=1))
-    return _predict(state, latents, Conditioning(time_BE + added_BE, encoder_hidden_states, encoder_attention_mask), config)
+    return _predict(fuse, state, latents, Conditioning(time_BE + added_BE, encoder_hidden_states, mask), config)
 
 
 def waves(times: torch.Tensor, embedding_size: int) -> torch.Tensor:
@@ -102,61 +145,57 @@ def waves(times: torch.Tensor, embedding_size: int) -> torch.Tensor:
 
 def embed(state: State, name: str, inputs: torch.Tensor) -> torch.Tensor:
     """Apply the two linear layers of an embedding."""
-    return modules.two_linears(state, (f"{name}.linear_1", f"{name}.linear_2"), inputs)
+    return two_linears(state, (f"{name}.linear_1", f"{name}.linear_2"), inputs)
 
 
-def _predict(state: State, latents: torch.Tensor, conditioning: Conditioning, config: UNetConfig) -> torch.Tensor:
+def _predict(fuse: Fuse, state: State, latents: torch.Tensor, conditioning: Conditioning, config: UNetConfig) -> torch.Tensor:
     active_BE = functional.silu(conditioning.time)  # once for all ResNet blocks
     conditioning = Conditioning(active_BE, conditioning.text, conditioning.mask)
     kept = [modules.convolution(state, "conv_in", latents.contiguous(memory_format=torch.channels_last))]
     for level in range(config.num_levels):
         block = states.part(state, f"down_blocks.{level}")
         for index in range(config.layers_per_block):
-            kept.append(_layer(block, index, kept[-1], conditioning, level, config))
+            kept.append(_layer(fuse, block, index, kept[-1], conditioning, level, config))
         if level < config.num_levels - 1:
             kept.append(modules.convolution(block, "downsamplers.0.conv", kept[-1], stride=2))
-    images_BCHW = _mid_block(states.part(state, "mid_block"), kept[-1], conditioning, config)
+    images_BCHW = _mid_block(fuse, states.part(state, "mid_block"), kept[-1], conditioning, config)
     for place, level in enumerate(reversed(range(config.num_levels))):
         block = states.part(state, f"up_blocks.{place}")
         for index in range(config.layers_per_block + 1):
             both_BCHW = torch.cat([images_BCHW, kept.pop()], dim=1)
-            images_BCHW = _layer(block, index, both_BCHW, conditioning, level, config)
+            images_BCHW = _layer(fuse, block, index, both_BCHW, conditioning, level, config)
         if level > 0:
             height, width = kept[-1].shape[2:]
             doubled_BCHW = convolutions.upsample(images_BCHW)[:, :, :height, :width]
             images_BCHW = modules.convolution(block, "upsamplers.0.conv", doubled_BCHW)
-    return _compiled(_last)(_heads_of(state), images_BCHW, config).contiguous()
+    return fuse(_last)(_heads_of(state), images_BCHW, config).contiguous()
 
 
 def _heads_of(state: State) -> dict[str, torch.Tensor]:
     return {name: state[name] for name in state if name.startswith(("conv_norm_out.", "conv_out."))}
 
 
-def _mid_block(block: State, images_BCHW: torch.Tensor, conditioning: Conditioning, config: UNetConfig) -> torch.Tensor:
-    images_BCHW = _compiled(_resnet)(states.part(block, "resnets.0"), images_BCHW, conditioning.time, config)
+def _mid_block(
+    fuse: Fuse, block: State, images_BCHW: torch.Tensor, conditioning: Conditioning, config: UNetConfig
+) -> torch.Tensor:
+    images_BCHW = fuse(_resnet)(states.part(block, "resnets.0"), images_BCHW, conditioning.time, config)
     own = states.part(block, "attentions.0")
-    images_BCHW = _transformer(own, images_BCHW, conditioning, config.num_levels - 1, config)
-    return _compiled(_resnet)(states.part(block, "resnets.1"), images_BCHW, conditioning.time, config)
+    images_BCHW = _transformer(fuse, own, images_BCHW, conditioning, config.num_levels - 1, config)
+    return fuse(_resnet)(states.part(block, "resnets.1"), images_BCHW, conditioning.time, config)
 
 
 def _layer(
-    block: State, index: int, images_BCHW: torch.Tensor, conditioning: Conditioning, level: int, config: UNetConfig
+    fuse: Fuse, block: State, index: int, images_BCHW: torch.Tensor, conditioning: Conditioning, level: int, config: UNetConfig
 ) -> torch.Tensor:
-    images_BCHW = _compiled(_resnet)(states.part(block, f"resnets.{index}"), images_BCHW, conditioning.time, config)
+    images_BCHW = fuse(_resnet)(states.part(block, f"resnets.{index}"), images_BCHW, conditioning.time, config)
     if not config.has_transformers(level):
         return images_BCHW
-    return _transformer(states.part(block, f"attentions.{index}"), images_BCHW, conditioning, level, config)
-
-
-@cache
-def _compiled(block: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-    """Compiled when it is first needed: importing torch.compile's compiler takes a second."""
-    return torch.compile(block, dynamic=True)
+    return _transformer(fuse, states.part(block, f"attentions.{index}"), images_BCHW, conditioning, level, config)
 
 
 def _resnet(state: State, images_BCHW: torch.Tensor, active_BE: torch.Tensor, config: UNetConfig) -> torch.Tensor:
     hidden_BCHW = modules.convolution(state, "conv1", _norm_silu(state, "norm1", images_BCHW, config))
-    hidden_BCHW = hidden_BCHW + modules.linear(state, "time_emb_proj", active_BE)[:, :, None, None]
+    hidden_BCHW = hidden_BCHW + linear(state, "time_emb_proj", active_BE)[:, :, None, None]
     hidden_BCHW = modules.convolution(state, "conv2", _norm_silu(state, "norm2", hidden_BCHW, config))
     if "conv_shortcut.weight" in state:
         images_BCHW = modules.convolution(state, "conv_shortcut", images_BCHW)
@@ -164,15 +203,14 @@ def _resnet(state: State, images_BCHW: torch.Tensor, active_BE: torch.Tensor, co
 
 
 def _transformer(
-    state: State, images_BCHW: torch.Tensor, conditioning: Conditioning, level: int, config: UNetConfig
+    fuse: Fuse, state: State, images_BCHW: torch.Tensor, conditioning: Conditioning, level: int, config: UNetConfig
 ) -> torch.Tensor:
     groups = config.norm_num_groups
     normalized_BCHW = _group_norm(state, "norm", images_BCHW, groups, TRANSFORMER_NORM_EPS)
     tokens_BSC = _project(state, "proj_in", normalized_BCHW.flatten(2).mT)
     mask = None if conditioning.mask is None else conditioning.mask[:, None, None]
-    for index in range(config.transformer_layers_per_block[level]):
-        block = states.part(state, f"transformer_blocks.{index}")
-        tokens_BSC = _compiled(_transformer_block)(block, tokens_BSC, conditioning.text, mask, config.attention_head_dim[level])
+    for block in states.parts(state, "transformer_blocks", config.transformer_layers_per_block[level]):
+        tokens_BSC = fuse(_transformer_block)(block, tokens_BSC, conditioning.text, mask, config.attention_head_dim[level])
     return images_BCHW + _project(state, "proj_out", tokens_BSC).mT.reshape(images_BCHW.shape)
 
 
@@ -182,17 +220,17 @@ def _transformer_block(
     normalized_BSC = _layer_norm(state, "norm1", tokens_BSC)
     tokens_BSC = tokens_BSC + _attend(state, "attn1", normalized_BSC, normalized_BSC, None, num_heads)
     tokens_BSC = tokens_BSC + _attend(state, "attn2", _layer_norm(state, "norm2", tokens_BSC), text_BTD, mask, num_heads)
-    up_BSI, gate_BSI = modules.linear(state, "ff.net.0.proj", _layer_norm(state, "norm3", tokens_BSC)).chunk(2, dim=-1)
-    return tokens_BSC + modules.linear(state, "ff.net.2", up_BSI * functional.gelu(gate_BSI))
+    up_BSI, gate_BSI = linear(state, "ff.net.0.proj", _layer_norm(state, "norm3", tokens_BSC)).chunk(2, dim=-1)
+    return tokens_BSC + linear(state, "ff.net.2", up_BSI * functional.gelu(gate_BSI))
 
 
 def _attend(
     state: State, name: str, tokens_BSC: torch.Tensor, asked: torch.Tensor, mask: torch.Tensor | None, num_heads: int
 ) -> torch.Tensor:
-    query_BASF = split_heads(modules.linear(state, f"{name}.to_q", tokens_BSC), num_heads)
-    key_BATF, value_BATF = (split_heads(modules.linear(state, f"{name}.{each}", asked), num_heads) for each in ("to_k", "to_v"))
+    query_BASF = split_heads(linear(state, f"{name}.to_q", tokens_BSC), num_heads)
+    key_BATF, value_BATF = (split_heads(linear(state, f"{name}.{each}", asked), num_heads) for each in ("to_k", "to_v"))
     attended_BASF = functional.scaled_dot_product_attention(query_BASF, key_BATF, value_BATF, attn_mask=mask)
-    return modules.linear(state, f"{name}.to_out.0", join_heads(attended_BASF))
+    return linear(state, f"{name}.to_out.0", join_heads(attended_BASF))
 
 
 def _project(state: State, name: str, tokens_BSC: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""AutoencoderKL with its blocks compiled by torch.compile, in the dtype of its inputs and with the channels last.
+"""AutoencoderKL of torch's fused operations, in the dtype of its inputs and with the channels last, its blocks compiled or not.
 
 With the channels last a GPU's convolutions need no transpositions, and attention finds the tokens as it wants them. What lies
 between convolutions (GroupNorm, silu, residual sums, the doubling of an image) is fused; a block of one kind is compiled once
@@ -8,18 +8,14 @@ inside of a norm, are float32.
 Shapes: as in `reference.torch.vae`.
 """
 
-from collections.abc import Callable, Mapping
-from functools import cache
-
 import torch
 from torch.nn import functional
 
+from gaugeblock.optimized.compiled.library_layers import Fuse, State, compiled, linear, uncompiled
 from gaugeblock.reference import states, validation
 from gaugeblock.reference.configs import VAEConfig
 from gaugeblock.reference.torch import convolutions, modules
 from gaugeblock.reference.torch.vae import LARGEST_LOGVAR, NORM_EPS, SMALLEST_LOGVAR, decoder_shapes, encoder_shapes
-
-State = Mapping[str, torch.Tensor]
 
 
 def encode(state: State, images: torch.Tensor, *, config: VAEConfig) -> tuple[torch.Tensor, torch.Tensor]:
@@ -42,16 +38,25 @@ def encode(state: State, images: torch.Tensor, *, config: VAEConfig) -> tuple[to
 
     Source: `gaugeblock.reference.torch.vae.encode`.
     """
+    return _encode(compiled, state, images, config)
+
+
+def encode_by_library(state: State, images: torch.Tensor, *, config: VAEConfig) -> tuple[torch.Tensor, torch.Tensor]:
+    """As `encode`, with nothing compiled: each operation of torch is fused in itself."""
+    return _encode(uncompiled, state, images, config)
+
+
+def _encode(fuse: Fuse, state: State, images: torch.Tensor, config: VAEConfig) -> tuple[torch.Tensor, torch.Tensor]:
     validation.vae_encode(state, images, config, encoder_shapes(config), decoder_shapes(config))
     hidden_BCHW = modules.convolution(state, "encoder.conv_in", _channels_last(images))
     for index in range(len(config.block_out_channels)):
         block = states.part(state, f"encoder.down_blocks.{index}")
-        hidden_BCHW = _resnets(block, hidden_BCHW, config)
+        hidden_BCHW = _resnets(fuse, block, hidden_BCHW, config)
         if "downsamplers.0.conv.weight" in block:
             padded_BCHW = functional.pad(hidden_BCHW, (0, 1, 0, 1))
             hidden_BCHW = modules.convolution(block, "downsamplers.0.conv", padded_BCHW, stride=2, padding=0)
-    hidden_BCHW = _mid_block(states.part(state, "encoder.mid_block"), hidden_BCHW, config)
-    moments_BCHW = _compiled(_last)(states.part(state, "encoder"), hidden_BCHW, config.norm_num_groups)
+    hidden_BCHW = _mid_block(fuse, states.part(state, "encoder.mid_block"), hidden_BCHW, config)
+    moments_BCHW = fuse(_last)(states.part(state, "encoder"), hidden_BCHW, config.norm_num_groups)
     if config.use_quant_conv:
         moments_BCHW = modules.convolution(state, "quant_conv", moments_BCHW)
     mean_BCHW, logvar_BCHW = moments_BCHW.contiguous().chunk(2, dim=1)
@@ -75,43 +80,46 @@ def decode(state: State, latents: torch.Tensor, *, config: VAEConfig) -> torch.T
 
     Source: `gaugeblock.reference.torch.vae.decode`.
     """
+    return _decode(compiled, state, latents, config)
+
+
+def decode_by_library(state: State, latents: torch.Tensor, *, config: VAEConfig) -> torch.Tensor:
+    """As `decode`, with nothing compiled: each operation of torch is fused in itself."""
+    return _decode(uncompiled, state, latents, config)
+
+
+def _decode(fuse: Fuse, state: State, latents: torch.Tensor, config: VAEConfig) -> torch.Tensor:
     validation.vae_decode(state, latents, config, decoder_shapes(config), encoder_shapes(config))
     hidden_BCHW = _channels_last(latents)
     if config.use_post_quant_conv:
         hidden_BCHW = modules.convolution(state, "post_quant_conv", hidden_BCHW)
     hidden_BCHW = modules.convolution(state, "decoder.conv_in", hidden_BCHW)
-    hidden_BCHW = _mid_block(states.part(state, "decoder.mid_block"), hidden_BCHW, config)
+    hidden_BCHW = _mid_block(fuse, states.part(state, "decoder.mid_block"), hidden_BCHW, config)
     for index in range(len(config.block_out_channels)):
         block = states.part(state, f"decoder.up_blocks.{index}")
-        hidden_BCHW = _resnets(block, hidden_BCHW, config)
+        hidden_BCHW = _resnets(fuse, block, hidden_BCHW, config)
         if "upsamplers.0.conv.weight" in block:
             hidden_BCHW = modules.convolution(block, "upsamplers.0.conv", convolutions.upsample(hidden_BCHW))
-    return _compiled(_last)(states.part(state, "decoder"), hidden_BCHW, config.norm_num_groups).contiguous()
+    return fuse(_last)(states.part(state, "decoder"), hidden_BCHW, config.norm_num_groups).contiguous()
 
 
 def _channels_last(images: torch.Tensor) -> torch.Tensor:
     return images.contiguous(memory_format=torch.channels_last)
 
 
-def _resnets(block: State, images_BCHW: torch.Tensor, config: VAEConfig) -> torch.Tensor:
+def _resnets(fuse: Fuse, block: State, images_BCHW: torch.Tensor, config: VAEConfig) -> torch.Tensor:
     index = 0
     while f"resnets.{index}.conv1.weight" in block:
-        images_BCHW = _compiled(_resnet_block)(states.part(block, f"resnets.{index}"), images_BCHW, config.norm_num_groups)
+        images_BCHW = fuse(_resnet_block)(states.part(block, f"resnets.{index}"), images_BCHW, config.norm_num_groups)
         index += 1
     return images_BCHW
 
 
-def _mid_block(block: State, images_BCHW: torch.Tensor, config: VAEConfig) -> torch.Tensor:
-    images_BCHW = _compiled(_resnet_block)(states.part(block, "resnets.0"), images_BCHW, config.norm_num_groups)
+def _mid_block(fuse: Fuse, block: State, images_BCHW: torch.Tensor, config: VAEConfig) -> torch.Tensor:
+    images_BCHW = fuse(_resnet_block)(states.part(block, "resnets.0"), images_BCHW, config.norm_num_groups)
     if config.mid_block_add_attention:
-        images_BCHW = _compiled(_attention_block)(states.part(block, "attentions.0"), images_BCHW, config.norm_num_groups)
-    return _compiled(_resnet_block)(states.part(block, "resnets.1"), images_BCHW, config.norm_num_groups)
-
-
-@cache
-def _compiled(block: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-    """Compiled when it is first needed: importing torch.compile's compiler takes a second."""
-    return torch.compile(block, dynamic=True)
+        images_BCHW = fuse(_attention_block)(states.part(block, "attentions.0"), images_BCHW, config.norm_num_groups)
+    return fuse(_resnet_block)(states.part(block, "resnets.1"), images_BCHW, config.norm_num_groups)
 
 
 def _resnet_block(state: State, images_BCHW: torch.Tensor, num_groups: int) -> torch.Tensor:
@@ -124,9 +132,9 @@ def _resnet_block(state: State, images_BCHW: torch.Tensor, num_groups: int) -> t
 
 def _attention_block(state: State, images_BCHW: torch.Tensor, num_groups: int) -> torch.Tensor:
     tokens_BSC = _norm(state, "group_norm", images_BCHW, num_groups).flatten(2).mT
-    query, key, value = (modules.linear(state, name, tokens_BSC)[:, None] for name in ("to_q", "to_k", "to_v"))
+    query, key, value = (linear(state, name, tokens_BSC)[:, None] for name in ("to_q", "to_k", "to_v"))
     attended_BSC = functional.scaled_dot_product_attention(query, key, value)[:, 0]
-    return images_BCHW + modules.linear(state, "to_out.0", attended_BSC).mT.reshape(images_BCHW.shape)
+    return images_BCHW + linear(state, "to_out.0", attended_BSC).mT.reshape(images_BCHW.shape)
 
 
 def _last(state: State, images_BCHW: torch.Tensor, num_groups: int) -> torch.Tensor:
