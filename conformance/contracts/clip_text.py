@@ -73,6 +73,9 @@ def clip_text() -> Contract:
         without={"nan_containment": "an example has no floating numbers: it is ids and a mask"},
         implementations=(
             compiled("compiled", devices=("cuda",), **model_states.LIBRARY_PRODUCTS),  # on a CPU every compilation takes a minute
+            compiled(
+                "torch-library", "clip_text:clip_text_by_library", dtypes=("float32", "bfloat16"), **model_states.LIBRARY_PRODUCTS
+            ),
             jax("jax-compiled"),
         ),
     )

@@ -74,6 +74,7 @@ def dit() -> Contract:
         implementations=(
             triton(**model_states.LIBRARY_PRODUCTS),
             compiled("compiled", devices=("cuda",), **model_states.LIBRARY_PRODUCTS),  # on a CPU every compilation takes a minute
+            compiled("torch-library", "dit:dit_by_library", dtypes=("float32", "bfloat16"), **model_states.LIBRARY_PRODUCTS),
             jax("jax-compiled"),
             distributed("tensor-parallel", "dit_tensor_parallel:dit", only=HEADS_FIT, **ON_RANKS),
             distributed("sequence-parallel", "dit_sequence_parallel:dit", only=TOKENS_FIT, **ON_RANKS),

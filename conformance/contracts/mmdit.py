@@ -72,6 +72,7 @@ def mmdit() -> Contract:
         implementations=(
             triton(**model_states.LIBRARY_PRODUCTS),
             compiled("compiled", devices=("cuda",), **model_states.LIBRARY_PRODUCTS),  # on a CPU every compilation takes minutes
+            compiled("torch-library", "mmdit:mmdit_by_library", dtypes=("float32", "bfloat16"), **model_states.LIBRARY_PRODUCTS),
             jax("jax-compiled"),
         ),
     )

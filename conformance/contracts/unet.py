@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from gaugeblock.conformance.contracts import flash_attention, model_states
 from gaugeblock.conformance.engine.contract import Contract, Input, Output, Regime, Rejection, Workload, row
 from gaugeblock.conformance.engine.factors import Factor, Trait, edges, either
-from gaugeblock.conformance.engine.implementation import compiled, jax
+from gaugeblock.conformance.engine.implementation import Implementation, compiled, jax
 from gaugeblock.conformance.engine.inputs.bad_calls import changed
 from gaugeblock.conformance.engine.inputs.draw import Draw
 from gaugeblock.conformance.engine.vocabulary import Parameters, Tensors
@@ -62,7 +62,7 @@ def unet() -> Contract:
             Workload("two-cores/sd-1.5-64px", sizes(1, 8, 8, 77, UNET_PRESETS["SD-1.5"]), "a size for a CPU"),
         ),
         rejections=REJECTIONS,
-        implementations=OURS,
+        implementations=ours("unet"),
     )
 
 
@@ -112,7 +112,7 @@ def unet_text_time() -> Contract:
             Rejection("a size too few", "time_ids", changed("time_ids", lambda each: each[:, 1:])),
             Rejection("sizes that cannot tell 1024 from 1023", "time_ids", changed("time_ids", lambda each: each.bfloat16())),
         ),
-        implementations=OURS,
+        implementations=ours("unet_text_time"),
     )
 
 
@@ -124,10 +124,6 @@ INPUTS = (
 )
 MASK = Input("encoder_attention_mask", ("batch_size", "text_length"), dtype="bool")
 OUTPUTS = (Output("out", ("batch_size", "out_channels", "height", "width"), differentiable=True),)
-OURS = (
-    compiled("compiled", devices=("cuda",), **model_states.LIBRARY_PRODUCTS),  # on a CPU every compilation takes minutes
-    jax("jax-compiled"),
-)
 SD_1, SD_2 = "Stable Diffusion 1.5, unet/config.json", "Stable Diffusion 2.1, unet/config.json"
 SDXL = "Stable Diffusion XL 1.0, unet/config.json"
 
@@ -138,6 +134,16 @@ ONE_LEVEL = ((8,), (True,), (2,), 2)
 AS_WIDE_AS_SD = ((40,), (False,), (1,), 4)  # heads of 40 features, groups of 10 channels
 LEVELS = (FIRST_LOOKS, LAST_LOOKS, ONE_LEVEL)
 IMAGES = ((4, 4), (3, 5), (2, 3), (4, 2))
+
+
+def ours(operation: str) -> tuple[Implementation, ...]:
+    """Our versions of an operation; on a CPU every compilation takes minutes."""
+    products, on_cpu = model_states.LIBRARY_PRODUCTS, ("float32", "bfloat16")
+    return (
+        compiled("compiled", devices=("cuda",), **products),
+        compiled("torch-library", f"unet:{operation}_by_library", dtypes=on_cpu, **products),
+        jax("jax-compiled"),
+    )
 
 
 def configuration(parameters: Parameters) -> UNetConfig:
