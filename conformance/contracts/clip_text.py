@@ -60,6 +60,7 @@ def clip_text() -> Contract:
         configure=lambda parameters: {"config": configuration(parameters)},
         flops=flops,
         moved=moved,
+        rigid=True,
         workloads=(
             Workload("clip-l/batch-8", sizes(8, 77, CLIP_TEXT_PRESETS["clip-l"]), "openai/clip-vit-large-patch14 (ViT-L/14)"),
             Workload(

@@ -61,6 +61,7 @@ def dit() -> Contract:
         configure=lambda parameters: {"config": configuration(parameters)},
         flops=flops,
         moved=moved,
+        rigid=True,
         workloads=(
             Workload("dit-xl-2/256px-batch-8", sizes(8, DIT_PRESETS["DiT-XL/2"]), "facebookresearch/DiT models.py, DiT_XL_2"),
             Workload("dit-b-4/256px-batch-32", sizes(32, DIT_PRESETS["DiT-B/4"]), "facebookresearch/DiT models.py, DiT_B_4"),

@@ -61,6 +61,7 @@ def mmdit() -> Contract:
         configure=lambda parameters: {"config": configuration(parameters)},
         flops=flops,
         moved=moved,
+        rigid=True,
         workloads=(
             Workload("sd3-medium/1024px", published("sd3-medium", 64), "stabilityai/stable-diffusion-3-medium, config.json"),
             Workload(

@@ -1,6 +1,6 @@
 """The contracts of the UNets of Stable Diffusion: 1 and 2, and XL, which is steered by sizes and a pooled text as well."""
 
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from typing import Any
 
 import torch
@@ -56,10 +56,11 @@ def unet() -> Contract:
         configure=lambda parameters: {"config": configuration(parameters)},
         flops=flops,
         moved=moved,
+        rigid=True,
         workloads=(
             Workload("sd-1.5/512px-batch-2", sizes(2, 64, 64, 77, UNET_PRESETS["SD-1.5"]), SD_1),
             Workload("sd-2.1/768px-batch-2", sizes(2, 96, 96, 77, UNET_PRESETS["SD-2.1"]), SD_2),
-            Workload("two-cores/sd-1.5-64px", sizes(1, 8, 8, 77, UNET_PRESETS["SD-1.5"]), "a size for a CPU"),
+            Workload("two-cores/half-of-sd-1.5-128px", sizes(1, 16, 16, 77, HALF_OF_SD), "a size for a CPU; heads as published"),
         ),
         rejections=REJECTIONS,
         implementations=ours("unet"),
@@ -98,13 +99,14 @@ def unet_text_time() -> Contract:
         configure=lambda parameters: {"config": configuration(parameters)},
         flops=flops,
         moved=moved,
+        rigid=True,
         workloads=(
             Workload("sdxl-base/1024px-batch-2", with_sizes(sizes(2, 128, 128, 77, UNET_PRESETS["SDXL-base"]), 1280, 6), SDXL),
             Workload("sdxl-refiner/1024px", with_sizes(sizes(1, 128, 128, 77, UNET_PRESETS["SDXL-refiner"]), 1280, 5), SDXL),
             Workload(
-                "two-cores/sdxl-base-64px",
-                with_sizes(sizes(1, 8, 8, 77, UNET_PRESETS["SDXL-base"]), 1280, 6),
-                "a size for a CPU",
+                "two-cores/part-of-sdxl-128px",
+                with_sizes(sizes(1, 16, 16, 77, PART_OF_SDXL), 1280, 6),
+                "a size for a CPU; heads as published",
             ),
         ),
         rejections=(
@@ -125,6 +127,13 @@ INPUTS = (
 MASK = Input("encoder_attention_mask", ("batch_size", "text_length"), dtype="bool")
 OUTPUTS = (Output("out", ("batch_size", "out_channels", "height", "width"), differentiable=True),)
 SD_1, SD_2 = "Stable Diffusion 1.5, unet/config.json", "Stable Diffusion 2.1, unet/config.json"
+HALF_OF_SD = replace(UNET_PRESETS["SD-1.5"], block_out_channels=(160, 320, 640, 640), attention_head_dim=(4, 4, 4, 4))
+PART_OF_SDXL = replace(
+    UNET_PRESETS["SDXL-base"],
+    block_out_channels=(128, 256, 512),
+    transformer_layers_per_block=(1, 2, 4),
+    attention_head_dim=(2, 4, 8),
+)
 SDXL = "Stable Diffusion XL 1.0, unet/config.json"
 
 # channels, whether transformers follow, heads and groups of tiny models; groups of two channels at least, as in public models

@@ -59,6 +59,7 @@ def encode() -> Contract:
         configure=lambda parameters: {"config": configuration(parameters)},
         flops=encoder_flops,
         moved=lambda parameters, itemsize: moved(model.encoder_shapes(configuration(parameters)), parameters, itemsize, 2),
+        rigid=True,
         workloads=(
             Workload("stable-diffusion/512px", of_images(1, 512, 512, STABLE_DIFFUSION), SOURCE),
             Workload("flux/1024px", of_images(1, 1024, 1024, VAE_PRESETS["flux"]), SOURCE_OF_FLUX),
@@ -112,6 +113,7 @@ def decode() -> Contract:
         configure=lambda parameters: {"config": configuration(parameters)},
         flops=decoder_flops,
         moved=lambda parameters, itemsize: moved(model.decoder_shapes(configuration(parameters)), parameters, itemsize, 1),
+        rigid=True,
         workloads=(
             Workload("stable-diffusion/512px", of_latents(1, 64, 64, STABLE_DIFFUSION), SOURCE),
             Workload("flux/1024px", of_latents(1, 128, 128, VAE_PRESETS["flux"]), SOURCE_OF_FLUX),

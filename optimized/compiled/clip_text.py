@@ -8,10 +8,12 @@ leaves out what no token sees.
 Shapes: as in `reference.torch.clip_text`.
 """
 
+from functools import partial
+
 import torch
 from torch.nn import functional
 
-from gaugeblock.optimized.compiled.library_layers import Fuse, State, compiled, linear, uncompiled
+from gaugeblock.optimized.compiled.library_layers import Fuse, State, compiled, layer_norm, linear, uncompiled
 from gaugeblock.reference import states, validation
 from gaugeblock.reference.configs import CLIPTextConfig
 from gaugeblock.reference.torch.attention import join_heads, split_heads
@@ -70,20 +72,20 @@ def _encode(
         hidden_BSD = fuse(layer)(block, hidden_BSD, mask_BAST, config)
         all_hidden.append(hidden_BSD)
 
-    last_norm = states.part(state, "text_model.final_layer_norm")
+    last_norm = partial(layer_norm, state, "text_model.final_layer_norm", eps=config.layer_norm_eps)
     ends = torch.arange(len(input_ids), device=input_ids.device), eos_places(input_ids, config=config)
-    pooled_BV = norm(last_norm, hidden_BSD[ends], config)
+    pooled_BV = last_norm(hidden_BSD[ends])
     if config.projection_dim is not None:
         pooled_BV = linear(state, "text_projection", pooled_BV)
     returned_BSD = all_hidden[config.returned_layer]
-    return norm(last_norm, returned_BSD, config) if config.normalize_returned else returned_BSD, pooled_BV
+    return last_norm(returned_BSD) if config.normalize_returned else returned_BSD, pooled_BV
 
 
 def layer(state: State, hidden_BSD: torch.Tensor, mask_BAST: torch.Tensor | None, config: CLIPTextConfig) -> torch.Tensor:
     """Return what a layer makes of tokens, [B, S, D]."""
-    normalized_BSD = norm(states.part(state, "layer_norm1"), hidden_BSD, config)
+    normalized_BSD = layer_norm(state, "layer_norm1", hidden_BSD, eps=config.layer_norm_eps)
     hidden_BSD = hidden_BSD + attention(state, normalized_BSD, mask_BAST, config)
-    normalized_BSD = norm(states.part(state, "layer_norm2"), hidden_BSD, config)
+    normalized_BSD = layer_norm(state, "layer_norm2", hidden_BSD, eps=config.layer_norm_eps)
     return hidden_BSD + mlp(state, normalized_BSD, config)
 
 
@@ -104,8 +106,3 @@ def mlp(state: State, normalized_BSD: torch.Tensor, config: CLIPTextConfig) -> t
     is_quick = config.hidden_act == "quick_gelu"
     active_BSI = inner_BSI * torch.sigmoid(QUICK_GELU_SLOPE * inner_BSI) if is_quick else functional.gelu(inner_BSI)
     return linear(state, "mlp.fc2", active_BSI)
-
-
-def norm(state: State, hidden_BSD: torch.Tensor, config: CLIPTextConfig) -> torch.Tensor:
-    """Return the LayerNorm with these parameters of [..., D]."""
-    return functional.layer_norm(hidden_BSD, hidden_BSD.shape[-1:], state["weight"], state["bias"], config.layer_norm_eps)

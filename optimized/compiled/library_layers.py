@@ -13,6 +13,8 @@ from typing import TypeVar
 import torch
 from torch.nn import functional
 
+from gaugeblock.reference.torch.precision import at_least_float32
+
 State = Mapping[str, torch.Tensor]
 Block = TypeVar("Block", bound=Callable)
 Fuse = Callable[[Block], Block]
@@ -38,6 +40,22 @@ def linear(state: State, name: str, inputs: torch.Tensor) -> torch.Tensor:
 def two_linears(state: State, names: tuple[str, str], inputs: torch.Tensor) -> torch.Tensor:
     """Apply two linear layers with a silu between them."""
     return linear(state, names[1], functional.silu(linear(state, names[0], inputs)))
+
+
+def layer_norm(state: State, name: str, hidden_states: torch.Tensor, *, eps: float) -> torch.Tensor:
+    """Apply the LayerNorm of that name to the last axis."""
+    weight, bias = state[f"{name}.weight"], state[f"{name}.bias"]
+    if hidden_states.device.type == "cpu":  # where torch sums the gradients of a bfloat16 bias in bfloat16 (2.13)
+        weight, bias = at_least_float32(weight), at_least_float32(bias)
+    return functional.layer_norm(hidden_states, hidden_states.shape[-1:], weight, bias, eps)
+
+
+def laid_out(fuse: Fuse, images_BCHW: torch.Tensor) -> torch.Tensor:
+    """Return images as blocks that are fused so want them: the channels last where they are compiled, else contiguous.
+
+    With the channels last torch's GroupNorm on a CPU takes E[x**2] - E[x]**2 for the variance (2.13), which is less exact.
+    """
+    return images_BCHW.contiguous(memory_format=torch.channels_last if fuse is compiled else torch.contiguous_format)
 
 
 def layer_norm_modulate(hidden_BSD: torch.Tensor, shift_BD: torch.Tensor, scale_BD: torch.Tensor, *, eps: float) -> torch.Tensor:

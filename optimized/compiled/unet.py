@@ -1,9 +1,9 @@
-"""The UNets of torch's fused operations, in the dtype of the latents and with the channels last, their layers compiled or not.
+"""The UNets of torch's fused operations, in the dtype of the latents, their layers compiled or left as they are.
 
-With the channels last a GPU's convolutions need no transpositions, and pixels are tokens as they lie. What lies between
-convolutions and matrix products (GroupNorm, silu, LayerNorm, GEGLU, residual sums) is fused; a ResNet block, and a transformer
-block, are compiled once for all levels. Results of convolutions, products and attention are in the dtype of the latents; their
-sums, and what is inside of a norm, are float32.
+Compiled, they have the channels last: a GPU's convolutions need no transpositions, and pixels are tokens as they lie. What lies
+between convolutions and matrix products (GroupNorm, silu, LayerNorm, GEGLU, residual sums) is fused; a ResNet block, and a
+transformer block, are compiled once for all levels. Results of convolutions, products and attention are in the dtype of the
+latents; their sums, and what is inside of a norm, are float32.
 
 Shapes: as in `reference.torch.unet`.
 """
@@ -11,7 +11,16 @@ Shapes: as in `reference.torch.unet`.
 import torch
 from torch.nn import functional
 
-from gaugeblock.optimized.compiled.library_layers import Fuse, State, compiled, linear, two_linears, uncompiled
+from gaugeblock.optimized.compiled.library_layers import (
+    Fuse,
+    State,
+    compiled,
+    laid_out,
+    layer_norm,
+    linear,
+    two_linears,
+    uncompiled,
+)
 from gaugeblock.reference import states, validation
 from gaugeblock.reference.configs import UNetConfig
 from gaugeblock.reference.torch import convolutions, layers, modules
@@ -151,7 +160,7 @@ def embed(state: State, name: str, inputs: torch.Tensor) -> torch.Tensor:
 def _predict(fuse: Fuse, state: State, latents: torch.Tensor, conditioning: Conditioning, config: UNetConfig) -> torch.Tensor:
     active_BE = functional.silu(conditioning.time)  # once for all ResNet blocks
     conditioning = Conditioning(active_BE, conditioning.text, conditioning.mask)
-    kept = [modules.convolution(state, "conv_in", latents.contiguous(memory_format=torch.channels_last))]
+    kept = [modules.convolution(state, "conv_in", laid_out(fuse, latents))]
     for level in range(config.num_levels):
         block = states.part(state, f"down_blocks.{level}")
         for index in range(config.layers_per_block):
@@ -217,10 +226,12 @@ def _transformer(
 def _transformer_block(
     state: State, tokens_BSC: torch.Tensor, text_BTD: torch.Tensor, mask: torch.Tensor | None, num_heads: int
 ) -> torch.Tensor:
-    normalized_BSC = _layer_norm(state, "norm1", tokens_BSC)
+    normalized_BSC = layer_norm(state, "norm1", tokens_BSC, eps=BLOCK_NORM_EPS)
     tokens_BSC = tokens_BSC + _attend(state, "attn1", normalized_BSC, normalized_BSC, None, num_heads)
-    tokens_BSC = tokens_BSC + _attend(state, "attn2", _layer_norm(state, "norm2", tokens_BSC), text_BTD, mask, num_heads)
-    up_BSI, gate_BSI = linear(state, "ff.net.0.proj", _layer_norm(state, "norm3", tokens_BSC)).chunk(2, dim=-1)
+    tokens_BSC = tokens_BSC + _attend(
+        state, "attn2", layer_norm(state, "norm2", tokens_BSC, eps=BLOCK_NORM_EPS), text_BTD, mask, num_heads
+    )
+    up_BSI, gate_BSI = linear(state, "ff.net.0.proj", layer_norm(state, "norm3", tokens_BSC, eps=BLOCK_NORM_EPS)).chunk(2, dim=-1)
     return tokens_BSC + linear(state, "ff.net.2", up_BSI * functional.gelu(gate_BSI))
 
 
@@ -235,11 +246,6 @@ def _attend(
 
 def _project(state: State, name: str, tokens_BSC: torch.Tensor) -> torch.Tensor:
     return functional.linear(tokens_BSC, state[f"{name}.weight"].flatten(1), state[f"{name}.bias"])
-
-
-def _layer_norm(state: State, name: str, tokens_BSC: torch.Tensor) -> torch.Tensor:
-    weight, bias = state[f"{name}.weight"], state[f"{name}.bias"]
-    return functional.layer_norm(tokens_BSC, tokens_BSC.shape[-1:], weight, bias, BLOCK_NORM_EPS)
 
 
 def _group_norm(state: State, name: str, images_BCHW: torch.Tensor, num_groups: int, eps: float) -> torch.Tensor:

@@ -1,9 +1,9 @@
-"""AutoencoderKL of torch's fused operations, in the dtype of its inputs and with the channels last, its blocks compiled or not.
+"""AutoencoderKL of torch's fused operations, in the dtype of its inputs, its blocks compiled or left as they are.
 
-With the channels last a GPU's convolutions need no transpositions, and attention finds the tokens as it wants them. What lies
-between convolutions (GroupNorm, silu, residual sums, the doubling of an image) is fused; a block of one kind is compiled once
-for all resolutions. Results of convolutions, products and attention are in the dtype of the inputs; their sums, and what is
-inside of a norm, are float32.
+Compiled, it has the channels last: a GPU's convolutions need no transpositions, and attention finds the tokens as it wants
+them. What lies between convolutions (GroupNorm, silu, residual sums, the doubling of an image) is fused; a block of one kind is
+compiled once for all resolutions. Results of convolutions, products and attention are in the dtype of the inputs; their sums,
+and what is inside of a norm, are float32.
 
 Shapes: as in `reference.torch.vae`.
 """
@@ -11,7 +11,7 @@ Shapes: as in `reference.torch.vae`.
 import torch
 from torch.nn import functional
 
-from gaugeblock.optimized.compiled.library_layers import Fuse, State, compiled, linear, uncompiled
+from gaugeblock.optimized.compiled.library_layers import Fuse, State, compiled, laid_out, linear, uncompiled
 from gaugeblock.reference import states, validation
 from gaugeblock.reference.configs import VAEConfig
 from gaugeblock.reference.torch import convolutions, modules
@@ -48,7 +48,7 @@ def encode_by_library(state: State, images: torch.Tensor, *, config: VAEConfig) 
 
 def _encode(fuse: Fuse, state: State, images: torch.Tensor, config: VAEConfig) -> tuple[torch.Tensor, torch.Tensor]:
     validation.vae_encode(state, images, config, encoder_shapes(config), decoder_shapes(config))
-    hidden_BCHW = modules.convolution(state, "encoder.conv_in", _channels_last(images))
+    hidden_BCHW = modules.convolution(state, "encoder.conv_in", laid_out(fuse, images))
     for index in range(len(config.block_out_channels)):
         block = states.part(state, f"encoder.down_blocks.{index}")
         hidden_BCHW = _resnets(fuse, block, hidden_BCHW, config)
@@ -90,7 +90,7 @@ def decode_by_library(state: State, latents: torch.Tensor, *, config: VAEConfig)
 
 def _decode(fuse: Fuse, state: State, latents: torch.Tensor, config: VAEConfig) -> torch.Tensor:
     validation.vae_decode(state, latents, config, decoder_shapes(config), encoder_shapes(config))
-    hidden_BCHW = _channels_last(latents)
+    hidden_BCHW = laid_out(fuse, latents)
     if config.use_post_quant_conv:
         hidden_BCHW = modules.convolution(state, "post_quant_conv", hidden_BCHW)
     hidden_BCHW = modules.convolution(state, "decoder.conv_in", hidden_BCHW)
@@ -101,10 +101,6 @@ def _decode(fuse: Fuse, state: State, latents: torch.Tensor, config: VAEConfig) 
         if "upsamplers.0.conv.weight" in block:
             hidden_BCHW = modules.convolution(block, "upsamplers.0.conv", convolutions.upsample(hidden_BCHW))
     return fuse(_last)(states.part(state, "decoder"), hidden_BCHW, config.norm_num_groups).contiguous()
-
-
-def _channels_last(images: torch.Tensor) -> torch.Tensor:
-    return images.contiguous(memory_format=torch.channels_last)
 
 
 def _resnets(fuse: Fuse, block: State, images_BCHW: torch.Tensor, config: VAEConfig) -> torch.Tensor:
