@@ -243,11 +243,10 @@ def test_workloads_are_scaled_by_a_named_factor():
     assert contract.cost(parameters, 4).flops <= FULL.flops
 
 
-@pytest.mark.parametrize("name", ["batch_size", "num_tokens"])
-def test_scaling_ends_where_no_width_can_be_smaller(name):
-    contract = replace(ROUTER, batch=name, moved=lambda parameters, itemsize: 1e12)
+def test_scaling_ends_where_no_width_can_be_smaller():
+    contract = replace(ROUTER, moved=lambda parameters, itemsize: 1e12)
     with pytest.raises(Unavailable, match="at least"):
-        scaled(contract, Workload("huge", {name: 4, "hidden_size": 6}, "nowhere"), FULL, "float32")
+        scaled(contract, Workload("huge", {**ROUTER.landmarks[0], "hidden_size": 6, "batch_size": 9}, "nowhere"), FULL, "float32")
 
 
 def test_what_does_not_fit_is_told_of_every_competitor():

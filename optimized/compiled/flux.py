@@ -38,6 +38,8 @@ from gaugeblock.reference.torch.precision import at_least_float32
 from gaugeblock.reference.torch.rotary import qk_norm_rotary, rotary_table
 
 Table = tuple[torch.Tensor, torch.Tensor]
+_T = torch.Tensor
+Arrays = tuple[_T, _T, _T, _T, _T, _T, _T]
 
 
 def flux(
@@ -96,7 +98,7 @@ def flux_by_library(
     return _predict(uncompiled, state, arrays, config)
 
 
-def _predict(fuse: Fuse, state: State, arrays: tuple[torch.Tensor, ...], config: FluxConfig) -> torch.Tensor:
+def _predict(fuse: Fuse, state: State, arrays: Arrays, config: FluxConfig) -> torch.Tensor:
     """Take tokens of image and text, pooled text, times, guidances and places."""
     validation.flux(state, *arrays, config, state_shapes(config))
     image_BSD, text_BTD, active_BD, table = embed(state, *arrays, config)

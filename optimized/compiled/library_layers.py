@@ -8,7 +8,7 @@ Shapes: as in `reference.torch.layers`.
 
 from collections.abc import Callable, Mapping
 from functools import cache
-from typing import TypeVar
+from typing import Any
 
 import torch
 from torch.nn import functional
@@ -16,7 +16,7 @@ from torch.nn import functional
 from gaugeblock.reference.torch.precision import at_least_float32
 
 State = Mapping[str, torch.Tensor]
-Block = TypeVar("Block", bound=Callable)
+Block = Callable[..., Any]
 Fuse = Callable[[Block], Block]
 
 
@@ -43,11 +43,10 @@ def two_linears(state: State, names: tuple[str, str], inputs: torch.Tensor) -> t
 
 
 def layer_norm(state: State, name: str, hidden_states: torch.Tensor, *, eps: float) -> torch.Tensor:
-    """Apply the LayerNorm of that name to the last axis."""
-    weight, bias = state[f"{name}.weight"], state[f"{name}.bias"]
-    if hidden_states.device.type == "cpu":  # where torch sums the gradients of a bfloat16 bias in bfloat16 (2.13)
-        weight, bias = at_least_float32(weight), at_least_float32(bias)
-    return functional.layer_norm(hidden_states, hidden_states.shape[-1:], weight, bias, eps)
+    """Apply the LayerNorm of that name to the last axis; in at least float32, rounded once."""
+    # on a CPU torch sums the gradients of weight and bias in the dtype of the tokens (2.13): in bfloat16 two digits are left
+    wide, weight, bias = map(at_least_float32, (hidden_states, state[f"{name}.weight"], state[f"{name}.bias"]))
+    return functional.layer_norm(wide, wide.shape[-1:], weight, bias, eps).to(hidden_states.dtype)
 
 
 def laid_out(fuse: Fuse, images_BCHW: torch.Tensor) -> torch.Tensor:

@@ -28,6 +28,9 @@ from gaugeblock.reference.torch.attention import join_heads, split_heads
 from gaugeblock.reference.torch.unet import BLOCK_NORM_EPS, TRANSFORMER_NORM_EPS, Conditioning
 from gaugeblock.reference.unet_states import state_shapes
 
+_T = torch.Tensor
+Arrays = tuple[_T, _T, _T, _T, _T]
+
 
 def unet(
     state: State,
@@ -134,7 +137,7 @@ def unet_text_time_by_library(
 
 
 def _steered_by_text_and_sizes(
-    fuse: Fuse, state: State, arrays: tuple[torch.Tensor, ...], mask: torch.Tensor | None, config: UNetConfig
+    fuse: Fuse, state: State, arrays: Arrays, mask: torch.Tensor | None, config: UNetConfig
 ) -> torch.Tensor:
     """Take latents, times, text, pooled text and sizes."""
     validation.unet_text_time(state, *arrays, mask, config, state_shapes(config))
