@@ -10,10 +10,9 @@ Shapes: as in `reference.torch.clip_text`.
 import torch
 from torch.nn import functional
 
-from gaugeblock.optimized.model_parts import Parts, State, affine, attend
+from gaugeblock.optimized.model_parts import Parts, State, affine, attend, linear
 from gaugeblock.reference import states, validation
 from gaugeblock.reference.configs import CLIPTextConfig
-from gaugeblock.reference.torch import modules
 from gaugeblock.reference.torch.clip_text import (
     PROJECTIONS,
     QUICK_GELU_SLOPE,
@@ -46,7 +45,7 @@ def clip_text(
     ends = torch.arange(len(input_ids), device=input_ids.device), eos_places(input_ids, config=config)
     pooled_BV = norm(parts, state, LAST_NORM, hidden_BSD[ends], config)
     if config.projection_dim is not None:
-        pooled_BV = modules.linear(state, "text_projection", pooled_BV)
+        pooled_BV = linear(state, "text_projection", pooled_BV)
     returned_BSD = all_hidden[config.returned_layer]
     return norm(parts, state, LAST_NORM, returned_BSD, config) if config.normalize_returned else returned_BSD, pooled_BV
 
@@ -58,10 +57,10 @@ def layer(
     normalized_BSD = norm(parts, state, "layer_norm1", hidden_BSD, config)
     options = {"attn_mask": mask_BAST, "is_causal": mask_BAST is None}
     hidden_BSD = hidden_BSD + attend(state, ATTENTION, normalized_BSD, normalized_BSD, config.num_attention_heads, **options)
-    inner_BSI = modules.linear(state, "mlp.fc1", norm(parts, state, "layer_norm2", hidden_BSD, config))
+    inner_BSI = linear(state, "mlp.fc1", norm(parts, state, "layer_norm2", hidden_BSD, config))
     is_quick = config.hidden_act == "quick_gelu"
     active_BSI = inner_BSI * torch.sigmoid(QUICK_GELU_SLOPE * inner_BSI) if is_quick else functional.gelu(inner_BSI)
-    return hidden_BSD + modules.linear(state, "mlp.fc2", active_BSI)
+    return hidden_BSD + linear(state, "mlp.fc2", active_BSI)
 
 
 def norm(parts: Parts, state: State, name: str, hidden_BSD: torch.Tensor, config: CLIPTextConfig) -> torch.Tensor:

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from gaugeblock.reference.torch import modules
 from gaugeblock.reference.torch.attention import join_heads, split_heads
 
 State = Mapping[str, torch.Tensor]
@@ -28,10 +27,28 @@ class Parts:
     group_norm_silu: Callable[..., torch.Tensor]
     layer_norm_affine: Callable[..., torch.Tensor]
     geglu: Callable[..., torch.Tensor]
+    memory_format: torch.memory_format
+    """In which images lie: with the channels last a GPU's convolutions need no transpositions, and pixels are tokens already."""
     block: Callable[[Callable[..., torch.Tensor]], Callable[..., torch.Tensor]]
     """What becomes of a block of a model before it is called: it is compiled, or stays as it is."""
     reject: Callable[[str, torch.Tensor], None]
     """Raise TypeError where the tensor of that name has a dtype that these functions do not take."""
+
+
+def linear(state: State, name: str, inputs: torch.Tensor) -> torch.Tensor:
+    """Apply the linear layer of that name, with or without a bias, to the last axis."""
+    # contiguous, as in reference.torch.layers.linear
+    return functional.linear(inputs, state[f"{name}.weight"].contiguous(), state.get(f"{name}.bias"))
+
+
+def two_linears(state: State, names: tuple[str, str], inputs: torch.Tensor) -> torch.Tensor:
+    """Apply two linear layers with a silu between them."""
+    return linear(state, names[1], functional.silu(linear(state, names[0], inputs)))
+
+
+def as_it_is(block: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """Return a block, whose operations run one by one."""
+    return block
 
 
 def affine(state: State, name: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -45,8 +62,8 @@ def attend(
     """Let tokens look at others, [B, T, any], with projections of four names; [B, S, D]. torch is given the options."""
     *projections, out = names
     query_BASF, key_BATF, value_BATF = (
-        split_heads(modules.linear(state, name, each), num_heads)
+        split_heads(linear(state, name, each), num_heads)
         for name, each in zip(projections, (tokens_BSD, seen, seen), strict=True)
     )
     attended_BASF = functional.scaled_dot_product_attention(query_BASF, key_BATF, value_BATF, **options)
-    return modules.linear(state, out, join_heads(attended_BASF))
+    return linear(state, out, join_heads(attended_BASF))

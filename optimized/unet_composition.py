@@ -1,8 +1,7 @@
 """The UNets composed of norms and GEGLU that a realm brings (`model_parts`), beside torch's convolutions and products.
 
-Everything is in the dtype of the latents and with the channels last: a GPU's convolutions then need no transpositions, and pixels
-are tokens as they lie. Results of convolutions, products and attention are rounded to that dtype; their sums, and what is inside
-of a norm, are float32. What all ResNet blocks do to the embedding of the time is done once.
+Everything is in the dtype of the latents. Results of convolutions, products and attention are rounded to that dtype; their sums,
+and what is inside of a norm, are float32. What all ResNet blocks do to the embedding of the time is done once.
 
 Shapes: as in `reference.torch.unet`.
 """
@@ -10,7 +9,7 @@ Shapes: as in `reference.torch.unet`.
 import torch
 from torch.nn import functional
 
-from gaugeblock.optimized.model_parts import Parts, State, affine, attend
+from gaugeblock.optimized.model_parts import Parts, State, affine, attend, linear, two_linears
 from gaugeblock.reference import states, validation
 from gaugeblock.reference.configs import UNetConfig
 from gaugeblock.reference.torch import convolutions, layers, modules
@@ -70,13 +69,13 @@ def waves(times: torch.Tensor, embedding_size: int) -> torch.Tensor:
 
 def embed(state: State, name: str, inputs: torch.Tensor) -> torch.Tensor:
     """Apply the two linear layers of an embedding."""
-    return modules.two_linears(state, (f"{name}.linear_1", f"{name}.linear_2"), inputs)
+    return two_linears(state, (f"{name}.linear_1", f"{name}.linear_2"), inputs)
 
 
 def predict(parts: Parts, state: State, latents: torch.Tensor, conditioning: Conditioning, config: UNetConfig) -> torch.Tensor:
     """Go down and up through the levels with latents [B, in_channels, H, W]; [B, out_channels, H, W]."""
     conditioning = Conditioning(functional.silu(conditioning.time), conditioning.text, conditioning.mask)
-    kept = [modules.convolution(state, "conv_in", latents.contiguous(memory_format=torch.channels_last))]
+    kept = [modules.convolution(state, "conv_in", latents.contiguous(memory_format=parts.memory_format))]
     for level in range(config.num_levels):
         block = states.part(state, f"down_blocks.{level}")
         for index in range(config.layers_per_block):
@@ -126,7 +125,7 @@ def layer(
 def resnet(parts: Parts, state: State, images_BCHW: torch.Tensor, active_BE: torch.Tensor, config: UNetConfig) -> torch.Tensor:
     """Add two convolutions with norms to images, and between them silu of the time."""
     hidden_BCHW = modules.convolution(state, "conv1", norm_silu(parts, state, "norm1", images_BCHW, config))
-    hidden_BCHW = hidden_BCHW + modules.linear(state, "time_emb_proj", active_BE)[:, :, None, None]
+    hidden_BCHW = hidden_BCHW + linear(state, "time_emb_proj", active_BE)[:, :, None, None]
     hidden_BCHW = modules.convolution(state, "conv2", norm_silu(parts, state, "norm2", hidden_BCHW, config))
     if "conv_shortcut.weight" in state:
         images_BCHW = modules.convolution(state, "conv_shortcut", images_BCHW)
@@ -168,8 +167,8 @@ def transformer_block(
     normalized_BSC = parts.layer_norm_affine(tokens_BSC, *affine(state, "norm2"), eps=BLOCK_NORM_EPS)
     tokens_BSC = tokens_BSC + attend(state, cross, normalized_BSC, text_BTD, num_heads, attn_mask=mask)
     normalized_BSC = parts.layer_norm_affine(tokens_BSC, *affine(state, "norm3"), eps=BLOCK_NORM_EPS)
-    up_BSI, gate_BSI = modules.linear(state, "ff.net.0.proj", normalized_BSC).chunk(2, dim=-1)
-    return tokens_BSC + modules.linear(state, "ff.net.2", parts.geglu(gate_BSI, up_BSI, approximation="none"))
+    up_BSI, gate_BSI = linear(state, "ff.net.0.proj", normalized_BSC).chunk(2, dim=-1)
+    return tokens_BSC + linear(state, "ff.net.2", parts.geglu(gate_BSI, up_BSI, approximation="none"))
 
 
 def last(parts: Parts, state: State, images_BCHW: torch.Tensor, config: UNetConfig) -> torch.Tensor:

@@ -23,7 +23,7 @@ def encode(parts: Parts, state: State, images: torch.Tensor, *, config: VAEConfi
     """As `gaugeblock.reference.torch.vae.encode`, of these parts."""
     validation.vae_encode(state, images, config, encoder_shapes(config), decoder_shapes(config))
     parts.reject("images", images)
-    hidden_BCHW = modules.convolution(state, "encoder.conv_in", channels_last(images))
+    hidden_BCHW = modules.convolution(state, "encoder.conv_in", images.contiguous(memory_format=parts.memory_format))
     for index in range(len(config.block_out_channels)):
         block = states.part(state, f"encoder.down_blocks.{index}")
         hidden_BCHW = resnets(parts, block, hidden_BCHW, config.layers_per_block, config)
@@ -42,7 +42,7 @@ def decode(parts: Parts, state: State, latents: torch.Tensor, *, config: VAEConf
     """As `gaugeblock.reference.torch.vae.decode`, of these parts."""
     validation.vae_decode(state, latents, config, decoder_shapes(config), encoder_shapes(config))
     parts.reject("latents", latents)
-    hidden_BCHW = channels_last(latents)
+    hidden_BCHW = latents.contiguous(memory_format=parts.memory_format)
     if config.use_post_quant_conv:
         hidden_BCHW = modules.convolution(state, "post_quant_conv", hidden_BCHW)
     hidden_BCHW = modules.convolution(state, "decoder.conv_in", hidden_BCHW)
@@ -53,11 +53,6 @@ def decode(parts: Parts, state: State, latents: torch.Tensor, *, config: VAEConf
         if "upsamplers.0.conv.weight" in block:
             hidden_BCHW = modules.convolution(block, "upsamplers.0.conv", convolutions.upsample(hidden_BCHW))
     return parts.block(last)(parts, states.part(state, "decoder"), hidden_BCHW, config.norm_num_groups).contiguous()
-
-
-def channels_last(images: torch.Tensor) -> torch.Tensor:
-    """Return images whose channels lie side by side."""
-    return images.contiguous(memory_format=torch.channels_last)
 
 
 def resnets(parts: Parts, block: State, images_BCHW: torch.Tensor, count: int, config: VAEConfig) -> torch.Tensor:

@@ -3,6 +3,7 @@
 import math
 import random as python_random
 import re
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +22,7 @@ from test_references import (
     value_and_grads,
 )
 
-from gaugeblock.optimized.compiled import mmdit as compiled_mmdit
+from gaugeblock.optimized.compiled.mmdit import mmdit_by_library
 from gaugeblock.reference import states
 from gaugeblock.reference.configs import MMDIT_PRESETS, MMDiTConfig
 from gaugeblock.reference.jax import layers as jax_layers
@@ -333,12 +334,11 @@ def test_a_checkpoint_of_another_model_is_refused(module, spoil, message):
 
 
 @pytest.mark.parametrize("config", [SD35, small(num_layers=1)])
-def test_the_compiled_model_is_the_reference(config, monkeypatch):
-    monkeypatch.setattr(compiled_mmdit, "_compiled_block", lambda: compiled_mmdit._block)  # a compilation takes a minute
+def test_the_model_of_library_operations_is_the_reference(config):
     state, (*arrays, timesteps) = random_state(config), random_inputs(config)
     arrays += state.values()
     cotangent = random(3, config.out_channels, 4, 6, seed=53)
     expected = value_and_grads(of_leaves(mmdit, state, config, timesteps), arrays, cotangent)
-    actual = value_and_grads(of_leaves(compiled_mmdit, state, config, timesteps), arrays, cotangent)
+    actual = value_and_grads(of_leaves(SimpleNamespace(mmdit=mmdit_by_library), state, config, timesteps), arrays, cotangent)
     for one_actual, one_expected in zip(actual, expected, strict=True):
         assert (one_actual - one_expected).abs().max() <= max(RELATIVE * one_expected.abs().max(), 1e-12)

@@ -60,6 +60,7 @@ def clip_text() -> Contract:
         configure=lambda parameters: {"config": configuration(parameters)},
         flops=flops,
         moved=moved,
+        rigid=True,
         workloads=(
             Workload("clip-l/batch-8", sizes(8, 77, CLIP_TEXT_PRESETS["clip-l"]), "openai/clip-vit-large-patch14 (ViT-L/14)"),
             Workload(
@@ -74,6 +75,9 @@ def clip_text() -> Contract:
         implementations=(
             compiled("compiled", devices=("cuda",), **model_states.LIBRARY_PRODUCTS),  # on a CPU every compilation takes a minute
             triton(**model_states.LIBRARY_PRODUCTS),
+            compiled(
+                "torch-library", "clip_text:clip_text_by_library", dtypes=("float32", "bfloat16"), **model_states.LIBRARY_PRODUCTS
+            ),
             jax("jax-compiled"),
         ),
     )

@@ -65,6 +65,7 @@ def dit_moe() -> Contract:
         configure=lambda parameters: {"config": configuration(parameters)},
         flops=flops,
         moved=moved,
+        rigid=True,
         workloads=(
             Workload("dit-moe-s-8e2a/256px-batch-8", sizes(8, DIT_MOE_PRESETS["DiT-MoE-S/2-8E2A"]), PUBLIC),
             Workload("dit-moe-xl-8e2a/256px-batch-4", sizes(4, DIT_MOE_PRESETS["DiT-MoE-XL/2-8E2A"]), PUBLIC),

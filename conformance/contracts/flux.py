@@ -64,6 +64,7 @@ def flux() -> Contract:
         configure=lambda parameters: {"config": configuration(parameters)},
         flops=flops,
         moved=moved,
+        rigid=True,
         workloads=(
             Workload("flux.1-dev/1024px-3-of-57-blocks", sizes(1, 4096, 512, published(True, 1, 2)), PUBLISHED),
             Workload("flux.1-schnell/512px-3-of-57-blocks", sizes(4, 1024, 256, published(False, 1, 2)), PUBLISHED),
@@ -79,6 +80,7 @@ def flux() -> Contract:
         implementations=(
             triton(**model_states.LIBRARY_PRODUCTS),
             compiled("compiled", devices=("cuda",), **model_states.LIBRARY_PRODUCTS),  # on a CPU every compilation takes a minute
+            compiled("torch-library", "flux:flux_by_library", dtypes=("float32", "bfloat16"), **model_states.LIBRARY_PRODUCTS),
             jax("jax-compiled"),
         ),
     )

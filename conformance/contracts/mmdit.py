@@ -61,6 +61,7 @@ def mmdit() -> Contract:
         configure=lambda parameters: {"config": configuration(parameters)},
         flops=flops,
         moved=moved,
+        rigid=True,
         workloads=(
             Workload("sd3-medium/1024px", published("sd3-medium", 64), "stabilityai/stable-diffusion-3-medium, config.json"),
             Workload(
@@ -72,6 +73,7 @@ def mmdit() -> Contract:
         implementations=(
             triton(**model_states.LIBRARY_PRODUCTS),
             compiled("compiled", devices=("cuda",), **model_states.LIBRARY_PRODUCTS),  # on a CPU every compilation takes minutes
+            compiled("torch-library", "mmdit:mmdit_by_library", dtypes=("float32", "bfloat16"), **model_states.LIBRARY_PRODUCTS),
             jax("jax-compiled"),
         ),
     )

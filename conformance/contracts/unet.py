@@ -1,6 +1,6 @@
 """The contracts of the UNets of Stable Diffusion: 1 and 2, and XL, which is steered by sizes and a pooled text as well."""
 
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from typing import Any
 
 import torch
@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from gaugeblock.conformance.contracts import flash_attention, model_states
 from gaugeblock.conformance.engine.contract import Contract, Input, Output, Regime, Rejection, Workload, row
 from gaugeblock.conformance.engine.factors import Factor, Trait, edges, either
-from gaugeblock.conformance.engine.implementation import compiled, jax, triton
+from gaugeblock.conformance.engine.implementation import Implementation, compiled, jax, triton
 from gaugeblock.conformance.engine.inputs.bad_calls import changed
 from gaugeblock.conformance.engine.inputs.draw import Draw
 from gaugeblock.conformance.engine.vocabulary import Parameters, Tensors
@@ -56,13 +56,14 @@ def unet() -> Contract:
         configure=lambda parameters: {"config": configuration(parameters)},
         flops=flops,
         moved=moved,
+        rigid=True,
         workloads=(
             Workload("sd-1.5/512px-batch-2", sizes(2, 64, 64, 77, UNET_PRESETS["SD-1.5"]), SD_1),
             Workload("sd-2.1/768px-batch-2", sizes(2, 96, 96, 77, UNET_PRESETS["SD-2.1"]), SD_2),
-            Workload("two-cores/sd-1.5-64px", sizes(1, 8, 8, 77, UNET_PRESETS["SD-1.5"]), "a size for a CPU"),
+            Workload("two-cores/half-of-sd-1.5-128px", sizes(1, 16, 16, 77, HALF_OF_SD), "a size for a CPU; heads as published"),
         ),
         rejections=REJECTIONS,
-        implementations=OURS,
+        implementations=ours("unet"),
     )
 
 
@@ -98,13 +99,14 @@ def unet_text_time() -> Contract:
         configure=lambda parameters: {"config": configuration(parameters)},
         flops=flops,
         moved=moved,
+        rigid=True,
         workloads=(
             Workload("sdxl-base/1024px-batch-2", with_sizes(sizes(2, 128, 128, 77, UNET_PRESETS["SDXL-base"]), 1280, 6), SDXL),
             Workload("sdxl-refiner/1024px", with_sizes(sizes(1, 128, 128, 77, UNET_PRESETS["SDXL-refiner"]), 1280, 5), SDXL),
             Workload(
-                "two-cores/sdxl-base-64px",
-                with_sizes(sizes(1, 8, 8, 77, UNET_PRESETS["SDXL-base"]), 1280, 6),
-                "a size for a CPU",
+                "two-cores/part-of-sdxl-128px",
+                with_sizes(sizes(1, 16, 16, 77, PART_OF_SDXL), 1280, 6),
+                "a size for a CPU; heads as published",
             ),
         ),
         rejections=(
@@ -112,7 +114,7 @@ def unet_text_time() -> Contract:
             Rejection("a size too few", "time_ids", changed("time_ids", lambda each: each[:, 1:])),
             Rejection("sizes that cannot tell 1024 from 1023", "time_ids", changed("time_ids", lambda each: each.bfloat16())),
         ),
-        implementations=OURS,
+        implementations=ours("unet_text_time"),
     )
 
 
@@ -124,12 +126,14 @@ INPUTS = (
 )
 MASK = Input("encoder_attention_mask", ("batch_size", "text_length"), dtype="bool")
 OUTPUTS = (Output("out", ("batch_size", "out_channels", "height", "width"), differentiable=True),)
-OURS = (
-    compiled("compiled", devices=("cuda",), **model_states.LIBRARY_PRODUCTS),  # on a CPU every compilation takes minutes
-    triton(**model_states.LIBRARY_PRODUCTS),
-    jax("jax-compiled"),
-)
 SD_1, SD_2 = "Stable Diffusion 1.5, unet/config.json", "Stable Diffusion 2.1, unet/config.json"
+HALF_OF_SD = replace(UNET_PRESETS["SD-1.5"], block_out_channels=(160, 320, 640, 640), attention_head_dim=(4, 4, 4, 4))
+PART_OF_SDXL = replace(
+    UNET_PRESETS["SDXL-base"],
+    block_out_channels=(128, 256, 512),
+    transformer_layers_per_block=(1, 2, 4),
+    attention_head_dim=(2, 4, 8),
+)
 SDXL = "Stable Diffusion XL 1.0, unet/config.json"
 
 # channels, whether transformers follow, heads and groups of tiny models; groups of two channels at least, as in public models
@@ -139,6 +143,17 @@ ONE_LEVEL = ((8,), (True,), (2,), 2)
 AS_WIDE_AS_SD = ((40,), (False,), (1,), 4)  # heads of 40 features, groups of 10 channels
 LEVELS = (FIRST_LOOKS, LAST_LOOKS, ONE_LEVEL)
 IMAGES = ((4, 4), (3, 5), (2, 3), (4, 2))
+
+
+def ours(operation: str) -> tuple[Implementation, ...]:
+    """Our versions of an operation; on a CPU every compilation takes minutes."""
+    products, on_cpu = model_states.LIBRARY_PRODUCTS, ("float32", "bfloat16")
+    return (
+        compiled("compiled", devices=("cuda",), **products),
+        compiled("torch-library", f"unet:{operation}_by_library", dtypes=on_cpu, **products),
+        triton(**products),
+        jax("jax-compiled"),
+    )
 
 
 def configuration(parameters: Parameters) -> UNetConfig:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from gaugeblock.conformance.contracts import flash_attention, model_states
 from gaugeblock.conformance.engine.contract import Contract, Input, Output, Regime, Rejection, Workload, row
 from gaugeblock.conformance.engine.factors import Factor, Trait, edges, either
-from gaugeblock.conformance.engine.implementation import compiled, jax, triton
+from gaugeblock.conformance.engine.implementation import Implementation, compiled, jax, triton
 from gaugeblock.conformance.engine.inputs.bad_calls import changed
 from gaugeblock.conformance.engine.inputs.draw import Draw
 from gaugeblock.conformance.engine.vocabulary import Parameters, Tensors
@@ -59,6 +59,7 @@ def encode() -> Contract:
         configure=lambda parameters: {"config": configuration(parameters)},
         flops=encoder_flops,
         moved=lambda parameters, itemsize: moved(model.encoder_shapes(configuration(parameters)), parameters, itemsize, 2),
+        rigid=True,
         workloads=(
             Workload("stable-diffusion/512px", of_images(1, 512, 512, STABLE_DIFFUSION), SOURCE),
             Workload("flux/1024px", of_images(1, 1024, 1024, VAE_PRESETS["flux"]), SOURCE_OF_FLUX),
@@ -69,7 +70,7 @@ def encode() -> Contract:
             Rejection("images of another number of channels", "images", changed("images", lambda each: each.repeat(1, 2, 1, 1))),
             Rejection("images without a row", "images", changed("images", lambda each: each[:, :, :0])),
         ),
-        implementations=OURS,
+        implementations=ours("encode"),
     )
 
 
@@ -112,6 +113,7 @@ def decode() -> Contract:
         configure=lambda parameters: {"config": configuration(parameters)},
         flops=decoder_flops,
         moved=lambda parameters, itemsize: moved(model.decoder_shapes(configuration(parameters)), parameters, itemsize, 1),
+        rigid=True,
         workloads=(
             Workload("stable-diffusion/512px", of_latents(1, 64, 64, STABLE_DIFFUSION), SOURCE),
             Workload("flux/1024px", of_latents(1, 128, 128, VAE_PRESETS["flux"]), SOURCE_OF_FLUX),
@@ -122,7 +124,7 @@ def decode() -> Contract:
             Rejection("latents of another number of channels", "latents", changed("latents", lambda each: each[:, :-1])),
             Rejection("latents without a row", "latents", changed("latents", lambda each: each[:, :, :0])),
         ),
-        implementations=OURS,
+        implementations=ours("decode"),
     )
 
 
@@ -130,12 +132,18 @@ CASES = 0.2  # a budget with the gradients of all parameters takes about a secon
 STABLE_DIFFUSION = VAE_PRESETS["stable-diffusion-1"]
 SOURCE = "Rombach et al. 2021 (arXiv:2112.10752), Stable Diffusion 1: an f = 8 autoencoder of images of 512 pixels"
 SOURCE_OF_FLUX = "black-forest-labs FLUX.1, vae/config.json"
-OURS = (
-    compiled("compiled", devices=("cuda",), **model_states.LIBRARY_PRODUCTS),  # on a CPU every compilation takes a minute
-    triton(**model_states.LIBRARY_PRODUCTS),
-    jax("jax-compiled"),
-)
 NORM_SCALES = ("norm1.weight", "norm2.weight", "group_norm.weight", "conv_norm_out.weight")
+
+
+def ours(operation: str) -> tuple[Implementation, ...]:
+    """Our versions of an operation; on a CPU every compilation takes a minute."""
+    products, on_cpu = model_states.LIBRARY_PRODUCTS, ("float32", "bfloat16")
+    return (
+        compiled("compiled", devices=("cuda",), **products),
+        compiled("torch-library", f"vae:{operation}_by_library", dtypes=on_cpu, **products),
+        triton(**products),
+        jax("jax-compiled"),
+    )
 
 
 def configuration(parameters: Parameters) -> VAEConfig:

@@ -236,6 +236,8 @@ class Contract:
     """Published sizes, for benchmarks."""
     formulas: tuple[Callable[..., Any], ...] = ()
     """Other ways to write the reference, equal in exact arithmetic; a budget allows for the rounding of each."""
+    rigid: bool = False
+    """Its sizes hang together (heads, groups, patches of a model): a benchmark may make no width of a workload smaller."""
     factors: tuple[Factor, ...] = ()
     """What a kernel may treat in different ways: every pair of classes of two factors is visited."""
     build: Callable[..., Parameters | None] | None = None

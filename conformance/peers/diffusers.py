@@ -11,7 +11,7 @@ from diffusers.models.normalization import AdaLayerNormContinuous, RMSNorm
 from torch.func import functional_call
 
 from gaugeblock.conformance.engine.vocabulary import DTYPES
-from gaugeblock.conformance.peers.modules import without_parameters
+from gaugeblock.conformance.peers.modules import with_buffers_alone, without_parameters
 from gaugeblock.conformance.peers.peer import peer
 from gaugeblock.reference.configs import DiTConfig
 from gaugeblock.reference.torch.dit import diffusers_names
@@ -19,19 +19,19 @@ from gaugeblock.reference.torch.dit import diffusers_names
 
 @functools.cache
 def model(config: DiTConfig) -> Any:
-    """Of any parameters; times are embedded as wide as the config says, not 256."""
-    made: Any = DiTTransformer2DModel(
-        num_attention_heads=config.num_heads, attention_head_dim=config.hidden_size // config.num_heads,
+    """Of any parameters; times are embedded as wide as the config says, not 256, and of as many frequencies."""
+    made = with_buffers_alone(
+        DiTTransformer2DModel, num_attention_heads=config.num_heads, attention_head_dim=config.hidden_size // config.num_heads,
         in_channels=config.in_channels, out_channels=config.out_channels, num_layers=config.depth,
         sample_size=config.input_size, patch_size=config.patch_size, num_embeds_ada_norm=config.num_classes,
         norm_eps=config.norm_eps,
     )  # fmt: skip
     for block in made.transformer_blocks:
-        block.norm1.emb.time_proj = Timesteps(config.frequency_embedding_size, True, 1)
-    return made.eval()
+        block.norm1.emb.time_proj = Timesteps(config.frequency_embedding_size, True, config.frequency_shift)
+    return made
 
 
-@peer("dit.dit", only="frequency_shift == 1 and mlp_ratio == 4", dtypes=DTYPES, rounding="eager", oracle=True)
+@peer("dit.dit", only="mlp_ratio == 4", dtypes=DTYPES, rounding="eager", oracle=True)
 class DiffusersDit:
     """DiTTransformer2DModel, whose blocks embed the times each by itself, all by the same parameters; its labels are int64."""
 

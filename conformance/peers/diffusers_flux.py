@@ -8,6 +8,7 @@ from diffusers import FluxTransformer2DModel
 from torch.func import functional_call
 
 from gaugeblock.conformance.engine.vocabulary import DTYPES
+from gaugeblock.conformance.peers.modules import with_buffers_alone
 from gaugeblock.conformance.peers.peer import peer
 from gaugeblock.reference.configs import FluxConfig
 
@@ -15,7 +16,7 @@ from gaugeblock.reference.configs import FluxConfig
 @functools.cache
 def model(config: FluxConfig) -> Any:
     """Of any parameters."""
-    return FluxTransformer2DModel(**asdict(config)).eval()
+    return with_buffers_alone(FluxTransformer2DModel, **asdict(config))
 
 
 @peer("flux.flux", dtypes=DTYPES, right_in=("float32",), rounding="eager", oracle=True)

@@ -8,6 +8,7 @@ from diffusers import SD3Transformer2DModel
 from torch.func import functional_call
 
 from gaugeblock.conformance.engine.vocabulary import DTYPES
+from gaugeblock.conformance.peers.modules import with_buffers_alone
 from gaugeblock.conformance.peers.peer import peer
 from gaugeblock.reference.configs import MMDiTConfig
 
@@ -15,8 +16,7 @@ from gaugeblock.reference.configs import MMDiTConfig
 @functools.cache
 def model(config: MMDiTConfig) -> Any:
     """Of any parameters."""
-    made: Any = SD3Transformer2DModel(**asdict(config))
-    return made.eval()
+    return with_buffers_alone(SD3Transformer2DModel, **asdict(config))
 
 
 @peer("mmdit.mmdit", dtypes=DTYPES, rounding="eager", oracle=True)

@@ -54,8 +54,8 @@ class LigerQkNorm:
     """Its norms and its rotation, as it puts them into Qwen3."""
 
     def __call__(self, query, key, query_weight, key_weight, cos, sin, *, eps, pairs):
-        normed = [LigerRMSNormFunction.apply(*each, eps) for each in ((query, query_weight), (key, key_weight))]
-        return turned(*normed, cos, sin)
+        query, key = (LigerRMSNormFunction.apply(*each, eps) for each in ((query, query_weight), (key, key_weight)))
+        return turned(query, key, cos, sin)
 
 
 @peer("gated_activations.geglu", dtypes=DTYPES, kind="triton", only="approximation == 'tanh'", rounding="eager")

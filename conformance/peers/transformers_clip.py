@@ -8,6 +8,7 @@ import transformers
 from torch.func import functional_call
 
 from gaugeblock.conformance.engine.vocabulary import DTYPES
+from gaugeblock.conformance.peers.modules import with_buffers_alone
 from gaugeblock.conformance.peers.peer import peer
 from gaugeblock.reference.configs import CLIPTextConfig
 
@@ -23,7 +24,7 @@ def model(config: CLIPTextConfig) -> Any:
         bos_token_id=0, pad_token_id=1,
     )  # fmt: skip
     has_projection = config.projection_dim is not None
-    return (transformers.CLIPTextModelWithProjection if has_projection else transformers.CLIPTextModel)(theirs).eval()
+    return with_buffers_alone(transformers.CLIPTextModelWithProjection if has_projection else transformers.CLIPTextModel, theirs)
 
 
 @peer("clip_text.clip_text", dtypes=DTYPES, rounding="eager", oracle=True)

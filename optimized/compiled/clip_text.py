@@ -7,6 +7,7 @@ attention is fused. It is the operation of its name in `gaugeblock.reference.tor
 from functools import partial
 
 from gaugeblock.optimized import clip_text_composition
-from gaugeblock.optimized.compiled.model_parts import PARTS
+from gaugeblock.optimized.compiled.model_parts import LIBRARY, PARTS
 
 clip_text = partial(clip_text_composition.clip_text, PARTS)
+clip_text_by_library = partial(clip_text_composition.clip_text, LIBRARY)

@@ -1,21 +1,26 @@
-"""MMDiT with its blocks compiled by torch.compile, in the dtype of its inputs.
+"""MMDiT of torch's fused operations, in the dtype of its inputs, with its blocks compiled by torch.compile or left as they are.
 
 One compilation serves all blocks of a kind (with one attention or two, the last), so that its time does not grow with their
-number; everything between the matrix products and `scaled_dot_product_attention` is fused. Results of products and of attention
-are in the dtype of the latents; sums of products, and what is inside of norms and `reference.torch.layers`, are float32.
+number; everything between the matrix products and `scaled_dot_product_attention` is fused. Sums of products, and what is inside
+of an operation, are float32.
 
 Shapes: as in `reference.torch.mmdit`.
 """
 
-from collections.abc import Callable
-from functools import cache
-
 import torch
 from torch.nn import functional
 
+from gaugeblock.optimized.compiled.library_layers import (
+    Fuse,
+    compiled,
+    gated_residual,
+    gated_residual_layer_norm_modulate,
+    layer_norm_modulate,
+)
+from gaugeblock.optimized.model_parts import as_it_is, linear, two_linears
 from gaugeblock.reference import states, validation
 from gaugeblock.reference.configs import MMDiTConfig
-from gaugeblock.reference.torch import layers, modules
+from gaugeblock.reference.torch import layers
 from gaugeblock.reference.torch.attention import join_heads, split_heads
 from gaugeblock.reference.torch.mmdit import (
     FREQUENCY_EMBEDDING_SIZE,
@@ -23,7 +28,6 @@ from gaugeblock.reference.torch.mmdit import (
     NORM_EPS,
     TEXT_HEADS,
     State,
-    block_state,
     embed_patches,
     state_shapes,
 )
@@ -59,16 +63,41 @@ def mmdit(
 
     Source: `gaugeblock.reference.torch.mmdit.mmdit`.
     """
+    return _predict(compiled, state, latents, encoder_hidden_states, pooled_projections, timesteps, config)
+
+
+def mmdit_by_library(
+    state: State,
+    latents: torch.Tensor,
+    encoder_hidden_states: torch.Tensor,
+    pooled_projections: torch.Tensor,
+    timesteps: torch.Tensor,
+    *,
+    config: MMDiTConfig,
+) -> torch.Tensor:
+    """As `mmdit`, with nothing compiled: each operation of torch is fused in itself."""
+    return _predict(as_it_is, state, latents, encoder_hidden_states, pooled_projections, timesteps, config)
+
+
+def _predict(
+    fuse: Fuse,
+    state: State,
+    latents: torch.Tensor,
+    encoder_hidden_states: torch.Tensor,
+    pooled_projections: torch.Tensor,
+    timesteps: torch.Tensor,
+    config: MMDiTConfig,
+) -> torch.Tensor:
     validation.mmdit(state, latents, encoder_hidden_states, pooled_projections, timesteps, config, state_shapes(config))
     hidden_BSD = embed_patches(state, latents, config=config)
-    text_BTD = modules.linear(state, "context_embedder", encoder_hidden_states)
+    text_BTD = linear(state, "context_embedder", encoder_hidden_states)
     active_BD = functional.silu(embed_conditions(state, timesteps, pooled_projections))
-    for index in range(config.num_layers):
+    for index, block in enumerate(states.parts(state, "transformer_blocks", config.num_layers)):
         kind = index in config.dual_attention_layers, index == config.num_layers - 1
-        hidden_BSD, text_BTD = _compiled_block()(block_state(state, index), hidden_BSD, text_BTD, active_BD, config, *kind)
-    scale_BD, shift_BD = modules.linear(state, "norm_out.linear", active_BD).chunk(2, dim=-1)
-    modulated_BSD = layers.layer_norm_modulate(hidden_BSD, shift_BD, scale_BD, eps=NORM_EPS)
-    patches_BSI = modules.linear(state, "proj_out", modulated_BSD)
+        hidden_BSD, text_BTD = fuse(_block)(block, hidden_BSD, text_BTD, active_BD, config, *kind)
+    scale_BD, shift_BD = linear(state, "norm_out.linear", active_BD).chunk(2, dim=-1)
+    modulated_BSD = layer_norm_modulate(hidden_BSD, shift_BD, scale_BD, eps=NORM_EPS)
+    patches_BSI = linear(state, "proj_out", modulated_BSD)
     return layers.unpatchify(patches_BSI, patch_size=config.patch_size, num_rows=latents.shape[2] // config.patch_size)
 
 
@@ -83,14 +112,14 @@ def _block(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     shift_1_BD, scale_1_BD, gate_1_BD, shift_2_BD, scale_2_BD, gate_2_BD, *dual = steering(state, "norm1", active_BD)
     text_shift_1_BD, text_scale_1_BD, *text_others = text_steering(state, active_BD, is_last=is_last)
-    modulated_BSD = layers.layer_norm_modulate(hidden_BSD, shift_1_BD, scale_1_BD, eps=NORM_EPS)
-    text_modulated_BTD = layers.layer_norm_modulate(text_BTD, text_shift_1_BD, text_scale_1_BD, eps=NORM_EPS)
+    modulated_BSD = layer_norm_modulate(hidden_BSD, shift_1_BD, scale_1_BD, eps=NORM_EPS)
+    text_modulated_BTD = layer_norm_modulate(text_BTD, text_shift_1_BD, text_scale_1_BD, eps=NORM_EPS)
     attended = joint_attention(states.part(state, "attn"), modulated_BSD, text_modulated_BTD, config, is_last=is_last)
     if is_dual:
         shift_3_BD, scale_3_BD, gate_3_BD = dual
-        modulated_BSD = layers.layer_norm_modulate(hidden_BSD, shift_3_BD, scale_3_BD, eps=NORM_EPS)
+        modulated_BSD = layer_norm_modulate(hidden_BSD, shift_3_BD, scale_3_BD, eps=NORM_EPS)
         more_BSD = self_attention(states.part(state, "attn2"), modulated_BSD, config)
-        hidden_BSD = layers.gated_residual(hidden_BSD, more_BSD, gate_3_BD)
+        hidden_BSD = gated_residual(hidden_BSD, more_BSD, gate_3_BD)
     hidden_BSD = _rest(state, "ff", hidden_BSD, attended[0], gate_1_BD, shift_2_BD, scale_2_BD, gate_2_BD)
     return hidden_BSD, text_BTD if is_last else _rest(state, "ff_context", text_BTD, attended[1], *text_others)
 
@@ -106,29 +135,23 @@ def _rest(
     gate_2_BD: torch.Tensor,
 ) -> torch.Tensor:
     """What follows attention, for image or text."""
-    hidden_BSD, modulated_BSD = layers.gated_residual_layer_norm_modulate(
+    hidden_BSD, modulated_BSD = gated_residual_layer_norm_modulate(
         hidden_BSD, attended_BSD, gate_1_BD, shift_2_BD, scale_2_BD, eps=NORM_EPS
     )
-    return layers.gated_residual(hidden_BSD, feed_forward(state, name, modulated_BSD), gate_2_BD)
-
-
-@cache
-def _compiled_block() -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
-    """Compiled when it is first needed: importing torch.compile's compiler takes a second."""
-    return torch.compile(_block, dynamic=True)
+    return gated_residual(hidden_BSD, feed_forward(state, name, modulated_BSD), gate_2_BD)
 
 
 def embed_conditions(state: State, timesteps: torch.Tensor, pooled_projections: torch.Tensor) -> torch.Tensor:
     """Return what steers the blocks, [B, D]; the waves are computed in float32 at least, since the angles reach 1000."""
     waves_BF = layers.timestep_embedding(timesteps, embedding_size=FREQUENCY_EMBEDDING_SIZE, frequency_shift=0)
     time, text = (f"time_text_embed.{embedder}_embedder" for embedder in ("timestep", "text"))
-    time_BD = modules.two_linears(state, (f"{time}.linear_1", f"{time}.linear_2"), waves_BF.to(pooled_projections.dtype))
-    return time_BD + modules.two_linears(state, (f"{text}.linear_1", f"{text}.linear_2"), pooled_projections)
+    time_BD = two_linears(state, (f"{time}.linear_1", f"{time}.linear_2"), waves_BF.to(pooled_projections.dtype))
+    return time_BD + two_linears(state, (f"{text}.linear_1", f"{text}.linear_2"), pooled_projections)
 
 
 def steering(state: State, name: str, active_BD: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """Return all shifts, scales and gates that a layer of that name makes, [B, D] each."""
-    steering_BD = modules.linear(state, f"{name}.linear", active_BD)
+    steering_BD = linear(state, f"{name}.linear", active_BD)
     return steering_BD.unflatten(-1, (-1, active_BD.shape[-1])).unbind(1)
 
 
@@ -149,20 +172,20 @@ def joint_attention(
     # the text of the last block is dropped after its queries were made, so that their parameters have a gradient, of 0
     attended = attended_BND.split([modulated_BSD.shape[1], text_modulated_BTD.shape[1]], dim=1)
     names = ("to_out.0",) if is_last else ("to_out.0", "to_add_out")
-    return [modules.linear(state, name, each) for name, each in zip(names, attended, strict=False)]
+    return [linear(state, name, each) for name, each in zip(names, attended, strict=False)]
 
 
 def self_attention(state: State, modulated_BSD: torch.Tensor, config: MMDiTConfig) -> torch.Tensor:
     """Return the second attention branch of the image, [B, S, D]."""
     attended_BASF = functional.scaled_dot_product_attention(*heads(state, IMAGE_HEADS, modulated_BSD, config))
-    return modules.linear(state, "to_out.0", join_heads(attended_BASF))
+    return linear(state, "to_out.0", join_heads(attended_BASF))
 
 
 def heads(
     state: State, names: tuple[str, ...], tokens_BSD: torch.Tensor, config: MMDiTConfig
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return heads of queries, keys and values, [B, A, S, F] each; of the first two maybe normalized."""
-    query, key, value = (split_heads(modules.linear(state, name, tokens_BSD), config.num_attention_heads) for name in names[:3])
+    query, key, value = (split_heads(linear(state, name, tokens_BSD), config.num_attention_heads) for name in names[:3])
     if config.qk_norm is not None:
         query, key = (
             functional.rms_norm(each, each.shape[-1:], state[f"{name}.weight"], NORM_EPS)
@@ -173,5 +196,5 @@ def heads(
 
 def feed_forward(state: State, name: str, modulated_BSD: torch.Tensor) -> torch.Tensor:
     """Return the feed-forward branch of image or text."""
-    inner_BSI = modules.linear(state, f"{name}.net.0.proj", modulated_BSD)
-    return modules.linear(state, f"{name}.net.2", functional.gelu(inner_BSI, approximate="tanh"))
+    inner_BSI = linear(state, f"{name}.net.0.proj", modulated_BSD)
+    return linear(state, f"{name}.net.2", functional.gelu(inner_BSI, approximate="tanh"))

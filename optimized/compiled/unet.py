@@ -7,7 +7,9 @@ operation of its name in `gaugeblock.reference.torch`. Differentiable once, by l
 from functools import partial
 
 from gaugeblock.optimized import unet_composition
-from gaugeblock.optimized.compiled.model_parts import PARTS
+from gaugeblock.optimized.compiled.model_parts import LIBRARY, PARTS
 
 unet = partial(unet_composition.unet, PARTS)
 unet_text_time = partial(unet_composition.unet_text_time, PARTS)
+unet_by_library = partial(unet_composition.unet, LIBRARY)
+unet_text_time_by_library = partial(unet_composition.unet_text_time, LIBRARY)

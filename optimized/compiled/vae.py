@@ -7,7 +7,9 @@ What lies between convolutions (GroupNorm, silu, residual sums) is fused. Each i
 from functools import partial
 
 from gaugeblock.optimized import vae_composition
-from gaugeblock.optimized.compiled.model_parts import PARTS
+from gaugeblock.optimized.compiled.model_parts import LIBRARY, PARTS
 
 encode = partial(vae_composition.encode, PARTS)
 decode = partial(vae_composition.decode, PARTS)
+encode_by_library = partial(vae_composition.encode, LIBRARY)
+decode_by_library = partial(vae_composition.decode, LIBRARY)
