@@ -26,8 +26,8 @@ class Cut:
     size: str
     """By what the axis is cut: a size of the model by its name in the config, which the ranks divide."""
     blocks: int = 1
-    """How many blocks lie there one after the other, of each of which a rank has its part: queries, keys and values are 3, gate
-    and up rows 2, what two branches give side by side as many as their greatest common width asks."""
+    """How many blocks of one width lie there one after the other, of each of which a rank has its part: queries, keys and values
+    are 3, gate and up rows 2."""
 
 
 Rules: TypeAlias = Sequence[tuple[str, Cut | None]]

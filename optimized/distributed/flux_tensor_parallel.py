@@ -2,9 +2,9 @@
 
 A block with two streams has one sum over the ranks for both attention branches and one for both feed-forward branches, a block
 with one stream has one sum for all it adds; as many backward (`tensor_parallel.py`). `partition_rules.FLUX` says which parameters
-are cut, and how. Embeddings, modulations, LayerNorms and the final layer are computed on every rank alike, from the same numbers,
-so that no sum is needed for their gradients. Norms of queries and keys have one weight for all heads, of which a rank sees its own:
-their gradients are added up with those of the tokens.
+are cut, and how. Embeddings, modulations, LayerNorms and the final layer are computed on every rank alike, from the same
+numbers, so that no sum is needed for their gradients. Norms of queries and keys have one weight for all heads, of which a rank
+sees its own: their gradients are added up with those of the tokens.
 
 Everything is in the dtype of the tokens, results of products and of attention included, but for the sums over ranks, sums of
 products, norms and rotations of queries and keys, and what is inside of `reference.torch.layers`, which are float32 at least.
@@ -22,7 +22,6 @@ from torch.distributed.device_mesh import DeviceMesh
 from gaugeblock.optimized import partition_rules
 from gaugeblock.optimized.compiled.flux import (
     MakesHeads,
-    Streams,
     Table,
     attended_streams,
     block_of_branches,

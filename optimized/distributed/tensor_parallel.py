@@ -9,8 +9,8 @@ columns of the second that multiply them:
 
 A block with several streams of tokens (joint attention) gives all streams to one `gradients_summed`, and all second layers to one
 `summed_linears`, so that they travel together. What is whole on every rank, but meets its heads alone (the weights of norms of
-queries and keys), goes with the tokens through `gradients_summed`. Sums are float32 at least, and added up in the order of the ranks (`collectives.py`): the bits
-are the same on every rank.
+queries and keys), goes with the tokens through `gradients_summed`. Sums are float32 at least, and added up in the order of the
+ranks (`collectives.py`): the bits are the same on every rank.
 
 Source: Shoeybi et al. 2019 (arXiv:1909.08053), section 3.
 """
