@@ -114,7 +114,7 @@ def model_of_blocks(
         block: Takes a block's parameters, tokens of image and text, silu of what steers, and the rotary table; returns tokens.
         single_block: The same of a block with one stream.
     """
-    image_BSD, text_BTD, active_BD, table = embed(state, *arrays, config)
+    image_BSD, text_BTD, active_BD, table = embed(state, arrays, config)
     for index in range(config.num_layers):
         part = states.part(state, f"transformer_blocks.{index}")
         image_BSD, text_BTD = block(part, image_BSD, text_BTD, active_BD, table)
@@ -132,8 +132,8 @@ def block_of_branches(
     text_BTD: torch.Tensor,
     active_BD: torch.Tensor,
     table: Table,
-    joint_attention: Callable[..., Streams],
-    feed_forwards: Callable[..., Streams],
+    joint_attention: Callable[..., Sequence[torch.Tensor]],
+    feed_forwards: Callable[..., Sequence[torch.Tensor]],
 ) -> Streams:
     """Apply a block with two streams whose branches are given, each as a function of the parameters and both streams' tokens.
 
@@ -164,20 +164,13 @@ def single_block_of_branch(
 
 
 def embed(
-    state: State,
-    hidden_states: torch.Tensor,
-    encoder_hidden_states: torch.Tensor,
-    pooled_projections: torch.Tensor,
-    timesteps: torch.Tensor,
-    guidance: torch.Tensor,
-    img_ids: torch.Tensor,
-    txt_ids: torch.Tensor,
-    config: FluxConfig,
+    state: State, arrays: Sequence[torch.Tensor], config: FluxConfig
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, Table]:
     """Return tokens of image and text, [B, S, D] and [B, T, D], silu of what steers the blocks, [B, D], and the rotary table.
 
     Waves of times and angles are computed in float32 at least, the angles of guidances reach some thousands.
     """
+    hidden_states, encoder_hidden_states, pooled_projections, timesteps, guidance, img_ids, txt_ids = arrays
     times = {"timestep_embedder": timesteps} | ({"guidance_embedder": guidance} if config.guidance_embeds else {})
     conditioning_BD = _two_linears(state, "text_embedder", pooled_projections)
     for name, each in times.items():
@@ -237,8 +230,8 @@ def heads(state: State, names: tuple[str, ...], modulated_BSD: torch.Tensor, tab
     """Return queries, keys and values, [B, A, S, F] each, queries and keys normalized and turned in float32."""
     query, key, value = projected_heads(state, names, modulated_BSD, num_heads)
     wide_query, wide_key = at_least_float32(query), at_least_float32(key)
-    weights = (at_least_float32(state[f"{norm}.weight"]) for norm in names[3:])
-    query, key = qk_norm_rotary(wide_query, wide_key, *weights, *table, eps=NORM_EPS, pairs="interleaved")
+    query_weight, key_weight = (at_least_float32(state[f"{norm}.weight"]) for norm in names[3:])
+    query, key = qk_norm_rotary(wide_query, wide_key, query_weight, key_weight, *table, eps=NORM_EPS, pairs="interleaved")
     return query.to(value.dtype), key.to(value.dtype), value
 
 

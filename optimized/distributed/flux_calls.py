@@ -21,10 +21,13 @@ def agree_on_call(
         arrays: From hidden_states to txt_ids.
         require_fitting: Raises ValueError where so many ranks cannot share the model or the tokens.
     """
-    hidden_states, encoder_hidden_states, *others = arrays
+    hidden_states, encoder_hidden_states, pooled_projections, timesteps, guidance, img_ids, txt_ids = arrays
 
     def check() -> None:
-        validation.flux(state, hidden_states, encoder_hidden_states, *others, config, state_shapes(config))
+        validation.flux(
+            state, hidden_states, encoder_hidden_states, pooled_projections, timesteps, guidance, img_ids, txt_ids,
+            config, state_shapes(config),
+        )  # fmt: skip
         require_fitting(mesh.size())
 
     sizes = {

@@ -75,7 +75,7 @@ def flux(
     validation.flux(state, *arrays, config, state_shapes(config))
     reject_float64("hidden_states", hidden_states)
 
-    image_BSD, text_BTD, active_BD, table = embed(state, *arrays, config)
+    image_BSD, text_BTD, active_BD, table = embed(state, arrays, config)
     heads = partial(_heads, num_heads=config.num_attention_heads)
     blocks = [states.part(state, f"transformer_blocks.{index}") for index in range(config.num_layers)]
     singles = [states.part(state, f"single_transformer_blocks.{index}") for index in range(config.num_single_layers)]
@@ -107,8 +107,9 @@ def flux(
 def _heads(state: State, names: tuple[str, ...], modulated_BSD: torch.Tensor, table: Table, num_heads: int) -> Heads:
     """Return queries, keys and values, [B, A, S, F] each, queries and keys normalized and turned."""
     query, key, value = projected_heads(state, names, modulated_BSD, num_heads)
-    weights = (state[f"{norm}.weight"] for norm in names[3:])
-    return *qk_norm_rotary(query, key, *weights, *table, eps=NORM_EPS, pairs="interleaved"), value
+    query_weight, key_weight = (state[f"{norm}.weight"] for norm in names[3:])
+    query, key = qk_norm_rotary(query, key, query_weight, key_weight, *table, eps=NORM_EPS, pairs="interleaved")
+    return query, key, value
 
 
 def _end_block(
