@@ -1,6 +1,7 @@
 """Flux in JAX over the ranks of a mesh, on four CPU devices, against the PyTorch reference."""
 
 from dataclasses import replace
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -28,20 +29,18 @@ def arrays_of(dtype: torch.dtype = torch.float64) -> list[torch.Tensor]:
 
 def test_flux_over_ranks_is_the_reference():
     state, arrays = state_of(CONFIG, flux.state_shapes), arrays_of()
-    leaves = [each.requires_grad_() for each in (*arrays[:3], *state.values())]
-    expected = flux.flux(dict(zip(state, leaves[3:], strict=True)), *leaves[:3], *arrays[3:], config=CONFIG)
+    leaves, others = [each.requires_grad_() for each in (*arrays[:3], *state.values())], arrays[3:]
+    expected = flux.flux(dict(zip(state, leaves[3:], strict=True)), *leaves[:3], *others, config=CONFIG)
     cotangent = random(*expected.shape, seed=93)
     gradients = torch.autograd.grad(expected, leaves, cotangent)
+
+    def call(mesh, *leaves):
+        arrays = *leaves[:3], *to_jax(others)
+        return sharded_flux.flux(dict(zip(state, leaves[3:], strict=True)), *arrays, config=CONFIG, mesh=mesh)
+
     with jax.enable_x64(True):
-        others = to_jax(arrays[3:])
         for num_ranks in (1, 4):
-
-            def function(*leaves, mesh=mesh_of(num_ranks)):
-                return sharded_flux.flux(
-                    dict(zip(state, leaves[3:], strict=True)), *leaves[:3], *others, config=CONFIG, mesh=mesh
-                )
-
-            actual, pull_back = jax.vjp(function, *to_jax([each.detach() for each in leaves]))
+            actual, pull_back = jax.vjp(partial(call, mesh_of(num_ranks)), *to_jax([each.detach() for each in leaves]))
             assert_all_equal_to_rounding([actual], [expected.detach()])
             for one, other in zip(pull_back(jnp.asarray(cotangent.numpy())), gradients, strict=True):
                 assert_all_equal_to_rounding([one], [other])
