@@ -4,7 +4,7 @@ Each rank has some heads of each attention, some features of each hidden layer, 
 on every rank. XLA adds the ranks' products up once for each branch, forward and backward, and moves nothing else: the parameters
 of queries, keys and values lie there as three matrices, so that a rank's rows are those of its heads.
 
-    placed = shard_state(state, partition_rules.DIT, mesh)       once
+    placed = sharded_models.shard_state(state, partition_rules.DIT, mesh)       once
     out = dit_of_placed(placed, latents, timesteps, class_labels, config=config, mesh=mesh)
 
 Shapes: as in `reference.jax.layers`; T all tokens, B * S; K top_k.

@@ -5,7 +5,7 @@ ranks' products up once for each branch of each stream, forward and backward, an
 multiplies last, attention's features and the hidden layer's, is five blocks of one width beside each other
 (`partition_rules.FLUX`), of each of which a rank has its part, and not one long axis, of which it would have a piece.
 
-    placed = shard_state(state, partition_rules.FLUX, mesh)       once
+    placed = sharded_models.shard_state(state, partition_rules.FLUX, mesh)       once
     out = flux_of_placed(placed, *arrays, config=config, mesh=mesh)
 
 Shapes: as in `reference.jax.flux`; N blocks of the hidden layer.
