@@ -43,8 +43,8 @@ def mmdit() -> Contract:
         batch="batch_size",
         parameters=parameters,
         landmarks=(
-            # of both, four ranks can share the heads
-            sizes(3, 3, (2, 3), tiny_model(8, 4, 2, qk_norm="rms_norm"), dual_layers=1),  # Stable Diffusion 3.5 medium
+            # of both, four ranks can share the heads, but not all streams of tokens
+            sizes(3, 3, (3, 1), tiny_model(8, 4, 2, qk_norm="rms_norm"), dual_layers=1),  # Stable Diffusion 3.5 medium
             sizes(2, 5, (3, 2), tiny_model(8, 4, 2, patch_size=1, in_channels=4, out_channels=2)),  # Stable Diffusion 3
             sizes(1, 4, (1, 3), tiny_model(64, 1, 1, qk_norm="rms_norm")),  # heads as wide as the published ones
         ),
