@@ -51,14 +51,6 @@ DIT: Rules = (
     (r"blocks\.\d+\.mlp\.fc2\.weight", Cut(1, "intermediate_size")),
     (r"blocks\.\d+\.mlp\.fc2\.bias", None),
 )
-DIT_MOE: Rules = (
-    *EMBEDDINGS_AND_ENDS,
-    *SELF_ATTENTION,
-    (r"blocks\.\d+\.moe\.gate\.weight", None),  # every rank routes every token
-    (r"blocks\.\d+\.moe\.experts\.(gate_up_proj|down_proj)", Cut(0, "num_experts")),
-    (r"blocks\.\d+\.moe\.shared_experts\.(gate|up)_proj\.weight", Cut(0, "shared_intermediate_size")),
-    (r"blocks\.\d+\.moe\.shared_experts\.down_proj\.weight", Cut(1, "shared_intermediate_size")),
-)
 STREAMS_ATTENTION = r"transformer_blocks\.\d+\.attn2?"  # of tokens of an image and of a text
 STREAMS_FEED_FORWARD = r"transformer_blocks\.\d+\.ff(_context)?"
 MMDIT: Rules = (
@@ -71,6 +63,14 @@ MMDIT: Rules = (
     (rf"{STREAMS_FEED_FORWARD}\.net\.0\.proj\.(weight|bias)", Cut(0, "hidden_size")),  # a multiple of it, as of the heads
     (rf"{STREAMS_FEED_FORWARD}\.net\.2\.weight", Cut(1, "hidden_size")),
     (rf"{STREAMS_FEED_FORWARD}\.net\.2\.bias", None),
+)
+DIT_MOE: Rules = (
+    *EMBEDDINGS_AND_ENDS,
+    *SELF_ATTENTION,
+    (r"blocks\.\d+\.moe\.gate\.weight", None),  # every rank routes every token
+    (r"blocks\.\d+\.moe\.experts\.(gate_up_proj|down_proj)", Cut(0, "num_experts")),
+    (r"blocks\.\d+\.moe\.shared_experts\.(gate|up)_proj\.weight", Cut(0, "shared_intermediate_size")),
+    (r"blocks\.\d+\.moe\.shared_experts\.down_proj\.weight", Cut(1, "shared_intermediate_size")),
 )
 
 

@@ -18,7 +18,7 @@ from test_references import random
 
 from gaugeblock.optimized import partition_rules
 from gaugeblock.optimized.jax import sharded_mmdit
-from gaugeblock.optimized.jax.sharded_dit import shard_state
+from gaugeblock.optimized.jax.sharded_models import shard_state
 from gaugeblock.reference.configs import MMDiTConfig
 from gaugeblock.reference.torch import mmdit
 
@@ -81,7 +81,7 @@ def test_a_branch_has_a_sum_and_nothing_else_moves():
     inputs = to_jax([each.float() for each in inputs_of(CONFIG)])
 
     def out(placed):
-        return sharded_mmdit.mmdit_of_placed(placed, *inputs, config=CONFIG)
+        return sharded_mmdit.mmdit_of_placed(placed, *inputs, config=CONFIG, mesh=mesh_of(4))
 
     # joint attention, the image's own and the feed-forward networks, whose two streams travel together; in the last block two
     assert exchanges(out, placed) == {"all-reduce": 5}

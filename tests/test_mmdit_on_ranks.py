@@ -94,7 +94,7 @@ def raised_by(way: str, change: str) -> str:
     ("change", "told"),
     [
         ("three heads", "num_attention_heads must be a multiple of the 4 ranks that share it, got 3"),
-        ("a longer text", "encoder_hidden_states must have the same num_text_tokens on every rank, got [5, 5, 6, 5]"),
+        ("a longer text", "latents must have the same num_text_tokens on every rank, got [5, 5, 6, 5]"),
         ("a wider image", "latents must have the same width on every rank, got [6, 6, 8, 6]"),
         ("times of integers", "timesteps must be"),
     ],
@@ -122,8 +122,8 @@ def exchanges(way: str) -> list[int]:
 
 @pytest.mark.parametrize(
     ("way", "both"),
-    # forward a sum for each branch of each stream, backward one for both streams' attention; an exchange before and after it
-    [("tensor", [4, 3]), ("sequence", [2, 2])],
+    # a sum for joint attention and each feed-forward network; an exchange before and after attention
+    [("tensor", [3, 3]), ("sequence", [2, 2])],
 )
 def test_a_block_has_few_exchanges(on_ranks, way, both):
     assert on_ranks(exchanges, way) == [both] * RANKS

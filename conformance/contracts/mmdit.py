@@ -13,7 +13,7 @@ from gaugeblock.conformance.engine.factors import Factor, Trait, edges, either
 from gaugeblock.conformance.engine.implementation import compiled, distributed, jax, triton
 from gaugeblock.conformance.engine.inputs.bad_calls import changed
 from gaugeblock.conformance.engine.inputs.draw import Draw
-from gaugeblock.conformance.engine.vocabulary import DEVICES, Parameters, Tensors
+from gaugeblock.conformance.engine.vocabulary import Parameters, Tensors
 from gaugeblock.reference.configs import MMDIT_PRESETS, MMDiTConfig
 from gaugeblock.reference.torch import mmdit as model
 
@@ -75,8 +75,8 @@ def mmdit() -> Contract:
             triton(**model_states.LIBRARY_PRODUCTS),
             compiled("compiled", devices=("cuda",), **model_states.LIBRARY_PRODUCTS),  # on a CPU every compilation takes minutes
             jax("jax-compiled"),
-            distributed("tensor-parallel", "mmdit_tensor_parallel:mmdit", **ON_RANKS),
-            distributed("sequence-parallel", "mmdit_sequence_parallel:mmdit", **ON_RANKS),
+            distributed("tensor-parallel", "mmdit_tensor_parallel:mmdit", only=HEADS_FIT, **model_states.ON_RANKS),
+            distributed("sequence-parallel", "mmdit_sequence_parallel:mmdit", only=HEADS_FIT, **model_states.ON_RANKS),
             # each number of devices takes a compilation: tests/test_jax_sharded_mmdit.py has 1 and 2
             distributed("jax-sharded", "sharded_mmdit:mmdit", framework="jax", world_sizes=(4,), only=HEADS_FIT),
         ),
@@ -84,13 +84,6 @@ def mmdit() -> Contract:
 
 
 HEADS_FIT = "num_attention_heads % 4 == 0"
-ON_RANKS: dict[str, Any] = {
-    "dtypes": ("float32", "bfloat16"),
-    "world_sizes": (1, 2, 4),
-    "devices": DEVICES,
-    "only": HEADS_FIT,
-    **model_states.LIBRARY_PRODUCTS,
-}
 
 
 def configuration(parameters: Parameters) -> MMDiTConfig:

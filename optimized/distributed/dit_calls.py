@@ -1,4 +1,4 @@
-"""What ranks that share one DiT agree on: `model_calls.py` for its arguments."""
+"""What ranks that share one DiT agree on before they exchange anything: that all of them made the same good call."""
 
 from collections.abc import Callable, Mapping
 
@@ -35,5 +35,5 @@ def agree_on_call(
         validation.class_labels_in_range(class_labels, config.num_classes)
         require_fitting(mesh.size())
 
-    sizes = {"latents must have the same batch_size": (latents, 0)} if batch_is_alike else {}
-    agree_on_model_call(check, "latents", latents, sizes, mesh)
+    sizes = {"batch_size": lambda: latents.shape[0] if batch_is_alike else 0}
+    agree_on_model_call("latents", latents, check, sizes, mesh)

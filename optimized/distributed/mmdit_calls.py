@@ -34,9 +34,9 @@ def agree_on_call(
         require_fitting(mesh.size())
 
     sizes = {
-        "latents must have the same batch_size": (latents, 0),
-        "latents must have the same height": (latents, 2),
-        "latents must have the same width": (latents, 3),
-        "encoder_hidden_states must have the same num_text_tokens": (encoder_hidden_states, 1),
+        "batch_size": lambda: latents.shape[0],
+        "height": lambda: latents.shape[2],
+        "width": lambda: latents.shape[3],
+        "num_text_tokens": lambda: encoder_hidden_states.shape[1],
     }
-    agree_on_model_call(check, "latents", latents, sizes, mesh)
+    agree_on_model_call("latents", latents, check, sizes, mesh)

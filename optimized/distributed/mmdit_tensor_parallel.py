@@ -1,10 +1,11 @@
 """Tensor-parallel MMDiT: every rank has all tokens of image and text, some heads of each attention, some features of each hidden
 layer.
 
-What comes into joint attention is added up over the ranks in one sum backward, image and text together, and so are the norms of
-heads, which every rank has whole and sees its own heads through (`tensor_parallel.py`); what goes out, in one sum forward for
-each stream. `partition_rules.MMDIT` says which parameters are cut, and how. Embeddings, steering, norms of tokens and the final
-layer are computed on every rank alike, from the same numbers, so that no sum is needed for their gradients.
+Joint attention has one sum over the ranks each way, in which image and text travel together (`tensor_parallel.py`); backward,
+with the gradients of the norms of heads, which every rank has whole and sends its own heads through. The image's second attention
+and each feed-forward network have one each way as well. `partition_rules.MMDIT` says which parameters are cut, and how.
+Embeddings, steering, norms of tokens and the final layer are computed on every rank alike, from the same numbers, so that no sum
+is needed for their gradients.
 
 Everything is in the dtype of the latents, results of products and of attention included, but for the sums over ranks, sums of
 products, norms of heads, and what is inside of `reference.torch.layers`, which are float32 at least.
@@ -32,7 +33,7 @@ from gaugeblock.optimized.compiled.mmdit import (
     projections,
 )
 from gaugeblock.optimized.distributed.mmdit_calls import agree_on_call
-from gaugeblock.optimized.distributed.tensor_parallel import gradients_summed, parts_of_state, summed_linear
+from gaugeblock.optimized.distributed.tensor_parallel import gradients_summed, parts_of_state, summed_linear, summed_linears
 from gaugeblock.reference.configs import MMDiTConfig
 from gaugeblock.reference.torch import layers, modules
 from gaugeblock.reference.torch.mmdit import State, block_state, embed_patches
@@ -120,13 +121,14 @@ def _joint_attention(
     """Attend with the heads of this rank."""
     attention, inputs_BSD, text_inputs_BTD = _shared(attention, group, modulated_BSD, text_modulated_BTD)
     attended = attended_jointly(attention, inputs_BSD, text_inputs_BTD, num_heads)
-    return [_projected(attention, name, each, group) for name, each in zip(projections(is_last), attended, strict=False)]
+    streams = zip(attended, projections(is_last), strict=False)  # the last block has no projection of the text
+    return summed_linears(group, *((each, *_linear(attention, name)) for each, name in streams))
 
 
 def _self_attention(attention: State, modulated_BSD: torch.Tensor, num_heads: int, group: dist.ProcessGroup) -> torch.Tensor:
     """Let the image attend to itself with the heads of this rank."""
     attention, inputs_BSD = _shared(attention, group, modulated_BSD)
-    return _projected(attention, "to_out.0", attended_alone(attention, inputs_BSD, num_heads), group)
+    return summed_linear(attended_alone(attention, inputs_BSD, num_heads), *_linear(attention, "to_out.0"), group)
 
 
 def _shared(attention: State, group: dist.ProcessGroup, *tokens: torch.Tensor) -> tuple[Any, ...]:
@@ -142,8 +144,8 @@ def _shared(attention: State, group: dist.ProcessGroup, *tokens: torch.Tensor) -
 def _feed_forward(block: State, name: str, modulated_BSD: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
     """Apply the features of this rank."""
     (inputs_BSD,) = gradients_summed(group, modulated_BSD)
-    return _projected(block, f"{name}.net.2", hidden_layer(block, name, inputs_BSD), group)
+    return summed_linear(hidden_layer(block, name, inputs_BSD), *_linear(block, f"{name}.net.2"), group)
 
 
-def _projected(state: State, name: str, inner: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
-    return summed_linear(inner, state[f"{name}.weight"], state[f"{name}.bias"], group)
+def _linear(state: State, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+    return state[f"{name}.weight"], state[f"{name}.bias"]

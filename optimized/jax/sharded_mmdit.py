@@ -5,24 +5,23 @@ values have matrices of their own, so that the reference's own text is cut by he
 once for each branch of each stream, and moves nothing else.
 
     placed = shard_state(state, partition_rules.MMDIT, mesh)       once
-    out = mmdit_of_placed(placed, latents, encoder_hidden_states, pooled_projections, timesteps, config=config)
+    out = mmdit_of_placed(placed, latents, encoder_hidden_states, pooled_projections, timesteps, config=config, mesh=mesh)
 """
 
-from collections.abc import Mapping
+from functools import partial
 
 import jax
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 
 from gaugeblock.optimized import partition_rules
-from gaugeblock.optimized.jax.mesh import REPLICATED, mesh_of_ranks
-from gaugeblock.optimized.jax.sharded_dit import shard_state
+from gaugeblock.optimized.jax.sharded_models import run_on_ranks
 from gaugeblock.reference import validation
 from gaugeblock.reference.configs import MMDiTConfig
 from gaugeblock.reference.jax import mmdit as reference
 
 
 def mmdit(
-    state: Mapping[str, jax.Array],
+    state: reference.State,
     latents: jax.Array,
     encoder_hidden_states: jax.Array,
     pooled_projections: jax.Array,
@@ -44,11 +43,19 @@ def mmdit(
     """
     arrays = latents, encoder_hidden_states, pooled_projections, timesteps
     validation.mmdit(state, *arrays, config, reference.state_shapes(config))
-    mesh = mesh_of_ranks(mesh)
-    partition_rules.require_divisible(config, partition_rules.MMDIT, mesh.size)
-    inputs = jax.device_put(arrays, NamedSharding(mesh, REPLICATED))
-    return mmdit_of_placed(shard_state(state, partition_rules.MMDIT, mesh), *inputs, config=config)
+    return run_on_ranks(mmdit_of_placed, partition_rules.MMDIT, state, *arrays, config=config, mesh=mesh)
 
 
-mmdit_of_placed = jax.jit(reference.mmdit, static_argnames="config")
-"""`mmdit` of a state as `shard_state` places it by `partition_rules.MMDIT`."""
+@partial(jax.jit, static_argnames=("config", "mesh"))
+def mmdit_of_placed(
+    placed: reference.State,
+    latents: jax.Array,
+    encoder_hidden_states: jax.Array,
+    pooled_projections: jax.Array,
+    timesteps: jax.Array,
+    *,
+    config: MMDiTConfig,
+    mesh: Mesh,
+) -> jax.Array:
+    """Do what `mmdit` does with a state as `shard_state` places it by `partition_rules.MMDIT`; values are not checked."""
+    return reference.mmdit(placed, latents, encoder_hidden_states, pooled_projections, timesteps, config=config)

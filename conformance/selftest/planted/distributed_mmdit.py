@@ -27,9 +27,10 @@ mutant(
 )  # fmt: skip
 mutant(
     MMDIT, "text-not-added-up", "The text goes on with the products of the rank's own heads.",
-    "mmdit_tensor_parallel._joint_attention", "for name, each in zip(projections(is_last), attended, strict=False)]",
-    "if name == \"to_out.0\" else functional.linear(each, attention[f\"{name}.weight\"], attention[f\"{name}.bias\"]) "
-    "for name, each in zip(projections(is_last), attended, strict=False)]",
+    "mmdit_tensor_parallel._joint_attention",
+    "summed_linears(group, *((each, *_linear(attention, name)) for each, name in streams))",
+    "[summed_linear(each, *_linear(attention, name), group) if name == \"to_out.0\" else functional.linear(each, "
+    "*_linear(attention, name)) for each, name in streams]",
     "world_size", "structural", "to_add_out left out of a plan of parallel layers", **TENSOR,
 )  # fmt: skip
 mutant(
