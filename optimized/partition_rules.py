@@ -51,6 +51,19 @@ DIT: Rules = (
     (r"blocks\.\d+\.mlp\.fc2\.weight", Cut(1, "intermediate_size")),
     (r"blocks\.\d+\.mlp\.fc2\.bias", None),
 )
+STREAMS_ATTENTION = r"transformer_blocks\.\d+\.attn2?"  # of tokens of an image and of a text
+STREAMS_FEED_FORWARD = r"transformer_blocks\.\d+\.ff(_context)?"
+MMDIT: Rules = (
+    (r"(pos_embed|time_text_embed|context_embedder|norm_out|proj_out)\..+", None),
+    (r"transformer_blocks\.\d+\.norm1(_context)?\.linear\.(weight|bias)", None),
+    (rf"{STREAMS_ATTENTION}\.(to_[qkv]|add_[qkv]_proj)\.(weight|bias)", Cut(0, "num_attention_heads")),
+    (rf"{STREAMS_ATTENTION}\.norm_(added_)?[qk]\.weight", None),  # of each head alike: their gradients are sums over the ranks
+    (rf"{STREAMS_ATTENTION}\.(to_out\.0|to_add_out)\.weight", Cut(1, "num_attention_heads")),
+    (rf"{STREAMS_ATTENTION}\.(to_out\.0|to_add_out)\.bias", None),
+    (rf"{STREAMS_FEED_FORWARD}\.net\.0\.proj\.(weight|bias)", Cut(0, "hidden_size")),  # a multiple of it, as of the heads
+    (rf"{STREAMS_FEED_FORWARD}\.net\.2\.weight", Cut(1, "hidden_size")),
+    (rf"{STREAMS_FEED_FORWARD}\.net\.2\.bias", None),
+)
 DIT_MOE: Rules = (
     *EMBEDDINGS_AND_ENDS,
     *SELF_ATTENTION,

@@ -9,13 +9,14 @@ import torch
 
 from gaugeblock.optimized import partition_rules
 from gaugeblock.optimized.partition_rules import Cut
-from gaugeblock.reference.configs import DIT_MOE_PRESETS, DIT_PRESETS, FLUX_PRESETS, DiTConfig, DiTMoEModelConfig
-from gaugeblock.reference.torch import dit, dit_moe, flux
+from gaugeblock.reference.configs import DIT_MOE_PRESETS, DIT_PRESETS, FLUX_PRESETS, MMDIT_PRESETS, DiTConfig, DiTMoEModelConfig
+from gaugeblock.reference.torch import dit, dit_moe, flux, mmdit
 
 MODELS = {
     **{name: (dit.state_shapes(config), config, partition_rules.DIT) for name, config in DIT_PRESETS.items()},
     **{name: (flux.state_shapes(config), config, partition_rules.FLUX) for name, config in FLUX_PRESETS.items()},
     **{name: (dit_moe.state_shapes(config), config, partition_rules.DIT_MOE) for name, config in DIT_MOE_PRESETS.items()},
+    **{name: (mmdit.state_shapes(config), config, partition_rules.MMDIT) for name, config in MMDIT_PRESETS.items()},
 }
 
 
@@ -71,6 +72,22 @@ def test_parts_are_the_whole(cut):
     assert torch.equal(torch.cat([each.flatten() for each in parts]).sort()[0], whole.flatten().sort()[0])
     assert torch.equal(partition_rules.part(whole, cut, rank=0, ranks=1), whole)
     assert partition_rules.part(whole, None, rank=3, ranks=4) is whole
+
+
+def test_the_streams_of_mmdit_are_cut_alike():
+    config = MMDIT_PRESETS["sd3.5-medium"]  # with a second attention, and norms of heads
+    shapes = mmdit.state_shapes(config)
+    cuts = partition_rules.cuts_of(shapes, partition_rules.MMDIT)
+    blocks = range(config.num_layers)
+    products = {name for name in shapes if name.startswith("transformer_blocks.") and name.endswith("weight")}
+    whole = {name for name in products if cuts[name] is None and len(shapes[name]) > 1}
+    assert whole == {
+        f"transformer_blocks.{index}.{name}.linear.weight" for index in blocks for name in ("norm1", "norm1_context")
+    }
+    block = "transformer_blocks.0"
+    assert cuts[f"{block}.attn2.to_q.bias"] == cuts[f"{block}.attn.add_v_proj.weight"] == Cut(0, "num_attention_heads")
+    assert cuts[f"{block}.attn2.to_out.0.weight"] == cuts[f"{block}.attn.to_add_out.weight"] == Cut(1, "num_attention_heads")
+    assert cuts[f"{block}.ff.net.0.proj.bias"] == cuts[f"{block}.ff_context.net.0.proj.weight"] == Cut(0, "hidden_size")
 
 
 def test_a_name_that_no_rule_matches_is_told():

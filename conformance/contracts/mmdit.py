@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from gaugeblock.conformance.contracts import flash_attention, model_states
 from gaugeblock.conformance.engine.contract import Contract, Input, Output, Regime, Rejection, Workload, row
 from gaugeblock.conformance.engine.factors import Factor, Trait, edges, either
-from gaugeblock.conformance.engine.implementation import compiled, jax, triton
+from gaugeblock.conformance.engine.implementation import compiled, distributed, jax, triton
 from gaugeblock.conformance.engine.inputs.bad_calls import changed
 from gaugeblock.conformance.engine.inputs.draw import Draw
 from gaugeblock.conformance.engine.vocabulary import Parameters, Tensors
@@ -43,8 +43,9 @@ def mmdit() -> Contract:
         batch="batch_size",
         parameters=parameters,
         landmarks=(
-            sizes(3, 3, (2, 3), tiny_model(16, 2, 2, qk_norm="rms_norm"), dual_layers=1),  # Stable Diffusion 3.5 medium
-            sizes(2, 5, (3, 2), tiny_model(8, 3, 2, patch_size=1, in_channels=4, out_channels=2)),  # Stable Diffusion 3
+            # of both, four ranks can share the heads, but not all streams of tokens
+            sizes(3, 3, (3, 1), tiny_model(8, 4, 2, qk_norm="rms_norm"), dual_layers=1),  # Stable Diffusion 3.5 medium
+            sizes(2, 5, (3, 2), tiny_model(8, 4, 2, patch_size=1, in_channels=4, out_channels=2)),  # Stable Diffusion 3
             sizes(1, 4, (1, 3), tiny_model(64, 1, 1, qk_norm="rms_norm")),  # heads as wide as the published ones
         ),
         factors=FACTORS,
@@ -69,14 +70,22 @@ def mmdit() -> Contract:
             ),
             Workload("two-cores/two-blocks-of-sd3", two_blocks(), "a size for a CPU; the widths of sd3-medium"),
         ),
+        shardings={"whole": {}},  # inputs, results and gradients are on every rank alike
         rejections=REJECTIONS,
         implementations=(
             triton(**model_states.LIBRARY_PRODUCTS),
             compiled("compiled", devices=("cuda",), **model_states.LIBRARY_PRODUCTS),  # on a CPU every compilation takes minutes
             compiled("torch-library", "mmdit:mmdit_by_library", dtypes=("float32", "bfloat16"), **model_states.LIBRARY_PRODUCTS),
             jax("jax-compiled"),
+            distributed("tensor-parallel", "mmdit_tensor_parallel:mmdit", only=HEADS_FIT, **model_states.ON_RANKS),
+            distributed("sequence-parallel", "mmdit_sequence_parallel:mmdit", only=HEADS_FIT, **model_states.ON_RANKS),
+            # each number of devices takes a compilation: tests/test_jax_sharded_mmdit.py has 1 and 2
+            distributed("jax-sharded", "sharded_mmdit:mmdit", framework="jax", world_sizes=(4,), only=HEADS_FIT),
         ),
     )
+
+
+HEADS_FIT = "num_attention_heads % 4 == 0"
 
 
 def configuration(parameters: Parameters) -> MMDiTConfig:

@@ -41,7 +41,8 @@ from gaugeblock.reference.torch.rotary import qk_norm_rotary, rotary_table
 
 Table: TypeAlias = tuple[torch.Tensor, torch.Tensor]
 """Cosines and sines, [J, R] each."""
-Arrays: TypeAlias = Sequence[torch.Tensor]
+_T = torch.Tensor
+Arrays: TypeAlias = Sequence[_T]
 """All arguments of `flux` from hidden_states to txt_ids."""
 Streams: TypeAlias = tuple[torch.Tensor, torch.Tensor]
 """Of the image, and of the text."""
@@ -108,7 +109,7 @@ def flux_by_library(
     return _predict(as_it_is, state, arrays, config)
 
 
-def _predict(fuse: Fuse, state: State, arrays: Arrays, config: FluxConfig) -> torch.Tensor:
+def _predict(fuse: Fuse, state: State, arrays: tuple[_T, _T, _T, _T, _T, _T, _T], config: FluxConfig) -> torch.Tensor:
     """Take tokens of image and text, pooled text, times, guidances and places."""
     validation.flux(state, *arrays, config, state_shapes(config))
     blocks = (partial(fuse(each), num_heads=config.num_attention_heads) for each in (_block, _single_block))

@@ -1,11 +1,15 @@
 """MMDiT of torch's fused operations, in the dtype of its inputs, with its blocks compiled by torch.compile or left as they are.
 
 One compilation serves all blocks of a kind (with one attention or two, the last), so that its time does not grow with their
-number; everything between the matrix products and `scaled_dot_product_attention` is fused. Sums of products, and what is inside
-of an operation, are float32.
+number; everything between the matrix products and `scaled_dot_product_attention` is fused. Results of products and of attention
+are in the dtype of the latents; sums of products, and the inside of an operation, are float32.
 
 Shapes: as in `reference.torch.mmdit`.
 """
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch.nn import functional
@@ -31,6 +35,14 @@ from gaugeblock.reference.torch.mmdit import (
     embed_patches,
     state_shapes,
 )
+
+Norm: TypeAlias = Callable[..., torch.Tensor]
+"""Of heads, a weight, and `eps`."""
+
+
+def torch_rms_norm(heads: torch.Tensor, weight: torch.Tensor, *, eps: float) -> torch.Tensor:
+    """Normalize each head, in the dtype of the weight; the result has the heads' own."""
+    return functional.rms_norm(heads.to(weight.dtype), heads.shape[-1:], weight, eps).to(heads.dtype)
 
 
 def mmdit(
@@ -94,11 +106,20 @@ def _predict(
     active_BD = functional.silu(embed_conditions(state, timesteps, pooled_projections))
     for index, block in enumerate(states.parts(state, "transformer_blocks", config.num_layers)):
         kind = index in config.dual_attention_layers, index == config.num_layers - 1
-        hidden_BSD, text_BTD = fuse(_block)(block, hidden_BSD, text_BTD, active_BD, config, *kind)
-    scale_BD, shift_BD = linear(state, "norm_out.linear", active_BD).chunk(2, dim=-1)
-    modulated_BSD = layer_norm_modulate(hidden_BSD, shift_BD, scale_BD, eps=NORM_EPS)
-    patches_BSI = linear(state, "proj_out", modulated_BSD)
+        hidden_BSD, text_BTD = fuse(_block)(block, hidden_BSD, text_BTD, active_BD, config.num_attention_heads, *kind)
+    patches_BSI = final_patches(state, hidden_BSD, active_BD)
     return layers.unpatchify(patches_BSI, patch_size=config.patch_size, num_rows=latents.shape[2] // config.patch_size)
+
+
+class Branches(NamedTuple):
+    """What a block's branches are made by; of the attentions by the block's parameters under `attn` and `attn2`."""
+
+    joint_attention: Callable[..., Sequence[torch.Tensor]]
+    """Of parameters, modulated tokens of image and text, and `is_last`: both branches, of the last block the image's alone."""
+    self_attention: Callable[[State, torch.Tensor], torch.Tensor]
+    """Of parameters and modulated tokens of the image."""
+    feed_forward: Callable[[State, str, torch.Tensor], torch.Tensor]
+    """Of the block's parameters, the network's name, and modulated tokens."""
 
 
 def _block(
@@ -106,27 +127,45 @@ def _block(
     hidden_BSD: torch.Tensor,
     text_BTD: torch.Tensor,
     active_BD: torch.Tensor,
-    config: MMDiTConfig,
+    num_heads: int,
     is_dual: bool,
     is_last: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    attentions = partial(joint_attention, num_heads=num_heads), partial(self_attention, num_heads=num_heads)
+    branches = Branches(*attentions, feed_forward)
+    return block_of_branches(state, hidden_BSD, text_BTD, active_BD, branches, is_dual=is_dual, is_last=is_last)
+
+
+def block_of_branches(
+    state: State,
+    hidden_BSD: torch.Tensor,
+    text_BTD: torch.Tensor,
+    active_BD: torch.Tensor,
+    branches: Branches,
+    *,
+    is_dual: bool,
+    is_last: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Apply a block whose branches are given; the last one leaves the text as it came."""
     shift_1_BD, scale_1_BD, gate_1_BD, shift_2_BD, scale_2_BD, gate_2_BD, *dual = steering(state, "norm1", active_BD)
     text_shift_1_BD, text_scale_1_BD, *text_others = text_steering(state, active_BD, is_last=is_last)
     modulated_BSD = layer_norm_modulate(hidden_BSD, shift_1_BD, scale_1_BD, eps=NORM_EPS)
     text_modulated_BTD = layer_norm_modulate(text_BTD, text_shift_1_BD, text_scale_1_BD, eps=NORM_EPS)
-    attended = joint_attention(states.part(state, "attn"), modulated_BSD, text_modulated_BTD, config, is_last=is_last)
+    attended = branches.joint_attention(states.part(state, "attn"), modulated_BSD, text_modulated_BTD, is_last=is_last)
     if is_dual:
         shift_3_BD, scale_3_BD, gate_3_BD = dual
         modulated_BSD = layer_norm_modulate(hidden_BSD, shift_3_BD, scale_3_BD, eps=NORM_EPS)
-        more_BSD = self_attention(states.part(state, "attn2"), modulated_BSD, config)
+        more_BSD = branches.self_attention(states.part(state, "attn2"), modulated_BSD)
         hidden_BSD = gated_residual(hidden_BSD, more_BSD, gate_3_BD)
-    hidden_BSD = _rest(state, "ff", hidden_BSD, attended[0], gate_1_BD, shift_2_BD, scale_2_BD, gate_2_BD)
-    return hidden_BSD, text_BTD if is_last else _rest(state, "ff_context", text_BTD, attended[1], *text_others)
+    own_feed_forward = partial(branches.feed_forward, state, "ff")
+    hidden_BSD = _rest(own_feed_forward, hidden_BSD, attended[0], gate_1_BD, shift_2_BD, scale_2_BD, gate_2_BD)
+    if is_last:
+        return hidden_BSD, text_BTD
+    return hidden_BSD, _rest(partial(branches.feed_forward, state, "ff_context"), text_BTD, attended[1], *text_others)
 
 
 def _rest(
-    state: State,
-    name: str,
+    feed_forward: Callable[[torch.Tensor], torch.Tensor],
     hidden_BSD: torch.Tensor,
     attended_BSD: torch.Tensor,
     gate_1_BD: torch.Tensor,
@@ -138,7 +177,13 @@ def _rest(
     hidden_BSD, modulated_BSD = gated_residual_layer_norm_modulate(
         hidden_BSD, attended_BSD, gate_1_BD, shift_2_BD, scale_2_BD, eps=NORM_EPS
     )
-    return gated_residual(hidden_BSD, feed_forward(state, name, modulated_BSD), gate_2_BD)
+    return gated_residual(hidden_BSD, feed_forward(modulated_BSD), gate_2_BD)
+
+
+def final_patches(state: State, hidden_BSD: torch.Tensor, active_BD: torch.Tensor) -> torch.Tensor:
+    """Return the final layer's patches, [B, S, patch_size**2 * out_channels]."""
+    scale_BD, shift_BD = linear(state, "norm_out.linear", active_BD).chunk(2, dim=-1)
+    return linear(state, "proj_out", layer_norm_modulate(hidden_BSD, shift_BD, scale_BD, eps=NORM_EPS))
 
 
 def embed_conditions(state: State, timesteps: torch.Tensor, pooled_projections: torch.Tensor) -> torch.Tensor:
@@ -162,39 +207,65 @@ def text_steering(state: State, active_BD: torch.Tensor, *, is_last: bool) -> tu
 
 
 def joint_attention(
-    state: State, modulated_BSD: torch.Tensor, text_modulated_BTD: torch.Tensor, config: MMDiTConfig, *, is_last: bool
+    state: State,
+    modulated_BSD: torch.Tensor,
+    text_modulated_BTD: torch.Tensor,
+    num_heads: int,
+    *,
+    is_last: bool,
+    norm: Norm = torch_rms_norm,
 ) -> list[torch.Tensor]:
     """Return the attention branches of image and, but for the last block's, of text, [B, S, D] and [B, T, D]."""
-    of_image = heads(state, IMAGE_HEADS, modulated_BSD, config)
-    of_text = heads(state, TEXT_HEADS, text_modulated_BTD, config)
+    attended = attended_jointly(state, modulated_BSD, text_modulated_BTD, num_heads, norm)
+    return [linear(state, name, each) for name, each in zip(projections(is_last), attended, strict=False)]
+
+
+def projections(is_last: bool) -> tuple[str, ...]:
+    """Name what follows joint attention.
+
+    The text of the last block is dropped after its queries were made, so that their parameters have a gradient, of 0.
+    """
+    return ("to_out.0",) if is_last else ("to_out.0", "to_add_out")
+
+
+def attended_jointly(
+    state: State, modulated_BSD: torch.Tensor, text_modulated_BTD: torch.Tensor, num_heads: int, norm: Norm = torch_rms_norm
+) -> tuple[torch.Tensor, ...]:
+    """Return what the heads of image and text attend to, side by side: [B, S, num_heads * features] and the text's."""
+    of_image = heads(state, IMAGE_HEADS, modulated_BSD, num_heads, norm)
+    of_text = heads(state, TEXT_HEADS, text_modulated_BTD, num_heads, norm)
     query, key, value = (torch.cat(both, dim=2) for both in zip(of_image, of_text, strict=True))
     attended_BND = join_heads(functional.scaled_dot_product_attention(query, key, value))
-    # the text of the last block is dropped after its queries were made, so that their parameters have a gradient, of 0
-    attended = attended_BND.split([modulated_BSD.shape[1], text_modulated_BTD.shape[1]], dim=1)
-    names = ("to_out.0",) if is_last else ("to_out.0", "to_add_out")
-    return [linear(state, name, each) for name, each in zip(names, attended, strict=False)]
+    return attended_BND.split([modulated_BSD.shape[1], text_modulated_BTD.shape[1]], dim=1)
 
 
-def self_attention(state: State, modulated_BSD: torch.Tensor, config: MMDiTConfig) -> torch.Tensor:
+def self_attention(state: State, modulated_BSD: torch.Tensor, num_heads: int, norm: Norm = torch_rms_norm) -> torch.Tensor:
     """Return the second attention branch of the image, [B, S, D]."""
-    attended_BASF = functional.scaled_dot_product_attention(*heads(state, IMAGE_HEADS, modulated_BSD, config))
-    return linear(state, "to_out.0", join_heads(attended_BASF))
+    return linear(state, "to_out.0", attended_alone(state, modulated_BSD, num_heads, norm))
+
+
+def attended_alone(state: State, modulated_BSD: torch.Tensor, num_heads: int, norm: Norm = torch_rms_norm) -> torch.Tensor:
+    """Return what the heads of the image attend to by itself, side by side: [B, S, num_heads * features]."""
+    return join_heads(functional.scaled_dot_product_attention(*heads(state, IMAGE_HEADS, modulated_BSD, num_heads, norm)))
 
 
 def heads(
-    state: State, names: tuple[str, ...], tokens_BSD: torch.Tensor, config: MMDiTConfig
+    state: State, names: tuple[str, ...], tokens_BSD: torch.Tensor, num_heads: int, norm: Norm = torch_rms_norm
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return heads of queries, keys and values, [B, A, S, F] each; of the first two maybe normalized."""
-    query, key, value = (split_heads(linear(state, name, tokens_BSD), config.num_attention_heads) for name in names[:3])
-    if config.qk_norm is not None:
+    """Return heads of queries, keys and values, [B, A, S, F] each; of the first two normalized where the state has weights."""
+    query, key, value = (split_heads(linear(state, name, tokens_BSD), num_heads) for name in names[:3])
+    if f"{names[3]}.weight" in state:
         query, key = (
-            functional.rms_norm(each, each.shape[-1:], state[f"{name}.weight"], NORM_EPS)
-            for name, each in zip(names[3:], (query, key), strict=True)
+            norm(each, state[f"{name}.weight"], eps=NORM_EPS) for name, each in zip(names[3:], (query, key), strict=True)
         )
     return query, key, value
 
 
 def feed_forward(state: State, name: str, modulated_BSD: torch.Tensor) -> torch.Tensor:
     """Return the feed-forward branch of image or text."""
-    inner_BSI = linear(state, f"{name}.net.0.proj", modulated_BSD)
-    return linear(state, f"{name}.net.2", functional.gelu(inner_BSI, approximate="tanh"))
+    return linear(state, f"{name}.net.2", hidden_layer(state, name, modulated_BSD))
+
+
+def hidden_layer(state: State, name: str, modulated_BSD: torch.Tensor) -> torch.Tensor:
+    """Return the hidden layer of that branch, [B, S, 4 * D]."""
+    return functional.gelu(linear(state, f"{name}.net.0.proj", modulated_BSD), approximate="tanh")

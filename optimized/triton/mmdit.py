@@ -3,7 +3,8 @@
 For the image as for the text, a block is two such kernels (`layers`), of which the second normalizes for the next block
 already, beside torch's matrix products, `scaled_dot_product_attention` and GELU. The steering of all blocks comes from the
 conditioning alone and is computed first; the kernels read it in place. Where the image attends to itself once more, one kernel
-normalizes for that.
+normalizes for that. Where heads of queries and keys are normalized, each kind of each stream is one kernel (`norms`), which reads
+the projections in place.
 
 Everything is in the dtype of the latents, results of products and of attention included, but for the inside of the kernels
 and the sums of products, which are float32.
@@ -24,6 +25,7 @@ from gaugeblock.optimized.compiled.mmdit import (
 )
 from gaugeblock.optimized.triton.launch import reject_float64
 from gaugeblock.optimized.triton.layers import gated_residual_layer_norm_modulate, layer_norm_modulate
+from gaugeblock.optimized.triton.norms import rms_norm
 from gaugeblock.reference import states, validation
 from gaugeblock.reference.configs import MMDiTConfig
 from gaugeblock.reference.torch import layers, modules
@@ -76,11 +78,13 @@ def mmdit(
     text_modulated_BTD = layer_norm_modulate(text_BTD, *text_parts[0][:2], eps=NORM_EPS)
     for index, block in enumerate(blocks):
         attention = states.part(block, "attn")
-        attended = joint_attention(attention, modulated_BSD, text_modulated_BTD, config, is_last=index == last)
+        attended = joint_attention(
+            attention, modulated_BSD, text_modulated_BTD, config.num_attention_heads, is_last=index == last, norm=rms_norm
+        )
         if index in config.dual_attention_layers:
             shift_3_BD, scale_3_BD, gate_3_BD = image_parts[index][6:]
             modulated_BSD = layer_norm_modulate(hidden_BSD, shift_3_BD, scale_3_BD, eps=NORM_EPS)
-            more_BSD = self_attention(states.part(block, "attn2"), modulated_BSD, config)
+            more_BSD = self_attention(states.part(block, "attn2"), modulated_BSD, config.num_attention_heads, rms_norm)
             hidden_BSD = layers.gated_residual(hidden_BSD, more_BSD, gate_3_BD)
         following = image_parts[index + 1]
         hidden_BSD, modulated_BSD = _rest(block, "ff", hidden_BSD, attended[0], image_parts[index], following)
