@@ -8,7 +8,7 @@ from gaugeblock.conformance.engine.vocabulary import DTYPES
 from gaugeblock.conformance.peers.peer import peer
 
 
-@peer("norms.rms_norm", dtypes=DTYPES, kind="triton", rounding="eager")
+@peer("norms.rms_norm", dtypes=DTYPES, right_in=(), kind="triton", rounding="eager")
 class FlaRmsNorm:
     """RMSNorm's function, without a bias."""
 
@@ -16,7 +16,7 @@ class FlaRmsNorm:
         return rms_norm(hidden_states, weight, None, eps=eps)
 
 
-@peer("norms.layer_norm_affine", dtypes=DTYPES, kind="triton", rounding="eager")
+@peer("norms.layer_norm_affine", dtypes=DTYPES, right_in=(), kind="triton", rounding="eager")
 class FlaLayerNorm:
     """LayerNorm's function."""
 

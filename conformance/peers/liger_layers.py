@@ -28,7 +28,7 @@ class LigerLayerNorm:
         return LigerLayerNormFunction.apply(hidden_states, weight, bias, eps)
 
 
-@peer("norms.group_norm", dtypes=DTYPES, kind="triton", rounding="eager")
+@peer("norms.group_norm", dtypes=DTYPES, right_in=(), kind="triton", rounding="eager")
 class LigerGroupNorm:
     """LigerGroupNorm's function."""
 
@@ -41,7 +41,7 @@ def turned(query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torch
     return LigerRopeFunction.apply(query, key, cos, sin, None, 1, query.shape[-1])
 
 
-@peer("rotary.rotate", dtypes=DTYPES, kind="triton", only="pairs == 'half-split'", rounding="eager")
+@peer("rotary.rotate", dtypes=DTYPES, right_in=(), kind="triton", only="pairs == 'half-split'", rounding="eager")
 class LigerRotary:
     """Of queries; the key that it asks for is one of zeros."""
 
@@ -49,16 +49,16 @@ class LigerRotary:
         return turned(heads, torch.zeros_like(heads[:, :1]), cos, sin)[0]
 
 
-@peer("rotary.qk_norm_rotary", dtypes=DTYPES, kind="triton", only="pairs == 'half-split'", rounding="eager")
+@peer("rotary.qk_norm_rotary", dtypes=DTYPES, right_in=(), kind="triton", only="pairs == 'half-split'", rounding="eager")
 class LigerQkNorm:
     """Its norms and its rotation, as it puts them into Qwen3."""
 
     def __call__(self, query, key, query_weight, key_weight, cos, sin, *, eps, pairs):
-        query, key = (LigerRMSNormFunction.apply(*each, eps) for each in ((query, query_weight), (key, key_weight)))
-        return turned(query, key, cos, sin)
+        normed = [LigerRMSNormFunction.apply(*each, eps) for each in ((query, query_weight), (key, key_weight))]
+        return turned(normed[0], normed[1], cos, sin)
 
 
-@peer("gated_activations.geglu", dtypes=DTYPES, kind="triton", only="approximation == 'tanh'", rounding="eager")
+@peer("gated_activations.geglu", dtypes=DTYPES, right_in=(), kind="triton", only="approximation == 'tanh'", rounding="eager")
 class LigerGeGlu:
     """LigerGEGLUMLP's function."""
 
@@ -66,7 +66,7 @@ class LigerGeGlu:
         return LigerGELUMulFunction.apply(gate, up)
 
 
-@peer("gated_activations.swiglu", dtypes=DTYPES, kind="triton", rounding="eager")
+@peer("gated_activations.swiglu", dtypes=DTYPES, right_in=(), kind="triton", rounding="eager")
 class LigerSwiGlu:
     """LigerSwiGLUMLP's function."""
 
