@@ -252,7 +252,10 @@ REJECTIONS = (
     Rejection(
         "a caption that does not end",
         "input_ids",
-        changed("input_ids", lambda ids: torch.where(ids == 5, 4, ids)),
+        lambda call: {  # with the token of old configs any caption ends
+            "input_ids": torch.where(call["input_ids"] == 5, 4, call["input_ids"]),
+            "config": replace(call["config"], eos_token_id=5),
+        },
         by_values=True,
     ),
 )

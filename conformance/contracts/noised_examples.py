@@ -71,6 +71,15 @@ def by_value(name: str, argument: str, change: Mapping[str, float]) -> Rejection
     )
 
 
+def without_axes(argument: str) -> Rejection:
+    """A call with examples that are single numbers."""
+    return Rejection(
+        "examples without an axis",
+        argument,
+        lambda call: {name: each[:, 0, 0] for name, each in call.items() if getattr(each, "ndim", 0) == len(SHAPE)},
+    )
+
+
 def workloads(sizes: Callable[..., dict[str, Any]], **options: Any) -> tuple[Workload, ...]:
     """Latents of published models."""
     return (

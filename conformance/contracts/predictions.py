@@ -16,9 +16,10 @@ from gaugeblock.conformance.contracts.noised_examples import (
     examples,
     options_of,
     with_bad_ones,
+    without_axes,
     workloads,
 )
-from gaugeblock.conformance.engine.contract import Contract, Input, Output, Regime, Workload, row
+from gaugeblock.conformance.engine.contract import Contract, Input, Output, Regime, Rejection, Workload, row
 from gaugeblock.conformance.engine.factors import edges, either
 from gaugeblock.conformance.engine.inputs.draw import Draw
 from gaugeblock.conformance.engine.vocabulary import Parameters, Tensors
@@ -50,7 +51,7 @@ def add_noise() -> Contract:
         flops=lambda parameters: 3 * elements(parameters),
         workloads=workloads(builder()),
         cases=0.2,
-        rejections=(NEGATIVE,),
+        rejections=(*NEGATIVE, without_axes("data")),
     )
 
 
@@ -81,7 +82,7 @@ def prediction_target() -> Contract:
         flops=lambda parameters: 3 * elements(parameters),
         workloads=workloads(sizes),
         cases=0.2,
-        rejections=(NEGATIVE,),
+        rejections=(*NEGATIVE, without_axes("data")),
     )
 
 
@@ -116,7 +117,12 @@ def convert_prediction() -> Contract:
         flops=lambda parameters: 3 * elements(parameters),
         workloads=workloads(sizes),
         cases=0.2,
-        rejections=(NEGATIVE,),
+        rejections=(
+            *NEGATIVE,
+            without_axes("prediction"),
+            _unsolvable("nothing of the data", "epsilon", "alphas"),
+            _unsolvable("nothing of the noise", "sample", "sigmas"),
+        ),
     )
 
 
@@ -151,6 +157,16 @@ def min_snr_weights() -> Contract:
 
 
 KINDS = ("epsilon", "sample", "v_prediction", "flow_prediction")
+
+
+def _unsolvable(name: str, prediction_type: str, rate: str) -> Rejection:
+    """A prediction of one of two things in an example that has nothing of the other."""
+    return Rejection(
+        name,
+        rate,
+        lambda call: {"prediction_type": prediction_type, "to": "v_prediction", rate: torch.zeros_like(call[rate])},
+        by_values=True,
+    )
 
 
 def conversions(batch_size: int, channels: int, size: int, prediction_type: str, to: str) -> dict[str, Any] | None:
@@ -221,4 +237,8 @@ LITTLE = (
     all_equal("rates", alphas=2.0**-8, sigmas=0.8),  # a rate near 1 would round all products to one side
     all_equal("rates", alphas=0.6, sigmas=2.0**-8),
 )
-NEGATIVE = by_value("less than nothing of the data", "alphas", {"alphas": -0.5})
+NEGATIVE = (
+    by_value("less than nothing of the data", "alphas", {"alphas": -0.5}),
+    by_value("less than nothing of the noise", "sigmas", {"sigmas": -0.5}),
+    by_value("data without end", "alphas", {"alphas": math.inf}),
+)

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,9 +17,10 @@ from gaugeblock.conformance.contracts.noised_examples import (
     examples,
     options_of,
     with_bad_ones,
+    without_axes,
     workloads,
 )
-from gaugeblock.conformance.engine.contract import Contract, Derived, Input, Output, Regime, row
+from gaugeblock.conformance.engine.contract import Contract, Derived, Input, Output, Regime, Rejection, row
 from gaugeblock.conformance.engine.inputs.draw import Draw
 from gaugeblock.conformance.engine.vocabulary import Parameters, Tensors
 from gaugeblock.reference.configs import DiffusionScheduleConfig, EDMScheduleConfig
@@ -54,7 +56,7 @@ def ddpm_step() -> Contract:
         flops=lambda parameters: 5 * elements(parameters),
         workloads=workloads(sizes),
         cases=0.3,
-        rejections=RATES,
+        rejections=(*RATES, EXAMPLES, OTHER_CONFIG),
     )
 
 
@@ -88,7 +90,7 @@ def ddim_step() -> Contract:
         flops=lambda parameters: 5 * elements(parameters),
         workloads=workloads(sizes),
         cases=0.3,
-        rejections=RATES,
+        rejections=(*RATES, EXAMPLES, OTHER_CONFIG, _number_for("use_clipped_model_output")),
     )
 
 
@@ -119,7 +121,7 @@ def euler_step() -> Contract:
         flops=lambda parameters: 6 * elements(parameters),
         workloads=workloads(sizes),
         cases=0.3,
-        rejections=SIGMAS,
+        rejections=(*SIGMAS, *CHURNS, EXAMPLES, FLOWS),
     )
 
 
@@ -139,8 +141,8 @@ def heun_step() -> Contract:
         configure=lambda parameters: {"config": diffusion(parameters)},
         batch="batch_size",
         landmarks=(
+            sizes(2, 3, 16, prediction_type="v_prediction"),  # which slopes depend on noised; of epsilon they do not
             sizes(3, 4, 65),
-            sizes(2, 3, 16, prediction_type="v_prediction"),
             sizes(3, 2, 33, prediction_type="v_prediction", clipping="clipped"),
             sizes(3, 2, 24, prediction_type="sample"),
         ),
@@ -150,7 +152,7 @@ def heun_step() -> Contract:
         flops=lambda parameters: 10 * elements(parameters),
         workloads=workloads(sizes),
         cases=0.3,
-        rejections=(*SIGMAS, by_value("a step to the data", "next_sigmas", {"next_sigmas": 0.0})),
+        rejections=(*SIGMAS, by_value("a step to the data", "next_sigmas", {"next_sigmas": 0.0}), EXAMPLES, OTHER_CONFIG),
     )
 
 
@@ -182,7 +184,7 @@ def edm_step() -> Contract:
         flops=lambda parameters: 6 * elements(parameters),
         workloads=workloads(sizes),
         cases=0.3,
-        rejections=SIGMAS,
+        rejections=(*SIGMAS, *CHURNS, EXAMPLES, OTHER_CONFIG),
     )
 
 
@@ -209,7 +211,12 @@ def flow_step() -> Contract:
         flops=lambda parameters: 2 * elements(parameters),
         workloads=workloads(sizes),
         cases=0.3,
-        rejections=(by_value("more than nothing but noise", "sigmas", {"sigmas": 1.5}),),
+        rejections=(
+            by_value("more than nothing but noise", "sigmas", {"sigmas": 1.5}),
+            by_value("more than data", "next_sigmas", {"next_sigmas": -0.5}),
+            EXAMPLES,
+            _number_for("stochastic_sampling"),
+        ),
     )
 
 
@@ -227,6 +234,16 @@ def diffusion(parameters: Parameters) -> DiffusionScheduleConfig:
     return DiffusionScheduleConfig(
         **_some(parameters, "prediction_type", "variance_type"), **CLIPPINGS[parameters.get("clipping", "none")]
     )
+
+
+def _number_for(truth_value: str) -> Rejection:
+    """A call in which 1 stands for True."""
+    return Rejection(f"a number for {truth_value}", truth_value, lambda call: {truth_value: 1})
+
+
+def _of_another_kind(call: Mapping[str, Any]) -> Mapping[str, Any]:
+    of_diffusion = isinstance(call["config"], DiffusionScheduleConfig)
+    return {"config": EDMScheduleConfig() if of_diffusion else DiffusionScheduleConfig()}
 
 
 def _some(parameters: Parameters, *names: str) -> dict[str, Any]:
@@ -313,6 +330,23 @@ RATES = (
     by_value("nothing but data", "alphas_cumprod", {"alphas_cumprod": 1.0}),
     by_value("less than nothing of the data", "alphas_cumprod", {"alphas_cumprod": -0.5}),
     by_value("a step to noise alone", "previous_alphas_cumprod", {"previous_alphas_cumprod": 0.0}),
+    by_value("more than data", "previous_alphas_cumprod", {"previous_alphas_cumprod": 1.5}),
+    Rejection(
+        "predicted noise where there is nothing else",
+        "alphas_cumprod",
+        lambda call: {
+            "config": replace(call["config"], prediction_type="epsilon"),
+            "alphas_cumprod": torch.zeros_like(call["alphas_cumprod"]),
+        },
+        by_values=True,
+    ),
+)
+EXAMPLES = without_axes("noised")
+OTHER_CONFIG = Rejection("a config of another kind", "config", _of_another_kind)
+FLOWS = Rejection("a flow's prediction", "prediction_type", lambda call: {"prediction_type": "flow_prediction"})
+CHURNS = (
+    Rejection("more churn than is left", "churn", lambda call: {"churn": 0.5}),
+    Rejection("less churn than none", "churn", lambda call: {"churn": -0.25}),
 )
 SIGMAS = (
     by_value("no noise", "sigmas", {"sigmas": 0.0}),

@@ -92,4 +92,4 @@ def shares(alphas: jax.Array, sigmas: jax.Array, prediction_type: PredictionType
 
 def per_example(values: jax.Array, examples: jax.Array) -> jax.Array:
     """Return a number of each example, [batch_size], as [batch_size, 1, ...], with as many axes as the examples have."""
-    return at_least_float32(values).reshape(len(values), *[1] * (examples.ndim - 1))
+    return values.reshape(len(values), *[1] * (examples.ndim - 1))

@@ -135,9 +135,10 @@ def heun_step(
     """As `gaugeblock.reference.torch.sampler_steps.heun_step`."""
     validation.heun_step(noised, prediction, euler_noised, euler_prediction, sigmas, next_sigmas, config)
     sigmas_B1, next_B1 = per_example(sigmas, noised), per_example(next_sigmas, noised)
-    first = clipped_slope(noised, prediction, sigmas_B1, config)
+    x = at_least_float32(noised)  # once, so that its two gradients are added before they are rounded
+    first = clipped_slope(x, prediction, sigmas_B1, config)
     second = clipped_slope(euler_noised, euler_prediction, next_B1, config)
-    return (at_least_float32(noised) + (first + second) / 2 * (next_B1 - sigmas_B1)).astype(noised.dtype)
+    return (x + (first + second) / 2 * (next_B1 - sigmas_B1)).astype(noised.dtype)
 
 
 def heun_predictor(
@@ -151,8 +152,9 @@ def heun_predictor(
     """As `gaugeblock.reference.torch.sampler_steps.heun_predictor`."""
     validation.heun_predictor(noised, prediction, sigmas, next_sigmas, config)
     sigmas_B1, next_B1 = per_example(sigmas, noised), per_example(next_sigmas, noised)
-    slope = clipped_slope(noised, prediction, sigmas_B1, config)
-    return (at_least_float32(noised) + slope * (next_B1 - sigmas_B1)).astype(noised.dtype)
+    x = at_least_float32(noised)
+    slope = clipped_slope(x, prediction, sigmas_B1, config)
+    return (x + slope * (next_B1 - sigmas_B1)).astype(noised.dtype)
 
 
 def edm_step(

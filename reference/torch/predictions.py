@@ -171,4 +171,4 @@ def shares(alphas: torch.Tensor, sigmas: torch.Tensor, prediction_type: Predicti
 
 def per_example(values: torch.Tensor, examples: torch.Tensor) -> torch.Tensor:
     """Return a number of each example, [batch_size], as [batch_size, 1, ...], with as many axes as the examples have."""
-    return at_least_float32(values).reshape(len(values), *[1] * (examples.ndim - 1))
+    return values.reshape(len(values), *[1] * (examples.ndim - 1))

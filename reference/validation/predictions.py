@@ -13,6 +13,9 @@ from gaugeblock.reference.validation.arrays import (
     require_shape,
 )
 
+# What a difference is divided by where a prediction tells one of the two alone.
+DIVISORS = {"epsilon": "alphas", "sample": "sigmas"}
+
 
 def pair(first_name: str, first: Any, second_name: str, second: Any) -> None:
     """Check two floating arrays of one dtype and shape, [batch_size, ...]."""
@@ -25,11 +28,11 @@ def pair(first_name: str, first: Any, second_name: str, second: Any) -> None:
     require_same_device(second_name, second, first_name, first)
 
 
-def rates(alphas: Any, sigmas: Any, like_name: str, like: Any) -> None:
-    """Check how much there is of data and of noise in each example."""
+def rates(alphas: Any, sigmas: Any, like_name: str, like: Any, positive: str = "") -> None:
+    """Check how much there is of data and of noise in each example; the rate of the name `positive` may not be 0."""
     for name, array in (("alphas", alphas), ("sigmas", sigmas)):
         per_example(name, array, like_name, like)
-        require_interval(name, array, 0, float("inf"), high_excluded=True)
+        require_interval(name, array, 0, float("inf"), low_excluded=name == positive, high_excluded=True)
 
 
 def per_example(name: str, array: Any, like_name: str, like: Any) -> None:
@@ -54,15 +57,9 @@ def prediction_target(data: Any, noise: Any, alphas: Any, sigmas: Any, predictio
 def convert_prediction(prediction: Any, noised: Any, alphas: Any, sigmas: Any, prediction_type: Any, to: Any) -> None:
     """Check the arguments of `predictions.convert_prediction`; a prediction that says nothing of the other kind is refused."""
     pair("prediction", prediction, "noised", noised)
-    rates(alphas, sigmas, "prediction", prediction)
     require_one_of("prediction_type", prediction_type, PredictionType)
     require_one_of("to", to, PredictionType)
-    if prediction_type == to:
-        return
-    if prediction_type == "epsilon":
-        require_interval("alphas", alphas, 0, float("inf"), low_excluded=True, high_excluded=True)
-    if prediction_type == "sample":
-        require_interval("sigmas", sigmas, 0, float("inf"), low_excluded=True, high_excluded=True)
+    rates(alphas, sigmas, "prediction", prediction, "" if prediction_type == to else DIVISORS.get(prediction_type, ""))
 
 
 def min_snr_weights(snr: Any, prediction_type: Any, gamma: Any) -> None:
