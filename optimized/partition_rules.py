@@ -26,8 +26,8 @@ class Cut:
     size: str
     """By what the axis is cut: a size of the model by its name in the config, which the ranks divide."""
     blocks: int = 1
-    """How many blocks lie there one after the other, of each of which a rank has its part: queries, keys and values are 3, gate
-    and up rows 2."""
+    """How many blocks of one width lie there one after the other, of each of which a rank has its part: queries, keys and values
+    are 3, gate and up rows 2."""
 
 
 Rules: TypeAlias = Sequence[tuple[str, Cut | None]]
@@ -58,6 +58,22 @@ DIT_MOE: Rules = (
     (r"blocks\.\d+\.moe\.experts\.(gate_up_proj|down_proj)", Cut(0, "num_experts")),
     (r"blocks\.\d+\.moe\.shared_experts\.(gate|up)_proj\.weight", Cut(0, "shared_intermediate_size")),
     (r"blocks\.\d+\.moe\.shared_experts\.down_proj\.weight", Cut(1, "shared_intermediate_size")),
+)
+FLUX: Rules = (
+    (r"(x_embedder|context_embedder|time_text_embed\..+|norm_out\.linear|proj_out)\.(weight|bias)", None),
+    (r"(single_)?transformer_blocks\.\d+\.norm(1|1_context)?\.linear\.(weight|bias)", None),
+    (r"(single_)?transformer_blocks\.\d+\.attn\.(to_[qkv]|add_[qkv]_proj)\.(weight|bias)", Cut(0, "num_attention_heads")),
+    (r"(single_)?transformer_blocks\.\d+\.attn\.norm(_added)?_[qk]\.weight", None),  # of each head alike
+    (r"transformer_blocks\.\d+\.attn\.to_(out\.0|add_out)\.weight", Cut(1, "num_attention_heads")),
+    (r"transformer_blocks\.\d+\.attn\.to_(out\.0|add_out)\.bias", None),
+    (r"transformer_blocks\.\d+\.ff(_context)?\.net\.0\.proj\.(weight|bias)", Cut(0, "intermediate_size")),
+    (r"transformer_blocks\.\d+\.ff(_context)?\.net\.2\.weight", Cut(1, "intermediate_size")),
+    (r"transformer_blocks\.\d+\.ff(_context)?\.net\.2\.bias", None),
+    # the last product takes attention's hidden_size features and the hidden layer's 4 * hidden_size side by side: 5 blocks of one
+    # width, of each of which a rank has as many columns as its heads have features
+    (r"single_transformer_blocks\.\d+\.proj_mlp\.(weight|bias)", Cut(0, "num_attention_heads", blocks=4)),
+    (r"single_transformer_blocks\.\d+\.proj_out\.weight", Cut(1, "num_attention_heads", blocks=5)),
+    (r"single_transformer_blocks\.\d+\.proj_out\.bias", None),
 )
 
 

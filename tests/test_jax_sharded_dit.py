@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 from test_references import assert_all_equal_to_rounding, random
 
 from gaugeblock.optimized import partition_rules
-from gaugeblock.optimized.jax import sharded_dit
+from gaugeblock.optimized.jax import sharded_dit, sharded_models
 from gaugeblock.reference.configs import DiTConfig, DiTMoEConfig, DiTMoEModelConfig
 from gaugeblock.reference.torch import dit, dit_moe
 
@@ -83,7 +83,7 @@ def exchanges(function, *arguments, **options) -> Counter[str]:
 
 def test_a_block_of_dit_has_a_sum_for_each_branch_and_nothing_else_moves():
     mesh = mesh_of(4)
-    placed = sharded_dit.shard_state(
+    placed = sharded_models.shard_state(
         to_jax({k: v.float() for k, v in state_of(DIT, dit.state_shapes).items()}), partition_rules.DIT, mesh
     )
     latents, times, labels = to_jax([each.float() if each.is_floating_point() else each for each in inputs_of(DIT)])
@@ -99,7 +99,7 @@ def test_a_block_of_dit_has_a_sum_for_each_branch_and_nothing_else_moves():
 
 def test_a_rank_holds_its_part():
     mesh, config = mesh_of(4), DIT_MOE
-    placed = sharded_dit.shard_state(to_jax(state_of(config, dit_moe.state_shapes)), partition_rules.DIT_MOE, mesh)
+    placed = sharded_models.shard_state(to_jax(state_of(config, dit_moe.state_shapes)), partition_rules.DIT_MOE, mesh)
     parts = {name: each.addressable_shards[3].data for name, each in placed.items()}
     assert placed["blocks.0.attn.qkv.weight"].shape == (3, 24, 24) and parts["blocks.0.attn.qkv.weight"].shape == (3, 6, 24)
     assert parts["blocks.1.attn.proj.weight"].shape == (24, 6)

@@ -9,11 +9,12 @@ import torch
 
 from gaugeblock.optimized import partition_rules
 from gaugeblock.optimized.partition_rules import Cut
-from gaugeblock.reference.configs import DIT_MOE_PRESETS, DIT_PRESETS, DiTConfig, DiTMoEModelConfig
-from gaugeblock.reference.torch import dit, dit_moe
+from gaugeblock.reference.configs import DIT_MOE_PRESETS, DIT_PRESETS, FLUX_PRESETS, DiTConfig, DiTMoEModelConfig
+from gaugeblock.reference.torch import dit, dit_moe, flux
 
 MODELS = {
     **{name: (dit.state_shapes(config), config, partition_rules.DIT) for name, config in DIT_PRESETS.items()},
+    **{name: (flux.state_shapes(config), config, partition_rules.FLUX) for name, config in FLUX_PRESETS.items()},
     **{name: (dit_moe.state_shapes(config), config, partition_rules.DIT_MOE) for name, config in DIT_MOE_PRESETS.items()},
 }
 
@@ -45,6 +46,21 @@ def test_a_rank_has_its_part_of_each_block():
         mine = partition_rules.part(qkv.flatten(), cut, rank=rank, ranks=2)
         assert torch.equal(mine, qkv[:, 2 * rank : 2 * rank + 2].flatten())
         np.testing.assert_array_equal(partition_rules.part(jnp.asarray(qkv.flatten().numpy()), cut, rank=rank, ranks=2), mine)
+
+
+def test_columns_of_flux_last_product_meet_what_the_rank_computes():
+    """Attention's features and the hidden layer's lie in blocks; a rank's columns are those of its own of both."""
+    config = FLUX_PRESETS["FLUX.1-dev"]
+    block, rank, ranks = "single_transformer_blocks.0", 1, 4
+    hidden, attended = torch.arange(config.intermediate_size), torch.arange(config.hidden_size)
+    cuts = {name: partition_rules.cut_of(f"{block}.{name}", partition_rules.FLUX) for name in ("attn.to_v.bias", "proj_mlp.bias")}
+    parts = [
+        partition_rules.part(features, cut, rank=rank, ranks=ranks)
+        for features, cut in zip((attended, hidden + config.hidden_size), cuts.values(), strict=True)
+    ]
+    columns = torch.arange(config.hidden_size + config.intermediate_size)[None]
+    cut = partition_rules.cut_of(f"{block}.proj_out.weight", partition_rules.FLUX)
+    assert torch.equal(partition_rules.part(columns, cut, rank=rank, ranks=ranks)[0], torch.cat(parts))
 
 
 @pytest.mark.parametrize("cut", [Cut(0, "num_heads"), Cut(1, "num_heads"), Cut(0, "num_heads", blocks=3)])

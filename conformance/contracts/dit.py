@@ -13,7 +13,7 @@ from gaugeblock.conformance.engine.factors import Factor, Trait, edges, either
 from gaugeblock.conformance.engine.implementation import compiled, distributed, jax, triton
 from gaugeblock.conformance.engine.inputs.bad_calls import changed
 from gaugeblock.conformance.engine.inputs.draw import Draw
-from gaugeblock.conformance.engine.vocabulary import DEVICES, Parameters, Tensors
+from gaugeblock.conformance.engine.vocabulary import Parameters, Tensors
 from gaugeblock.reference.configs import DIT_PRESETS, DiTConfig
 from gaugeblock.reference.torch import dit as model
 from gaugeblock.reference.torch import layers
@@ -75,21 +75,15 @@ def dit() -> Contract:
             triton(**model_states.LIBRARY_PRODUCTS),
             compiled("compiled", devices=("cuda",), **model_states.LIBRARY_PRODUCTS),  # on a CPU every compilation takes a minute
             jax("jax-compiled"),
-            distributed("tensor-parallel", "dit_tensor_parallel:dit", only=HEADS_FIT, **ON_RANKS),
-            distributed("sequence-parallel", "dit_sequence_parallel:dit", only=TOKENS_FIT, **ON_RANKS),
-            distributed("fsdp2", "dit_fully_sharded:dit", sharding="data_parallel", **ON_RANKS),
+            distributed("tensor-parallel", "dit_tensor_parallel:dit", only=HEADS_FIT, **model_states.ON_RANKS),
+            distributed("sequence-parallel", "dit_sequence_parallel:dit", only=TOKENS_FIT, **model_states.ON_RANKS),
+            distributed("fsdp2", "dit_fully_sharded:dit", sharding="data_parallel", **model_states.ON_RANKS),
             # each number of devices takes a compilation: tests/test_jax_sharded_dit.py has 1 and 2
             distributed("jax-sharded", "sharded_dit:dit", framework="jax", world_sizes=(4,), only=HEADS_FIT),
         ),
     )
 
 
-ON_RANKS: dict[str, Any] = {
-    "dtypes": ("float32", "bfloat16"),
-    "world_sizes": (1, 2, 4),
-    "devices": DEVICES,
-    **model_states.LIBRARY_PRODUCTS,
-}
 HEADS_FIT = "num_heads % 4 == 0"
 TOKENS_FIT = f"{HEADS_FIT} and input_size // patch_size % 2 == 0"
 IMAGE = ("batch_size", "in_channels", "input_size", "input_size")

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from gaugeblock.conformance.contracts import flash_attention, model_states
 from gaugeblock.conformance.engine.contract import Contract, Input, Output, Regime, Rejection, Workload, row
 from gaugeblock.conformance.engine.factors import Factor, Trait, edges, either
-from gaugeblock.conformance.engine.implementation import compiled, jax, triton
+from gaugeblock.conformance.engine.implementation import compiled, distributed, jax, triton
 from gaugeblock.conformance.engine.inputs.bad_calls import changed
 from gaugeblock.conformance.engine.inputs.draw import Draw
 from gaugeblock.conformance.engine.vocabulary import Parameters, Tensors
@@ -49,6 +49,7 @@ def flux() -> Contract:
             sizes(2, 6, 3, tiny_model(num_single_layers=2)),
             sizes(3, 5, 4, tiny_model(3, (2, 2, 4), num_layers=2, guidance_embeds=False, out_channels=2, patch_size=2)),
             sizes(1, 4, 2, tiny_model(1, (8, 28, 28))),  # the published proportions, in half a head
+            sizes(2, 8, 4, tiny_model(4, (2, 2, 4))),  # what four ranks can share
         ),
         factors=FACTORS,
         build=point,
@@ -75,16 +76,23 @@ def flux() -> Contract:
                 "a size for a CPU, heads as published",
             ),
         ),
+        shardings={"whole": {}},  # inputs, results and gradients are on every rank alike
         rejections=REJECTIONS,
         implementations=(
             triton(**model_states.LIBRARY_PRODUCTS),
             compiled("compiled", devices=("cuda",), **model_states.LIBRARY_PRODUCTS),  # on a CPU every compilation takes a minute
             jax("jax-compiled"),
+            distributed("tensor-parallel", "flux_tensor_parallel:flux", only=HEADS_FIT, **model_states.ON_RANKS),
+            distributed("sequence-parallel", "flux_sequence_parallel:flux", only=TOKENS_FIT, **model_states.ON_RANKS),
+            # each number of devices takes a compilation: tests/test_jax_sharded_flux.py has 1
+            distributed("jax-sharded", "sharded_flux:flux", framework="jax", world_sizes=(4,), only=HEADS_FIT),
         ),
     )
 
 
 PUBLISHED = "black-forest-labs/flux util.py, at published widths and the published proportion of blocks"
+HEADS_FIT = "num_attention_heads % 4 == 0"
+TOKENS_FIT = f"{HEADS_FIT} and num_image_tokens % 4 == 0 and num_text_tokens % 4 == 0"
 STEERING = ("time_text_embed", "norm1", "norm.linear", "norm_out")
 
 
@@ -149,7 +157,7 @@ def tiny_model(num_attention_heads: int = 2, axes_dims_rope: tuple[int, ...] = (
 def parameters(draw: st.DrawFn) -> dict[str, Any]:
     """Tiny models with one to three heads, of which the axes of the tokens' places have equal or different shares."""
     config = tiny_model(
-        draw(st.sampled_from([1, 2, 3])),
+        draw(st.sampled_from([1, 2, 3, 4])),
         draw(st.sampled_from([(2, 6, 8), (2, 2, 4), (4, 2, 2), (4, 6, 6), (6, 2)])),
         num_layers=draw(st.sampled_from([1, 2])),
         num_single_layers=draw(st.sampled_from([1, 2])),
@@ -166,12 +174,12 @@ def parameters(draw: st.DrawFn) -> dict[str, Any]:
 
 FACTORS = (
     edges("batch_size", 1, 2, 3),
-    edges("num_image_tokens", 1, 2, 5),
+    edges("num_image_tokens", 1, 2, 8),
     edges("num_text_tokens", 1, 2, 4),
     Factor(
         "heads",
         str,
-        values=((1, (2, 6, 8)), (2, (2, 6, 8)), (3, (2, 2, 4)), (2, (4, 2, 2))),
+        values=((1, (2, 6, 8)), (2, (2, 6, 8)), (4, (2, 2, 4)), (2, (4, 2, 2))),
         of=lambda sizes: (sizes["num_attention_heads"], sizes["axes_dims_rope"]),
     ),
     edges("num_layers", 1, 2),

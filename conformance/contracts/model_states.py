@@ -8,11 +8,17 @@ import torch
 
 from gaugeblock.conformance.engine.contract import Input
 from gaugeblock.conformance.engine.inputs.draw import Draw
-from gaugeblock.conformance.engine.vocabulary import Tensors
+from gaugeblock.conformance.engine.vocabulary import DEVICES, Tensors
 
 Shapes = Mapping[str, tuple[int, ...]]
 # torch rounds what its products give, and on a CPU their bits depend on how many rows there are.
 LIBRARY_PRODUCTS: dict[str, Any] = {"rounding": "eager", "batch_invariant": False}
+ON_RANKS: dict[str, Any] = {
+    "dtypes": ("float32", "bfloat16"),
+    "world_sizes": (1, 2, 4),
+    "devices": DEVICES,
+    **LIBRARY_PRODUCTS,
+}
 
 
 def leaves(shapes: Shapes) -> dict[str, Input]:

@@ -7,8 +7,9 @@ products, norms, rotations, and what is inside of `reference.torch.layers`, are 
 Shapes: as in `reference.torch.flux`.
 """
 
-from collections.abc import Callable
-from functools import cache
+from collections.abc import Callable, Sequence
+from functools import cache, partial
+from typing import TypeAlias
 
 import torch
 from torch.nn import functional
@@ -30,7 +31,15 @@ from gaugeblock.reference.torch.flux import (
 from gaugeblock.reference.torch.precision import at_least_float32
 from gaugeblock.reference.torch.rotary import qk_norm_rotary, rotary_table
 
-Table = tuple[torch.Tensor, torch.Tensor]
+Table: TypeAlias = tuple[torch.Tensor, torch.Tensor]
+"""Cosines and sines, [J, R] each."""
+Streams: TypeAlias = tuple[torch.Tensor, torch.Tensor]
+"""Of the image, and of the text."""
+Heads: TypeAlias = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+"""Queries, keys and values."""
+MakesHeads: TypeAlias = Callable[[State, tuple[str, ...], torch.Tensor, Table], Heads]
+"""Of a block's parameters, the names of those that make heads, tokens and their rows of the table."""
+Attention: TypeAlias = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 def flux(
@@ -72,50 +81,22 @@ def flux(
         state, hidden_states, encoder_hidden_states, pooled_projections, timesteps, guidance, img_ids, txt_ids,
         config, state_shapes(config),
     )  # fmt: skip
-    image_BSD, text_BTD, active_BD, table = embed(
-        state, hidden_states, encoder_hidden_states, pooled_projections, timesteps, guidance, img_ids, txt_ids, config
-    )
-    for index in range(config.num_layers):
-        block = states.part(state, f"transformer_blocks.{index}")
-        image_BSD, text_BTD = _compiled(_block)(block, image_BSD, text_BTD, active_BD, table, config.num_attention_heads)
-    joint_BJD = torch.cat([text_BTD, image_BSD], dim=1)
-    for index in range(config.num_single_layers):
-        block = states.part(state, f"single_transformer_blocks.{index}")
-        joint_BJD = _compiled(_single_block)(block, joint_BJD, active_BD, table, config.num_attention_heads)
-    scale_BD, shift_BD = steering(state, "norm_out", active_BD)
-    image_BSD = layers.layer_norm_modulate(joint_BJD[:, text_BTD.shape[1] :], shift_BD, scale_BD, eps=NORM_EPS)
-    return modules.linear(state, "proj_out", image_BSD)
+    arrays = hidden_states, encoder_hidden_states, pooled_projections, timesteps, guidance, img_ids, txt_ids
+    blocks = (partial(_compiled(each), num_heads=config.num_attention_heads) for each in (_block, _single_block))
+    return model_of_blocks(state, arrays, config, *blocks)
 
 
 def _block(
     state: State, image_BSD: torch.Tensor, text_BTD: torch.Tensor, active_BD: torch.Tensor, table: Table, num_heads: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    image_parts, text_parts = steering(state, "norm1", active_BD), steering(state, "norm1_context", active_BD)
-    branches = joint_attention(
-        state,
-        layers.layer_norm_modulate(image_BSD, *image_parts[:2], eps=NORM_EPS),
-        layers.layer_norm_modulate(text_BTD, *text_parts[:2], eps=NORM_EPS),
-        table,
-        num_heads,
-    )
-    image_BSD = _end_block(state, "ff", image_BSD, image_parts, branches[0])
-    return image_BSD, _end_block(state, "ff_context", text_BTD, text_parts, branches[1])
-
-
-def _end_block(
-    state: State, name: str, residual: torch.Tensor, parts: tuple[torch.Tensor, ...], branch: torch.Tensor
-) -> torch.Tensor:
-    gate_1_BD, shift_2_BD, scale_2_BD, gate_2_BD = parts[2:]
-    hidden_BSD, modulated_BSD = layers.gated_residual_layer_norm_modulate(
-        residual, branch, gate_1_BD, shift_2_BD, scale_2_BD, eps=NORM_EPS
-    )
-    return layers.gated_residual(hidden_BSD, feed_forward(state, name, modulated_BSD), gate_2_BD)
+    branches = partial(joint_attention, heads=partial(heads, num_heads=num_heads)), feed_forwards
+    return block_of_branches(state, image_BSD, text_BTD, active_BD, table, *branches)
 
 
 def _single_block(state: State, joint_BJD: torch.Tensor, active_BD: torch.Tensor, table: Table, num_heads: int) -> torch.Tensor:
-    shift_BD, scale_BD, gate_BD = steering(state, "norm", active_BD)
-    modulated_BJD = layers.layer_norm_modulate(joint_BJD, shift_BD, scale_BD, eps=NORM_EPS)
-    return layers.gated_residual(joint_BJD, single_branch(state, modulated_BJD, table, num_heads), gate_BD)
+    return single_block_of_branch(
+        state, joint_BJD, active_BD, table, partial(single_branch, heads=partial(heads, num_heads=num_heads))
+    )
 
 
 @cache
@@ -124,21 +105,72 @@ def _compiled(function: Callable) -> Callable:
     return torch.compile(function, dynamic=True)
 
 
-def embed(
+def model_of_blocks(
+    state: State, arrays: Sequence[torch.Tensor], config: FluxConfig, block: Callable[..., Streams], single_block: Callable
+) -> torch.Tensor:
+    """Run the model on all arguments of `flux` from hidden_states to txt_ids.
+
+    Args:
+        block: Takes a block's parameters, tokens of image and text, silu of what steers, and the rotary table; returns tokens.
+        single_block: The same of a block with one stream.
+    """
+    image_BSD, text_BTD, active_BD, table = embed(state, arrays, config)
+    for index in range(config.num_layers):
+        part = states.part(state, f"transformer_blocks.{index}")
+        image_BSD, text_BTD = block(part, image_BSD, text_BTD, active_BD, table)
+    joint_BJD = torch.cat([text_BTD, image_BSD], dim=1)
+    for index in range(config.num_single_layers):
+        joint_BJD = single_block(states.part(state, f"single_transformer_blocks.{index}"), joint_BJD, active_BD, table)
+    scale_BD, shift_BD = steering(state, "norm_out", active_BD)
+    image_BSD = layers.layer_norm_modulate(joint_BJD[:, text_BTD.shape[1] :], shift_BD, scale_BD, eps=NORM_EPS)
+    return modules.linear(state, "proj_out", image_BSD)
+
+
+def block_of_branches(
     state: State,
-    hidden_states: torch.Tensor,
-    encoder_hidden_states: torch.Tensor,
-    pooled_projections: torch.Tensor,
-    timesteps: torch.Tensor,
-    guidance: torch.Tensor,
-    img_ids: torch.Tensor,
-    txt_ids: torch.Tensor,
-    config: FluxConfig,
+    image_BSD: torch.Tensor,
+    text_BTD: torch.Tensor,
+    active_BD: torch.Tensor,
+    table: Table,
+    joint_attention: Callable[..., Sequence[torch.Tensor]],
+    feed_forwards: Callable[..., Sequence[torch.Tensor]],
+) -> Streams:
+    """Apply a block with two streams whose branches are given, each as a function of the parameters and both streams' tokens.
+
+    Attention takes the rotary table too.
+    """
+    tokens, parts = (image_BSD, text_BTD), [steering(state, name, active_BD) for name in ("norm1", "norm1_context")]
+    modulated = (layers.layer_norm_modulate(each, *own[:2], eps=NORM_EPS) for each, own in zip(tokens, parts, strict=True))
+    branches = joint_attention(state, *modulated, table)
+    (image_BSD, image_modulated_BSD), (text_BTD, text_modulated_BTD) = (
+        layers.gated_residual_layer_norm_modulate(each, branch, *own[2:5], eps=NORM_EPS)
+        for each, branch, own in zip(tokens, branches, parts, strict=True)
+    )
+    image_branch_BSD, text_branch_BTD = feed_forwards(state, image_modulated_BSD, text_modulated_BTD)
+    image_gate_BD, text_gate_BD = (own[5] for own in parts)
+    return (
+        layers.gated_residual(image_BSD, image_branch_BSD, image_gate_BD),
+        layers.gated_residual(text_BTD, text_branch_BTD, text_gate_BD),
+    )
+
+
+def single_block_of_branch(
+    state: State, joint_BJD: torch.Tensor, active_BD: torch.Tensor, table: Table, single_branch: Callable[..., torch.Tensor]
+) -> torch.Tensor:
+    """Apply a block with one stream whose branch is given, as a function of its parameters, its tokens and the rotary table."""
+    shift_BD, scale_BD, gate_BD = steering(state, "norm", active_BD)
+    modulated_BJD = layers.layer_norm_modulate(joint_BJD, shift_BD, scale_BD, eps=NORM_EPS)
+    return layers.gated_residual(joint_BJD, single_branch(state, modulated_BJD, table), gate_BD)
+
+
+def embed(
+    state: State, arrays: Sequence[torch.Tensor], config: FluxConfig
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, Table]:
     """Return tokens of image and text, [B, S, D] and [B, T, D], silu of what steers the blocks, [B, D], and the rotary table.
 
     Waves of times and angles are computed in float32 at least, the angles of guidances reach some thousands.
     """
+    hidden_states, encoder_hidden_states, pooled_projections, timesteps, guidance, img_ids, txt_ids = arrays
     times = {"timestep_embedder": timesteps} | ({"guidance_embedder": guidance} if config.guidance_embeds else {})
     conditioning_BD = _two_linears(state, "text_embedder", pooled_projections)
     for name, each in times.items():
@@ -163,40 +195,84 @@ def steering(state: State, name: str, active_BD: torch.Tensor) -> tuple[torch.Te
 
 
 def joint_attention(
-    state: State, image_BSD: torch.Tensor, text_BTD: torch.Tensor, table: Table, num_heads: int
-) -> tuple[torch.Tensor, torch.Tensor]:
+    state: State,
+    image_BSD: torch.Tensor,
+    text_BTD: torch.Tensor,
+    table: Table,
+    heads: MakesHeads,
+    attention: Attention = functional.scaled_dot_product_attention,
+) -> Streams:
     """Return the attention branches of image and text, [B, S, D] and [B, T, D]."""
+    image_attended_BSD, text_attended_BTD = attended_streams(state, image_BSD, text_BTD, table, heads, attention)
+    image_branch_BSD = modules.linear(state, "attn.to_out.0", image_attended_BSD)
+    return image_branch_BSD, modules.linear(state, "attn.to_add_out", text_attended_BTD)
+
+
+def attended_streams(
+    state: State,
+    image_BSD: torch.Tensor,
+    text_BTD: torch.Tensor,
+    table: Table,
+    heads: MakesHeads,
+    attention: Attention = functional.scaled_dot_product_attention,
+) -> Streams:
+    """Return what the heads of image and text attend to, side by side: [B, S, A * F] and [B, T, A * F]."""
     num_text_tokens = text_BTD.shape[1]
     cos_JR, sin_JR = table
-    of_text = heads(state, TEXT_HEADS, text_BTD, (cos_JR[:num_text_tokens], sin_JR[:num_text_tokens]), num_heads)
-    of_image = heads(state, HEADS, image_BSD, (cos_JR[num_text_tokens:], sin_JR[num_text_tokens:]), num_heads)
+    of_text = heads(state, TEXT_HEADS, text_BTD, (cos_JR[:num_text_tokens], sin_JR[:num_text_tokens]))
+    of_image = heads(state, HEADS, image_BSD, (cos_JR[num_text_tokens:], sin_JR[num_text_tokens:]))
     query, key, value = (torch.cat(both, dim=2) for both in zip(of_text, of_image, strict=True))
-    attended_BJD = join_heads(functional.scaled_dot_product_attention(query, key, value))
-    image_branch_BSD = modules.linear(state, "attn.to_out.0", attended_BJD[:, num_text_tokens:])
-    return image_branch_BSD, modules.linear(state, "attn.to_add_out", attended_BJD[:, :num_text_tokens])
+    attended_BJD = join_heads(attention(query, key, value))
+    return attended_BJD[:, num_text_tokens:], attended_BJD[:, :num_text_tokens]
 
 
-def heads(
-    state: State, names: tuple[str, ...], modulated_BSD: torch.Tensor, table: Table, num_heads: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def heads(state: State, names: tuple[str, ...], modulated_BSD: torch.Tensor, table: Table, num_heads: int) -> Heads:
     """Return queries, keys and values, [B, A, S, F] each, queries and keys normalized and turned in float32."""
-    *projections, norm_q, norm_k = names
-    query, key, value = (split_heads(modules.linear(state, name, modulated_BSD), num_heads) for name in projections)
+    query, key, value = projected_heads(state, names, modulated_BSD, num_heads)
     wide_query, wide_key = at_least_float32(query), at_least_float32(key)
-    weights = at_least_float32(state[f"{norm_q}.weight"]), at_least_float32(state[f"{norm_k}.weight"])
-    query, key = qk_norm_rotary(wide_query, wide_key, *weights, *table, eps=NORM_EPS, pairs="interleaved")
+    query_weight, key_weight = (at_least_float32(state[f"{norm}.weight"]) for norm in names[3:])
+    query, key = qk_norm_rotary(wide_query, wide_key, query_weight, key_weight, *table, eps=NORM_EPS, pairs="interleaved")
     return query.to(value.dtype), key.to(value.dtype), value
+
+
+def projected_heads(state: State, names: tuple[str, ...], modulated_BSD: torch.Tensor, num_heads: int) -> list[torch.Tensor]:
+    """Return queries, keys and values as their products are, [B, A, S, F] each."""
+    return [split_heads(modules.linear(state, name, modulated_BSD), num_heads) for name in names[:3]]
+
+
+def feed_forwards(state: State, image_BSD: torch.Tensor, text_BTD: torch.Tensor) -> Streams:
+    """Return the branches of the feed-forward networks of image and text, [B, S, D] and [B, T, D]."""
+    return feed_forward(state, "ff", image_BSD), feed_forward(state, "ff_context", text_BTD)
 
 
 def feed_forward(state: State, name: str, modulated_BSD: torch.Tensor) -> torch.Tensor:
     """Return the branch of the feed-forward network of that name, [B, S, D]."""
-    inner_BSI = functional.gelu(modules.linear(state, f"{name}.net.0.proj", modulated_BSD), approximate="tanh")
-    return modules.linear(state, f"{name}.net.2", inner_BSI)
+    return modules.linear(state, f"{name}.net.2", hidden_layer(state, f"{name}.net.0.proj", modulated_BSD))
 
 
-def single_branch(state: State, modulated_BJD: torch.Tensor, table: Table, num_heads: int) -> torch.Tensor:
+def hidden_layer(state: State, name: str, modulated_BSD: torch.Tensor) -> torch.Tensor:
+    """Return the hidden layer of a feed-forward network, whose first linear layer has that name, [B, S, I]."""
+    return functional.gelu(modules.linear(state, name, modulated_BSD), approximate="tanh")
+
+
+def single_branch(
+    state: State,
+    modulated_BJD: torch.Tensor,
+    table: Table,
+    heads: MakesHeads,
+    attention: Attention = functional.scaled_dot_product_attention,
+) -> torch.Tensor:
     """Return what a block with one stream adds: attention and feed-forward network together, [B, J, D]."""
-    query, key, value = heads(state, HEADS, modulated_BJD, table, num_heads)
-    attended_BJD = join_heads(functional.scaled_dot_product_attention(query, key, value))
-    inner_BJI = functional.gelu(modules.linear(state, "proj_mlp", modulated_BJD), approximate="tanh")
-    return modules.linear(state, "proj_out", torch.cat([attended_BJD, inner_BJI], dim=-1))
+    return modules.linear(state, "proj_out", single_inner(state, modulated_BJD, table, heads, attention))
+
+
+def single_inner(
+    state: State,
+    modulated_BJD: torch.Tensor,
+    table: Table,
+    heads: MakesHeads,
+    attention: Attention = functional.scaled_dot_product_attention,
+) -> torch.Tensor:
+    """Return what the heads of a block with one stream attend to, and its hidden layer, side by side: [B, J, A * F + I]."""
+    attended_BJD = join_heads(attention(*heads(state, HEADS, modulated_BJD, table)))
+    return torch.cat([attended_BJD, hidden_layer(state, "proj_mlp", modulated_BJD)], dim=-1)

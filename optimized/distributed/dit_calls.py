@@ -5,8 +5,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch.distributed.device_mesh import DeviceMesh
 
-from gaugeblock.optimized.distributed.agreement import agree
-from gaugeblock.optimized.distributed.expert_calls import require_one_dimension
+from gaugeblock.optimized.distributed.model_calls import agree_on_model_call
 from gaugeblock.reference import validation
 from gaugeblock.reference.configs import DiTConfig
 from gaugeblock.reference.torch.dit import state_shapes
@@ -30,17 +29,11 @@ def agree_on_call(
         require_fitting: Raises ValueError where so many ranks cannot share the model.
         batch_is_alike: Whether every rank has the whole batch.
     """
-    require_one_dimension(mesh)
-    error, facts = None, dict.fromkeys(("latents must have the same batch_size", "latents must have the same dtype"), 0)
-    try:
+
+    def check() -> None:
         validation.dit(state, latents, timesteps, class_labels, config, state_shapes(config))
         validation.class_labels_in_range(class_labels, config.num_classes)
-        if latents.device.type != mesh.device_type:
-            raise ValueError(f"latents must be on the device of mesh, {mesh.device_type}, got {latents.device}")
         require_fitting(mesh.size())
-    except (TypeError, ValueError) as raised:
-        error = raised  # raised again once the other ranks know
-    else:
-        dtype = validation.FLOATING.index(validation.dtype_name(latents))
-        facts = dict(zip(facts, (latents.shape[0] if batch_is_alike else 0, dtype), strict=True))
-    agree(torch.zeros(mesh.size(), dtype=torch.int64, device=mesh.device_type), facts, error, mesh)
+
+    sizes = {"batch_size": lambda: latents.shape[0] if batch_is_alike else 0}
+    agree_on_model_call("latents", latents, check, sizes, mesh)

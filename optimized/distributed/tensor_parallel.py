@@ -7,9 +7,10 @@ columns of the second that multiply them:
     inner = anything of each head or feature by itself of (inputs @ first_weight.T + first_bias)
     out = summed_linear(inner, second_weight, second_bias, group)   forward: one sum over the ranks, then the bias
 
-A block with several streams of tokens (joint attention) gives all streams to one `gradients_summed`, which then travel together,
-and has a `summed_linear` for each. Sums are float32 at least, and added up in the order of the ranks (`collectives.py`): the bits
-are the same on every rank.
+A block with several streams of tokens (joint attention) gives all streams to one `gradients_summed`, and all second layers to one
+`summed_linears`, so that they travel together. What is whole on every rank, but meets its heads alone (the weights of norms of
+queries and keys), goes with the tokens through `gradients_summed`. Sums are float32 at least, and added up in the order of the
+ranks (`collectives.py`): the bits are the same on every rank.
 
 Source: Shoeybi et al. 2019 (arXiv:1909.08053), section 3.
 """
@@ -44,9 +45,25 @@ def summed_linear(inner: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor 
     Returns:
         [batch_size, num_tokens, out_features], dtype as inner.
     """
-    products = at_least_float32(inner @ weight.mT)
-    total = SumOverRanks.apply(products.flatten(0, 1), group).view(products.shape)
-    return (total if bias is None else total + bias).to(inner.dtype)
+    return summed_linears(group, (inner, weight, bias))[0]
+
+
+def summed_linears(
+    group: dist.ProcessGroup, *streams: tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
+) -> list[torch.Tensor]:
+    """Do what `summed_linear` does for several streams of tokens, of as many out_features, in one exchange.
+
+    Args:
+        group: The ranks.
+        streams: inner, weight and bias of each, as of `summed_linear`.
+    """
+    products = [at_least_float32(inner @ weight.mT) for inner, weight, _ in streams]
+    rows = [each.flatten(0, 1) for each in products]
+    totals = SumOverRanks.apply(torch.cat(rows) if len(rows) > 1 else rows[0], group).split([len(each) for each in rows])
+    return [
+        (total if bias is None else total + bias).view(product.shape).to(inner.dtype)
+        for total, product, (inner, _, bias) in zip(totals, products, streams, strict=True)
+    ]
 
 
 def parts_of_state(state: Mapping[str, torch.Tensor], rules: Rules, group: dist.ProcessGroup) -> dict[str, torch.Tensor]:

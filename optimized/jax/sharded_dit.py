@@ -4,7 +4,7 @@ Each rank has some heads of each attention, some features of each hidden layer, 
 on every rank. XLA adds the ranks' products up once for each branch, forward and backward, and moves nothing else: the parameters
 of queries, keys and values lie there as three matrices, so that a rank's rows are those of its heads.
 
-    placed = shard_state(state, partition_rules.DIT, mesh)       once
+    placed = sharded_models.shard_state(state, partition_rules.DIT, mesh)       once
     out = dit_of_placed(placed, latents, timesteps, class_labels, config=config, mesh=mesh)
 
 Shapes: as in `reference.jax.layers`; T all tokens, B * S; K top_k.
@@ -12,17 +12,15 @@ Shapes: as in `reference.jax.layers`; T all tokens, B * S; K top_k.
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
 from gaugeblock.optimized import partition_rules
 from gaugeblock.optimized.jax import expert_calls
-from gaugeblock.optimized.jax.mesh import REPLICATED, mesh_of_ranks
 from gaugeblock.optimized.jax.sharded_experts import sum_replicated_tokens
-from gaugeblock.optimized.partition_rules import Rules
+from gaugeblock.optimized.jax.sharded_models import run_on_ranks
 from gaugeblock.reference import states, validation
 from gaugeblock.reference.configs import DiTConfig, DiTMoEConfig, DiTMoEModelConfig
 from gaugeblock.reference.jax import dit as reference
@@ -35,7 +33,6 @@ from gaugeblock.reference.jax.moe_layers import router_logits, shared_weights
 from gaugeblock.reference.jax.precision import at_least_float32
 
 State = Mapping[str, jax.Array]
-Outputs = TypeVar("Outputs", jax.Array, tuple[jax.Array, jax.Array])
 FeedForward = Callable[[State, jax.Array], tuple[jax.Array, jax.Array]]
 """The second branch of a block: what it gives, and its loss."""
 
@@ -55,7 +52,8 @@ def dit(
     Source: gaugeblock.reference.jax.dit; Shoeybi et al. 2019 (arXiv:1909.08053), section 3.
     """
     validation.dit(state, latents, timesteps, class_labels, config, reference.state_shapes(config))
-    return _checked(dit_of_placed, partition_rules.DIT, state, latents, timesteps, class_labels, config, mesh)
+    validation.class_labels_in_range(class_labels, config.num_classes)
+    return run_on_ranks(dit_of_placed, partition_rules.DIT, state, latents, timesteps, class_labels, config=config, mesh=mesh)
 
 
 def dit_moe(
@@ -73,41 +71,10 @@ def dit_moe(
     Source: gaugeblock.reference.jax.dit_moe.
     """
     validation.dit(state, latents, timesteps, class_labels, config, moe_reference.state_shapes(config))
-    return _checked(dit_moe_of_placed, partition_rules.DIT_MOE, state, latents, timesteps, class_labels, config, mesh)
-
-
-def shard_state(state: State, rules: Rules, mesh: Mesh) -> dict[str, jax.Array]:
-    """Place a state on the ranks as rules say; what is cut in blocks gets an axis for them: [3 * D, D] becomes [3, D, D]."""
-    mesh, placed = mesh_of_ranks(mesh), {}
-    for name, cut in partition_rules.cuts_of(state, rules).items():
-        parameter, place = state[name], REPLICATED
-        if cut is not None:
-            axis = cut.axis
-            if cut.blocks > 1:
-                shape = parameter.shape
-                parameter = parameter.reshape(*shape[:axis], cut.blocks, shape[axis] // cut.blocks, *shape[axis + 1 :])
-                axis += 1
-            place = PartitionSpec(*[None] * axis, "ranks")
-        placed[name] = jax.device_put(parameter, NamedSharding(mesh, place))
-    return placed
-
-
-def _checked(
-    of_placed: Callable[..., Outputs],
-    rules: Rules,
-    state: State,
-    latents: jax.Array,
-    timesteps: jax.Array,
-    class_labels: jax.Array,
-    config: DiTConfig,
-    mesh: Mesh,
-) -> Outputs:
-    """Check what is of the mesh and of values, bring all to the ranks, and run the model there."""
     validation.class_labels_in_range(class_labels, config.num_classes)
-    mesh = mesh_of_ranks(mesh)
-    partition_rules.require_divisible(config, rules, mesh.size)
-    inputs = jax.device_put((latents, timesteps, class_labels), NamedSharding(mesh, REPLICATED))
-    return of_placed(shard_state(state, rules, mesh), *inputs, config=config, mesh=mesh)
+    return run_on_ranks(
+        dit_moe_of_placed, partition_rules.DIT_MOE, state, latents, timesteps, class_labels, config=config, mesh=mesh
+    )
 
 
 @partial(jax.jit, static_argnames=("config", "mesh"))
@@ -155,7 +122,8 @@ def _model(
 
 def _attention(block: State, modulated_BSD: jax.Array, config: DiTConfig) -> jax.Array:
     """Attend with queries, keys and values of three matrices, as `shard_state` has them."""
-    qkv_3BSD = jnp.einsum("bsd,ted->tbse", modulated_BSD, block["attn.qkv.weight"]) + block["attn.qkv.bias"][:, None, None]
+    qkv_3BSD = jnp.einsum("bsd,ted->tbse", modulated_BSD, block["attn.qkv.weight"], precision="highest")
+    qkv_3BSD = qkv_3BSD + block["attn.qkv.bias"][:, None, None]
     query_BASF, key_BASF, value_BASF = (split_heads(each, config.num_heads) for each in qkv_3BSD)
     if "attn.q_norm.weight" in block:
         query_BASF = modules.layer_norm(block, "attn.q_norm", query_BASF, eps=NORM_EPS)

@@ -12,6 +12,7 @@ TENSOR: dict[str, Any] = {
 SEQUENCE: dict[str, Any] = {
     **TENSOR, "implementation": "sequence-parallel", "only": "num_heads % 4 == 0 and input_size // patch_size % 2 == 0",
 }  # fmt: skip
+ROWS = "torch.cat(rows) if len(rows) > 1 else rows[0]"
 SHARDED: dict[str, Any] = {**TENSOR, "implementation": "fsdp2", "only": "", "sharding": "data_parallel"}
 
 mutant(
@@ -26,13 +27,12 @@ mutant(
 )  # fmt: skip
 mutant(
     DIT, "bias-of-every-rank", "Every rank adds the second layer's bias, and the sum has it as often.",
-    "tensor_parallel.summed_linear", "total + bias", "total + dist.get_world_size(group) * bias", "world_size", "structural",
+    "tensor_parallel.summed_linears", "total + bias", "total + dist.get_world_size(group) * bias", "world_size", "structural",
     "row-parallel linears with a bias", **TENSOR,
 )  # fmt: skip
 mutant(
-    DIT, "no-sum-forward", "A rank goes on with its own part of the sum.", "tensor_parallel.summed_linear",
-    "SumOverRanks.apply(products.flatten(0, 1), group)", "products.flatten(0, 1)", "world_size", "structural",
-    "a skipped all-reduce", **TENSOR,
+    DIT, "no-sum-forward", "A rank goes on with its own part of the sum.", "tensor_parallel.summed_linears",
+    f"SumOverRanks.apply({ROWS}, group)", f"({ROWS})", "world_size", "structural", "a skipped all-reduce", **TENSOR,
 )  # fmt: skip
 mutant(
     DIT, "no-sum-backward", "Gradients of tokens are those of the rank's own heads and features.",
@@ -41,8 +41,8 @@ mutant(
 )  # fmt: skip
 mutant(
     DIT, "sum-backward-twice", "The gradient of a sum, which all ranks have, is added up over them.",
-    "tensor_parallel.summed_linear", "SumOverRanks.apply(products.flatten(0, 1), group)",
-    "SumOverRanks.apply(SumOfGradients.apply(group, products.flatten(0, 1))[0], group)", "world_size", "gradient",
+    "tensor_parallel.summed_linears", f"SumOverRanks.apply({ROWS}, group)",
+    f"SumOverRanks.apply(SumOfGradients.apply(group, {ROWS})[0], group)", "world_size", "gradient",
     "autograd through all_reduce", **TENSOR,
 )  # fmt: skip
 mutant(

@@ -9,7 +9,7 @@ DIT_ROW: dict[str, Any] = {"implementation": "jax-sharded", "only": "num_heads %
 MOE_ROW: dict[str, Any] = {"implementation": "jax-sharded", "only": "num_heads % 4 == 0 and num_experts % 4 == 0"}
 
 mutant(
-    DIT, "matrices-in-turns", "Rows of queries, keys and values are taken in turns.", "sharded_dit.shard_state",
+    DIT, "matrices-in-turns", "Rows of queries, keys and values are taken in turns.", "sharded_models.shard_state",
     "parameter.reshape(*shape[:axis], cut.blocks, shape[axis] // cut.blocks, *shape[axis + 1 :])",
     "parameter.reshape(*shape[:axis], shape[axis] // cut.blocks, cut.blocks, *shape[axis + 1 :]).swapaxes(axis, axis + 1)",
     "world_size", "structural", "reshapes of a fused qkv", **DIT_ROW,
