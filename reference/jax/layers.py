@@ -95,7 +95,8 @@ def gelu_mlp(
 
 def gelu(x: jax.Array) -> jax.Array:
     """Return x / 2 * (1 + tanh(sqrt(2 / pi) * (x + 0.044715 * x**3))), dtype as x."""
-    return x / 2 * (1 + jnp.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+    # sigmoid(2y) is (1 + tanh(y)) / 2 without its cancellation: JAX' gradient of tanh(y), g + g * tanh(y), loses it near y = -3
+    return x * jax.nn.sigmoid(2 * math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))
 
 
 def timestep_embedding(timesteps: jax.Array, *, embedding_size: int, frequency_shift: int) -> jax.Array:
