@@ -37,8 +37,8 @@ def unet() -> Contract:
         batch="batch_size",
         parameters=parameters,
         landmarks=(
-            sizes(3, 3, 5, 4, tiny_model(norm_eps=1e-2)),
-            sizes(2, 4, 2, 3, tiny_model(LAST_LOOKS, use_linear_projection=True)),
+            sizes(3, 3, 5, 4, tiny_model(MIDDLE_LOOKS)),
+            sizes(2, 4, 2, 3, tiny_model(LAST_LOOKS, use_linear_projection=True, norm_eps=1e-2)),
             sizes(1, 2, 3, 5, tiny_model(AS_WIDE_AS_SD, in_channels=4, transformer_layers_per_block=(2,))),
         ),
         factors=(
@@ -87,8 +87,8 @@ def unet_text_time() -> Contract:
         batch="batch_size",
         parameters=parameters_with_sizes,
         landmarks=(
-            with_sizes(sizes(2, 3, 2, 3, tiny_model(norm_eps=1e-2, use_linear_projection=True)), 7, 3),
-            with_sizes(sizes(1, 2, 3, 4, tiny_model(LAST_LOOKS, use_linear_projection=True)), 5, 6),
+            with_sizes(sizes(2, 3, 2, 3, tiny_model(MIDDLE_LOOKS, use_linear_projection=True)), 7, 3),
+            with_sizes(sizes(1, 2, 3, 4, tiny_model(AS_WIDE_AS_SD, use_linear_projection=True, norm_eps=1e-2)), 5, 6),
         ),
         factors=(*FACTORS, edges("text_embed_dim", 1, 2), edges("num_time_ids", 1, 5, 6)),
         build=point_with_sizes,
@@ -140,6 +140,7 @@ SDXL = "Stable Diffusion XL 1.0, unet/config.json"
 FIRST_LOOKS = ((8, 12), (True, False), (2, 3), 4)
 LAST_LOOKS = ((4, 12), (False, True), (1, 2), 2)
 ONE_LEVEL = ((8,), (True,), (2,), 2)
+MIDDLE_LOOKS = ((10, 20), (False, False), (1, 2), 2)  # the cheapest of two levels: one transformer, that of the middle
 AS_WIDE_AS_SD = ((40,), (False,), (1,), 4)  # heads of 40 features, groups of 10 channels
 LEVELS = (FIRST_LOOKS, LAST_LOOKS, ONE_LEVEL)
 IMAGES = ((4, 4), (3, 5), (2, 3), (4, 2))
