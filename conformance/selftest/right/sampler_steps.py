@@ -161,4 +161,5 @@ class FusedMultiplyAdds(Flow):
         return torch.addcmul(x, after - sigma, v)
 
     def anew(self, x, v, z, sigma, after):
-        return torch.lerp(torch.addcmul(x, -sigma, v), z, after.expand_as(x))
+        # not by lerp, which makes NaN of an infinity: it takes the start from the end first
+        return torch.addcmul(after * z, 1 - after, torch.addcmul(x, -sigma, v))
