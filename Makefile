@@ -19,7 +19,7 @@ setup: .venv/.installed  ## .venv, with everything of pyproject.toml at the vers
 	$(INSTALL) --editable '.[torch,jax,triton,conformance,benchmarks,demo,dev]'
 	touch $@
 
-check: setup  ## the gate over all built-in implementations: verdicts here and in report/ (three minutes)
+check: setup  ## the gate over all built-in implementations: verdicts here and in report/ (three and a half minutes)
 	$(BIN)/gaugeblock check --report report
 
 machines: setup  ## the gate on pretended CPUs (older instructions, more threads): the same verdicts on all? (a quarter of an hour)
@@ -31,8 +31,9 @@ lint: setup  ## ruff, mypy, and the direction of imports
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-demo: setup  ## train a tiny DiT on digits, in PyTorch and in JAX from the same draws (some minutes): demo/*.png
+demo: setup  ## train tiny models on digits, in PyTorch and in JAX, and sample with every sampler (ten minutes): demo/*.png
 	OMP_NUM_THREADS=2 $(BIN)/python demo/train_digits.py
+	OMP_NUM_THREADS=2 $(BIN)/python demo/sample_digits.py --train
 
 dashboard: setup  ## measure this commit, and a page of all commits' results that needs no internet: .asv/html (six minutes)
 	$(BIN)/gaugeblock bench --asv benchmarks/results; \

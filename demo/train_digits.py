@@ -9,7 +9,7 @@ step, and the spread of their losses is what the two runs may lie apart. Writes 
 
 import argparse
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,8 +19,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
+from digits import accuracy, batches
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from sklearn.datasets import load_digits
 
 from gaugeblock.conformance.engine.budget.error_budget import KAPPA
 from gaugeblock.conformance.engine.budget.rounding_noise import rounding_unit
@@ -38,8 +38,6 @@ STATED_LOSS = 0.45  # mean over the last tenth of STEPS steps; the first is 1.7
 GROWTH_RUNS = 2
 SAMPLES_PER_DIGIT, SAMPLING_STEPS, GUIDANCE_SCALE = 8, 32, 2.0
 
-Batch = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
-
 
 @dataclass(frozen=True)
 class Run:
@@ -54,27 +52,10 @@ class Run:
     state: dict[str, torch.Tensor]
 
 
-def digits() -> tuple[torch.Tensor, torch.Tensor]:
-    """The 1797 images, [N, 1, 8, 8] float32 in [-1, 1], and their digits, [N] int64."""
-    data = load_digits()
-    images = torch.tensor(data.images, dtype=torch.float32)[:, None] / 8 - 1
-    return images, torch.tensor(data.target, dtype=torch.int64)
-
-
-def batches(num_steps: int) -> Iterator[Batch]:
-    """Images, labels and ids of each step's batch: the data set again and again, each time in another order."""
-    images, labels = digits()
-    generator = torch.Generator().manual_seed(RUN.seed)
-    epochs = -(-num_steps * BATCH_SIZE // len(images))
-    order = torch.cat([torch.randperm(len(images), generator=generator) for _ in range(epochs)])
-    for chosen in order[: num_steps * BATCH_SIZE].view(num_steps, BATCH_SIZE):
-        yield images[chosen], labels[chosen], chosen
-
-
 def train_torch(num_steps: int, advance: Callable[[float], None]) -> Run:
     """Train with the PyTorch reference."""
     state, losses = train_image_diffusion.initial_state(RUN), []
-    for batch in batches(num_steps):
+    for batch in batches(num_steps, BATCH_SIZE, RUN.seed):
         state, metrics = train_image_diffusion.train_step(state, *batch, config=RUN)
         losses.append(float(metrics.loss))
         advance(losses[-1])
@@ -91,7 +72,7 @@ def train_jax(num_steps: int, advance: Callable[[float], None], disturbed_by: in
     initial = train_image_diffusion.initial_state(RUN)
     state = jax_step.shard_state({name: to_jax(tensor) for name, tensor in initial.items()}, mesh)
     losses = []
-    for step, batch in enumerate(batches(num_steps)):
+    for step, batch in enumerate(batches(num_steps, BATCH_SIZE, RUN.seed)):
         state, metrics = jax_step.train_step(state, *map(to_jax, batch), config=RUN, mesh=mesh)
         if disturbed_by is not None:
             state = disturb(state, jax.random.fold_in(jax.random.key(disturbed_by), step))
@@ -137,15 +118,6 @@ def sample(run: Run) -> np.ndarray:
             guidance_scale=GUIDANCE_SCALE, num_steps=SAMPLING_STEPS, velocity=RUN.velocity,
         )  # fmt: skip
     return images.clamp(-1, 1).view(10, SAMPLES_PER_DIGIT, 8, 8).numpy()
-
-
-def accuracy(samples: np.ndarray) -> float:
-    """The share of samples that a classifier trained on the real digits takes for the digit that was asked for."""
-    from sklearn.neighbors import KNeighborsClassifier
-
-    images, labels = digits()
-    classifier = KNeighborsClassifier(5).fit(images.flatten(1).numpy(), labels.numpy())
-    return float(classifier.score(samples.reshape(-1, 64), np.arange(10).repeat(SAMPLES_PER_DIGIT)))
 
 
 def draw_samples(torch_samples: np.ndarray, jax_samples: np.ndarray, path: Path) -> None:
@@ -204,7 +176,7 @@ def main(arguments: list[str]) -> int:
 
     agree, fell = bool((apart <= allowed).all()), all(each <= STATED_LOSS for each in final.values())
     for name, loss in final.items():
-        right = accuracy(samples[name])
+        right = accuracy(samples[name].reshape(-1, 8, 8), np.arange(10).repeat(SAMPLES_PER_DIGIT))
         print(f"{name}: final loss {loss:.4f} (stated: at most {STATED_LOSS}); {right:.0%} of its samples are right")
     print(f"curves: {'within' if agree else 'BEYOND'} the growth of rounding errors, at most {(apart / allowed).max():.2f} of it")
     print(f"pictures: {options.folder / 'digits.png'}, {options.folder / 'loss.png'}")

@@ -13,13 +13,16 @@ Local arrays carry their shape as a suffix, one letter per axis (`logits_TE` is 
     H  hidden_size
     I  intermediate_size
 
-The diffusion models (`layers`, `dit`) have images and sequences, and name some letters anew:
+The diffusion models (`layers`, `dit`, `unet` and others) have images and sequences, and name some letters anew:
 
     B  batch_size
     S  tokens of a sequence: one per patch
+    T  tokens of a text
+    J  tokens of text and image together, J = T + S
     D  hidden_size
     A  num_heads
     F  features of a head, or frequencies of an embedding
+    R  pairs of features of a head, R = F / 2
     C  channels
     H  height
     W  width

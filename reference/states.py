@@ -18,6 +18,20 @@ def part(state: Mapping[str, Entry], prefix: str) -> dict[str, Entry]:
     return {name.removeprefix(f"{prefix}."): entry for name, entry in state.items() if name.startswith(f"{prefix}.")}
 
 
+def parts(state: Mapping[str, Entry], prefix: str, count: int) -> list[dict[str, Entry]]:
+    """Return `part` of each of so many numbered modules (`blocks.0`, `blocks.1`, ...), looking at each name once."""
+    found: list[dict[str, Entry]] = [{} for _ in range(count)]
+    for name, entry in part(state, prefix).items():
+        index, _, own_name = name.partition(".")
+        found[int(index)][own_name] = entry
+    return found
+
+
+def of_modules(shapes: Mapping[str, Shapes]) -> Shapes:
+    """Return the shapes of the parameters of several modules: `{"to_q": {"weight": (8, 4)}}` as `{"to_q.weight": (8, 4)}`."""
+    return {name: shape for module, own in shapes.items() for name, shape in under(module, own).items()}
+
+
 def num_parameters(shapes: Mapping[str, tuple[int, ...]]) -> int:
     """Return how many numbers there are in arrays of these shapes."""
     return sum(math.prod(shape) for shape in shapes.values())

@@ -8,7 +8,6 @@ os.environ.setdefault("TRITON_INTERPRET", "1")  # read when kernels, tl.sum too,
 import torch
 import triton
 import triton.language as tl
-from triton.language.extra import libdevice
 
 
 def floats(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -120,11 +119,6 @@ def wide_range_kernel(target, start, factor):
 def to_int_kernel(source, target, BLOCK: tl.constexpr):
     lane = tl.arange(0, BLOCK)
     tl.store(target + lane, tl.load(source + lane).to(tl.int32))
-
-
-@triton.jit
-def tanh_kernel(target):
-    tl.store(target, libdevice.tanh(tl.load(target)))
 
 
 @triton.jit

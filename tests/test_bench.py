@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 
 os.environ.setdefault("TRITON_INTERPRET", "1")  # read when kernels are decorated
@@ -25,7 +26,8 @@ from gaugeblock.conformance.bench.rows import Effort, Row, bench, count_calls
 from gaugeblock.conformance.engine.budget.oracle import GRADIENT
 from gaugeblock.conformance.engine.contract import Contract, Cost, Workload
 from gaugeblock.conformance.engine.frameworks import call_torch
-from gaugeblock.conformance.engine.registry import RegistrationError, find_contract
+from gaugeblock.conformance.engine.registry import RegistrationError, contracts, find_contract
+from gaugeblock.conformance.peers.competitors import OUTSIDERS, peer_module
 
 MACHINE = Machine("a machine", "cpu", "float32", flops=1e11, bytes=1e10)
 BRIEF = Effort(QUICK, seconds=0.01)
@@ -239,6 +241,33 @@ def test_workloads_are_scaled_by_a_named_factor():
     assert scale == "num_tokens 1/8, widths 1/4"
     assert parameters["hidden_size"] == 1024 and parameters["num_experts"] == 8
     assert contract.cost(parameters, 4).flops <= FULL.flops
+
+
+def test_scaling_ends_where_no_width_can_be_smaller():
+    contract = replace(ROUTER, moved=lambda parameters, itemsize: 1e12)
+    with pytest.raises(Unavailable, match="at least"):
+        scaled(contract, Workload("huge", {**ROUTER.landmarks[0], "hidden_size": 6, "batch_size": 9}, "nowhere"), FULL, "float32")
+
+
+def test_what_does_not_fit_is_told_of_every_competitor():
+    contract = replace(ROUTER, rigid=True, flops=lambda parameters: 1e15 * parameters["num_tokens"])
+    (row,) = bench(contract, tiny(contract), "forward", [RIGHT], MACHINE, BRIEF)
+    assert row.status == "absent" and row.reason.startswith("needs 1e+15 operations")
+
+
+@pytest.mark.parametrize("contract", [each for each in contracts().values() if each.rigid], ids=lambda each: each.name)
+def test_a_model_keeps_its_widths_and_has_a_workload_for_a_cpu(contract):
+    (workload,) = (each for each in contract.workloads if each.name.startswith("two-cores/"))
+    assert scaled(contract, workload, FULL, "float32") == (workload.parameters, "full size")
+
+
+def test_every_model_of_a_library_is_there():
+    for outsiders in OUTSIDERS.values():
+        for each in outsiders.values():
+            if getattr(each, "func", None) is peer_module:
+                module, peer, _ = each.args
+                text = Path(find_spec(f"gaugeblock.conformance.peers.{module}").origin).read_text()
+                assert f"\nclass {peer}:" in text
 
 
 def test_an_unknown_name_is_answered_with_the_nearest():

@@ -10,7 +10,16 @@ from gaugeblock.conformance.engine.trial import Ledger, Subject
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("name", ["layers.layer_norm_modulate", "layers.gated_residual_layer_norm_modulate"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "layers.layer_norm_modulate",
+        "layers.gated_residual_layer_norm_modulate",
+        "norms.rms_norm",
+        "norms.layer_norm_affine",
+        "norms.group_norm_silu",
+    ],
+)
 def test_compiled_layers_have_the_oracles_values_and_gradients(name):
     compiled = next(each for each in implementations(name) if each.name == "compiled")
     contract = contracts()[name]

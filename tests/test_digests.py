@@ -66,7 +66,8 @@ def touched(subjects, before, ending, prop="parity"):
 
 def test_a_kernels_helper_touches_the_kernels_that_load_it(subjects, before):
     found = touched(subjects, before, "optimized/triton/topk.py")
-    kernels = {key for key in subjects if key[1] == "triton" and ("routers." in key[0] or "moe_layers." in key[0])}
+    routing = ("routers.", "moe_layers.", "dit_moe.")
+    kernels = {key for key in subjects if key[1] == "triton" and any(each in key[0] for each in routing)}
     over_ranks = [key for key, each in subjects.items() if each.on_ranks and each.implementation.framework == "torch"]
     layers_over_ranks = {key for key in over_ranks if "moe_layers." in key[0]}  # which take the kernels on a GPU
     assert found == kernels | layers_over_ranks

@@ -7,6 +7,7 @@ import torch
 
 from gaugeblock.conformance.engine.inputs.cases import LAYOUTS, lay_out
 from gaugeblock.conformance.engine.inputs.far import FAR, far_view, is_far
+from gaugeblock.conformance.engine.processes.wire import Arena
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64, torch.bool, torch.uint8])
@@ -46,6 +47,15 @@ def test_an_offset_of_32_bits_reaches_zeros():
     offset = torch.tensor(8, dtype=torch.int32) * torch.tensor(far.stride(0), dtype=torch.int32)
     assert offset < 0
     assert far.as_strided((4,), (1,), far.storage_offset() + int(offset)).eq(0).all()
+
+
+@pytest.mark.parametrize("part", [slice(0, 1), slice(2, 3)])
+def test_a_part_of_one_row_travels_without_the_memory_between(part):
+    far, arena = far_view(torch.arange(6.0).view(3, 2)), Arena(shared=False)
+    assert far[part, 0].is_contiguous() and is_far(far[part, 0])
+    for sent in (far[part], far[part, 0]):  # the last is contiguous as it lies
+        placed, end = arena.place({"part": sent}, 0)
+        assert end < 1024 and torch.equal(arena.tensors(placed)["part"], sent)
 
 
 def test_the_layout_property_leaves_it_to_another():

@@ -30,7 +30,6 @@ from tests.small_kernels import (
     forgetful_kernel,
     gathering_kernel,
     square_kernel,
-    tanh_kernel,
     two_configs_kernel,
     wide_range_kernel,
 )
@@ -125,10 +124,6 @@ class TestFallback:
         rows = torch.zeros(8, dtype=torch.int32)
         with watch(), pytest.raises(OutOfBoundsAccess, match=r"store in gathering_kernel, program \(0, 0, 0\): 64 of 128 lanes"):
             gathering_kernel[(1,)](floats(32, 16), rows, torch.empty(4, 16), 32, 8)
-
-    def test_libdevice_is_unsupported(self):
-        with watch(), pytest.raises(InterpreterError):
-            tanh_kernel[(1,)](floats(1))
 
 
 class TestWatch:

@@ -4,34 +4,16 @@ import os
 
 os.environ.setdefault("TRITON_INTERPRET", "1")  # transformers imports triton, which then decorates
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import pytest
-import torch
+from agreement import assert_agree
+from wide_floats import float32_is_float64
 
 from gaugeblock.conformance.engine.budget.oracle import exact_inputs, reference_run
 from gaugeblock.conformance.engine.inputs.cases import Case, cotangents, options
 from gaugeblock.conformance.engine.registry import find_contract
 from gaugeblock.conformance.selftest.variant import Variant, variants
 
-RELATIVE = 1e-10  # of each tensor's largest element: float64 keeps 1e-16, a sum of some thousand terms loses three digits of it
 ORACLES = [each for each in variants() if each.oracle]
-
-
-@contextmanager
-def float32_is_float64() -> Iterator[None]:
-    """Makes modules that cast to float32 whatever they are given compute in float64."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch, "float", torch.float64)
-        patch.setattr(torch, "float32", torch.float64)
-        patch.setattr(torch.Tensor, "float", torch.Tensor.double)
-        before = torch.get_default_dtype()
-        torch.set_default_dtype(torch.float64)
-        try:
-            yield
-        finally:
-            torch.set_default_dtype(before)
 
 
 @pytest.mark.parametrize("oracle", ORACLES, ids=[f"{each.contract}-{each.name}" for each in ORACLES])
@@ -45,9 +27,4 @@ def test_reference_is_the_public_module(oracle: Variant) -> None:
         ours = reference_run(contract, *arguments)
         with float32_is_float64():
             theirs = reference_run(contract, *arguments, oracle.candidate())
-        for key, expected in theirs.items():
-            assert ours[key].dtype == expected.dtype, key
-            if expected.is_floating_point():
-                assert (ours[key] - expected).abs().max() <= RELATIVE * expected.abs().max(), f"{key} of {case}"
-            else:
-                assert torch.equal(ours[key], expected), f"{key} of {case}"
+        assert_agree(ours, theirs, case)

@@ -168,7 +168,9 @@ def test_budgets_at_once_and_one_by_one(name: str, rounding: str) -> None:
     """Every shipped reference can be done at once, and its errors are as large: in the mean over its elements and cases."""
     contract, dtype = contracts()[name], contracts()[name].dtypes[-1]
     logarithms: dict[str, list[float]] = {}
-    count = FEW if contract.cases >= 0.5 else 2  # a model, or a step of one, has hundreds of gradients in each
+    # a model, or a step of one, has hundreds of gradients in each; where gates follow one feature they all err together, and from
+    # case to case the mean logarithm has a deviation of 0.1
+    count = FEW if contract.cases >= 0.5 else 5 if contract.chooses_inside else 2
     for case in array(contract, 1)[:count]:
         run = partial(
             reference_run,

@@ -13,7 +13,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gaugeblock.conformance.engine.triton.interpreter import watch
-from gaugeblock.optimized.triton import launch, layers
+from gaugeblock.optimized.triton import launch, partial_sums
 from gaugeblock.optimized.triton.dit import dit
 from gaugeblock.optimized.triton.layers import gated_residual_layer_norm_modulate, layer_norm_modulate
 from gaugeblock.reference.configs import DiTConfig
@@ -75,7 +75,7 @@ def test_sums_over_more_tokens_than_the_two_kernels_take_at_once(monkeypatch):
     """70 tokens are 3 chunks, of which the second kernel takes 2 at a time."""
     tensors = arguments(num_tokens=70, hidden_size=5)
     expected = gradients(gated_residual_layer_norm_modulate, tensors)
-    monkeypatch.setattr(layers, "SUM_BLOCK", (2, 64))
+    monkeypatch.setattr(partial_sums, "SUM_BLOCK", (2, 64))
     for gradient, other in zip(gradients(gated_residual_layer_norm_modulate, tensors), expected, strict=True):
         torch.testing.assert_close(gradient, other)
 

@@ -38,6 +38,7 @@ class Limits:
 
 FULL = Limits(flops=2.6e10, bytes=5e8)  # 0.13 s of two cores
 QUICK = Limits(flops=1e9, bytes=5e7)
+RIGID = 4  # times as much may cost what has widths that cannot be made smaller
 
 
 @dataclass(frozen=True)
@@ -127,17 +128,28 @@ def fits(contract: Contract, workload: Workload, limits: Limits, dtype: str) -> 
 def scaled(contract: Contract, workload: Workload, limits: Limits, dtype: str) -> tuple[Parameters, str]:
     """Halves a workload's widths until its bytes are within the limits, then its batch until its flops are.
 
+    The widths of a rigid contract stay; it may cost `RIGID` times as much.
+
     Returns:
         The parameters, and the factors by name: `"num_tokens 1/8, widths 1/4"`, or `"full size"`.
+
+    Raises:
+        Unavailable: No halving brings the bytes within the limits, or of a rigid contract the flops.
     """
     itemsize = getattr(torch, dtype).itemsize
     full = workload.parameters
     parameters = dict(full)
-    widths = [name for name in parameters if name.endswith(("_size", "_sizes"))]
-    while widths and contract.cost(parameters, itemsize).bytes > limits.bytes:
+    widths = [name for name in parameters if name.endswith(("_size", "_sizes")) and name != contract.batch]
+    if contract.rigid:
+        widths, limits = [], Limits(RIGID * limits.flops, RIGID * limits.bytes)
+    while min((parameters[name] for name in widths), default=1) > 1 and contract.cost(parameters, itemsize).bytes > limits.bytes:
         parameters |= {name: parameters[name] // 2 for name in widths}
     while contract.cost(parameters, itemsize).flops > limits.flops and parameters[contract.batch] > 1:
         parameters[contract.batch] //= 2
+    least = contract.cost(parameters, itemsize)
+    if least.bytes > limits.bytes or (contract.rigid and least.flops > limits.flops):
+        needed = f"{least.flops:.0e} operations and {least.bytes:.0e} bytes"
+        raise Unavailable(f"needs {needed} at least; a problem on a CPU has {limits.flops:.0e} and {limits.bytes:.0e}")
     labels = {contract.batch: contract.batch} | ({"widths": widths[0]} if widths else {})
     smaller = {label: Fraction(parameters[name], full[name]) for label, name in labels.items()}
     return parameters, ", ".join(f"{label} {by}" for label, by in smaller.items() if by != 1) or "full size"

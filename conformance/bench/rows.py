@@ -108,9 +108,12 @@ def bench(
         A row for every competitor: those measured, fastest first, then the others.
     """
     parameters, scale = workload.parameters, "full size"
-    if machine.device == "cpu":
-        parameters, scale = scaled(contract, workload, effort.limits, machine.dtype)
     named = {each.name: each for each in competing}
+    if machine.device == "cpu":
+        try:
+            parameters, scale = scaled(contract, workload, effort.limits, machine.dtype)
+        except Unavailable as reason:
+            return [_without(Row(contract.name, workload.name, scale, direction, name), reason) for name in named]
     rows = {name: Row(contract.name, workload.name, scale, direction, name) for name in named}
     if time.monotonic() >= effort.until:
         return [_without(row, Late()) for row in rows.values()]

@@ -65,10 +65,10 @@ def test_speed(contest: Contest, benchmark: Any) -> None:
     """Set-up and a first call, whose results are compared with the reference's, are outside the clock."""
     machine = this_machine(contest.contract.dtypes, quick=True)
     parameters = contest.workload.parameters
-    if machine.device == "cpu":
-        parameters, benchmark.extra_info["scale"] = scaled(contest.contract, contest.workload, QUICK, machine.dtype)
-    problem = make_problem(contest.contract, parameters, contest.direction, machine)
     try:
+        if machine.device == "cpu":
+            parameters, benchmark.extra_info["scale"] = scaled(contest.contract, contest.workload, QUICK, machine.dtype)
+        problem = make_problem(contest.contract, parameters, contest.direction, machine)
         call = contest.competitor.prepare(problem)
     except (Unavailable, ImportError) as reason:
         pytest.skip(str(reason))

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from gaugeblock.conformance.contracts import flash_attention, model_states
 from gaugeblock.conformance.engine.contract import Contract, Input, Output, Regime, Rejection, Workload, row
 from gaugeblock.conformance.engine.factors import Factor, Trait, edges, either
-from gaugeblock.conformance.engine.implementation import compiled, jax, triton
+from gaugeblock.conformance.engine.implementation import compiled, distributed, jax, triton
 from gaugeblock.conformance.engine.inputs.bad_calls import changed
 from gaugeblock.conformance.engine.inputs.draw import Draw
 from gaugeblock.conformance.engine.vocabulary import Parameters, Tensors
@@ -33,7 +33,7 @@ def dit() -> Contract:
         reference=model.dit,
         inputs=(
             Input("state", leaves=state_leaves, differentiable=True),
-            Input("latents", ("batch_size", "in_channels", "input_size", "input_size"), differentiable=True),
+            Input("latents", IMAGE, differentiable=True),
             Input("timesteps", ("batch_size",), dtype="float32"),
             Input("class_labels", ("batch_size",), dtype="int64"),
         ),
@@ -45,6 +45,7 @@ def dit() -> Contract:
             sizes(3, tiny_model(norm_eps=1e-2)),
             sizes(2, tiny_model(24, 3, 1, 6, 2, in_channels=4, learn_sigma=False, frequency_shift=1, num_classes=10)),
             sizes(1, tiny_model(144, 2, 1, in_channels=4, num_classes=10)),  # heads as wide as DiT-XL's
+            sizes(2, tiny_model(16, 4, 2, norm_eps=1e-2, mlp_ratio=1.5)),  # what four ranks can share
         ),
         factors=FACTORS,
         build=point,
@@ -55,25 +56,39 @@ def dit() -> Contract:
             Regime("adversarial", extreme, "worst element"),
             Regime("special", special, "worst element", differentiable=False),
         ),
-        formulas=(flash_attention.dit,),
+        formulas=(flash_attention.of(model.dit, layers),),
         cases=0.25,  # a budget with the gradients of all parameters takes about a second
         configure=lambda parameters: {"config": configuration(parameters)},
         flops=flops,
         moved=moved,
+        rigid=True,
         workloads=(
             Workload("dit-xl-2/256px-batch-8", sizes(8, DIT_PRESETS["DiT-XL/2"]), "facebookresearch/DiT models.py, DiT_XL_2"),
             Workload("dit-b-4/256px-batch-32", sizes(32, DIT_PRESETS["DiT-B/4"]), "facebookresearch/DiT models.py, DiT_B_4"),
             Workload("two-cores/dit-s-8-batch-2", sizes(2, DIT_PRESETS["DiT-S/8"]), "a size for a CPU, DiT_S_8"),
         ),
+        shardings={
+            "whole": {},  # inputs, results and gradients are on every rank alike
+            "data_parallel": {"batch_size": "uneven"},
+        },
         rejections=REJECTIONS,
         implementations=(
             triton(**model_states.LIBRARY_PRODUCTS),
             compiled("compiled", devices=("cuda",), **model_states.LIBRARY_PRODUCTS),  # on a CPU every compilation takes a minute
+            compiled("torch-library", "dit:dit_by_library", dtypes=("float32", "bfloat16"), **model_states.LIBRARY_PRODUCTS),
             jax("jax-compiled"),
+            distributed("tensor-parallel", "dit_tensor_parallel:dit", only=HEADS_FIT, **model_states.ON_RANKS),
+            distributed("sequence-parallel", "dit_sequence_parallel:dit", only=TOKENS_FIT, **model_states.ON_RANKS),
+            distributed("fsdp2", "dit_fully_sharded:dit", sharding="data_parallel", **model_states.ON_RANKS),
+            # each number of devices takes a compilation: tests/test_jax_sharded_dit.py has 1 and 2
+            distributed("jax-sharded", "sharded_dit:dit", framework="jax", world_sizes=(4,), only=HEADS_FIT),
         ),
     )
 
 
+HEADS_FIT = "num_heads % 4 == 0"
+TOKENS_FIT = f"{HEADS_FIT} and input_size // patch_size % 2 == 0"
+IMAGE = ("batch_size", "in_channels", "input_size", "input_size")
 TABLE = "y_embedder"  # of which few rows are read
 LABELS = "state/y_embedder.embedding_table.weight"
 
@@ -102,9 +117,13 @@ def flops(parameters: Parameters) -> float:
 
 def moved(parameters: Parameters, itemsize: int) -> float:
     """Parameters, latents and result, once each."""
-    config = configuration(parameters)
-    pixels = parameters["batch_size"] * (config.in_channels + config.out_channels) * config.input_size**2
-    return itemsize * (model_states.moved(model.state_shapes(config), without=(TABLE,)) + pixels)
+    return moved_by(configuration(parameters), model.state_shapes, parameters["batch_size"], itemsize)
+
+
+def moved_by(config: Any, shapes: Callable[[Any], model_states.Shapes], batch_size: int, itemsize: int) -> float:
+    """The same of any model that takes DiT's inputs, with parameters of these shapes."""
+    pixels = batch_size * (config.in_channels + config.out_channels) * config.input_size**2
+    return itemsize * (model_states.moved(shapes(config), without=(TABLE,)) + pixels)
 
 
 def sizes(batch_size: int, config: DiTConfig) -> dict[str, Any]:
@@ -132,7 +151,7 @@ def tiny_model(
 @st.composite
 def parameters(draw: st.DrawFn) -> dict[str, Any]:
     """Tiny models with one to three heads, all tokens in one patch or one pixel in each."""
-    hidden_size, num_heads = draw(st.sampled_from([(16, 1), (16, 2), (24, 3), (32, 2), (48, 3)]))
+    hidden_size, num_heads = draw(st.sampled_from([(16, 1), (16, 2), (16, 4), (24, 3), (32, 2), (32, 4), (48, 3)]))
     input_size, patch_size = draw(st.sampled_from([(4, 2), (4, 4), (4, 1), (6, 2), (8, 4)]))
     config = tiny_model(
         hidden_size,
@@ -155,7 +174,7 @@ FACTORS = (
     Factor(
         "heads",
         str,
-        values=((16, 1), (16, 2), (24, 3), (32, 2)),
+        values=((16, 1), (16, 2), (16, 4), (24, 3), (32, 2)),
         of=lambda sizes: (sizes["hidden_size"], sizes["num_heads"]),
     ),
     Factor(
@@ -196,7 +215,12 @@ TRAITS = (
 
 def dithered(draw: Draw, parameters: Parameters) -> Tensors:
     """Random latents and weights scaled by fan-in, none of them 0; times up to 999, with neighbours; the dropped label."""
-    state = model_states.drawn(draw, model.state_shapes(configuration(parameters)), tables=(TABLE,))
+    return drawn(draw, parameters, model.state_shapes(configuration(parameters)))
+
+
+def drawn(draw: Draw, parameters: Parameters, shapes: model_states.Shapes, *, around_one: tuple[str, ...] = ()) -> Tensors:
+    """Such inputs of any model that takes DiT's, with parameters of these shapes; `around_one` as of `model_states.drawn`."""
+    state = model_states.drawn(draw, shapes, tables=(TABLE,), around_one=around_one)
     batch_size = parameters["batch_size"]
     times = 1000 * draw.uniform(batch_size)
     times[:2] = torch.tensor([999.0, 998.0], dtype=torch.float64)[:batch_size]
@@ -212,29 +236,37 @@ def dithered(draw: Draw, parameters: Parameters) -> Tensors:
 
 
 def near_constants(draw: Draw, parameters: Parameters) -> Tensors:
-    """Where constants count: the first patch's variance stays near the eps of every LayerNorm; inputs of GELU are near -3.
-
-    There exact GELU is a tenth larger in magnitude than its tanh approximation.
-    """
+    """Where constants count: `near_eps`; inputs of GELU are near -3, where the exact one is a tenth larger in magnitude than its
+    tanh approximation."""
     tensors, config = dithered(draw, parameters), configuration(parameters)
-    width = config.hidden_size
-    place = layers.sincos_position_embedding(config.input_size // config.patch_size, like=draw.normal(width))[0]
-    tensors["state/x_embedder.proj.weight"] *= 2.0**-10
-    tensors["state/x_embedder.proj.bias"] = -place
     for index in range(config.depth):
-        block = f"state/blocks.{index}"
+        mlp = f"state/blocks.{index}.mlp"
+        tensors[f"{mlp}.fc1.weight"] *= 2.0**-4
+        tensors[f"{mlp}.fc1.bias"] = tensors[f"{mlp}.fc1.bias"] / 8 - 3
+        tensors[f"{mlp}.fc2.weight"] *= 2.0**8
+    return near_eps(tensors, config)
+
+
+def near_eps(tensors: Tensors, config: DiTConfig) -> Tensors:
+    """The first patch's variance stays near the eps of every LayerNorm."""
+    width, weight = config.hidden_size, tensors["state/x_embedder.proj.weight"]
+    weight *= 2.0**-10
+    side = config.input_size // config.patch_size
+    tensors["state/x_embedder.proj.bias"] = -layers.sincos_position_embedding(side, like=weight.new_empty(width))[0]
+    for index in range(config.depth):
         for part in ("weight", "bias"):
-            gates = tensors[f"{block}.adaLN_modulation.1.{part}"].unflatten(0, (6, width))[2::3]
+            gates = tensors[f"state/blocks.{index}.adaLN_modulation.1.{part}"].unflatten(0, (6, width))[2::3]
             gates *= 2.0**-10
-        tensors[f"{block}.mlp.fc1.weight"] *= 2.0**-4
-        tensors[f"{block}.mlp.fc1.bias"] = tensors[f"{block}.mlp.fc1.bias"] / 8 - 3
-        tensors[f"{block}.mlp.fc2.weight"] *= 2.0**8
     return tensors
 
 
 def extreme(draw: Draw, parameters: Parameters) -> Tensors:
     """Attention that picks single tokens; latents from 2^-4 to 2^4."""
-    tensors = dithered(draw, parameters)
+    return picking(draw, dithered(draw, parameters), parameters)
+
+
+def picking(draw: Draw, tensors: Tensors, parameters: Parameters) -> Tensors:
+    """Such inputs made of others."""
     scale = torch.exp2(draw.integers(-4, 5, parameters["batch_size"], 1, 1, 1).to(torch.float64))
     tensors["latents"] *= scale
     for index in range(parameters["depth"]):
@@ -244,9 +276,14 @@ def extreme(draw: Draw, parameters: Parameters) -> Tensors:
 
 def special(draw: Draw, parameters: Parameters) -> Tensors:
     """An example with a NaN and one with an infinity."""
-    tensors = dithered(draw, parameters)
-    tensors["latents"][parameters["batch_size"] // 2, 0, 0, 0] = torch.nan
-    tensors["latents"][-1, 0, -1, -1] = torch.inf
+    return with_bad_examples(dithered(draw, parameters))
+
+
+def with_bad_examples(tensors: Tensors) -> Tensors:
+    """A NaN in the latents of one example, an infinity in those of the last."""
+    latents = tensors["latents"]
+    latents[len(latents) // 2, 0, 0, 0] = torch.nan
+    latents[-1, 0, -1, -1] = torch.inf
     return tensors
 
 

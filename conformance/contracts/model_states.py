@@ -8,11 +8,17 @@ import torch
 
 from gaugeblock.conformance.engine.contract import Input
 from gaugeblock.conformance.engine.inputs.draw import Draw
-from gaugeblock.conformance.engine.vocabulary import Tensors
+from gaugeblock.conformance.engine.vocabulary import DEVICES, Tensors
 
 Shapes = Mapping[str, tuple[int, ...]]
 # torch rounds what its products give, and on a CPU their bits depend on how many rows there are.
 LIBRARY_PRODUCTS: dict[str, Any] = {"rounding": "eager", "batch_invariant": False}
+ON_RANKS: dict[str, Any] = {
+    "dtypes": ("float32", "bfloat16"),
+    "world_sizes": (1, 2, 4),
+    "devices": DEVICES,
+    **LIBRARY_PRODUCTS,
+}
 
 
 def leaves(shapes: Shapes) -> dict[str, Input]:
@@ -32,7 +38,8 @@ def drawn(draw: Draw, shapes: Shapes, *, tables: tuple[str, ...] = (), around_on
     state = {}
     for name, shape in shapes.items():
         is_table = any(each in name for each in tables)
-        deviation = math.prod(shape[1:]) ** -0.5 if len(shape) > 1 and not is_table else 0.5
+        fan_in = math.prod(shape[-1:] if len(shape) == 3 else shape[1:])  # of three axes, the first is of experts
+        deviation = fan_in**-0.5 if len(shape) > 1 and not is_table else 0.5
         offset = 1.0 if any(each in name for each in around_one) else 0.0
         state[f"state/{name}"] = draw.normal(*shape) * deviation + offset
     return state

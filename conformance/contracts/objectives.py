@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from gaugeblock.conformance.contracts.noised_examples import by_value
 from gaugeblock.conformance.engine.contract import Contract, Input, Output, Regime, Rejection, Workload, row
 from gaugeblock.conformance.engine.factors import Trait, edges, either, kind_of_width, kinds
 from gaugeblock.conformance.engine.inputs.draw import Draw
@@ -87,6 +88,41 @@ def rectified_flow_loss() -> Contract:
     )
 
 
+@row
+def rectified_flow_min_snr_weights() -> Contract:
+    """The row of `objectives.rectified_flow_min_snr_weights`."""
+    return Contract(
+        name="objectives.rectified_flow_min_snr_weights",
+        summary="Min-SNR weights along the straight way between data and noise; which ratio is meant has a name.",
+        formula="snr = ((1 - t) / t)**2 and min-SNR weights; or q = (t / max(1 - t, 1e-8))**2 and min(q, gamma) / q",
+        source="Hang et al. 2023 (arXiv:2303.09556) section 3.4; EasyDeL image_diffusion_trainer",
+        reference=objectives.rectified_flow_min_snr_weights,
+        inputs=(TIMES,),
+        outputs=(Output("weights", ("batch_size",), dtype="float32"),),
+        options=("prediction_type", "gamma", "snr"),
+        batch="batch_size",
+        dtypes=("float32",),
+        landmarks=(weight_sizes(33), *(weight_sizes(33, kind, snr="noise over data") for kind in PREDICTIONS)),
+        factors=(
+            edges("batch_size", 1, 2, 3, 32, 65),
+            either("prediction_type", *PREDICTIONS),
+            either("gamma", 5.0, 1.0),
+            either("snr", "data over noise", "noise over data"),
+        ),
+        build=weight_sizes,
+        traits=TIME_TRAITS,
+        regimes=(
+            Regime("dithered", _only(("times",), times_of_batch), differentiable=False),
+            Regime("adversarial", _only(("times",), near_ends), "worst element", differentiable=False),
+        ),
+        flops=lambda parameters: 6.0 * parameters["batch_size"],
+        workloads=(Workload("dit-xl-2/batch-256", weight_sizes(256), "Hang et al. (arXiv:2303.09556) section 4.1"),),
+        cases=0.2,
+        rejections=(by_value("a time beyond noise", "times", {"times": 1.5}),),
+        without={"gradients": "nothing has a gradient"},
+    )
+
+
 SHAPE = ("batch_size", "channels", "size")
 DATA = Input("data", SHAPE, differentiable=True)
 NOISE = Input("noise", SHAPE, differentiable=True)
@@ -109,6 +145,29 @@ def _all(value: float, name: str) -> Callable[[Tensors], Tensors]:
 
 TIME_TRAITS = (Trait("0", "values of times", _all(0.0, "times")), Trait("1", "values of times", _all(1.0, "times")))
 DATA_TRAITS = (Trait("0", "values of data", _all(0.0, "data")),)
+
+
+PREDICTIONS = ("epsilon", "sample", "v_prediction", "flow_prediction")
+
+
+def weight_sizes(
+    batch_size: int, prediction_type: str = "flow_prediction", gamma: float = 5.0, snr: str = "data over noise"
+) -> dict[str, Any]:
+    """One point of the weights' input space."""
+    return {"batch_size": batch_size, "prediction_type": prediction_type, "gamma": gamma, "snr": snr}
+
+
+def times_of_batch(draw: Draw, parameters: Parameters) -> Tensors:
+    """Times all along the way."""
+    return {"times": draw.uniform(parameters["batch_size"])}
+
+
+def near_ends(draw: Draw, parameters: Parameters) -> Tensors:
+    """Times at the ends and near them."""
+    nearly = torch.exp2(-2 - 14 * draw.uniform(parameters["batch_size"]))
+    kinds = draw.integers(0, 4, parameters["batch_size"])
+    ends = torch.stack([nearly, 1 - nearly, torch.zeros_like(nearly), torch.ones_like(nearly)])
+    return {"times": ends.gather(0, kinds[None])[0]}
 
 
 def flops(parameters: Parameters) -> float:

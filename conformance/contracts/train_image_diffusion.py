@@ -59,6 +59,7 @@ def train_step() -> Contract:
         ),
         flops=flops,
         moved=moved,
+        rigid=True,
         workloads=(
             Workload(
                 "dit-s-2/train-256",

@@ -57,6 +57,8 @@ class Input:
     """Of a dict of tensors (a state dict): its tensors by name, at given sizes."""
     buffers: frozenset[str] = frozenset()
     """Of a dict with gradients: the names of the tensors in it that have none."""
+    any_rank: bool = False
+    """Whether it may have more axes in front, or fewer; the gate calls it with these."""
     whole: tuple[str, ...] = ()
     """Dimensions that every rank has whole, whatever a sharding says of their names: a router's, where experts are spread."""
 
@@ -234,6 +236,8 @@ class Contract:
     """Published sizes, for benchmarks."""
     formulas: tuple[Callable[..., Any], ...] = ()
     """Other ways to write the reference, equal in exact arithmetic; a budget allows for the rounding of each."""
+    rigid: bool = False
+    """Its sizes hang together (heads, groups, patches of a model): a benchmark may make no width of a workload smaller."""
     factors: tuple[Factor, ...] = ()
     """What a kernel may treat in different ways: every pair of classes of two factors is visited."""
     build: Callable[..., Parameters | None] | None = None

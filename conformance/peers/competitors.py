@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable
 from functools import partial
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -76,6 +77,19 @@ def torchtitan_module(peer: str, problem: Problem) -> Callable[[], Results]:
         raise Unavailable(f"its experts compute in bfloat16, whatever they are given, not in {problem.machine.dtype}")
     _require_aligned_rows(problem)
     return partial(call_torch, problem.contract, getattr(torchtitan, peer)(), problem.call)
+
+
+def peer_module(module: str, peer: str, compiled: bool, problem: Problem) -> Callable[[], Results]:
+    """A model of a public library: a class of a module of this folder, as it comes or compiled by torch.compile."""
+    if compiled and problem.machine.device == "cpu":
+        raise Unavailable("compiling a whole model for a CPU takes minutes")
+    candidate = getattr(import_module(f"gaugeblock.conformance.peers.{module}"), peer)()
+    return partial(call_torch, problem.contract, torch.compile(candidate) if compiled else candidate, problem.call)
+
+
+def _models(library: str, module: str, peer: str) -> dict[str, Callable[[Problem], Callable[[], Results]]]:
+    """A library's model, eager and compiled."""
+    return {f"{library} {how}": partial(peer_module, module, peer, how == "compiled") for how in ("eager", "compiled")}
 
 
 def _layers(of_transformers: str, of_torchtitan: str = "") -> dict[str, Callable[[Problem], Callable[[], Results]]]:
@@ -156,6 +170,34 @@ def _guard_memory(problem: Problem) -> None:
         raise Unavailable(f"copies {needed / 2**30:.0f} GiB of weights, {limit / 2**30:.0f} GiB allowed")
 
 
+def torch_function(function: Callable[..., torch.Tensor], compiled: bool, problem: Problem) -> Callable[[], Results]:
+    """A function of torch in the dtype of its inputs, as it is or compiled for the very sizes."""
+    called = torch.compile(function) if compiled else function
+    return partial(call_torch, problem.contract, called, problem.call)
+
+
+def _rms_norm(hidden_states: torch.Tensor, weight: torch.Tensor, *, eps: float) -> torch.Tensor:
+    return torch.nn.functional.rms_norm(hidden_states, weight.shape, weight, eps)
+
+
+def _layer_norm(hidden_states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, *, eps: float) -> torch.Tensor:
+    return torch.nn.functional.layer_norm(hidden_states, weight.shape, weight, bias, eps)
+
+
+def _group_norm(images: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, *, num_groups: int, eps: float) -> torch.Tensor:
+    return torch.nn.functional.group_norm(images, num_groups, weight, bias, eps)
+
+
+def _group_norm_silu(
+    images: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, *, num_groups: int, eps: float
+) -> torch.Tensor:
+    return torch.nn.functional.silu(_group_norm(images, weight, bias, num_groups=num_groups, eps=eps))
+
+
+def _of_torch(function: Callable[..., torch.Tensor]) -> dict[str, Callable[[Problem], Callable[[], Results]]]:
+    return {name: partial(torch_function, function, name == "torch.compile") for name in ("torch", "torch.compile")}
+
+
 OUTSIDERS: dict[str, dict[str, Callable[[Problem], Callable[[], Results]]]] = {
     "experts.fused_swiglu": {
         "torch grouped_mm": grouped_mm,
@@ -169,6 +211,22 @@ OUTSIDERS: dict[str, dict[str, Callable[[Problem], Callable[[], Results]]]] = {
     "moe_layers.qwen2_moe": _layers("TransformersQwen2Block", "TorchtitanQwen35Block"),
     "grouped_moe_layers.deepseek_v3_moe": _layers("TransformersDeepseekV3Block", "TorchtitanDeepseekV3Block"),
     "biased_moe_layers.gpt_oss_moe": _layers("TransformersGptOssBlock", "TorchtitanGptOssBlock"),
+    "dit.dit": _models("diffusers", "diffusers", "DiffusersDit"),
+    "mmdit.mmdit": _models("diffusers", "diffusers_mmdit", "DiffusersMmdit"),
+    "flux.flux": _models("diffusers", "diffusers_flux", "DiffusersFlux"),
+    "unet.unet": _models("diffusers", "diffusers_unet", "DiffusersUnet"),
+    "unet.unet_text_time": _models("diffusers", "diffusers_unet", "DiffusersUnetTextTime"),
+    "vae.encode": _models("diffusers", "diffusers_vae", "DiffusersVaeEncode"),
+    "vae.decode": _models("diffusers", "diffusers_vae", "DiffusersVaeDecode"),
+    "clip_text.clip_text": _models("transformers", "transformers_clip", "TransformersClip"),
+    "rotary.rotate": _models("diffusers", "diffusers", "DiffusersRotary"),
+    "rotary.qk_norm_rotary": _models("diffusers", "diffusers", "DiffusersFluxQkNorm"),
+    "gated_activations.swiglu": _models("diffusers", "diffusers", "DiffusersSwiGlu"),
+    "gated_activations.geglu": _models("diffusers", "diffusers", "DiffusersGeGlu"),
+    "norms.rms_norm": _of_torch(_rms_norm),
+    "norms.layer_norm_affine": _of_torch(_layer_norm),
+    "norms.group_norm": _of_torch(_group_norm),
+    "norms.group_norm_silu": _of_torch(_group_norm_silu),
     "routers.softmax_topk": {"transformers, identity gate": transformers_softmax_router},
     "routers.grouped_sigmoid_topk": {"transformers, identity gate": transformers_grouped_router},
 }

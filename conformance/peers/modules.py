@@ -14,6 +14,17 @@ def without_parameters(module_class: Callable[..., torch.nn.Module], *arguments:
         return module_class(*arguments).eval()
 
 
+def with_buffers_alone(module_class: Callable[..., torch.nn.Module], *arguments: Any, **options: Any) -> Any:
+    """The same of a module whose buffers (tables of places) are its own, and real."""
+    register = torch.nn.Module.register_parameter
+
+    def on_meta(module: torch.nn.Module, name: str, parameter: torch.nn.Parameter | None) -> None:
+        register(module, name, None if parameter is None else torch.nn.Parameter(parameter.detach().to("meta")))
+
+    with patch.object(torch.nn.Module, "register_parameter", on_meta):
+        return module_class(*arguments, **options).eval()
+
+
 @contextmanager
 def without_projection() -> Iterator[None]:
     """Their routers begin with a product that is no part of our contracts: here it hands on what it is given, in the dtype that

@@ -18,23 +18,30 @@ LIBRARIES = {
     "transformers": "transformers",
     "transformers_layers": "transformers",
     "transformers_clip": "transformers",
+    "transformers_dense": "transformers",
     "diffusers": "diffusers",
     "diffusers_flux": "diffusers",
     "diffusers_mmdit": "diffusers",
     "diffusers_unet": "diffusers",
     "diffusers_vae": "diffusers",
+    "diffusers_schedulers": "diffusers",
     "liger": "liger-kernel",
+    "liger_layers": "liger-kernel",
+    "fla": "fla-core",
     "torchtitan": "torchtitan",
 }
 """For each module of this folder that holds peers, the distribution that they need."""
 IMPORTS = {
     "liger": "liger_kernel",
+    "liger_layers": "liger_kernel",
     "transformers_layers": "transformers",
     "transformers_clip": "transformers",
+    "transformers_dense": "transformers",
     "diffusers_flux": "diffusers",
     "diffusers_mmdit": "diffusers",
     "diffusers_unet": "diffusers",
     "diffusers_vae": "diffusers",
+    "diffusers_schedulers": "diffusers",
 }
 """The package that a distribution brings, where it is named otherwise than the module of this folder."""
 UNDOCUMENTED: Mapping[str, Any] = {"validates": False, "batch_invariant": False}

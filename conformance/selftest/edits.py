@@ -20,7 +20,7 @@ from gaugeblock.conformance.engine.registry import find_contract
 from gaugeblock.conformance.selftest.fault import Fault, Kind, plant
 
 OPTIMIZED = "gaugeblock.optimized"
-COMPOSITION = "moe_composition"  # the module of OPTIMIZED that layers in torch are composed in: it is copied beside a realm's
+COMPOSITION = "_composition.py"  # how the modules of OPTIMIZED end that models in torch are composed in: copied beside a realm's
 
 
 def mutated(source: str, place: str, old: str, new: str) -> str:
@@ -55,13 +55,16 @@ def load_mutant(realm: str, function: str, name: str, place: str, old: str, new:
     if not folder.exists():
         folder.mkdir()
         changed, _, inside = place.partition(".")
+        compositions = {each.name: each for each in files(OPTIMIZED).iterdir() if each.name.endswith(COMPOSITION)}
         # a realm may have a composition of its own, as JAX has
-        sources = {COMPOSITION: files(OPTIMIZED) / f"{COMPOSITION}.py"}
-        sources |= {each.name.removesuffix(".py"): each for each in files(original).iterdir() if each.name.endswith(".py")}
-        for stem, file in sources.items():
+        sources = compositions | {each.name: each for each in files(original).iterdir() if each.name.endswith(".py")}
+        for name_of_file, file in sources.items():
+            stem = name_of_file.removesuffix(".py")
             text = mutated(file.read_text(), inside, old, new) if stem == changed else file.read_text()
-            text = text.replace(f"from {OPTIMIZED} import {COMPOSITION}", f"from {package} import {COMPOSITION}")
-            (folder / f"{stem}.py").write_text(text.replace(original, package))
+            for each in compositions:
+                imported = f"import {each.removesuffix('.py')}"
+                text = text.replace(f"from {OPTIMIZED} {imported}", f"from {package} {imported}")
+            (folder / name_of_file).write_text(text.replace(original, package))
     return getattr(importlib.import_module(f"{package}.{module}"), attribute)
 
 

@@ -1,24 +1,32 @@
-"""DiT with its block compiled by torch.compile, in the dtype of its inputs.
+"""DiT of torch's fused operations, in the dtype of its inputs, with its block compiled by torch.compile or left as it is.
 
 One compilation serves all blocks, so that its time does not grow with the depth; everything between the matrix products
-and `scaled_dot_product_attention` is fused. Results of products and of attention are in the dtype of the latents; sums
-of products, and what is inside of `reference.torch.layers`, are float32.
+and `scaled_dot_product_attention` is fused. Sums of products, and what is inside of an operation, are float32.
 
 Shapes: as in `reference.torch.layers`.
 """
 
 from collections.abc import Callable, Mapping
-from functools import cache
+from functools import partial
 
 import torch
 from torch.nn import functional
 
-from gaugeblock.reference import validation
+from gaugeblock.optimized.compiled.library_layers import (
+    Fuse,
+    compiled,
+    gated_residual,
+    gated_residual_layer_norm_modulate,
+    layer_norm_modulate,
+)
+from gaugeblock.optimized.model_parts import as_it_is, linear, two_linears
+from gaugeblock.reference import states, validation
 from gaugeblock.reference.configs import DiTConfig
 from gaugeblock.reference.torch import layers
-from gaugeblock.reference.torch.dit import NORM_EPS, block_state, embed_patches, state_shapes
+from gaugeblock.reference.torch.dit import NORM_EPS, embed_patches, state_shapes
 
 State = Mapping[str, torch.Tensor]
+Branch = Callable[[State, torch.Tensor], torch.Tensor]
 
 
 def dit(
@@ -43,31 +51,49 @@ def dit(
 
     Source: `gaugeblock.reference.torch.dit.dit`.
     """
+    return _predict(compiled, state, latents, timesteps, class_labels, config)
+
+
+def dit_by_library(
+    state: State, latents: torch.Tensor, timesteps: torch.Tensor, class_labels: torch.Tensor, *, config: DiTConfig
+) -> torch.Tensor:
+    """As `dit`, with nothing compiled: each operation of torch is fused in itself."""
+    return _predict(as_it_is, state, latents, timesteps, class_labels, config)
+
+
+def _predict(
+    fuse: Fuse, state: State, latents: torch.Tensor, timesteps: torch.Tensor, class_labels: torch.Tensor, config: DiTConfig
+) -> torch.Tensor:
     validation.dit(state, latents, timesteps, class_labels, config, state_shapes(config))
     validation.class_labels_in_range(class_labels, config.num_classes)
     hidden_BSD = embed_patches(state, latents, config=config)
     active_BD = functional.silu(embed_conditions(state, timesteps, class_labels, config))
-    for index in range(config.depth):
-        hidden_BSD = _compiled_block()(block_state(state, index), hidden_BSD, active_BD, config.num_heads, config.norm_eps)
-    shift_BD, scale_BD = linear(state, "final_layer.adaLN_modulation.1", active_BD).chunk(2, dim=-1)
-    modulated_BSD = layers.layer_norm_modulate(hidden_BSD, shift_BD, scale_BD, eps=NORM_EPS)
-    return layers.unpatchify(linear(state, "final_layer.linear", modulated_BSD), patch_size=config.patch_size)
+    for block in states.parts(state, "blocks", config.depth):
+        hidden_BSD = fuse(_block)(block, hidden_BSD, active_BD, config.num_heads, config.norm_eps)
+    return layers.unpatchify(final_patches(state, hidden_BSD, active_BD), patch_size=config.patch_size)
 
 
 def _block(block: State, hidden_BSD: torch.Tensor, active_BD: torch.Tensor, num_heads: int, norm_eps: float) -> torch.Tensor:
+    return block_of_branches(block, hidden_BSD, active_BD, partial(attention, num_heads=num_heads), mlp, norm_eps)
+
+
+def block_of_branches(
+    block: State, hidden_BSD: torch.Tensor, active_BD: torch.Tensor, attention: Branch, mlp: Branch, norm_eps: float
+) -> torch.Tensor:
+    """Apply a block whose branches are given, each as a function of the block's parameters and its tokens, [B, S, D]."""
     modulation_BD = linear(block, "adaLN_modulation.1", active_BD)
     shift_1_BD, scale_1_BD, gate_1_BD, shift_2_BD, scale_2_BD, gate_2_BD = modulation_BD.chunk(6, dim=-1)
-    modulated_BSD = layers.layer_norm_modulate(hidden_BSD, shift_1_BD, scale_1_BD, eps=NORM_EPS)
-    hidden_BSD, modulated_BSD = layers.gated_residual_layer_norm_modulate(
-        hidden_BSD, attention(block, modulated_BSD, num_heads), gate_1_BD, shift_2_BD, scale_2_BD, eps=norm_eps
+    modulated_BSD = layer_norm_modulate(hidden_BSD, shift_1_BD, scale_1_BD, eps=NORM_EPS)
+    hidden_BSD, modulated_BSD = gated_residual_layer_norm_modulate(
+        hidden_BSD, attention(block, modulated_BSD), gate_1_BD, shift_2_BD, scale_2_BD, eps=norm_eps
     )
-    return layers.gated_residual(hidden_BSD, mlp(block, modulated_BSD), gate_2_BD)
+    return gated_residual(hidden_BSD, mlp(block, modulated_BSD), gate_2_BD)
 
 
-@cache
-def _compiled_block() -> Callable[..., torch.Tensor]:
-    """Compiled when it is first needed: importing torch.compile's compiler takes a second."""
-    return torch.compile(_block, dynamic=True)
+def final_patches(state: State, hidden_BSD: torch.Tensor, active_BD: torch.Tensor) -> torch.Tensor:
+    """Return the final layer's patches, [B, S, patch_size**2 * out_channels]."""
+    shift_BD, scale_BD = linear(state, "final_layer.adaLN_modulation.1", active_BD).chunk(2, dim=-1)
+    return linear(state, "final_layer.linear", layer_norm_modulate(hidden_BSD, shift_BD, scale_BD, eps=NORM_EPS))
 
 
 def embed_conditions(state: State, timesteps: torch.Tensor, class_labels: torch.Tensor, config: DiTConfig) -> torch.Tensor:
@@ -76,23 +102,27 @@ def embed_conditions(state: State, timesteps: torch.Tensor, class_labels: torch.
         timesteps, embedding_size=config.frequency_embedding_size, frequency_shift=config.frequency_shift
     )
     table = state["y_embedder.embedding_table.weight"]
-    inner_BD = linear(state, "t_embedder.mlp.0", waves_BF.to(table.dtype))
-    return linear(state, "t_embedder.mlp.2", functional.silu(inner_BD)) + table[class_labels.long()]
+    time_BD = two_linears(state, ("t_embedder.mlp.0", "t_embedder.mlp.2"), waves_BF.to(table.dtype))
+    return time_BD + table[class_labels.long()]
 
 
 def attention(block: State, modulated_BSD: torch.Tensor, num_heads: int) -> torch.Tensor:
     """Return the attention branch of a block, [B, S, D]."""
+    return linear(block, "attn.proj", attended_heads(block, modulated_BSD, num_heads))
+
+
+def attended_heads(block: State, modulated_BSD: torch.Tensor, num_heads: int) -> torch.Tensor:
+    """Return what the heads of `attn.qkv` attend to, side by side: [B, S, num_heads * features]."""
     heads_3BASF = linear(block, "attn.qkv", modulated_BSD).unflatten(-1, (3, num_heads, -1)).permute(2, 0, 3, 1, 4)
     attended_BASF = functional.scaled_dot_product_attention(*heads_3BASF.unbind())
-    return linear(block, "attn.proj", attended_BASF.transpose(1, 2).flatten(2))
+    return attended_BASF.transpose(1, 2).flatten(2)
 
 
 def mlp(block: State, modulated_BSD: torch.Tensor) -> torch.Tensor:
     """Return the feed-forward branch of a block, [B, S, D]."""
-    inner_BSI = linear(block, "mlp.fc1", modulated_BSD)
-    return linear(block, "mlp.fc2", functional.gelu(inner_BSI, approximate="tanh"))
+    return linear(block, "mlp.fc2", hidden_layer(block, modulated_BSD))
 
 
-def linear(state: State, name: str, inputs: torch.Tensor) -> torch.Tensor:
-    """Multiply by a layer's weight, add its bias."""
-    return layers.linear(inputs, state[f"{name}.weight"], state[f"{name}.bias"])
+def hidden_layer(block: State, modulated_BSD: torch.Tensor) -> torch.Tensor:
+    """Return the hidden layer of the feed-forward branch, [B, S, I]."""
+    return functional.gelu(linear(block, "mlp.fc1", modulated_BSD), approximate="tanh")

@@ -157,3 +157,63 @@ def _together(tensors: Sequence[torch.Tensor], dtypes: Sequence[torch.dtype], su
     total = summed(torch.cat([*tensors], dim=1))
     parts = total.split([each.shape[1] for each in tensors], dim=1)
     return [part.to(dtype) for part, dtype in zip(parts, dtypes, strict=True)]
+
+
+class SumOfGradients(torch.autograd.Function):
+    """What every rank has alike, and computes other parts of the result from: gradients are added up over the ranks.
+
+    They are added up in float32 at least and rounded once; all of them travel in one exchange. Megatron's `f`; `SumOverRanks` is
+    its `g`.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, group: dist.ProcessGroup, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        ctx.group = group
+        return tuple(each.view_as(each) for each in tensors)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        total = sum_over_ranks(torch.cat([at_least_float32(each).flatten() for each in gradients]), ctx.group)
+        parts = total.split([each.numel() for each in gradients])
+        return None, *(part.view(each.shape).to(each.dtype) for part, each in zip(parts, gradients, strict=True))
+
+
+class AllToAll(torch.autograd.Function):
+    """Deal an axis to the ranks, and gather another one, of which each had a part: `[..., A, ..., S / R, ...]` becomes
+    `[..., A / R, ..., S, ...]`. Its gradient travels back the same way."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: torch.Tensor, dealt: int, gathered: int, group: dist.ProcessGroup) -> torch.Tensor:
+        ctx.dealt, ctx.gathered, ctx.group = dealt, gathered, group
+        return all_to_all(tensor, dealt, gathered, group)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_tensor: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        return all_to_all(d_tensor, ctx.gathered, ctx.dealt, ctx.group), None, None, None
+
+
+def all_to_all(tensor: torch.Tensor, dealt: int, gathered: int, group: dist.ProcessGroup) -> torch.Tensor:
+    """Do what `AllToAll` does, without a gradient; the size of the axis that is dealt is a multiple of the ranks."""
+    ranks = dist.get_world_size(group)
+    sent = torch.stack(tensor.chunk(ranks, dealt))  # contiguous
+    arrived = torch.empty_like(sent)
+    dist.all_to_all_single(arrived, sent, group=group)
+    return torch.cat(arrived.unbind(), gathered)
+
+
+class GatherParts(torch.autograd.Function):
+    """Gather an axis, of which each rank has as large a part; each rank then has all of it, and the gradient of all of it."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: torch.Tensor, axis: int, group: dist.ProcessGroup) -> torch.Tensor:
+        ctx.axis, ctx.rank, ctx.ranks = axis, dist.get_rank(group), dist.get_world_size(group)
+        of_ranks = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for _ in range(ctx.ranks)]
+        dist.all_gather(of_ranks, tensor.contiguous(), group=group)
+        return torch.cat(of_ranks, axis)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_tensor: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        return d_tensor.chunk(ctx.ranks, ctx.axis)[ctx.rank], None, None

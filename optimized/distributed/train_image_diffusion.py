@@ -16,12 +16,12 @@ from collections.abc import Mapping
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 
 from gaugeblock.optimized.distributed.agreement import agree
+from gaugeblock.optimized.distributed.dit_fully_sharded import FullyShardedDit, gather_shards, local_part, shard_like
 from gaugeblock.reference import validation
-from gaugeblock.reference.configs import DiTConfig, ImageDiffusionConfig
+from gaugeblock.reference.configs import ImageDiffusionConfig
 from gaugeblock.reference.torch import dit, objectives
 from gaugeblock.reference.torch import train_image_diffusion as reference
 from gaugeblock.reference.torch.train_image_diffusion import Metrics, Tensors
@@ -87,10 +87,7 @@ class ShardedTrainer:
         self._agree_on_state(state)
 
         self.updates = state["step"].clone()
-        self.model = _Model(reference.part_of_state(state, "model"), config.model)
-        for block in self.model.blocks:
-            fully_shard(block, mesh=mesh)
-        self.sharded: FSDPModule = fully_shard(self.model, mesh=mesh)  # the same object
+        self.model = FullyShardedDit(reference.part_of_state(state, "model"), config=config.model, mesh=mesh)
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(),
             lr=config.learning_rate,
@@ -99,7 +96,7 @@ class ShardedTrainer:
             weight_decay=config.weight_decay,
         )
         for name, parameter in self._parameters().items():
-            moments = {moment: _shard_like(parameter, state[f"{moment}.{name}"]) for moment in ("exp_avg", "exp_avg_sq")}
+            moments = {moment: shard_like(parameter, state[f"{moment}.{name}"]) for moment in ("exp_avg", "exp_avg_sq")}
             self.optimizer.state[parameter] = {"step": torch.tensor(float(self.updates), device="cpu"), **moments}
 
     def step(self, images: torch.Tensor, labels: torch.Tensor, example_ids: torch.Tensor) -> Metrics:
@@ -111,12 +108,12 @@ class ShardedTrainer:
         parts = (each.tensor_split(num_microbatches) for each in (images, labels, example_ids))
         for index, microbatch in enumerate(zip(*parts, strict=True)):
             # gradients are exchanged once, when this rank has added up its own
-            self.sharded.set_requires_gradient_sync(index == num_microbatches - 1)
+            self.model.sharded.set_requires_gradient_sync(index == num_microbatches - 1)
             share = self._example_losses(*microbatch).sum() / sum(batch_sizes)
             loss = loss + share.detach()
             (share * self.mesh.size()).backward()  # since FSDP averages over the ranks, and shares are to be added up
 
-        gradients = {name: _local(parameter.grad) for name, parameter in self._parameters().items()}
+        gradients = {name: local_part(parameter.grad) for name, parameter in self._parameters().items()}
         square = torch.stack([each.square().sum() for each in gradients.values()]).sum()
         loss, square = self._sum(torch.stack([loss, square])).unbind()
         metrics = Metrics(loss, square.sqrt())
@@ -137,7 +134,7 @@ class ShardedTrainer:
             for moment in ("exp_avg", "exp_avg_sq")
         )
         state = reference.join_state(parameters, exp_avg, exp_avg_sq, self.updates.clone())
-        return state | _gather({name: each for name, each in state.items() if isinstance(each, DTensor)}, self.mesh)
+        return state | gather_shards({name: each for name, each in state.items() if isinstance(each, DTensor)}, self.mesh)
 
     def _parameters(self) -> Tensors:
         """Return this rank's shards, which are DTensors, by name in the order of the reference."""
@@ -194,80 +191,6 @@ class ShardedTrainer:
         if sum(batch_sizes) == 0:
             raise ValueError("images must hold at least one example on some rank, got none")
         return batch_sizes
-
-
-class _Model(torch.nn.Module):
-    """`dit.dit` in parts that `fully_shard` takes, with the parameters' names."""
-
-    def __init__(self, state: Tensors, config: DiTConfig) -> None:
-        super().__init__()
-        self.config = config
-        self.blocks = torch.nn.ModuleList(_Block(dit.block_state(state, index), config) for index in range(config.depth))
-        _add_parameters(self, {name: tensor for name, tensor in state.items() if not name.startswith("blocks.")})
-
-    def forward(self, latents: torch.Tensor, timesteps: torch.Tensor, class_labels: torch.Tensor) -> torch.Tensor:
-        state = {name: parameter for name, parameter in self.named_parameters() if not name.startswith("blocks.")}
-        hidden_BSD = dit.embed_patches(state, latents, config=self.config)
-        conditioning_BD = dit.embed_conditions(state, timesteps, class_labels, config=self.config)
-        for block in self.blocks:
-            hidden_BSD = block(hidden_BSD, conditioning_BD)
-        # FSDP warns of a result that is a view, which someone might write to
-        return dit.final_layer(state, hidden_BSD, conditioning_BD, config=self.config).clone()
-
-
-class _Block(torch.nn.Module):
-    """`dit.block` with its parameters."""
-
-    def __init__(self, state: Tensors, config: DiTConfig) -> None:
-        super().__init__()
-        self.config = config
-        _add_parameters(self, state)
-
-    def forward(self, hidden_states: torch.Tensor, conditioning: torch.Tensor) -> torch.Tensor:
-        return dit.block(dict(self.named_parameters()), hidden_states, conditioning, config=self.config)
-
-
-def _add_parameters(module: torch.nn.Module, state: Tensors) -> None:
-    """Give a module copies of these tensors as parameters, by dotted names, for each part of which it gets a submodule."""
-    for name, tensor in state.items():
-        *path, last = name.split(".")
-        owner = module
-        for part in path:
-            if part not in dict(owner.named_children()):
-                owner.add_module(part, torch.nn.Module())
-            owner = owner.get_submodule(part)
-        owner.register_parameter(last, torch.nn.Parameter(tensor.detach().clone(memory_format=torch.contiguous_format)))
-
-
-def _shard_like(parameter: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
-    """Return this rank's shard of a tensor that every rank has whole, cut as the parameter is."""
-    assert isinstance(parameter, DTensor)
-    shard = distribute_tensor(tensor.detach(), parameter.device_mesh, parameter.placements, src_data_rank=None)
-    return shard.clone()  # AdamW writes to it
-
-
-def _local(shard: torch.Tensor | None) -> torch.Tensor:
-    """Return what a DTensor holds on this rank."""
-    assert isinstance(shard, DTensor)
-    return shard.to_local()
-
-
-def _gather(shards: Mapping[str, torch.Tensor], mesh: DeviceMesh) -> Tensors:
-    """Return the whole tensors, in memory of their own; one exchange, since small ones cost as much as large ones."""
-    padded = []  # to as many rows on each rank: a tensor is cut into equal parts, of which the last ones may be short or empty
-    for shard in shards.values():
-        local = _local(shard)
-        rows = local.new_zeros(-(-len(shard) // mesh.size()), *shard.shape[1:])
-        rows[: len(local)] = local
-        padded.append(rows.flatten())
-    mine = torch.cat(padded)
-    of_ranks = [torch.empty_like(mine) for _ in range(mesh.size())]
-    dist.all_gather(of_ranks, mine, group=mesh.get_group())
-    parts = torch.stack(of_ranks).split([len(each) for each in padded], dim=1)
-    return {
-        name: part.reshape(-1, *shard.shape[1:])[: len(shard)].clone()
-        for (name, shard), part in zip(shards.items(), parts, strict=True)
-    }
 
 
 def _require_device(name: str, tensor: torch.Tensor, mesh: DeviceMesh) -> None:

@@ -27,6 +27,7 @@ import triton.language as tl
 from torch.autograd.function import once_differentiable
 
 from gaugeblock.optimized.triton.launch import device_of, reject_float64, require_triton_device
+from gaugeblock.optimized.triton.partial_sums import sum_chunks
 from gaugeblock.reference import validation
 
 # Rows and columns of a program's block, for 4 warps; a row may be wider. Forward, a warp has a row, in loads of 16 bytes, so that
@@ -34,7 +35,6 @@ from gaugeblock.reference import validation
 # blocks with that many, (16, 64) and (16, 128) spilled on sm_80.
 FORWARD_BLOCK = (4, 256)
 BACKWARD_BLOCK = (32, 32)
-SUM_BLOCK = (32, 64)
 
 
 @triton.jit
@@ -206,19 +206,6 @@ def _backward_kernel(
                 tl.store(branch_gradient_ptr + rows * width + columns, gradient * gate, mask=mask)
 
 
-@triton.jit
-def _sum_chunks_kernel(chunks_ptr, sums_ptr, num_chunks, width, BLOCK_CHUNKS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr):
-    """Add up chunks [N, C, D] to sums [N, D]."""
-    row = tl.program_id(0).to(tl.int64)
-    columns = _columns(tl.program_id(1) * BLOCK_COLUMNS, BLOCK_COLUMNS)
-    exists = columns < width
-    total = tl.full([BLOCK_CHUNKS, BLOCK_COLUMNS], 0.0, tl.float32)
-    for first in range(0, num_chunks, BLOCK_CHUNKS):
-        chunks = first + tl.arange(0, BLOCK_CHUNKS)[:, None]
-        total += _load(chunks_ptr + (row * num_chunks + chunks) * width + columns, (chunks < num_chunks) & exists)
-    tl.store(sums_ptr + row * width + columns, tl.sum(total, axis=0)[None, :], mask=exists)
-
-
 def _strides(tensor: torch.Tensor | None, rank: int) -> tuple[int, ...]:
     return tensor.stride() if tensor is not None else (0,) * rank
 
@@ -278,13 +265,7 @@ class _GatedResidualLayerNormModulate(torch.autograd.Function):
             NEEDS_HIDDEN=needs_residual or needs_branch or needs_gate,
             BLOCK_TOKENS=block_tokens, BLOCK_COLUMNS=block_columns,
         )  # fmt: skip
-        sums = residual.new_empty(sum(wanted), batch_size, width)
-        if any(wanted):
-            block_chunks, block_columns = SUM_BLOCK
-            _sum_chunks_kernel[(sum(wanted) * batch_size, triton.cdiv(width, block_columns))](
-                chunks, sums, num_chunks, width, BLOCK_CHUNKS=block_chunks, BLOCK_COLUMNS=block_columns
-            )
-        each = iter(sums)
+        each = iter(sum_chunks(chunks, residual.dtype) if any(wanted) else ())
         return residual_gradient, branch_gradient, *(next(each) if needed else None for needed in wanted), None
 
 

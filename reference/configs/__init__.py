@@ -3,16 +3,44 @@
 They are imported from here, wherever they stand: the cases of the gate are made of these classes.
 """
 
+from gaugeblock.reference.configs.clip_text import CLIP_TEXT_PRESETS, LEGACY_EOS_TOKEN_ID, CLIPTextConfig
 from gaugeblock.reference.configs.dit import DIT_PRESETS, DiTConfig
+from gaugeblock.reference.configs.dit_moe import DIT_MOE_PRESETS, DiTMoEModelConfig
 from gaugeblock.reference.configs.dit_moe_layer import DiTMoEConfig
+from gaugeblock.reference.configs.flux import FLUX_PRESETS, FluxConfig
 from gaugeblock.reference.configs.image_diffusion import ImageDiffusionConfig
+from gaugeblock.reference.configs.mmdit import MMDIT_PRESETS, MMDiTConfig
 from gaugeblock.reference.configs.options import (
     E4M3_MAX,
+    LARGEST_CHURN,
     SMALLEST_WEIGHT_SUM,
+    BetaSchedule,
+    ClipActivation,
+    FinalSigma,
+    FlowStart,
+    FlowWeighting,
     GeluApproximation,
+    PredictionType,
+    QkNorm,
     RotaryPairs,
     ScoreFunction,
     SecondExpertPolicy,
+    SigmaSchedule,
+    SnrOfTimes,
+    TimeShift,
+    TimestepBias,
     TimestepSampling,
+    TimestepSpacing,
+    VarianceType,
     VelocitySign,
 )
+from gaugeblock.reference.configs.schedules import (
+    DIFFUSION_SCHEDULE_PRESETS,
+    EDM_SCHEDULE_PRESETS,
+    FLOW_SCHEDULE_PRESETS,
+    DiffusionScheduleConfig,
+    EDMScheduleConfig,
+    FlowScheduleConfig,
+)
+from gaugeblock.reference.configs.unet import UNET_PRESETS, UNetBlock, UNetConfig
+from gaugeblock.reference.configs.vae import VAE_PRESETS, VAEConfig

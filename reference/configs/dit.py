@@ -62,6 +62,11 @@ class DiTConfig:
         return 2 * self.in_channels if self.learn_sigma else self.in_channels
 
     @property
+    def intermediate_size(self) -> int:
+        """Width of a block's hidden layer."""
+        return int(self.hidden_size * self.mlp_ratio)
+
+    @property
     def num_patches(self) -> int:
         """Tokens of one image."""
         return (self.input_size // self.patch_size) ** 2

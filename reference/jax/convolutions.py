@@ -13,13 +13,12 @@ def convolution(
     bias: jax.Array,
     *,
     stride: int = 1,
-    padding: tuple[int, int] | None = None,
+    padding: int | None = None,
 ) -> jax.Array:
     """As `gaugeblock.reference.torch.convolutions.convolution`."""
-    before, after = (weight.shape[-1] // 2,) * 2 if padding is None else padding
-    padded_BCHW = jnp.pad(images, ((0, 0), (0, 0), (before, after), (before, after)))
-    convolved = jax.lax.conv_general_dilated(padded_BCHW, weight, (stride, stride), "VALID", precision="highest")
-    return convolved + bias[:, None, None]
+    around = weight.shape[-1] // 2 if padding is None else padding
+    out = jax.lax.conv_general_dilated(images, weight, (stride, stride), [(around, around)] * 2, precision="highest")
+    return out + bias[:, None, None]
 
 
 def upsample(images: jax.Array) -> jax.Array:

@@ -120,6 +120,11 @@ def final_layer(
 
 def state_shapes(config: DiTConfig) -> dict[str, tuple[int, ...]]:
     """Return the shape of every parameter by name, in the order of the paper's code."""
+    return shapes_around_blocks(block_shapes(config), config=config)
+
+
+def shapes_around_blocks(block: Mapping[str, tuple[int, ...]], *, config: DiTConfig) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of a model whose blocks have parameters of these shapes."""
     hidden_size, patch_size = config.hidden_size, config.patch_size
     shapes: dict[str, tuple[int, ...]] = {
         "x_embedder.proj.weight": (hidden_size, config.in_channels, patch_size, patch_size),
@@ -131,7 +136,7 @@ def state_shapes(config: DiTConfig) -> dict[str, tuple[int, ...]]:
         "y_embedder.embedding_table.weight": (config.num_classes + 1, hidden_size),
     }
     for index in range(config.depth):
-        shapes |= states.under(f"blocks.{index}", block_shapes(config))
+        shapes |= states.under(f"blocks.{index}", block)
     return shapes | {
         "final_layer.linear.weight": (patch_size**2 * config.out_channels, hidden_size),
         "final_layer.linear.bias": (patch_size**2 * config.out_channels,),
@@ -142,7 +147,7 @@ def state_shapes(config: DiTConfig) -> dict[str, tuple[int, ...]]:
 
 def block_shapes(config: DiTConfig) -> dict[str, tuple[int, ...]]:
     """Return the shape of every parameter of one block by its own name."""
-    hidden_size, intermediate_size = config.hidden_size, int(config.hidden_size * config.mlp_ratio)
+    hidden_size, intermediate_size = config.hidden_size, config.intermediate_size
     return {
         "attn.qkv.weight": (3 * hidden_size, hidden_size),
         "attn.qkv.bias": (3 * hidden_size,),

@@ -95,7 +95,8 @@ def gelu_mlp(
 
 def gelu(x: jax.Array) -> jax.Array:
     """Return x / 2 * (1 + tanh(sqrt(2 / pi) * (x + 0.044715 * x**3))), dtype as x."""
-    return x / 2 * (1 + jnp.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+    # sigmoid(2y) is (1 + tanh(y)) / 2 without its cancellation: JAX' gradient of tanh(y), g + g * tanh(y), loses it near y = -3
+    return x * jax.nn.sigmoid(2 * math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))
 
 
 def timestep_embedding(timesteps: jax.Array, *, embedding_size: int, frequency_shift: int) -> jax.Array:
@@ -131,11 +132,12 @@ def patchify(images: jax.Array, *, patch_size: int) -> jax.Array:
     return tiles_BYXCPP.reshape(batch_size, rows * columns, channels * patch_size**2)
 
 
-def unpatchify(patches: jax.Array, *, patch_size: int) -> jax.Array:
+def unpatchify(patches: jax.Array, *, patch_size: int, num_rows: int | None = None) -> jax.Array:
     """As `gaugeblock.reference.torch.layers.unpatchify`."""
-    validation.unpatchify(patches, patch_size)
-    grid_size = math.isqrt(patches.shape[1])
+    validation.unpatchify(patches, patch_size, num_rows)
+    rows = math.isqrt(patches.shape[1]) if num_rows is None else num_rows
+    columns = rows if num_rows is None else patches.shape[1] // num_rows
     channels = patches.shape[2] // patch_size**2
-    tiles_BYXPPC = patches.reshape(patches.shape[0], grid_size, grid_size, patch_size, patch_size, channels)
+    tiles_BYXPPC = patches.reshape(patches.shape[0], rows, columns, patch_size, patch_size, channels)
     tiles_BCYPXP = tiles_BYXPPC.transpose(0, 5, 1, 3, 2, 4)
-    return tiles_BCYPXP.reshape(patches.shape[0], channels, grid_size * patch_size, grid_size * patch_size)
+    return tiles_BCYPXP.reshape(patches.shape[0], channels, rows * patch_size, columns * patch_size)

@@ -14,9 +14,7 @@ def linear(state: State, name: str, inputs: jax.Array) -> jax.Array:
     return layers.linear(inputs, state[f"{name}.weight"], state.get(f"{name}.bias"))
 
 
-def convolution(
-    state: State, name: str, images: jax.Array, *, stride: int = 1, padding: tuple[int, int] | None = None
-) -> jax.Array:
+def convolution(state: State, name: str, images: jax.Array, *, stride: int = 1, padding: int | None = None) -> jax.Array:
     """As `gaugeblock.reference.torch.modules.convolution`."""
     return convolutions.convolution(images, state[f"{name}.weight"], state[f"{name}.bias"], stride=stride, padding=padding)
 

@@ -6,14 +6,17 @@ Shapes: B batch_size, A num_heads, S tokens of a sequence, F features of a head,
 import jax
 import jax.numpy as jnp
 
+from gaugeblock.reference import validation
 from gaugeblock.reference.configs import RotaryPairs
 from gaugeblock.reference.jax.norms import rms_norm
+from gaugeblock.reference.jax.precision import at_least_float32
 
 
 def rotary_table(
     places: jax.Array, *, features: tuple[int, ...], theta: float, dtype: jax.typing.DTypeLike
 ) -> tuple[jax.Array, jax.Array]:
     """As `gaugeblock.reference.torch.rotary.rotary_table`."""
+    validation.rotary_table(places, features, theta, str(jnp.dtype(dtype)))
     with jax.enable_x64(True):
         angles = []
         for axis, size in enumerate(features):
@@ -25,12 +28,15 @@ def rotary_table(
 
 def rotate(heads: jax.Array, cos: jax.Array, sin: jax.Array, *, pairs: RotaryPairs) -> jax.Array:
     """As `gaugeblock.reference.torch.rotary.rotate`."""
+    validation.rotate(heads, cos, sin, pairs)
+    heads_BASF, cos_SR, sin_SR = at_least_float32(heads), at_least_float32(cos), at_least_float32(sin)
     if pairs == "interleaved":
-        x_BASR, y_BASR = heads[..., 0::2], heads[..., 1::2]
+        x_BASR, y_BASR = heads_BASF[..., 0::2], heads_BASF[..., 1::2]
     else:
-        x_BASR, y_BASR = jnp.split(heads, 2, axis=-1)
-    turned = x_BASR * cos - y_BASR * sin, y_BASR * cos + x_BASR * sin
-    return jnp.stack(turned, axis=-1).reshape(heads.shape) if pairs == "interleaved" else jnp.concatenate(turned, axis=-1)
+        x_BASR, y_BASR = jnp.split(heads_BASF, 2, axis=-1)
+    turned = x_BASR * cos_SR - y_BASR * sin_SR, y_BASR * cos_SR + x_BASR * sin_SR
+    out_BASF = jnp.stack(turned, axis=-1).reshape(heads.shape) if pairs == "interleaved" else jnp.concatenate(turned, axis=-1)
+    return out_BASF.astype(heads.dtype)
 
 
 def qk_norm_rotary(
@@ -45,6 +51,8 @@ def qk_norm_rotary(
     pairs: RotaryPairs,
 ) -> tuple[jax.Array, jax.Array]:
     """As `gaugeblock.reference.torch.rotary.qk_norm_rotary`."""
-    query_BASF = rotate(rms_norm(query, query_weight, eps=eps), cos, sin, pairs=pairs)
-    key_BASF = rotate(rms_norm(key, key_weight, eps=eps), cos, sin, pairs=pairs)
-    return query_BASF, key_BASF
+    validation.qk_norm_rotary(query, key, query_weight, key_weight, cos, sin, eps, pairs)
+    query_BASF = rms_norm(at_least_float32(query), at_least_float32(query_weight), eps=eps)
+    key_BASF = rms_norm(at_least_float32(key), at_least_float32(key_weight), eps=eps)
+    turned_BASF, turned_key_BASF = (rotate(each, cos, sin, pairs=pairs) for each in (query_BASF, key_BASF))
+    return turned_BASF.astype(query.dtype), turned_key_BASF.astype(key.dtype)

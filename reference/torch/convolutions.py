@@ -12,7 +12,7 @@ def convolution(
     bias: torch.Tensor,
     *,
     stride: int = 1,
-    padding: tuple[int, int] | None = None,
+    padding: int | None = None,
 ) -> torch.Tensor:
     """Convolve images with square kernels.
 
@@ -23,15 +23,13 @@ def convolution(
         weight: [out_channels, channels, kernel_size, kernel_size].
         bias: [out_channels].
         stride: Of the kernel's places, in both directions.
-        padding: Rows (and columns) of zeros before the first and after the last; by default kernel_size // 2 on either side,
-            which keeps the size.
+        padding: Rows and columns of zeros on every side; by default kernel_size // 2, which keeps the size.
 
     Returns:
         [batch_size, out_channels, height', width'], dtype of images.
     """
-    before, after = (weight.shape[-1] // 2,) * 2 if padding is None else padding
-    padded_BCHW = torch.nn.functional.pad(images, (before, after, before, after))
-    return torch.nn.functional.conv2d(padded_BCHW, weight, bias, stride=stride)
+    around = weight.shape[-1] // 2 if padding is None else padding
+    return torch.nn.functional.conv2d(images, weight, bias, stride=stride, padding=around)
 
 
 def upsample(images: torch.Tensor) -> torch.Tensor:

@@ -273,27 +273,30 @@ def patchify(images: torch.Tensor, *, patch_size: int) -> torch.Tensor:
     return tiles_BYXCPP.reshape(batch_size, rows * columns, channels * patch_size**2)
 
 
-def unpatchify(patches: torch.Tensor, *, patch_size: int) -> torch.Tensor:
-    """Put a square grid of patches together; inside a patch: row, column, channel, as DiT's final layer has them.
+def unpatchify(patches: torch.Tensor, *, patch_size: int, num_rows: int | None = None) -> torch.Tensor:
+    """Put a grid of patches together; inside a patch: row, column, channel, as DiT's final layer has them.
 
     Not the inverse of `patchify`, whose patches have the channel first.
 
     Args:
-        patches: [batch_size, num_patches, patch_size**2 * channels], floating; num_patches is a square.
+        patches: [batch_size, num_patches, patch_size**2 * channels], floating.
         patch_size: Height and width of a patch.
+        num_rows: Rows of patches, which divide num_patches; by default as many as columns.
 
     Returns:
         [batch_size, channels, height, width], dtype of patches.
 
     Raises:
-        TypeError: patches is not a floating array, or patch_size is no integer.
-        ValueError: patches is not of rank 3, num_patches is no square, or patch_size**2 does not divide the last size.
+        TypeError: patches is not a floating array, or an option is no integer.
+        ValueError: patches is not of rank 3, num_patches is no square or num_rows does not divide it, or patch_size**2 does
+            not divide the last size.
 
     Source: facebookresearch/DiT models.py, DiT.unpatchify.
     """
-    validation.unpatchify(patches, patch_size)
-    grid_size = math.isqrt(patches.shape[1])
+    validation.unpatchify(patches, patch_size, num_rows)
+    rows = math.isqrt(patches.shape[1]) if num_rows is None else num_rows
+    columns = rows if num_rows is None else patches.shape[1] // num_rows
     channels = patches.shape[2] // patch_size**2
-    tiles_BYXPPC = patches.reshape(patches.shape[0], grid_size, grid_size, patch_size, patch_size, channels)
+    tiles_BYXPPC = patches.reshape(patches.shape[0], rows, columns, patch_size, patch_size, channels)
     tiles_BCYPXP = tiles_BYXPPC.permute(0, 5, 1, 3, 2, 4)
-    return tiles_BCYPXP.reshape(patches.shape[0], channels, grid_size * patch_size, grid_size * patch_size)
+    return tiles_BCYPXP.reshape(patches.shape[0], channels, rows * patch_size, columns * patch_size)

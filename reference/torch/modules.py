@@ -14,9 +14,7 @@ def linear(state: State, name: str, inputs: torch.Tensor) -> torch.Tensor:
     return layers.linear(inputs, state[f"{name}.weight"], state.get(f"{name}.bias"))
 
 
-def convolution(
-    state: State, name: str, images: torch.Tensor, *, stride: int = 1, padding: tuple[int, int] | None = None
-) -> torch.Tensor:
+def convolution(state: State, name: str, images: torch.Tensor, *, stride: int = 1, padding: int | None = None) -> torch.Tensor:
     """Apply the convolution of that name to [B, C, H, W]; see `convolutions.convolution`."""
     return convolutions.convolution(images, state[f"{name}.weight"], state[f"{name}.bias"], stride=stride, padding=padding)
 

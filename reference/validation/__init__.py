@@ -20,6 +20,7 @@ from gaugeblock.reference.validation.auxiliary_losses import (
 )
 from gaugeblock.reference.validation.biased_moe_layers import gpt_oss_moe, upcycled_gpt2_moe
 from gaugeblock.reference.validation.capacity_routers import expert_choice, gshard_top2, switch_top1
+from gaugeblock.reference.validation.clip_text import clip_input_ids_in_range, clip_position_ids, clip_text
 from gaugeblock.reference.validation.dispatch import (
     align_to_blocks,
     permute,
@@ -29,6 +30,7 @@ from gaugeblock.reference.validation.dispatch import (
     unpermute,
 )
 from gaugeblock.reference.validation.dit import class_labels_in_range, dit, dit_block, position_table
+from gaugeblock.reference.validation.dit_moe import dit_moe_config
 from gaugeblock.reference.validation.dit_moe_layers import dit_moe
 from gaugeblock.reference.validation.experts import (
     expert_ids_in_range,
@@ -39,6 +41,8 @@ from gaugeblock.reference.validation.experts import (
     gated_shared_swiglu,
     shared_swiglu,
 )
+from gaugeblock.reference.validation.flux import flux, pack_latents, unpack_latents
+from gaugeblock.reference.validation.gated_activations import geglu, swiglu
 from gaugeblock.reference.validation.grouped_moe_layers import deepseek_v2_moe, deepseek_v3_moe
 from gaugeblock.reference.validation.input_scaled_moe_layers import llama4_moe
 from gaugeblock.reference.validation.layers import (
@@ -52,16 +56,31 @@ from gaugeblock.reference.validation.layers import (
     timestep_embedding,
     unpatchify,
 )
+from gaugeblock.reference.validation.mmdit import mmdit, mmdit_block
 from gaugeblock.reference.validation.moe_layers import built_layer, mixtral_moe, qwen2_moe, require_layer
+from gaugeblock.reference.validation.noise_schedules import (
+    cumulative_alphas,
+    diffusion_schedule,
+    dynamic_mu,
+    edm_schedule,
+    flow_schedule,
+    schedule_config,
+    shift_sigmas,
+)
 from gaugeblock.reference.validation.noisy_routers import noise_std_at, noisy_topk, ste_topk
+from gaugeblock.reference.validation.norms import group_norm, layer_norm_affine, rms_norm
 from gaugeblock.reference.validation.objectives import (
     rectified_flow,
+    rectified_flow_min_snr_weights,
     rectified_flow_prediction,
     rectified_flow_times,
+    rectified_flow_weights,
     velocity_sign,
 )
+from gaugeblock.reference.validation.predictions import add_noise, convert_prediction, min_snr_weights, prediction_target
 from gaugeblock.reference.validation.quantization import quantize_token_groups
 from gaugeblock.reference.validation.quantized_experts import fused_swiglu_fp8, fused_swiglu_int8
+from gaugeblock.reference.validation.rotary import qk_norm_rotary, rotary_table, rotate
 from gaugeblock.reference.validation.routers import (
     biased_softmax_topk,
     grouped_sigmoid_topk,
@@ -75,11 +94,24 @@ from gaugeblock.reference.validation.routers import (
     topk_softmax,
     zero_expert_topk,
 )
-from gaugeblock.reference.validation.samplers import euler_sample
+from gaugeblock.reference.validation.sampler_steps import (
+    ddim_step,
+    ddpm_step,
+    dynamic_threshold,
+    edm_step,
+    euler_step,
+    flow_step,
+    heun_predictor,
+    heun_step,
+)
+from gaugeblock.reference.validation.samplers import churned_sample, euler_sample, sample, starting_noise
 from gaugeblock.reference.validation.soft_routers import sinkhorn, soft_moe
+from gaugeblock.reference.validation.timestep_sampling import biased_timesteps, logit_normal_times, mode_times, timestep_indices
 from gaugeblock.reference.validation.train_image_diffusion import (
     image_diffusion_batch,
     image_diffusion_state,
     image_diffusion_step,
 )
+from gaugeblock.reference.validation.unet import unet, unet_text_time
 from gaugeblock.reference.validation.upcycling import adamw_of_used_experts, upcycle
+from gaugeblock.reference.validation.vae import vae_decode, vae_encode, vae_latents, vae_sample

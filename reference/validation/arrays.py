@@ -48,6 +48,28 @@ def require_values(name: str, array: Any, high: int) -> None:
         raise ValueError(f"{name} must be in 0..{high}, got {int(values.min())}..{int(values.max())}")
 
 
+def require_interval(
+    name: str, array: Any, low: float, high: float, *, low_excluded: bool = False, high_excluded: bool = False
+) -> None:
+    """Check that every number is in [low, high] or, with ends excluded, within, where values are read as in `require_values`."""
+    if not _is_readable(array):
+        return
+    values = array if _is_torch_tensor(array) else array.__array__()
+    above = values > low if low_excluded else values >= low
+    if not bool((above & (values < high if high_excluded else values <= high)).all()):
+        ends = f"{'(' if low_excluded else '['}{low}, {high}{')' if high_excluded else ']'}"
+        raise ValueError(f"{name} must be in {ends}, got {float(values.min())}..{float(values.max())}")
+
+
+def require_in_rows(name: str, array: Any, value_name: str, value: int) -> None:
+    """Check that a value is in every row of [rows, columns], where values are read, as by `require_values`."""
+    if not _is_readable(array):
+        return
+    values = array if _is_torch_tensor(array) else array.__array__()
+    if not bool((values == value).any(1).all()):
+        raise ValueError(f"{name} must have {value_name}={value} in every row, got a row without it")
+
+
 def require_like(name: str, array: Any, other_name: str, other: Any, **sizes: int | None) -> None:
     """Check that an array has the dtype and the device of another, and these sizes."""
     require_dtype(name, array, (dtype_name(other),))

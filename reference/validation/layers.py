@@ -88,12 +88,16 @@ def patchify(images: Any, patch_size: Any) -> None:
         raise ValueError(f"images must have sizes that patch_size={patch_size} divides, got {tuple(images.shape)}")
 
 
-def unpatchify(patches: Any, patch_size: Any) -> None:
+def unpatchify(patches: Any, patch_size: Any, num_rows: Any) -> None:
     """Check the arguments of `layers.unpatchify`."""
     require_dtype("patches", patches, FLOATING)
     require_shape("patches", patches, batch_size=None, num_patches=None, values_of_a_patch=None)
     require_between("patch_size", patch_size, 1, 2**15)
-    if math.isqrt(patches.shape[1]) ** 2 != patches.shape[1]:
+    if num_rows is not None:
+        require_between("num_rows", num_rows, 1, 2**31)
+        if patches.shape[1] % num_rows:
+            raise ValueError(f"patches must be a multiple of num_rows={num_rows} patches, got {tuple(patches.shape)}")
+    elif math.isqrt(patches.shape[1]) ** 2 != patches.shape[1]:
         raise ValueError(f"patches must be a square number of patches, got {tuple(patches.shape)}")
     if patches.shape[2] % patch_size**2:
         raise ValueError(f"patches must have patch_size**2={patch_size**2} pixels each, got {tuple(patches.shape)}")

@@ -2,8 +2,16 @@
 
 from typing import Any
 
-from gaugeblock.reference.configs import VelocitySign
-from gaugeblock.reference.validation.arrays import FLOATING, require_dtype, require_one_of, require_same_device, require_shape
+from gaugeblock.reference.configs import FlowWeighting, PredictionType, SnrOfTimes, VelocitySign
+from gaugeblock.reference.validation.arrays import (
+    FLOATING,
+    require_dtype,
+    require_interval,
+    require_one_of,
+    require_positive,
+    require_same_device,
+    require_shape,
+)
 
 
 def rectified_flow(data: Any, noise: Any) -> None:
@@ -29,6 +37,26 @@ def rectified_flow_prediction(prediction: Any, data: Any) -> None:
 def velocity_sign(velocity: Any) -> None:
     """Check which way a velocity is said to point."""
     require_one_of("velocity", velocity, VelocitySign)
+
+
+def rectified_flow_min_snr_weights(times: Any, prediction_type: Any, gamma: Any, snr: Any) -> None:
+    """Check the arguments of `objectives.rectified_flow_min_snr_weights`."""
+    _times_alone(times)
+    require_one_of("prediction_type", prediction_type, PredictionType)
+    require_positive("gamma", gamma)
+    require_one_of("snr", snr, SnrOfTimes)
+
+
+def rectified_flow_weights(times: Any, weighting: Any) -> None:
+    """Check the arguments of `objectives.rectified_flow_weights`."""
+    require_one_of("weighting", weighting, FlowWeighting)
+    _times_alone(times, low_excluded=weighting == "sigma_sqrt")
+
+
+def _times_alone(times: Any, *, low_excluded: bool = False) -> None:
+    require_dtype("times", times, ("float32", "float64"))
+    require_shape("times", times, batch_size=None)
+    require_interval("times", times, 0, 1, low_excluded=low_excluded)
 
 
 def require_like_data(name: str, array: Any, data: Any) -> None:

@@ -11,9 +11,8 @@ from typing import Any
 
 import torch
 from torch.utils._python_dispatch import _disable_current_modes
-from torch.utils._pytree import tree_leaves
 
-from gaugeblock.conformance.engine.budget.dispatch import Watching
+from gaugeblock.conformance.engine.budget.dispatch import Watching, tensors_in
 from gaugeblock.conformance.engine.budget.error_budget import NOISE_RUNS
 from gaugeblock.conformance.engine.budget.rounding_noise import RoundingNoise, exact_draws
 from gaugeblock.conformance.engine.calls import apply
@@ -71,7 +70,7 @@ class Decisions(Watching):
         if self.replaced is not None:
             made = self._with_replaced(func, args, kwargs, made)
             return type(result)(made) if isinstance(result, tuple | list) else made[0]
-        given = [each for each in tree_leaves((args, kwargs)) if isinstance(each, torch.Tensor)]
+        given = list(tensors_in((*args, *kwargs.values())))
         decides = any(each.is_floating_point() for each in given) and not _only_creates(func)
         if decides and self.jitter is not None:
             with _disable_current_modes():

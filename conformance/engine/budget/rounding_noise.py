@@ -11,10 +11,9 @@ from typing import Any
 
 import torch
 from torch.utils._python_dispatch import _disable_current_modes
-from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
-from gaugeblock.conformance.engine.budget.dispatch import Watching
+from gaugeblock.conformance.engine.budget.dispatch import Watching, tensors_in
 from gaugeblock.conformance.engine.budget.runs import Each, Runs, RunsDiffer, of_run, perform, values_of
 from gaugeblock.conformance.engine.budget.steps import Steps
 from gaugeblock.reference.torch import random
@@ -105,12 +104,12 @@ class RoundingNoise(Watching):
         kwargs = kwargs or {}
         if self.result_dtype is torch.float32:
             return self._disturbed(func, args, kwargs)
-        met = [each for each in tree_leaves((args, kwargs)) if isinstance(each, torch.Tensor) and each.is_floating_point()]
+        met = [each for each in tensors_in((*args, *kwargs.values())) if each.is_floating_point()]
         self.stores = not all(each in self.wide for each in met)
         if self.stores and not func.is_view and func.overloadpacket.__name__ not in {*MATRIX_PRODUCTS, *CONVOLUTIONS}:
             args = tuple(map(self._narrowed, args))
         result = self._disturbed(func, args, kwargs)
-        for each in (each for each in tree_leaves(result) if _is_float64(each)):
+        for each in filter(_is_float64, tensors_in((result,))):
             if self.stores:
                 self.wide.pop(each, None)
             elif each not in self.wide:

@@ -114,7 +114,7 @@ def perform(func: Any, args: tuple, kwargs: dict, runs: int) -> Any:
 
 
 def _kinds(values: Iterable[Any]) -> set[type]:
-    """The types of arguments, also of those in lists; `tree_leaves` of torch takes longer than most operations."""
+    """The types of arguments, also of those in lists."""
     kinds = {type(each) for each in values}
     if kinds & {list, tuple}:
         for each in values:

@@ -48,8 +48,9 @@ def _of_tensors(contract: Contract, parameters: Parameters) -> Iterator[Rejectio
     tensors = [spec for spec in contract.inputs if not spec.leaves]
     for position, spec in enumerate(tensors):
         lead = int(contract.recurrence is not None and spec.shape[:1] == (contract.recurrence.steps,))
-        yield Rejection(f"{spec.name} of a rank more", spec.name, changed(spec.name, partial(torch.unsqueeze, dim=lead)))
-        if len(spec.shape) > lead:
+        if not spec.any_rank:
+            yield Rejection(f"{spec.name} of a rank more", spec.name, changed(spec.name, partial(torch.unsqueeze, dim=lead)))
+        if len(spec.shape) > lead and not spec.any_rank:
             yield Rejection(f"{spec.name} of a rank less", spec.name, changed(spec.name, partial(_first, dim=lead)))
         yield Rejection(f"{spec.name} of {_other_kind(spec)}", spec.name, changed(spec.name, _of_other_kind))
         before = tensors[:position]

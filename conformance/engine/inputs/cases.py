@@ -106,7 +106,7 @@ def free_parameters(contract: Contract) -> SearchStrategy[dict[str, Any]]:
     for factor in contract.factors:
         if factor.values:
             drawn[factor.name] = st.sampled_from(factor.values)
-            if not factor.option:
+            if not factor.option and all(isinstance(each, int) for each in factor.values):
                 drawn[factor.name] |= st.integers(min(factor.values), max(factor.values))
     build = contract.build
     assert build is not None  # the row's check

@@ -109,7 +109,8 @@ class Arena:
         held = []  # so that no two tensors have one address
         for key, given in tensors.items():
             far = is_far(given)
-            tensor = given.contiguous() if far else given
+            # a rank's part of one row is contiguous as it lies, in the far memory of all
+            tensor = given.clone(memory_format=torch.contiguous_format) if far else given
             held.append(tensor)
             storage = tensor.untyped_storage()
             size = storage.nbytes()

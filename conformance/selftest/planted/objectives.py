@@ -1,7 +1,9 @@
 """Bugs of objectives."""
 
+import torch
+
 from gaugeblock.conformance.selftest.fault import fault
-from gaugeblock.conformance.selftest.simulated.objectives import FlowLoss, Interpolate, Velocity
+from gaugeblock.conformance.selftest.simulated.objectives import FlowLoss, FlowMinSnr, Interpolate, Velocity
 
 INTERPOLATE, VELOCITY, LOSS = (f"objectives.rectified_flow_{name}" for name in ("interpolate", "velocity", "loss"))
 
@@ -92,3 +94,27 @@ class ErrorsRounded(FlowLoss):
 
     def mean(self, errors):
         return super().mean(errors.bfloat16().float())
+
+
+@fault(caught_by="parity", kind="structural", source="EasyDeL: min-SNR with the ratio upside down", dtypes=("float32",))
+class RatioUpsideDown(FlowMinSnr):
+    """Noise over data, whatever is asked for."""
+
+    def consistent(self, data, noise, prediction_type, gamma):
+        return self.coded(data, noise, gamma)
+
+
+@fault(caught_by="parity", kind="structural", source="min-SNR weights of v for a flow's velocity", dtypes=("float32",))
+class WeightOfVForFlows(FlowMinSnr):
+    """A velocity is weighted as v is."""
+
+    def consistent(self, data, noise, prediction_type, gamma):
+        return super().consistent(data, noise, prediction_type.replace("flow_", "v_"), gamma)
+
+
+@fault(caught_by="parity", kind="structural", source="SNR without its square", dtypes=("float32",))
+class RatioNotSquared(FlowMinSnr):
+    """The ratio of the deviations is compared with gamma."""
+
+    def least(self, data, noise, gamma):
+        return torch.minimum(data, gamma * noise) * noise

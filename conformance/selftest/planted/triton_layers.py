@@ -29,7 +29,7 @@ mutant(
     " - (normalized - mean_normalized) * projection", "", "gradients", "gradient",
 )  # fmt: skip
 mutant(
-    NORM, "chunk-mask-dropped", "Sums of the next example's tokens are added.", "layers._sum_chunks_kernel",
+    NORM, "chunk-mask-dropped", "Sums of the next example's tokens are added.", "partial_sums._sum_chunks_kernel",
     "(chunks < num_chunks) & exists", "(chunks >= 0) & exists", "gradients", "boundary",
 )  # fmt: skip
 mutant(

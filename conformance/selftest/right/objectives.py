@@ -2,7 +2,7 @@
 
 import torch
 
-from gaugeblock.conformance.selftest.simulated.objectives import FlowLoss, Interpolate, Velocity
+from gaugeblock.conformance.selftest.simulated.objectives import FlowLoss, FlowMinSnr, Interpolate, Velocity
 from gaugeblock.conformance.selftest.variant import right
 
 
@@ -65,3 +65,21 @@ class DotProducts(FlowLoss):
     def mean(self, errors):
         flat = errors.flatten(1)
         return torch.einsum("bn,bn->b", flat, flat) / flat.shape[1]
+
+
+@right(dtypes=("float32",))
+class WeightsInFloat64(FlowMinSnr):
+    """In float64, rounded once."""
+
+    def consistent(self, data, noise, prediction_type, gamma):
+        noise = noise.double()
+        return super().consistent(1 - noise, noise, prediction_type, gamma).float()
+
+
+@right(dtypes=("float32",))
+class OneDivision(FlowMinSnr):
+    """The coded weight as gamma (1 - t)**2 / t**2."""
+
+    def coded(self, data, noise, gamma):
+        found = gamma * data.clamp(min=1e-8).square() / noise.square()
+        return torch.minimum(found, torch.ones_like(found))

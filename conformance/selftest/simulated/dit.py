@@ -27,7 +27,7 @@ class Dit:
         *,
         config: DiTConfig,
     ) -> torch.Tensor:
-        validation.dit(state, latents, timesteps, class_labels, config, state_shapes(config))
+        validation.dit(state, latents, timesteps, class_labels, config, self.shapes(config))
         validation.class_labels_in_range(class_labels, config.num_classes)
         parameters = {name: tensor.float() for name, tensor in state.items()}
         tokens = self.embed(parameters, self.load(latents), config)
@@ -35,6 +35,10 @@ class Dit:
         for index in range(config.depth):
             tokens = self.kept(self.block(block_state(parameters, index), tokens, conditioning, config))
         return self.unpatchify(self.last(parameters, tokens, conditioning), config).to(latents.dtype)
+
+    def shapes(self, config: DiTConfig) -> dict[str, tuple[int, ...]]:
+        """Of the parameters."""
+        return state_shapes(config)
 
     def load(self, latents: torch.Tensor) -> torch.Tensor:
         """float32."""
@@ -92,7 +96,11 @@ class Dit:
         attended = self.attention(state, self.modulate(self.norm(tokens, NORM_EPS), shift_1, scale_1), config.num_heads)
         tokens = tokens + gate_1 * attended
         modulated = self.modulate(self.norm(tokens, config.norm_eps), shift_2, scale_2)
-        return tokens + gate_2 * self.linear(state, "mlp.fc2", self.gelu(self.linear(state, "mlp.fc1", modulated)))
+        return tokens + gate_2 * self.feed_forward(state, modulated, config)
+
+    def feed_forward(self, state: State, modulated: torch.Tensor, config: DiTConfig) -> torch.Tensor:
+        """The second branch."""
+        return self.linear(state, "mlp.fc2", self.gelu(self.linear(state, "mlp.fc1", modulated)))
 
     def sixths(self, *parts: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """shift_1, scale_1, gate_1, shift_2, scale_2, gate_2."""

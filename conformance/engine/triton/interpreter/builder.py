@@ -6,6 +6,7 @@ import numpy as np
 from triton import language as tl
 from triton.runtime import interpreter as stock
 
+from gaugeblock.conformance.engine.triton.interpreter import libdevice
 from gaugeblock.conformance.engine.triton.interpreter.accesses import Accesses
 from gaugeblock.conformance.engine.triton.interpreter.arithmetic import Arithmetic
 from gaugeblock.conformance.engine.triton.interpreter.control_flow import Programs, Unbatched
@@ -50,6 +51,7 @@ class Builder(Accesses, Arithmetic, Shapes, NotBatched, stock.InterpreterBuilder
     def create_get_program_id(self, axis: int) -> Handle:
         return Handle(self._ids[axis], tl.int32)
 
+    create_extern_elementwise = libdevice.call
     create_get_num_programs = stock.InterpreterBuilder.create_get_num_programs
     create_assert = stock.InterpreterBuilder.create_assert
     create_assume = stock.InterpreterBuilder.create_assume

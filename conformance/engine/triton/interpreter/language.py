@@ -6,12 +6,15 @@ Here they are found once, in their original form, and exchanged for the time of 
 
 import ast
 import inspect
+import sys
 from collections.abc import Callable, Container, Iterator
 from contextlib import contextmanager
 from functools import cache, partial
 from typing import Any
 
 from triton import language as tl
+from triton.language.extra import libdevice
+from triton.language.extra.cuda import libdevice as nvidias
 from triton.runtime import interpreter as stock
 
 from gaugeblock.conformance.engine.triton.interpreter import reductions, shortcuts
@@ -95,6 +98,7 @@ def _language() -> tuple[list[tuple[Attributes, Attributes]], list[tuple[type, s
     for name, shortcut in (("arange", shortcuts.kept), ("load", shortcuts.loading)):
         ours[name] = shortcut(_builtins(tl)[name])
     namespaces = [(vars(tl), _builtins(tl) | ours), (vars(tl.core), _builtins(tl.core) | ours | unwrap)]
+    namespaces += [(vars(each), _builtins(nvidias)) for each in (libdevice, nvidias)]  # the first has empty bodies
     namespaces += [(vars(tl.math), _builtins(tl.math)), (vars(SEMANTIC), semantic), (vars(stock), {"TensorHandle": Handle})]
     add_methods(_builtins(tl.tensor))
     descriptor = tl.core.tensor_descriptor_base
@@ -161,11 +165,22 @@ _PYTHON: dict[str, Callable] = {
 }
 
 
-class _Transformer(stock.ASTTransformer):
-    """Triton's changes of a kernel's text, and our functions for Python's, but where a module has its own of the name."""
+def _in_launches(value: Any) -> Callable | None:
+    """What stands in a launch for a function of the language that a kernel's module has imported by name, or None.
 
-    def __init__(self, names_of_module: Container[str]) -> None:
-        self.names = [name for name in _PYTHON if name not in names_of_module]
+    The module that it is of has another then, and the kernel's module would still have the original.
+    """
+    module = sys.modules.get(getattr(value, "__module__", None) or "")
+    if not (tl.core.is_builtin(value) or (module is libdevice and inspect.isfunction(value))):
+        return None
+    return lambda *args, **kwargs: getattr(module, value.__name__)(*args, **kwargs)
+
+
+class _Transformer(stock.ASTTransformer):
+    """Triton's changes of a kernel's text, and other functions for some of its names."""
+
+    def __init__(self, names: Container[str]) -> None:
+        self.names = names
 
     def visit_Name(self, node: ast.Name) -> ast.Name:
         """`range` becomes `_lockstep_range`."""
@@ -177,7 +192,12 @@ class _Transformer(stock.ASTTransformer):
 class _Rewriter(stock.FunctionRewriter):
     def __init__(self, function: Any, **kwargs: Any) -> None:
         super().__init__(function, **kwargs)
-        self.ast_transformer = _Transformer(function.__globals__)
+        module, own = function.__globals__, function.__code__.co_varnames
+        python = {name: value for name, value in _PYTHON.items() if name not in module}
+        imported = {name: there for name in function.__code__.co_names if (there := _in_launches(module.get(name)))}
+        names = {name: value for name, value in (python | imported).items() if name not in own}
+        module.update({f"_lockstep_{name}": value for name, value in names.items()})
+        self.ast_transformer = _Transformer(names)
 
 
 _rewritten: dict[Callable, Callable] = {}
@@ -186,7 +206,6 @@ _rewritten: dict[Callable, Callable] = {}
 def rewritten(function: Any) -> Callable:
     """The Python function of an `InterpretedFunction`, ready to be called in a launch."""
     if function.fn not in _rewritten:
-        function.fn.__globals__.update({f"_lockstep_{name}": value for name, value in _PYTHON.items()})
         _rewritten[function.fn] = _Rewriter(function.fn, **function.kwargs).rewrite_ast()
     return _rewritten[function.fn]
 

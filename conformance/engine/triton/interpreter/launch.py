@@ -166,7 +166,7 @@ def _type_of(mangled: str) -> Any:
     return tl.str_to_ty(mangled, None)
 
 
-def _scalar(value: int, mangled: str) -> Any:
+def _scalar(value: float, mangled: str) -> Any:
     dtype = _type_of(mangled)
     return tl.tensor(Handle(np.array([value], stored_dtype(dtype)), dtype), dtype)
 
@@ -182,6 +182,8 @@ def as_tensor(argument: Any) -> Any:
         return tl.tensor(Handle(np.array([argument]), tl.int1), tl.int1)
     if isinstance(argument, int):
         return _integer(argument)
+    if isinstance(argument, float):  # a float32, as on a chip; in Triton's own interpreter it stays Python's
+        return _scalar(argument, mangle_type(argument))
     if hasattr(argument, "data_ptr"):
         return _scalar(argument.data_ptr(), mangle_type(argument))
     if isinstance(argument, tuple):

@@ -1,0 +1,19 @@
+"""Gated activations: the questions of gaugeblock.conformance.bench.history."""
+
+from gaugeblock.conformance.bench import history
+
+
+class Cost(history.Cost, family="gated_activations"):
+    """Time over roofline time and peak memory, at published sizes."""
+
+
+class Counters(history.Counters, family="gated_activations"):
+    """Bytes allocated, operations dispatched, kernels launched."""
+
+
+class Accuracy(history.Accuracy, family="gated_activations"):
+    """rms and bias of the errors, in units of their limits."""
+
+
+class Determinism(history.Determinism, family="gated_activations"):
+    """Distinct bit patterns over several runs of one input: 1 is right."""

@@ -1,0 +1,19 @@
+"""Norms with parameters: the questions of gaugeblock.conformance.bench.history."""
+
+from gaugeblock.conformance.bench import history
+
+
+class Cost(history.Cost, family="norms"):
+    """Time over roofline time and peak memory, at published sizes."""
+
+
+class Counters(history.Counters, family="norms"):
+    """Bytes allocated, operations dispatched, kernels launched."""
+
+
+class Accuracy(history.Accuracy, family="norms"):
+    """rms and bias of the errors, in units of their limits."""
+
+
+class Determinism(history.Determinism, family="norms"):
+    """Distinct bit patterns over several runs of one input: 1 is right."""

@@ -1,0 +1,19 @@
+"""The UNets: the questions of gaugeblock.conformance.bench.history."""
+
+from gaugeblock.conformance.bench import history
+
+
+class Cost(history.Cost, family="unet"):
+    """Time over roofline time and peak memory, at published sizes."""
+
+
+class Counters(history.Counters, family="unet"):
+    """Bytes allocated, operations dispatched, kernels launched."""
+
+
+class Accuracy(history.Accuracy, family="unet"):
+    """rms and bias of the errors, in units of their limits."""
+
+
+class Determinism(history.Determinism, family="unet"):
+    """Distinct bit patterns over several runs of one input: 1 is right."""

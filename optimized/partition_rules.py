@@ -1,0 +1,141 @@
+"""How the parameters of a model lie over ranks that split its heads, hidden layers and experts, for any framework.
+
+A model's rules are an ordered list of patterns of names, of which the first that matches holds; each says by which size of the
+model an axis is cut. What is cut by heads, features or experts that a rank computes with by itself goes together: the rows of a
+first linear layer (Megatron's column parallelism), the columns of the second, whose products are parts of a sum over the ranks.
+
+    rules = partition_rules.DIT
+    partition_rules.require_divisible(config, rules, ranks=4)
+    cut = partition_rules.cut_of("blocks.3.attn.qkv.weight", rules)  # its axis 0, three blocks of heads
+    mine = partition_rules.part(weight, cut, rank=1, ranks=4)
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias, TypeVar
+
+Array = TypeVar("Array", bound=Any)
+
+
+@dataclass(frozen=True)
+class Cut:
+    """The axis of a parameter of which each rank has a part, one axis at most."""
+
+    axis: int
+    size: str
+    """By what the axis is cut: a size of the model by its name in the config, which the ranks divide."""
+    blocks: int = 1
+    """How many blocks of one width lie there one after the other, of each of which a rank has its part: queries, keys and values
+    are 3, gate and up rows 2."""
+
+
+Rules: TypeAlias = Sequence[tuple[str, Cut | None]]
+"""Patterns of whole names, and how what they match is cut; None for what is whole on every rank."""
+
+EMBEDDINGS_AND_ENDS: Rules = (
+    (r"[xty]_embedder\..+", None),
+    (r"final_layer\..+", None),
+    (r"blocks\.\d+\.adaLN_modulation\.1\.(weight|bias)", None),
+)
+SELF_ATTENTION: Rules = (
+    (r"blocks\.\d+\.attn\.qkv\.(weight|bias)", Cut(0, "num_heads", blocks=3)),
+    (r"blocks\.\d+\.attn\.proj\.weight", Cut(1, "num_heads")),
+    (r"blocks\.\d+\.attn\.proj\.bias", None),  # added once, to the sum
+    (r"blocks\.\d+\.attn\.[qk]_norm\.(weight|bias)", None),  # of each head alike
+)
+DIT: Rules = (
+    *EMBEDDINGS_AND_ENDS,
+    *SELF_ATTENTION,
+    (r"blocks\.\d+\.mlp\.fc1\.(weight|bias)", Cut(0, "intermediate_size")),
+    (r"blocks\.\d+\.mlp\.fc2\.weight", Cut(1, "intermediate_size")),
+    (r"blocks\.\d+\.mlp\.fc2\.bias", None),
+)
+STREAMS_ATTENTION = r"transformer_blocks\.\d+\.attn2?"  # of tokens of an image and of a text
+STREAMS_FEED_FORWARD = r"transformer_blocks\.\d+\.ff(_context)?"
+MMDIT: Rules = (
+    (r"(pos_embed|time_text_embed|context_embedder|norm_out|proj_out)\..+", None),
+    (r"transformer_blocks\.\d+\.norm1(_context)?\.linear\.(weight|bias)", None),
+    (rf"{STREAMS_ATTENTION}\.(to_[qkv]|add_[qkv]_proj)\.(weight|bias)", Cut(0, "num_attention_heads")),
+    (rf"{STREAMS_ATTENTION}\.norm_(added_)?[qk]\.weight", None),  # of each head alike: their gradients are sums over the ranks
+    (rf"{STREAMS_ATTENTION}\.(to_out\.0|to_add_out)\.weight", Cut(1, "num_attention_heads")),
+    (rf"{STREAMS_ATTENTION}\.(to_out\.0|to_add_out)\.bias", None),
+    (rf"{STREAMS_FEED_FORWARD}\.net\.0\.proj\.(weight|bias)", Cut(0, "hidden_size")),  # a multiple of it, as of the heads
+    (rf"{STREAMS_FEED_FORWARD}\.net\.2\.weight", Cut(1, "hidden_size")),
+    (rf"{STREAMS_FEED_FORWARD}\.net\.2\.bias", None),
+)
+DIT_MOE: Rules = (
+    *EMBEDDINGS_AND_ENDS,
+    *SELF_ATTENTION,
+    (r"blocks\.\d+\.moe\.gate\.weight", None),  # every rank routes every token
+    (r"blocks\.\d+\.moe\.experts\.(gate_up_proj|down_proj)", Cut(0, "num_experts")),
+    (r"blocks\.\d+\.moe\.shared_experts\.(gate|up)_proj\.weight", Cut(0, "shared_intermediate_size")),
+    (r"blocks\.\d+\.moe\.shared_experts\.down_proj\.weight", Cut(1, "shared_intermediate_size")),
+)
+FLUX: Rules = (
+    (r"(x_embedder|context_embedder|time_text_embed\..+|norm_out\.linear|proj_out)\.(weight|bias)", None),
+    (r"(single_)?transformer_blocks\.\d+\.norm(1|1_context)?\.linear\.(weight|bias)", None),
+    (r"(single_)?transformer_blocks\.\d+\.attn\.(to_[qkv]|add_[qkv]_proj)\.(weight|bias)", Cut(0, "num_attention_heads")),
+    (r"(single_)?transformer_blocks\.\d+\.attn\.norm(_added)?_[qk]\.weight", None),  # of each head alike
+    (r"transformer_blocks\.\d+\.attn\.to_(out\.0|add_out)\.weight", Cut(1, "num_attention_heads")),
+    (r"transformer_blocks\.\d+\.attn\.to_(out\.0|add_out)\.bias", None),
+    (r"transformer_blocks\.\d+\.ff(_context)?\.net\.0\.proj\.(weight|bias)", Cut(0, "intermediate_size")),
+    (r"transformer_blocks\.\d+\.ff(_context)?\.net\.2\.weight", Cut(1, "intermediate_size")),
+    (r"transformer_blocks\.\d+\.ff(_context)?\.net\.2\.bias", None),
+    # the last product takes attention's hidden_size features and the hidden layer's 4 * hidden_size side by side: 5 blocks of one
+    # width, of each of which a rank has as many columns as its heads have features
+    (r"single_transformer_blocks\.\d+\.proj_mlp\.(weight|bias)", Cut(0, "num_attention_heads", blocks=4)),
+    (r"single_transformer_blocks\.\d+\.proj_out\.weight", Cut(1, "num_attention_heads", blocks=5)),
+    (r"single_transformer_blocks\.\d+\.proj_out\.bias", None),
+)
+
+
+def cut_of(name: str, rules: Rules) -> Cut | None:
+    """How a parameter is cut.
+
+    Raises:
+        ValueError: No rule matches its name.
+    """
+    for pattern, cut in rules:
+        if re.fullmatch(pattern, name):
+            return cut
+    raise ValueError(f"state must have parameters that a partition rule matches, got {name!r}")
+
+
+def cuts_of(state: Mapping[str, Any], rules: Rules) -> dict[str, Cut | None]:
+    """How each parameter is cut, by name.
+
+    Raises:
+        ValueError: No rule matches a name.
+    """
+    return {name: cut_of(name, rules) for name in state}
+
+
+def require_divisible(config: Any, rules: Rules, ranks: int) -> None:
+    """Check that the ranks divide every size by which something is cut.
+
+    Raises:
+        ValueError: They do not.
+    """
+    for size in dict.fromkeys(cut.size for _, cut in rules if cut is not None):
+        require_multiple(size, getattr(config, size), ranks)
+
+
+def require_multiple(name: str, size: int, ranks: int) -> None:
+    """Check that a size can be dealt evenly to the ranks.
+
+    Raises:
+        ValueError: It cannot.
+    """
+    if size % ranks:
+        raise ValueError(f"{name} must be a multiple of the {ranks} ranks that share it, got {size}")
+
+
+def part(array: Array, cut: Cut | None, *, rank: int, ranks: int) -> Array:
+    """A rank's part of a parameter: what lies in its part of each block, one after the other."""
+    if cut is None:
+        return array
+    before, size, after = array.shape[: cut.axis], array.shape[cut.axis], array.shape[cut.axis + 1 :]
+    each = size // cut.blocks // ranks
+    grid = array.reshape(*before, cut.blocks, ranks, each, *after)
+    return grid[(slice(None),) * (cut.axis + 1) + (rank,)].reshape(*before, cut.blocks * each, *after)

@@ -1,0 +1,270 @@
+"""The UNets of Stable Diffusion: ResNet blocks on images of several sizes, between them transformers that look at a text.
+
+Parameters are a flat dict with diffusers' names. Shapes: B batch_size, C channels of a level, H height, W width, S pixels of an
+image as tokens (S = H * W), T tokens of the text, D cross_attention_dim, E time_embed_dim, N num_time_ids, A num_heads,
+F features of a head, or frequencies of an embedding.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from gaugeblock.reference import states, validation
+from gaugeblock.reference.configs import UNetConfig
+from gaugeblock.reference.torch import convolutions, layers, modules
+from gaugeblock.reference.torch.attention import attention, join_heads, split_heads
+from gaugeblock.reference.torch.gated_activations import geglu
+from gaugeblock.reference.torch.precision import at_least_float32
+from gaugeblock.reference.unet_states import state_shapes
+
+TRANSFORMER_NORM_EPS = 1e-6  # of the GroupNorm before the blocks of a transformer; that of ResNet blocks is the config's
+BLOCK_NORM_EPS = 1e-5  # of the LayerNorms in a transformer block
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """What steers the blocks."""
+
+    time: torch.Tensor
+    """[batch_size, time_embed_dim]: of time, and in SDXL of the pooled text and the additional numbers."""
+    text: torch.Tensor
+    """[batch_size, text_length, cross_attention_dim]."""
+    mask: torch.Tensor | None
+    """[batch_size, text_length], bool, True where there is text to look at; None for everywhere."""
+
+
+def unet(
+    state: Mapping[str, torch.Tensor],
+    latents: torch.Tensor,
+    timesteps: torch.Tensor,
+    encoder_hidden_states: torch.Tensor,
+    encoder_attention_mask: torch.Tensor | None = None,
+    *,
+    config: UNetConfig,
+) -> torch.Tensor:
+    """Predict the noise or the velocity in latents of a text at a time, as Stable Diffusion 1 and 2 do.
+
+        time = linear(silu(linear(waves of the time)))
+        x = conv(latents), kept;  on the way down: x = layer(x), kept, layers_per_block times; x = conv(x) of stride 2, kept
+        x = resnet(transformer(resnet(x)))
+        on the way up: x = layer([x, what was kept last]), layers_per_block + 1 times; x = conv(x doubled)
+        out = conv(silu(group_norm(x)))
+        layer(x) = transformer(resnet(x)), or resnet(x) at levels without transformers
+
+    Args:
+        state: The parameters by name, shapes as in `unet_states.state_shapes`, dtype of latents.
+        latents: [batch_size, in_channels, height, width], floating; any size. Of odd sizes the larger half goes down, and on the
+            way up the last row or column of what was doubled is cut off.
+        timesteps: [batch_size], float32 or float64, usually in [0, 1000).
+        encoder_hidden_states: [batch_size, text_length, cross_attention_dim], dtype of latents: the text.
+        encoder_attention_mask: [batch_size, text_length], bool, True where the text may be looked at; by default everywhere.
+            Where there is nothing to look at, attention gives 0; diffusers, which adds -10000 to each score, then looks at all.
+        config: The model, without added embeddings.
+
+    Returns:
+        [batch_size, out_channels, height, width], dtype as latents; computed in float32 (float64 for float64 latents) and
+        rounded once.
+
+    Raises:
+        TypeError: An argument is not an array of the dtype above.
+        ValueError: An entry of the state is missing, unexpected or of another shape; ranks, sizes or devices do not fit
+            together; or the config has added embeddings.
+
+    Source: Rombach et al. 2021 (arXiv:2112.10752), section 3.3, figure 3 and appendix E.2.1; diffusers' UNet2DConditionModel.
+    """
+    validation.unet(state, latents, timesteps, encoder_hidden_states, encoder_attention_mask, config, state_shapes(config))
+    state = {name: at_least_float32(parameter) for name, parameter in state.items()}
+    latents_BCHW, text_BTD = at_least_float32(latents), at_least_float32(encoder_hidden_states)
+
+    time_BE = embed_times(state, timesteps.to(latents_BCHW.dtype), config=config)
+    conditioning = Conditioning(time_BE, text_BTD, encoder_attention_mask)
+    return predict(state, latents_BCHW, conditioning, config=config).to(latents.dtype)
+
+
+def unet_text_time(
+    state: Mapping[str, torch.Tensor],
+    latents: torch.Tensor,
+    timesteps: torch.Tensor,
+    encoder_hidden_states: torch.Tensor,
+    text_embeds: torch.Tensor,
+    time_ids: torch.Tensor,
+    encoder_attention_mask: torch.Tensor | None = None,
+    *,
+    config: UNetConfig,
+) -> torch.Tensor:
+    """Predict the noise in latents of a text, an image's size and its crop at a time, as Stable Diffusion XL does.
+
+        as `unet`, but time = its time + linear(silu(linear([text_embeds, waves of the first number, of the second, ...])))
+
+    Args:
+        state, latents, timesteps, encoder_hidden_states, encoder_attention_mask: As of `unet`.
+        text_embeds: [batch_size, text_embed_dim], dtype of latents: the pooled text. Its width is
+            projection_class_embeddings_input_dim - num_time_ids * addition_time_embed_dim.
+        time_ids: [batch_size, num_time_ids], float32 or float64. Of SDXL base: height and width of the original image, top and
+            left of the crop, height and width that are wanted, in pixels. Of its refiner the last two are one aesthetic score.
+        config: The model, with added embeddings.
+
+    Returns: as `unet`.
+
+    Raises: as `unet`, but where the config has no added embeddings.
+
+    Source: Podell et al. 2023 (arXiv:2307.01952), sections 2.1 and 2.2; diffusers' UNet2DConditionModel with
+    addition_embed_type "text_time".
+    """
+    validation.unet_text_time(
+        state, latents, timesteps, encoder_hidden_states, text_embeds, time_ids, encoder_attention_mask, config,
+        state_shapes(config),
+    )  # fmt: skip
+    state = {name: at_least_float32(parameter) for name, parameter in state.items()}
+    latents_BCHW, text_BTD = at_least_float32(latents), at_least_float32(encoder_hidden_states)
+
+    time_BE = embed_times(state, timesteps.to(latents_BCHW.dtype), config=config)
+    added_BE = embed_added(state, at_least_float32(text_embeds), time_ids.to(latents_BCHW.dtype), config=config)
+    conditioning = Conditioning(time_BE + added_BE, text_BTD, encoder_attention_mask)
+    return predict(state, latents_BCHW, conditioning, config=config).to(latents.dtype)
+
+
+def embed_times(state: modules.State, timesteps: torch.Tensor, *, config: UNetConfig) -> torch.Tensor:
+    """Embed times [B], in the dtype of the state, as [B, E]."""
+    waves_BF = layers.timestep_embedding(timesteps, embedding_size=config.block_out_channels[0], frequency_shift=0)
+    return modules.two_linears(state, ("time_embedding.linear_1", "time_embedding.linear_2"), waves_BF)
+
+
+def embed_added(state: modules.State, text_embeds: torch.Tensor, time_ids: torch.Tensor, *, config: UNetConfig) -> torch.Tensor:
+    """Embed a pooled text [B, text_embed_dim] and numbers [B, N], in the dtype of the state, as [B, E]."""
+    batch_size, num_time_ids = time_ids.shape
+    size = config.addition_time_embed_dim
+    waves_NF = layers.timestep_embedding(time_ids.flatten(), embedding_size=size, frequency_shift=0)
+    added_BF = torch.cat([text_embeds, waves_NF.reshape(batch_size, num_time_ids * size)], dim=1)
+    return modules.two_linears(state, ("add_embedding.linear_1", "add_embedding.linear_2"), added_BF)
+
+
+def predict(state: modules.State, latents: torch.Tensor, conditioning: Conditioning, *, config: UNetConfig) -> torch.Tensor:
+    """Go down and up through the levels with latents [B, in_channels, H, W]; [B, out_channels, H, W], dtype of the state."""
+    kept = [modules.convolution(state, "conv_in", latents)]
+    for level in range(config.num_levels):
+        kept += down_block(states.part(state, f"down_blocks.{level}"), kept[-1], conditioning, level=level, config=config)
+    images_BCHW = mid_block(states.part(state, "mid_block"), kept[-1], conditioning, config=config)
+    for index, level in enumerate(reversed(range(config.num_levels))):
+        kept, skips = kept[: -config.layers_per_block - 1], kept[-config.layers_per_block - 1 :]
+        block = states.part(state, f"up_blocks.{index}")
+        images_BCHW = up_block(block, images_BCHW, skips, conditioning, level=level, config=config)
+        if kept:
+            images_BCHW = upsample(block, images_BCHW, like=kept[-1])
+    normalized_BCHW = norm_silu(state, "conv_norm_out", images_BCHW, config=config)
+    return modules.convolution(state, "conv_out", normalized_BCHW)
+
+
+def down_block(
+    state: modules.State, images: torch.Tensor, conditioning: Conditioning, *, level: int, config: UNetConfig
+) -> list[torch.Tensor]:
+    """Return images after each layer of a level on the way down, and then, but at the last level, with half height and width."""
+    kept = []
+    for index in range(config.layers_per_block):
+        images = layer(state, index, images, conditioning, level=level, config=config)
+        kept.append(images)
+    if level < config.num_levels - 1:
+        kept.append(modules.convolution(state, "downsamplers.0.conv", images, stride=2))
+    return kept
+
+
+def mid_block(state: modules.State, images: torch.Tensor, conditioning: Conditioning, *, config: UNetConfig) -> torch.Tensor:
+    """Apply a ResNet block, the last level's transformer, and another ResNet block."""
+    first, transformers, second = (states.part(state, name) for name in ("resnets.0", "attentions.0", "resnets.1"))
+    hidden_BCHW = resnet(first, images, conditioning, config=config)
+    hidden_BCHW = transformer(transformers, hidden_BCHW, conditioning, level=config.num_levels - 1, config=config)
+    return resnet(second, hidden_BCHW, conditioning, config=config)
+
+
+def up_block(
+    state: modules.State,
+    images: torch.Tensor,
+    skips: list[torch.Tensor],
+    conditioning: Conditioning,
+    *,
+    level: int,
+    config: UNetConfig,
+) -> torch.Tensor:
+    """Apply the layers of a level on the way up, each to images and to what was kept on the way down, the last of it first."""
+    for index, skip in enumerate(reversed(skips)):
+        both_BCHW = torch.cat([images, skip], dim=1)
+        images = layer(state, index, both_BCHW, conditioning, level=level, config=config)
+    return images
+
+
+def upsample(state: modules.State, images: torch.Tensor, *, like: torch.Tensor) -> torch.Tensor:
+    """Double images, cut them to height and width of `like`, and convolve them."""
+    doubled_BCHW = convolutions.upsample(images)[:, :, : like.shape[2], : like.shape[3]]
+    return modules.convolution(state, "upsamplers.0.conv", doubled_BCHW)
+
+
+def layer(
+    state: modules.State, index: int, images: torch.Tensor, conditioning: Conditioning, *, level: int, config: UNetConfig
+) -> torch.Tensor:
+    """Apply one of a level's ResNet blocks, and the transformer behind it, if the level has any."""
+    images = resnet(states.part(state, f"resnets.{index}"), images, conditioning, config=config)
+    if not config.has_transformers(level):
+        return images
+    return transformer(states.part(state, f"attentions.{index}"), images, conditioning, level=level, config=config)
+
+
+def resnet(state: modules.State, images: torch.Tensor, conditioning: Conditioning, *, config: UNetConfig) -> torch.Tensor:
+    """Apply two convolutions with norms, the time added between them, and add the images [B, C', H, W]; [B, C, H, W].
+
+    hidden = conv1(silu(norm1(x))) + linear(silu(time));  out = shortcut(x) + conv2(silu(norm2(hidden)))
+    """
+    hidden_BCHW = modules.convolution(state, "conv1", norm_silu(state, "norm1", images, config=config))
+    time_BC = modules.linear(state, "time_emb_proj", torch.nn.functional.silu(conditioning.time))
+    hidden_BCHW = hidden_BCHW + time_BC[:, :, None, None]
+    hidden_BCHW = modules.convolution(state, "conv2", norm_silu(state, "norm2", hidden_BCHW, config=config))
+    return hidden_BCHW + (modules.convolution(state, "conv_shortcut", images) if "conv_shortcut.weight" in state else images)
+
+
+def norm_silu(state: modules.State, name: str, images: torch.Tensor, *, config: UNetConfig) -> torch.Tensor:
+    """Apply the GroupNorm of that name to [B, C, H, W], with the config's groups and eps, and silu to its result."""
+    return modules.group_norm_silu(state, name, images, num_groups=config.norm_num_groups, eps=config.norm_eps)
+
+
+def transformer(
+    state: modules.State, images: torch.Tensor, conditioning: Conditioning, *, level: int, config: UNetConfig
+) -> torch.Tensor:
+    """Let the pixels of images [B, C, H, W] look at each other and at the text, and add the images; [B, C, H, W]."""
+    normalized_BCHW = modules.group_norm(state, "norm", images, num_groups=config.norm_num_groups, eps=TRANSFORMER_NORM_EPS)
+    tokens_BSC = project(state, "proj_in", normalized_BCHW.flatten(2).mT)
+    for index in range(config.transformer_layers_per_block[level]):
+        block = states.part(state, f"transformer_blocks.{index}")
+        tokens_BSC = transformer_block(block, tokens_BSC, conditioning, num_heads=config.attention_head_dim[level])
+    return images + project(state, "proj_out", tokens_BSC).mT.reshape(images.shape)
+
+
+def project(state: modules.State, name: str, tokens: torch.Tensor) -> torch.Tensor:
+    """Apply the matrix of that name, or the convolution of 1 x 1 pixels, which is one, to tokens [B, S, C]."""
+    return layers.linear(tokens, state[f"{name}.weight"].flatten(1), state[f"{name}.bias"])
+
+
+def transformer_block(state: modules.State, tokens: torch.Tensor, conditioning: Conditioning, *, num_heads: int) -> torch.Tensor:
+    """Add to tokens [B, S, C] what they see in each other, then in the text, then what a feed-forward network makes of them."""
+    normalized_BSC = modules.layer_norm(state, "norm1", tokens, eps=BLOCK_NORM_EPS)
+    tokens_BSC = tokens + attend(states.part(state, "attn1"), normalized_BSC, normalized_BSC, num_heads=num_heads)
+    normalized_BSC = modules.layer_norm(state, "norm2", tokens_BSC, eps=BLOCK_NORM_EPS)
+    mask = None if conditioning.mask is None else conditioning.mask[:, None, None]
+    cross, text_BTD = states.part(state, "attn2"), conditioning.text
+    tokens_BSC = tokens_BSC + attend(cross, normalized_BSC, text_BTD, mask=mask, num_heads=num_heads)
+    normalized_BSC = modules.layer_norm(state, "norm3", tokens_BSC, eps=BLOCK_NORM_EPS)
+    return tokens_BSC + feed_forward(states.part(state, "ff"), normalized_BSC)
+
+
+def attend(
+    state: modules.State, tokens: torch.Tensor, asked: torch.Tensor, *, num_heads: int, mask: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Let tokens [B, S, C] look at others [B, T, D], through a mask that broadcasts to [B, A, S, T]; [B, S, C]."""
+    query_BASF = split_heads(modules.linear(state, "to_q", tokens), num_heads)
+    key_BATF, value_BATF = (split_heads(modules.linear(state, name, asked), num_heads) for name in ("to_k", "to_v"))
+    return modules.linear(state, "to_out.0", join_heads(attention(query_BASF, key_BATF, value_BATF, mask=mask)))
+
+
+def feed_forward(state: modules.State, tokens: torch.Tensor) -> torch.Tensor:
+    """Apply a network of one hidden layer with exact GEGLU to tokens [B, S, C]: first what is gated, then the gates."""
+    up_BSI, gate_BSI = modules.linear(state, "net.0.proj", tokens).chunk(2, dim=-1)
+    return modules.linear(state, "net.2", geglu(gate_BSI, up_BSI, approximation="none"))
