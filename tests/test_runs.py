@@ -1,6 +1,7 @@
 """Several runs at once give what the same runs give one by one."""
 
 import math
+import statistics
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -168,9 +169,8 @@ def test_budgets_at_once_and_one_by_one(name: str, rounding: str) -> None:
     """Every shipped reference can be done at once, and its errors are as large: in the mean over its elements and cases."""
     contract, dtype = contracts()[name], contracts()[name].dtypes[-1]
     logarithms: dict[str, list[float]] = {}
-    # a model, or a step of one, has hundreds of gradients in each; where gates follow one feature they all err together, and from
-    # case to case the mean logarithm has a deviation of 0.1
-    count = FEW if contract.cases >= 0.5 else 5 if contract.chooses_inside else 2
+    means: list[float] = []  # over what a case gives, which err together: numbers of an example, or gates, steer all of it
+    count = FEW if contract.cases >= 0.5 else 2  # a model, or a step of one, has hundreds of gradients in each
     for case in array(contract, 1)[:count]:
         run = partial(
             reference_run,
@@ -185,16 +185,20 @@ def test_budgets_at_once_and_one_by_one(name: str, rounding: str) -> None:
             {key: float((noisy[key] - value).square().mean().sqrt()) for key, value in exact.items() if value.is_floating_point()}
             for noisy in (noisy_runs(replayed, dtype, rounding, at_once=at_once) for at_once in (True, False))
         ]
+        found: dict[str, float] = {}
         for key, deviation in deviations[0].items():
             other = deviations[1][key]
             assert (deviation > 0) == (other > 0), (key, case)
             if other > 0 and exact[key].numel() > 1:
-                logarithms.setdefault(key, []).append(math.log(deviation / other))
+                found[key] = math.log(deviation / other)
+                logarithms.setdefault(key, []).append(found[key])
+        if found:
+            means.append(statistics.mean(found.values()))
     for key, each in logarithms.items():
         # of a single number the logarithm of two deviations of 12 runs each spreads by 0.3
         assert abs(sum(each) / len(each)) < 0.1 + 4 * 0.3 / len(each) ** 0.5, key
-    everything = [each for several in logarithms.values() for each in several]
-    assert abs(sum(everything)) <= 0.15 * len(everything)
+    # measured with sixteen seeds of the noise: the mean of a case spreads by 0.09 to 0.13 around 0
+    assert not means or abs(statistics.mean(means)) <= 0.05 + 3 * 0.13 / len(means) ** 0.5
 
 
 def test_noise_differs_from_run_to_run() -> None:

@@ -222,15 +222,13 @@ def drawn(draw: Draw, parameters: Parameters, shapes: model_states.Shapes, *, ar
     """Such inputs of any model that takes DiT's, with parameters of these shapes; `around_one` as of `model_states.drawn`."""
     state = model_states.drawn(draw, shapes, tables=(TABLE,), around_one=around_one)
     batch_size = parameters["batch_size"]
-    times = 1000 * draw.uniform(batch_size)
-    times[:2] = torch.tensor([999.0, 998.0], dtype=torch.float64)[:batch_size]
     labels = draw.integers(0, parameters["num_classes"] + 1, batch_size)
     labels[:1] = parameters["num_classes"]
     size = parameters["input_size"]
     return {
         **state,
         "latents": draw.normal(batch_size, parameters["in_channels"], size, size),
-        "timesteps": times,
+        "timesteps": model_states.times(draw, batch_size),
         "class_labels": labels,
     }
 
@@ -248,15 +246,19 @@ def near_constants(draw: Draw, parameters: Parameters) -> Tensors:
 
 
 def near_eps(tensors: Tensors, config: DiTConfig) -> Tensors:
-    """The first patch's variance stays near the eps of every LayerNorm."""
-    width, weight = config.hidden_size, tensors["state/x_embedder.proj.weight"]
-    weight *= 2.0**-10
+    """The first patch's variance stays near the eps of every LayerNorm.
+
+    Its place in the table is 0 and 1. Pixels reach the features where it is 0: next to 1, bfloat16 would lose them.
+    """
+    width, weight, small = config.hidden_size, tensors["state/x_embedder.proj.weight"], config.norm_eps**0.5
     side = config.input_size // config.patch_size
-    tensors["state/x_embedder.proj.bias"] = -layers.sincos_position_embedding(side, like=weight.new_empty(width))[0]
+    place = layers.sincos_position_embedding(side, like=weight.new_empty(width))[0]
+    weight *= small * (place == 0)[:, None, None, None]
+    tensors["state/x_embedder.proj.bias"] = -place
     for index in range(config.depth):
         for part in ("weight", "bias"):
             gates = tensors[f"state/blocks.{index}.adaLN_modulation.1.{part}"].unflatten(0, (6, width))[2::3]
-            gates *= 2.0**-10
+            gates *= small
     return tensors
 
 

@@ -119,7 +119,7 @@ def tiny_model(
 ) -> DiTMoEModelConfig:
     """A model small enough for an interpreter."""
     layer = DiTMoEConfig(**{name: others.pop(name) for name in OF_LAYER if name in others})
-    sizes = {"in_channels": 3, "num_classes": 3, "frequency_embedding_size": 32, "num_experts": 4} | others
+    sizes = {"in_channels": 3, "num_classes": 10, "frequency_embedding_size": 32, "num_experts": 4} | others
     (hidden_size, num_heads), (input_size, patch_size) = heads, patches
     return DiTMoEModelConfig(
         input_size=input_size,
@@ -188,7 +188,7 @@ def dithered(draw: Draw, parameters: Parameters) -> Tensors:
     tensors = of_dit.drawn(draw, parameters, model.state_shapes(config), around_one=("_norm.weight",))
     pixels = tensors["latents"][:, 0, :: config.patch_size, :: config.patch_size]
     pixels += pixels.sign()
-    feature = config.hidden_size // 4 - 1  # of the sines of a column, that of the longest wave: nearly 0
+    feature = chosen_by(config)
     kernel = tensors["state/x_embedder.proj.weight"][feature]
     kernel *= 0.125
     kernel[0, 0, 0] = 1.5
@@ -204,8 +204,18 @@ def dithered(draw: Draw, parameters: Parameters) -> Tensors:
 
 
 def near_constants(draw: Draw, parameters: Parameters) -> Tensors:
-    """The first patch's variance stays near the eps of every LayerNorm."""
-    return of_dit.near_eps(dithered(draw, parameters), configuration(parameters))
+    """The first patch's variance stays near the eps of every LayerNorm; a shift takes the pixel's part in choosing experts."""
+    config = configuration(parameters)
+    tensors = of_dit.near_eps(dithered(draw, parameters), config)
+    for index in range(config.depth):
+        shifts = tensors[f"state/blocks.{index}.adaLN_modulation.1.bias"].unflatten(0, (6, -1))[3]
+        shifts[chosen_by(config)] = 3.0 - 6.0 * float(draw.integers(0, 2, 1))
+    return tensors
+
+
+def chosen_by(config: DiTMoEModelConfig) -> int:
+    """The feature by which experts are chosen, of the sines of a column that of the longest wave: nearly 0."""
+    return config.hidden_size // 4 - 1
 
 
 def extreme(draw: Draw, parameters: Parameters) -> Tensors:

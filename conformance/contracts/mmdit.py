@@ -44,7 +44,9 @@ def mmdit() -> Contract:
         parameters=parameters,
         landmarks=(
             # of both, four ranks can share the heads, but not all streams of tokens
-            sizes(3, 3, (3, 1), tiny_model(8, 4, 2, qk_norm="rms_norm"), dual_layers=1),  # Stable Diffusion 3.5 medium
+            sizes(
+                3, 3, (3, 1), tiny_model(8, 4, 2, qk_norm="rms_norm", dual_attention_layers=(0,))
+            ),  # Stable Diffusion 3.5 medium
             sizes(2, 5, (3, 2), tiny_model(8, 4, 2, patch_size=1, in_channels=4, out_channels=2)),  # Stable Diffusion 3
             sizes(1, 4, (1, 3), tiny_model(64, 1, 1, qk_norm="rms_norm")),  # heads as wide as the published ones
         ),
@@ -68,7 +70,7 @@ def mmdit() -> Contract:
             Workload(
                 "sd3.5-medium/1024px", published("sd3.5-medium", 64), "stabilityai/stable-diffusion-3.5-medium, config.json"
             ),
-            Workload("two-cores/two-blocks-of-sd3", two_blocks(), "a size for a CPU; the widths of sd3-medium"),
+            Workload("two-cores/two-blocks-of-sd3", two_blocks(), "a size for a CPU; half of the heads of sd3-medium"),
         ),
         shardings={"whole": {}},  # inputs, results and gradients are on every rank alike
         rejections=REJECTIONS,
@@ -89,9 +91,8 @@ HEADS_FIT = "num_attention_heads % 4 == 0"
 
 
 def configuration(parameters: Parameters) -> MMDiTConfig:
-    """The model at given parameters; the first blocks have dual attention."""
-    options = {field.name: parameters[field.name] for field in fields(MMDiTConfig) if field.name in parameters}
-    return MMDiTConfig(**options, dual_attention_layers=tuple(range(parameters["dual_layers"])))
+    """The model at given parameters."""
+    return MMDiTConfig(**{field.name: parameters[field.name] for field in fields(MMDiTConfig)})
 
 
 def state_leaves(parameters: Parameters) -> dict[str, Input]:
@@ -107,7 +108,7 @@ def num_patches(parameters: Parameters) -> int:
 def flops(parameters: Parameters) -> float:
     """Matrix products of tokens and of what steers them, and attention; the last block's text asks nothing."""
     config, patches, text = configuration(parameters), num_patches(parameters), parameters["num_text_tokens"]
-    pairs = config.num_layers * (patches + text) ** 2 - text * (patches + text) + parameters["dual_layers"] * patches**2
+    pairs = config.num_layers * (patches + text) ** 2 - text * (patches + text) + len(config.dual_attention_layers) * patches**2
     products = 4.0 * pairs * config.hidden_size
     for name, shape in model.state_shapes(config).items():
         if name != model.POSITIONS and not is_idle(name, config):
@@ -133,15 +134,11 @@ def is_idle(name: str, config: MMDiTConfig) -> bool:
     return name.startswith((f"{last}.add_q_proj", f"{last}.norm_added_q"))
 
 
-def sizes(
-    batch_size: int, num_text_tokens: int, patches: tuple[int, int], config: MMDiTConfig, *, dual_layers: int = 0
-) -> dict[str, Any]:
+def sizes(batch_size: int, num_text_tokens: int, patches: tuple[int, int], config: MMDiTConfig) -> dict[str, Any]:
     """One point of the input space, with so many rows and columns of patches."""
-    options = asdict(config)
-    del options["dual_attention_layers"]
     height, width = (number * config.patch_size for number in patches)
     call = {"batch_size": batch_size, "num_text_tokens": num_text_tokens, "height": height, "width": width}
-    return call | options | {"dual_layers": dual_layers}
+    return call | asdict(config)
 
 
 def tiny_model(attention_head_dim: int, num_attention_heads: int, num_layers: int, **others: Any) -> MMDiTConfig:
@@ -160,13 +157,13 @@ def tiny_model(attention_head_dim: int, num_attention_heads: int, num_layers: in
 
 def published(name: str, rows: int) -> dict[str, Any]:
     """Two images, with and without the text's guidance, of so many rows and columns, and a text of 77 + 256 tokens."""
-    config = MMDIT_PRESETS[name]
-    return sizes(2, 333, (rows, rows), config, dual_layers=len(config.dual_attention_layers))
+    return sizes(2, 333, (rows, rows), MMDIT_PRESETS[name])
 
 
 def two_blocks() -> dict[str, Any]:
-    """An image of few tokens, a text of CLIP's length, two blocks as wide as published ones."""
-    return sizes(1, 77, (8, 8), replace(MMDIT_PRESETS["sd3-medium"], num_layers=2, pos_embed_max_size=8))
+    """An image of few tokens, a text of CLIP's length, two blocks with half of the published heads."""
+    halved = {"num_attention_heads": 12, "caption_projection_dim": 768}
+    return sizes(1, 77, (8, 8), replace(MMDIT_PRESETS["sd3-medium"], num_layers=2, pos_embed_max_size=8, **halved))
 
 
 FACTORS = (
@@ -193,7 +190,7 @@ FACTORS = (
         of=lambda sizes: (sizes["in_channels"], sizes["out_channels"]),
     ),
     either("qk_norm", None, "rms_norm"),
-    edges("dual_layers", 0, 1),
+    edges("dual_layers", 0, 1, of=lambda sizes: len(sizes["dual_attention_layers"])),
 )
 
 
@@ -207,9 +204,12 @@ def point(
     dual_layers: int,
     **others: Any,
 ) -> dict[str, Any]:
-    """The point with these values of the factors."""
-    config = tiny_model(*heads, num_layers, in_channels=channels[0], out_channels=channels[1], **others)
-    return sizes(batch_size, num_text_tokens, patches, config, dual_layers=dual_layers)
+    """The point with these values of the factors; the first blocks have dual attention."""
+    dual = tuple(range(dual_layers))
+    config = tiny_model(
+        *heads, num_layers, in_channels=channels[0], out_channels=channels[1], dual_attention_layers=dual, **others
+    )
+    return sizes(batch_size, num_text_tokens, patches, config)
 
 
 @st.composite
@@ -231,7 +231,7 @@ def _padded(tensors: Tensors) -> Tensors:
 
 TRAITS = (
     Trait("half padding", "values of encoder_hidden_states", _padded),
-    Trait("0", "values of pooled_projections", _all(0.0, "pooled_projections")),
+    Trait("no pooled text", "values of pooled_projections", _all(0.0, "pooled_projections")),
     Trait("0", "values of timesteps", _all(0.0, "timesteps")),
     Trait("1000", "values of timesteps", _all(1000.0, "timesteps")),
 )
@@ -241,14 +241,12 @@ def dithered(draw: Draw, parameters: Parameters) -> Tensors:
     """Random latents, texts and weights scaled by fan-in, none of them 0; times up to 999, with neighbours."""
     shapes = model.state_shapes(configuration(parameters))
     batch_size = parameters["batch_size"]
-    times = 1000 * draw.uniform(batch_size)
-    times[:2] = torch.tensor([999.0, 998.0], dtype=torch.float64)[:batch_size]
     return {
         **model_states.drawn(draw, shapes, tables=(model.POSITIONS,), around_one=QK_NORMS),
         "latents": draw.normal(batch_size, parameters["in_channels"], parameters["height"], parameters["width"]),
         "encoder_hidden_states": draw.normal(batch_size, parameters["num_text_tokens"], parameters["joint_attention_dim"]),
         "pooled_projections": draw.normal(batch_size, parameters["pooled_projection_dim"]),
-        "timesteps": times,
+        "timesteps": model_states.times(draw, batch_size),
     }
 
 

@@ -45,6 +45,14 @@ def drawn(draw: Draw, shapes: Shapes, *, tables: tuple[str, ...] = (), around_on
     return state
 
 
+def times(draw: Draw, batch_size: int) -> torch.Tensor:
+    """Of each example, up to 999; the second is 1 before the first, which is so late that bfloat16 takes both for one."""
+    drawn = 999 * draw.uniform(batch_size)
+    drawn[:1] = 600 + 0.4 * drawn[:1]
+    drawn[1:2] = drawn[:1] - 1
+    return drawn
+
+
 def moved(shapes: Shapes, *, without: tuple[str, ...] = ()) -> float:
     """How many numbers are read of the parameters, but for tables of which few rows are."""
     return float(sum(math.prod(shape) for name, shape in shapes.items() if not any(each in name for each in without)))

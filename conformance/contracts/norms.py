@@ -93,8 +93,8 @@ def groups(
     batch_size: int, num_groups: int, channels_per_group: int, height: int, width: int, eps: float = 1e-6
 ) -> dict[str, Any]:
     """One point of the input space of a norm of groups."""
-    sizes = {"batch_size": batch_size, "num_groups": num_groups, "channels_per_group": channels_per_group}
-    return sizes | {"channels": num_groups * channels_per_group, "height": height, "width": width, "eps": eps}
+    sizes = {"batch_size": batch_size, "num_groups": num_groups, "channels": num_groups * channels_per_group}
+    return sizes | {"height": height, "width": width, "eps": eps}
 
 
 def _of_several_numbers(channels_per_group: int, height: int, width: int, **others: Any) -> dict[str, Any] | None:
@@ -109,9 +109,9 @@ def _at_start(tensors: Tensors) -> Tensors:
 
 
 def _channels_apart(tensors: Tensors) -> Tensors:
-    """Images of which each channel has a mean of its own, so that those of a group differ by more than their pixels."""
-    channels = torch.arange(tensors["images"].shape[1], dtype=torch.float64)
-    return {"images": tensors["images"] + 4 * channels.remainder(5)[:, None, None]}
+    """Images of which each channel has values around a mean of its own: those of a group differ by more than their pixels."""
+    means = 4 * torch.arange(tensors["images"].shape[1], dtype=torch.float64).remainder(5)[:, None, None]
+    return {"images": means + (tensors["images"] + 2).remainder(4) - 2}
 
 
 def _rows_of(spec: Input, parameters: Parameters) -> tuple[int, int, int]:
@@ -238,7 +238,7 @@ OF_IMAGES: dict[str, Any] = {
     "factors": (
         edges("batch_size", 1, 2, 3),
         edges("num_groups", 1, 2, 3, 4),
-        edges("channels_per_group", 1, 2, 3, 8, 17),
+        edges("channels_per_group", 1, 2, 3, 8, 17, of=lambda sizes: sizes["channels"] // sizes["num_groups"]),
         kinds("height", kind_of_width, 1, 2, 5, 16),
         kinds("width", kind_of_width, 1, 2, 7, 16),
         either("eps", 1e-6, 1e-5, 1e-3),

@@ -30,7 +30,7 @@ from gaugeblock.reference.torch import sampler_steps
 @row
 def ddpm_step() -> Contract:
     """The row of `sampler_steps.ddpm_step`."""
-    sizes = builder(prediction_type="epsilon", variance_type="fixed_small", clipping="none")
+    sizes = builder(prediction_type="epsilon", variance_type="fixed_small", clip_sample=False, thresholding=False)
     return Contract(
         name="sampler_steps.ddpm_step",
         summary="Draws the less noised example, given this one and the data that the model predicts.",
@@ -46,10 +46,10 @@ def ddpm_step() -> Contract:
             sizes(3, 4, 65),
             sizes(2, 3, 16, prediction_type="v_prediction", variance_type="fixed_large"),
             sizes(3, 2, 24, variance_type="learned_range"),
-            sizes(3, 2, 33, prediction_type="sample", clipping="clipped"),
-            sizes(2, 4, 33, clipping="thresholded"),
+            sizes(3, 2, 33, prediction_type="sample", clip_sample=True),
+            sizes(2, 4, 33, thresholding=True),
         ),
-        factors=options_of(prediction_type=KINDS, variance_type=VARIANCES, clipping=(*CLIPPINGS,)),
+        factors=options_of(prediction_type=KINDS, variance_type=VARIANCES, **CLIPPINGS),
         build=sizes,
         traits=(LAST,),
         regimes=_regimes(mixed, next_to_each_other, "noised", "prediction", "noise"),
@@ -63,7 +63,7 @@ def ddpm_step() -> Contract:
 @row
 def ddim_step() -> Contract:
     """The row of `sampler_steps.ddim_step`."""
-    sizes = builder(prediction_type="epsilon", eta=0.0, use_clipped_model_output=False, clipping="none")
+    sizes = builder(prediction_type="epsilon", eta=0.0, use_clipped_model_output=False, clip_sample=False, thresholding=False)
     return Contract(
         name="sampler_steps.ddim_step",
         summary="Takes the predicted noise away and puts less of it back, a part of it anew.",
@@ -78,12 +78,10 @@ def ddim_step() -> Contract:
         landmarks=(
             sizes(3, 4, 65),
             sizes(2, 3, 16, prediction_type="v_prediction", eta=1.0),
-            sizes(3, 2, 24, clipping="clipped", use_clipped_model_output=True, eta=0.5),
-            sizes(3, 2, 33, prediction_type="sample", clipping="thresholded"),
+            sizes(3, 2, 24, clip_sample=True, use_clipped_model_output=True, eta=0.5),
+            sizes(3, 2, 33, prediction_type="sample", thresholding=True),
         ),
-        factors=options_of(
-            prediction_type=KINDS, eta=(0.0, 0.5, 1.0), use_clipped_model_output=(False, True), clipping=(*CLIPPINGS,)
-        ),
+        factors=options_of(prediction_type=KINDS, eta=(0.0, 0.5, 1.0), use_clipped_model_output=(False, True), **CLIPPINGS),
         build=sizes,
         traits=(LAST,),
         regimes=_regimes(mixed, next_to_each_other, "noised", "prediction", "noise"),
@@ -128,7 +126,7 @@ def euler_step() -> Contract:
 @row
 def heun_step() -> Contract:
     """The row of `sampler_steps.heun_step`."""
-    sizes = builder(prediction_type="epsilon", clipping="none")
+    sizes = builder(prediction_type="epsilon", clip_sample=False)
     return Contract(
         name="sampler_steps.heun_step",
         summary="Follows the mean of two slopes: that at this sigma, and that where it leads to at the next one.",
@@ -143,10 +141,10 @@ def heun_step() -> Contract:
         landmarks=(
             sizes(2, 3, 16, prediction_type="v_prediction"),  # which slopes depend on noised; of epsilon they do not
             sizes(3, 4, 65),
-            sizes(3, 2, 33, prediction_type="v_prediction", clipping="clipped"),
+            sizes(3, 2, 33, prediction_type="v_prediction", clip_sample=True),
             sizes(3, 2, 24, prediction_type="sample"),
         ),
-        factors=options_of(prediction_type=KINDS, clipping=("none", "clipped")),
+        factors=options_of(prediction_type=KINDS, clip_sample=(False, True)),
         build=sizes,
         regimes=_regimes(apart, close, "noised", "prediction", "euler_noised", "euler_prediction"),
         flops=lambda parameters: 10 * elements(parameters),
@@ -222,17 +220,16 @@ def flow_step() -> Contract:
 
 KINDS = ("epsilon", "sample", "v_prediction")
 VARIANCES = ("fixed_small", "fixed_large", "learned_range")
-CLIPPINGS: Mapping[str, Mapping[str, Any]] = {
-    "none": {},
-    "clipped": {"clip_sample": True, "clip_sample_range": 0.75},
-    "thresholded": {"thresholding": True, "dynamic_thresholding_ratio": 0.875, "sample_max_value": 2.0},
-}
+CLIPPINGS: Mapping[str, tuple[bool, ...]] = {"clip_sample": (False, True), "thresholding": (False, True)}
 
 
 def diffusion(parameters: Parameters) -> DiffusionScheduleConfig:
-    """The config at given parameters."""
+    """The config at given parameters; data are clipped to other numbers than by default."""
     return DiffusionScheduleConfig(
-        **_some(parameters, "prediction_type", "variance_type"), **CLIPPINGS[parameters.get("clipping", "none")]
+        **_some(parameters, "prediction_type", "variance_type", *CLIPPINGS),
+        clip_sample_range=0.75,
+        dynamic_thresholding_ratio=0.875,
+        sample_max_value=2.0,
     )
 
 

@@ -45,7 +45,7 @@ def encode() -> Contract:
             of_images(2, 7, 4, tiny_model((4, 8, 8), 2, latent_channels=4, in_channels=1)),
             of_images(1, 2, 3, tiny_model((8,), 2, layers_per_block=2, latent_channels=5, use_quant_conv=False)),
         ),
-        factors=(*FACTORS, either("use_quant_conv", True, False)),
+        factors=(*FACTORS, Factor("places", str, values=PLACES, of=_places_of_images), either("use_quant_conv", True, False)),
         build=image_point,
         traits=(Trait("of one color", "values of images", lambda tensors: one_value_first(tensors, "images", -1.0)),),
         regimes=(
@@ -99,7 +99,7 @@ def decode() -> Contract:
             of_latents(2, 1, 2, tiny_model((4, 8, 8), 2, latent_channels=4, out_channels=1)),
             of_latents(1, 2, 3, tiny_model((8,), 2, layers_per_block=2, latent_channels=5, use_post_quant_conv=False)),
         ),
-        factors=(*FACTORS, either("use_post_quant_conv", True, False)),
+        factors=(*FACTORS, Factor("places", str, values=PLACES, of=_places), either("use_post_quant_conv", True, False)),
         build=latent_point,
         traits=(Trait("the same everywhere", "values of latents", lambda tensors: one_value_first(tensors, "latents", 1.0)),),
         regimes=(
@@ -117,7 +117,7 @@ def decode() -> Contract:
         workloads=(
             Workload("stable-diffusion/512px", of_latents(1, 64, 64, STABLE_DIFFUSION), SOURCE),
             Workload("flux/1024px", of_latents(1, 128, 128, VAE_PRESETS["flux"]), SOURCE_OF_FLUX),
-            Workload("two-cores/stable-diffusion-64px", of_latents(1, 8, 8, STABLE_DIFFUSION), "a size for a CPU"),
+            Workload("two-cores/stable-diffusion-40px", of_latents(1, 5, 5, STABLE_DIFFUSION), "a size for a CPU"),
         ),
         rejections=(
             *rejections("decoder.conv_in.weight"),
@@ -235,17 +235,20 @@ FACTORS = (
         values=CHANNELS,
         of=lambda sizes: (tuple(sizes["block_out_channels"]), sizes["norm_num_groups"]),
     ),
-    Factor(
-        "places",
-        str,
-        values=PLACES,
-        of=lambda sizes: (sizes["latent_height"], sizes["latent_width"]),
-    ),
     edges("layers_per_block", 1, 2),
     edges("latent_channels", 1, 2, 4),
     edges("colors", *sorted(COLORS), of=lambda sizes: sizes["in_channels"]),
     either("mid_block_add_attention", True, False),
 )
+
+
+def _places(sizes: Parameters) -> tuple[int, int]:
+    return sizes["latent_height"], sizes["latent_width"]
+
+
+def _places_of_images(sizes: Parameters) -> tuple[int, int]:
+    downsampling = configuration(sizes).downsampling
+    return sizes["height"] // downsampling, sizes["width"] // downsampling
 
 
 def latent_point(

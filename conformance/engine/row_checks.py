@@ -44,7 +44,7 @@ def names(row: "Contract") -> Iterator[str]:
         "implementations": [each.name for each in row.implementations],
     }
     named = ("regimes", "traits", "factors", "rejections", "workloads")
-    groups |= {name: [str((each.name, getattr(each, "factor", ""))) for each in getattr(row, name)] for name in named}
+    groups |= {name: [each.name for each in getattr(row, name)] for name in named}
     for field, members in groups.items():
         twice = [each for each in members if members.count(each) > 1]
         if twice:

@@ -39,7 +39,8 @@ def _count_kernel(
     """counts[e, c] = rows of expert e in chunk c."""
     ids = _load_ids(ids_ptr, program_rows(BLOCK_ROWS), num_rows, top_k, token_stride, choice_stride, num_experts)
     experts = tl.arange(0, BINS)
-    counts_ptrs = counts_ptr + experts * expert_stride.to(tl.int64) + tl.program_id(0)
+    # the stride of a single chunk is 1, which Triton compiles as a constant: it cannot be cast
+    counts_ptrs = counts_ptr + experts.to(tl.int64) * expert_stride + tl.program_id(0)
     tl.store(counts_ptrs, tl.histogram(ids, BINS), mask=experts < num_experts)
 
 
