@@ -1,8 +1,11 @@
 """The UNets against diffusers', against their twins, and by themselves."""
 
 import functools
+import os
 import re
 from dataclasses import replace
+
+os.environ.setdefault("TRITON_INTERPRET", "1")  # read when kernels are decorated
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +19,8 @@ from gaugeblock.conformance.engine.budget.oracle import exact_inputs, reference_
 from gaugeblock.conformance.engine.inputs.cases import Case, cotangents, options
 from gaugeblock.conformance.engine.registry import find_contract
 from gaugeblock.conformance.peers.diffusers_unet import made
+from gaugeblock.optimized.compiled.unet import unet_by_library
+from gaugeblock.optimized.triton.unet import unet as triton_unet
 from gaugeblock.reference import states
 from gaugeblock.reference.configs import UNET_PRESETS, UNetConfig
 from gaugeblock.reference.jax import unet as jax_unet
@@ -120,6 +125,13 @@ def test_unet_is_that_of_diffusers_and_the_twin_too(config, size, masked):
             jax_inputs = [jnp.asarray(each.numpy()) for each in inputs]
             twin, _ = function_of(jax_unet, config, state, jax_inputs, jnp.asarray(mask.numpy()))
             assert_close(jax_value_and_grads(jax.jit(twin), arrays, cotangent), actual)
+
+
+@pytest.mark.parametrize("operation", [unet.unet, unet_by_library, triton_unet])
+def test_no_mask_is_one_that_hides_nothing(operation):
+    inputs, state = random_inputs(SMALL, "odd", torch.float32), random_state(SMALL, torch.float32)
+    masked = operation(state, *inputs, torch.ones(3, 3, dtype=torch.bool), config=SMALL)
+    torch.testing.assert_close(operation(state, *inputs, config=SMALL), masked)
 
 
 def test_an_example_without_any_text_sees_nothing_where_diffusers_lets_it_see_all():
