@@ -1,5 +1,7 @@
 """DiT whose attention takes delta from its result: the same function, and what its rounding is allowed."""
 
+import math
+import statistics
 from dataclasses import replace
 
 import pytest
@@ -9,12 +11,12 @@ from gaugeblock.conformance.engine.budget.error_budget import Budget
 from gaugeblock.conformance.engine.budget.oracle import budgets, exact_inputs, reference_run, rounded_cotangents
 from gaugeblock.conformance.engine.inputs.cases import Case, options
 from gaugeblock.conformance.engine.judging.judge import Violation, judge
-from gaugeblock.conformance.engine.registry import find_contract
+from gaugeblock.conformance.engine.registry import contracts, find_contract
 from gaugeblock.conformance.engine.trial import Trial
 from gaugeblock.conformance.selftest.variant import variants
 
 DIT = find_contract("dit.dit")
-WITHOUT = replace(DIT, formulas=())
+WITHOUT = replace(DIT, rounded_as=None)
 CASE = Case(**DIT.landmarks[0], regime="dithered")
 WIDTH = CASE.parameters["hidden_size"]
 QKV_BIAS = "gradient of state/blocks.0.attn.qkv.bias"
@@ -26,7 +28,7 @@ def test_it_is_the_same_function_with_the_same_gradients(landmark):
     inputs, opts = exact_inputs(DIT, case, "float32"), options(DIT, case)
     cotangents = {key: each.double() for key, each in rounded_cotangents(DIT, case, "float32").items()}
     expected = reference_run(DIT, inputs, opts, cotangents)
-    for key, tensor in reference_run(DIT, inputs, opts, cotangents, *DIT.formulas).items():
+    for key, tensor in reference_run(DIT, inputs, opts, cotangents, DIT.rounded_as).items():
         # float64's rounding, a million times: gradients cancel, that of the keys' bias to 0
         torch.testing.assert_close(tensor, expected[key], rtol=1e-10, atol=1e-10 * float(expected[key].abs().max()) + 1e-13)
 
@@ -38,10 +40,28 @@ def keys(budget: Budget) -> float:
 
 
 def test_the_budget_grows_where_delta_has_an_error_and_nowhere_else():
-    both, one = (budgets(each, CASE, "bfloat16", "eager", gradients=True) for each in (DIT, WITHOUT))
-    assert keys(both[QKV_BIAS]) > 2 * keys(one[QKV_BIAS])
+    flash, plain = (budgets(each, CASE, "bfloat16", "eager", gradients=True) for each in (DIT, WITHOUT))
+    assert keys(flash[QKV_BIAS]) > 2 * keys(plain[QKV_BIAS])
     for key in ("out", "gradient of state/blocks.0.attn.proj.weight", "gradient of state/x_embedder.proj.weight"):
-        assert both[key].variance.mean() < 1.5 * one[key].variance.mean()
+        assert flash[key].variance.mean() < 1.5 * plain[key].variance.mean()
+
+
+@pytest.mark.parametrize("rounding", ["strict", "eager"])
+@pytest.mark.parametrize("name", [each.name for each in contracts().values() if each.rounded_as])
+def test_a_budget_found_by_it_is_nowhere_less_than_without(name, rounding):
+    """In the mean over an output's elements: of a single one, estimates by 12 runs differ by a fifth."""
+    contract = contracts()[name]
+    case = Case(**contract.landmarks[-1], regime="dithered")
+    flash, plain = (
+        budgets(each, case, "bfloat16", rounding, gradients=True) for each in (contract, replace(contract, rounded_as=None))
+    )
+    ratios = {}
+    for key, budget in plain.items():
+        there = budget.variance > 0
+        assert (flash[key].variance[there] > 0).all()
+        if there.any():
+            ratios[key] = float((flash[key].variance[there] / budget.variance[there]).log().mean()) / 2
+    assert min(ratios.values()) > -0.5 and statistics.mean(ratios.values()) > -0.1
 
 
 @pytest.mark.parametrize("name", ["flash-attention", "attention-of-torch"])
@@ -54,12 +74,18 @@ def test_flash_kernels_conform(name, dtype):
         judge(DIT, case, dtype, "eager", Trial(subject, case).run(gradients=True))
 
 
-def test_without_the_formula_one_does_not():
-    """Its gradient of the keys' bias lies 1.7 budgets from 0."""
+def test_without_it_its_errors_come_near_the_limit_or_beyond():
     variant = next(each for each in variants() if each.contract == DIT.name and each.name == "flash-attention")
-    subject = next(each for each in variant.subjects() if each.dtype == "float16")
-    with pytest.raises(Violation, match=r"attn.qkv.bias: an element lies 1\.\d+ times its error budget"):
-        for regime in ("dithered", "constants", "adversarial"):
-            for seed in range(2):
-                case = CASE.replace(regime=regime, seed=seed)
-                judge(WITHOUT, case, "float16", "eager", Trial(subject, case).run(gradients=True))
+    largest = {DIT: 0.0, WITHOUT: 0.0}
+    for subject in (each for each in variant.subjects() if each.dtype in ("float16", "bfloat16")):
+        for seed in range(6):
+            case = CASE.replace(seed=seed)
+            results = Trial(subject, case).run(gradients=True)
+            for contract in largest:
+                try:
+                    errors = judge(contract, case, subject.dtype, "eager", results).values()
+                except Violation:
+                    largest[contract] = math.inf
+                else:
+                    largest[contract] = max(largest[contract], *(each.statistics().worst for each in errors))
+    assert largest[DIT] < 0.75 and largest[WITHOUT] > 0.85  # measured: 0.6, and a root mean square 1.3 times its limit

@@ -55,7 +55,7 @@ def clip_text() -> Contract:
             Regime("adversarial", extreme, "worst element"),
             Regime("special", special, "worst element", differentiable=False),
         ),
-        formulas=(flash_attention.of(model.clip_text, model),),
+        rounded_as=flash_attention.of(model.clip_text, model),
         cases=0.2,  # a budget with the gradients of all parameters takes about a second
         configure=lambda parameters: {"config": configuration(parameters)},
         flops=flops,

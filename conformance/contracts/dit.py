@@ -56,7 +56,7 @@ def dit() -> Contract:
             Regime("adversarial", extreme, "worst element"),
             Regime("special", special, "worst element", differentiable=False),
         ),
-        formulas=(flash_attention.of(model.dit, layers),),
+        rounded_as=flash_attention.of(model.dit, layers),
         cases=0.25,  # a budget with the gradients of all parameters takes about a second
         configure=lambda parameters: {"config": configuration(parameters)},
         flops=flops,

@@ -59,7 +59,7 @@ def dit_moe() -> Contract:
             Regime("adversarial", extreme, "worst element"),
             Regime("special", special, "worst element", differentiable=False),
         ),
-        formulas=(flash_attention.of(model.dit_moe, model),),
+        rounded_as=flash_attention.of(model.dit_moe, model),
         chooses_inside=True,
         cases=0.1,
         configure=lambda parameters: {"config": configuration(parameters)},

@@ -60,7 +60,7 @@ def flux() -> Contract:
             Regime("adversarial", extreme, "worst element"),
             Regime("special", special, "worst element", differentiable=False),
         ),
-        formulas=(flash_attention.of(model.flux, model),),
+        rounded_as=flash_attention.of(model.flux, model),
         cases=0.1,  # a budget with the gradients of all parameters takes about a second
         configure=lambda parameters: {"config": configuration(parameters)},
         flops=flops,

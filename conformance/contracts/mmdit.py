@@ -59,7 +59,7 @@ def mmdit() -> Contract:
             Regime("adversarial", extreme, "worst element"),
             Regime("special", special, "worst element", differentiable=False),
         ),
-        formulas=(flash_attention.of(model.mmdit, model),),
+        rounded_as=flash_attention.of(model.mmdit, model),
         cases=0.15,  # a budget with the gradients of all parameters takes seconds
         configure=lambda parameters: {"config": configuration(parameters)},
         flops=flops,

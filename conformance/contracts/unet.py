@@ -51,7 +51,7 @@ def unet() -> Contract:
         build=point,
         traits=TRAITS,
         regimes=REGIMES,
-        formulas=(flash_attention.of(model.unet, model),),
+        rounded_as=flash_attention.of(model.unet, model),
         cases=0.1,  # a budget with the gradients of all parameters takes about a second
         configure=lambda parameters: {"config": configuration(parameters)},
         flops=flops,
@@ -60,9 +60,7 @@ def unet() -> Contract:
         workloads=(
             Workload("sd-1.5/512px-batch-2", sizes(2, 64, 64, 77, UNET_PRESETS["SD-1.5"]), SD_1),
             Workload("sd-2.1/768px-batch-2", sizes(2, 96, 96, 77, UNET_PRESETS["SD-2.1"]), SD_2),
-            Workload(
-                "two-cores/part-of-sd-1.5-128px", sizes(1, 16, 16, 77, PART_OF_SD), "a size for a CPU; heads as published"
-            ),
+            Workload("two-cores/part-of-sd-1.5-128px", sizes(1, 16, 16, 77, PART_OF_SD), "a size for a CPU; heads as published"),
         ),
         rejections=REJECTIONS,
         implementations=ours("unet"),
@@ -96,7 +94,7 @@ def unet_text_time() -> Contract:
         build=point_with_sizes,
         traits=TRAITS,
         regimes=REGIMES,
-        formulas=(flash_attention.of(model.unet_text_time, model),),
+        rounded_as=flash_attention.of(model.unet_text_time, model),
         cases=0.05,  # as unet.unet, from which it differs in what steers the blocks alone
         configure=lambda parameters: {"config": configuration(parameters)},
         flops=flops,

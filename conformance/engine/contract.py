@@ -236,6 +236,8 @@ class Contract:
     """Published sizes, for benchmarks."""
     formulas: tuple[Callable[..., Any], ...] = ()
     """Other ways to write the reference, equal in exact arithmetic; a budget allows for the rounding of each."""
+    rounded_as: Callable[..., Any] | None = None
+    """Such a way that is rounded no less than the reference anywhere: budgets are found by it, in the reference's place."""
     rigid: bool = False
     """Its sizes hang together (heads, groups, patches of a model): a benchmark may make no width of a workload smaller."""
     factors: tuple[Factor, ...] = ()
