@@ -137,8 +137,10 @@ def _is_sparing(subject: Subject, profile: Profile) -> bool:
 
 
 def _regimes(subject: Subject, prop: Property, profile: Profile) -> list[str]:
-    """Those of a property's cases. A model of ours that takes bfloat16, too, visits float16 in the main one alone: its kernels are
-    judged there in every regime, each by a contract of its own."""
+    """Those of a property's cases; in float16 a model of ours that takes bfloat16, too, visits the main one alone.
+
+    Its kernels are judged there in every regime, each by a contract of its own.
+    """
     regimes, dtypes = prop.regimes_of(subject.contract), subject.implementation.dtypes
     is_half_done = subject.dtype == "float16" and "bfloat16" in dtypes and subject.contract.rigid
     return regimes[:1] if is_half_done and _is_sparing(subject, profile) else regimes

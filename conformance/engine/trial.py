@@ -232,7 +232,7 @@ def digest(tensors: Tensors) -> str:
     """A short digest of the bits of tensors."""
     total = hashlib.sha1(usedforsecurity=False)
     for key in sorted(tensors):
-        total.update(_bits(tensors[key]).numpy())
+        total.update(_bits(tensors[key]).numpy().tobytes())
     return total.hexdigest()[:12]
 
 

@@ -96,18 +96,18 @@ def _budgets(
     def run(formula: Callable[..., Any]) -> Tensors:
         return reference_run(contract, inputs, options(contract, case), cotangent, formula)
 
-    formulas = (contract.rounded_as or contract.reference, *contract.formulas)
+    formulas = (contract.reference, contract.rounded_as or contract.reference, *contract.formulas)
     runs: list[Callable[[], Tensors]] = [partial(run, formula) for formula in formulas]
-    exact = partial(run, contract.reference)
     if choice is not None:
         assert contract.selection is not None
         values, kind, shape = choice
         chosen = torch.from_numpy(np.frombuffer(values, kind).reshape(shape).copy())
-        exact, *runs = (replay_of(each, contract.selection.output, chosen, contract.selection.none) for each in (exact, *runs))
+        runs = [replay_of(each, contract.selection.output, chosen, contract.selection.none) for each in runs]
     cancelling = contract.regime(case.regime).judged == "worst element"
     wide = [inputs[key] for key, made in make_inputs(contract, case, dtype).items() if made.dtype == torch.float32]
+    exact, *noisy = runs
     oracle = exact()
-    return widest([_spread(each, oracle, dtype, rounding, cancelling=cancelling, wide=wide) for each in runs])
+    return widest([_spread(each, oracle, dtype, rounding, cancelling=cancelling, wide=wide) for each in noisy])
 
 
 def selection_scores(contract: Contract, case: Case, dtype: str) -> tuple[Budget, Budget | None]:
