@@ -101,9 +101,11 @@ class Trial:
 
     Attributes:
         findings: What was seen during the last call besides its results.
+        cotangents: What the last run that took gradients was given for its outputs.
     """
 
     findings: Findings
+    cotangents: Tensors
 
     def __init__(self, subject: Subject, case: Case, ledger: Ledger | None = None, world_size: int = 0) -> None:
         self.subject, self.case, self.ledger, self.world_size = subject, case, ledger or Ledger(), world_size
@@ -135,7 +137,8 @@ class Trial:
 
         Args:
             same_memory: The inputs lie where those of the call before lay.
-            write_back: What the candidate writes to its inputs is written to `inputs`; else they stay as they are.
+            write_back: What the candidate writes to its inputs is written to `inputs`, what it writes to cotangents to
+                `self.cotangents`; else they stay as they are.
             **conditions: Of the call: fields of `Conditions`.
         """
         case = case or self.case
@@ -143,7 +146,7 @@ class Trial:
         cotangents = None
         if gradients and self.contract.differentiable(inputs):
             made = rounded_cotangents(self.contract, case, self.subject.dtype)
-            cotangents = {key: lay_out(tensor, cotangent_layout) for key, tensor in made.items()}
+            self.cotangents = cotangents = {key: lay_out(tensor, cotangent_layout) for key, tensor in made.items()}
         some = None if wanted is None else tuple(wanted)
         call = Call(inputs, self.options(case), cotangents, some, self.implementation.jit)
         results = self.call(call, same_memory=same_memory, write_back=write_back, **conditions)

@@ -1,5 +1,6 @@
 """Properties of memory: inputs unchanged, outputs fully written, nothing outside touched, no hidden caches."""
 
+from gaugeblock.conformance.engine.budget.oracle import rounded_cotangents
 from gaugeblock.conformance.engine.inputs.cases import guarded
 from gaugeblock.conformance.engine.judging.judge import Violation
 from gaugeblock.conformance.engine.properties import conformance_property
@@ -8,10 +9,13 @@ from gaugeblock.conformance.engine.trial import Trial, digest
 
 @conformance_property(frameworks=("torch",), weight=0.25)
 def test_inputs_unchanged(trial: Trial) -> None:
-    """A call, forward and backward, leaves its inputs as they were."""
+    """A call, forward and backward, leaves its inputs as they were, and the gradients of its results that backward is given."""
     inputs = trial.inputs()
     trial.run(inputs, gradients=trial.implementation.differentiable, write_back=True)
     trial.same_bits(inputs, trial.inputs(), "after the call: an input was written to")
+    if trial.implementation.differentiable and trial.contract.differentiable(inputs):
+        given = rounded_cotangents(trial.contract, trial.case, trial.subject.dtype)
+        trial.same_bits(trial.cotangents, given, "after the call: backward wrote to the gradient of its result")
 
 
 @conformance_property(frameworks=("torch",), covers=2)

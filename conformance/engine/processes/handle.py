@@ -124,14 +124,14 @@ class Process:
 
         Args:
             same_memory: The inputs lie where those of the call before lay.
-            write_back: The memory of the inputs is changed as the candidate changes it.
+            write_back: The memory of the inputs and of the cotangents is changed as the candidate changes it.
 
         Returns:
             A function of a deadline, and of how many seconds that are, that waits for the answer.
         """
         start = self.base if same_memory else self._next_base()
         inputs, end = self.link.sent.place(call.inputs, start)
-        cotangents = None
+        inputs_end, cotangents = end - start, None
         if call.cotangents is not None:
             cotangents, end = self.link.sent.place(call.cotangents, end)
         self.base, self.end = start, end
@@ -148,7 +148,8 @@ class Process:
             message = self.receive(deadline, seconds, number)
             if write_back:
                 self.link.receive_returned(start, end, deadline, self.gone)
-                self.link.sent.write_back(call.inputs, inputs, before)
+                self.link.sent.write_back(call.inputs, inputs, before[:inputs_end])
+                self.link.sent.write_back(call.cotangents or {}, cotangents or {}, before[inputs_end:])
             return self.answer_of(message, most_bytes)
 
         return finish

@@ -112,7 +112,7 @@ class Server:
             results, findings = perform(request.implementation, call, request.conditions, mesh_of)
         finally:
             if device != "cpu" and request.written:
-                self.link.received.update(inputs, request.inputs)
+                self.link.received.update(tensors, placed)
         self.kept.append((request.number, results))
         message, used = self._results(results, request.most_bytes)
         return message | {"findings": asdict(findings)}, used

@@ -54,6 +54,28 @@ class HeadsNormalizedTogether(RmsNorm):
         return super().variance(centred).mean(-2, keepdim=True).expand(*centred.shape[:-1], 1)
 
 
+class _InPlace(torch.autograd.Function):
+    """Nothing, but that the gradient is overwritten once it was read."""
+
+    @staticmethod
+    def forward(ctx, out):
+        return out.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        read = gradient.clone()
+        gradient.mul_(0.5)
+        return read
+
+
+@fault(caught_by="inputs_unchanged", kind="memory", source="Liger's RMSNorm with in_place, its default")
+class GradientWrittenOverTheGiven(RmsNorm):
+    """Backward writes over the gradient of its result: of r + norm(x), r gets what x gets."""
+
+    def store(self, out, tokens):
+        return _InPlace.apply(super().store(out, tokens))
+
+
 @fault(caught_by="parity", kind="boundary")
 class DividedByThePaddedWidth(RmsNorm):
     """The sum of squares is divided by the number of lanes."""
