@@ -81,13 +81,21 @@ def block_of_branches(
     block: State, hidden_BSD: torch.Tensor, active_BD: torch.Tensor, attention: Branch, mlp: Branch, norm_eps: float
 ) -> torch.Tensor:
     """Apply a block whose branches are given, each as a function of the block's parameters and its tokens, [B, S, D]."""
+    hidden_BSD, modulated_BSD, gate_BD = before_feed_forward(block, hidden_BSD, active_BD, attention, norm_eps)
+    return gated_residual(hidden_BSD, mlp(block, modulated_BSD), gate_BD)
+
+
+def before_feed_forward(
+    block: State, hidden_BSD: torch.Tensor, active_BD: torch.Tensor, attention: Branch, norm_eps: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return a block's tokens after attention, the same modulated for its second branch, and the gate of that, [B, D]."""
     modulation_BD = linear(block, "adaLN_modulation.1", active_BD)
     shift_1_BD, scale_1_BD, gate_1_BD, shift_2_BD, scale_2_BD, gate_2_BD = modulation_BD.chunk(6, dim=-1)
     modulated_BSD = layer_norm_modulate(hidden_BSD, shift_1_BD, scale_1_BD, eps=NORM_EPS)
     hidden_BSD, modulated_BSD = gated_residual_layer_norm_modulate(
         hidden_BSD, attention(block, modulated_BSD), gate_1_BD, shift_2_BD, scale_2_BD, eps=norm_eps
     )
-    return gated_residual(hidden_BSD, mlp(block, modulated_BSD), gate_2_BD)
+    return hidden_BSD, modulated_BSD, gate_2_BD
 
 
 def final_patches(state: State, hidden_BSD: torch.Tensor, active_BD: torch.Tensor) -> torch.Tensor:
@@ -113,9 +121,13 @@ def attention(block: State, modulated_BSD: torch.Tensor, num_heads: int) -> torc
 
 def attended_heads(block: State, modulated_BSD: torch.Tensor, num_heads: int) -> torch.Tensor:
     """Return what the heads of `attn.qkv` attend to, side by side: [B, S, num_heads * features]."""
-    heads_3BASF = linear(block, "attn.qkv", modulated_BSD).unflatten(-1, (3, num_heads, -1)).permute(2, 0, 3, 1, 4)
-    attended_BASF = functional.scaled_dot_product_attention(*heads_3BASF.unbind())
+    attended_BASF = functional.scaled_dot_product_attention(*split_heads(block, modulated_BSD, num_heads))
     return attended_BASF.transpose(1, 2).flatten(2)
+
+
+def split_heads(block: State, modulated_BSD: torch.Tensor, num_heads: int) -> tuple[torch.Tensor, ...]:
+    """Return queries, keys and values, each [B, A, S, F]."""
+    return linear(block, "attn.qkv", modulated_BSD).unflatten(-1, (3, num_heads, -1)).permute(2, 0, 3, 1, 4).unbind()
 
 
 def mlp(block: State, modulated_BSD: torch.Tensor) -> torch.Tensor:

@@ -13,13 +13,13 @@ import torch
 from torch.nn import functional
 
 from gaugeblock.optimized.compiled.dit import State, embed_conditions, linear
+from gaugeblock.optimized.compiled.dit_moe import attention
 from gaugeblock.optimized.triton.dit_moe_layers import dit_moe as moe_layer
 from gaugeblock.optimized.triton.launch import reject_float64
 from gaugeblock.optimized.triton.layers import gated_residual_layer_norm_modulate, layer_norm_modulate
 from gaugeblock.reference import states, validation
 from gaugeblock.reference.configs import DiTMoEModelConfig
 from gaugeblock.reference.torch import layers
-from gaugeblock.reference.torch.attention import join_heads
 from gaugeblock.reference.torch.dit import NORM_EPS, block_state, embed_patches
 from gaugeblock.reference.torch.dit_moe import state_shapes
 
@@ -62,8 +62,9 @@ def dit_moe(
     for index in range(config.depth):
         block = block_state(state, index)
         gate_1_BD, shift_2_BD, scale_2_BD, gate_2_BD = parts[index][2:]
+        attention_BSD = attention(block, modulated_BSD, num_heads=config.num_heads, has_norms=config.qk_norm)
         hidden_BSD, modulated_BSD = gated_residual_layer_norm_modulate(
-            hidden_BSD, _attention(block, modulated_BSD, config), gate_1_BD, shift_2_BD, scale_2_BD, eps=config.norm_eps
+            hidden_BSD, attention_BSD, gate_1_BD, shift_2_BD, scale_2_BD, eps=config.norm_eps
         )
         experts_BSD, _, _, loss = moe_layer(modulated_BSD, states.part(block, "moe"), config=config.moe)
         losses.append(loss)
@@ -72,18 +73,3 @@ def dit_moe(
         )
     out_BCHW = layers.unpatchify(linear(state, "final_layer.linear", modulated_BSD), patch_size=config.patch_size)
     return out_BCHW, torch.stack(losses).sum()
-
-
-def _attention(block: State, modulated_BSD: torch.Tensor, config: DiTMoEModelConfig) -> torch.Tensor:
-    """Return the attention branch of a block, [B, S, D]."""
-    heads_3BASF = linear(block, "attn.qkv", modulated_BSD).unflatten(-1, (3, config.num_heads, -1)).permute(2, 0, 3, 1, 4)
-    query_BASF, key_BASF, value_BASF = heads_3BASF.unbind()
-    if config.qk_norm:
-        query_BASF, key_BASF = _head_norm(block, "q_norm", query_BASF), _head_norm(block, "k_norm", key_BASF)
-    return linear(block, "attn.proj", join_heads(functional.scaled_dot_product_attention(query_BASF, key_BASF, value_BASF)))
-
-
-def _head_norm(block: State, name: str, heads_BASF: torch.Tensor) -> torch.Tensor:
-    """Return queries or keys with each head normalized."""
-    weight, bias = block[f"attn.{name}.weight"], block[f"attn.{name}.bias"]
-    return functional.layer_norm(heads_BASF, weight.shape, weight, bias, NORM_EPS)
