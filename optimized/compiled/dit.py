@@ -125,9 +125,11 @@ def attended_heads(block: State, modulated_BSD: torch.Tensor, num_heads: int) ->
     return attended_BASF.transpose(1, 2).flatten(2)
 
 
-def split_heads(block: State, modulated_BSD: torch.Tensor, num_heads: int) -> tuple[torch.Tensor, ...]:
+def split_heads(block: State, modulated_BSD: torch.Tensor, num_heads: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return queries, keys and values, each [B, A, S, F]."""
-    return linear(block, "attn.qkv", modulated_BSD).unflatten(-1, (3, num_heads, -1)).permute(2, 0, 3, 1, 4).unbind()
+    heads_3BASF = linear(block, "attn.qkv", modulated_BSD).unflatten(-1, (3, num_heads, -1)).permute(2, 0, 3, 1, 4)
+    query_BASF, key_BASF, value_BASF = heads_3BASF.unbind()
+    return query_BASF, key_BASF, value_BASF
 
 
 def mlp(block: State, modulated_BSD: torch.Tensor) -> torch.Tensor:
