@@ -128,6 +128,7 @@ def test_refuses_to_compile_where_triton_interprets(monkeypatch):
 
 
 @pytest.mark.long
+@pytest.mark.timeout(400)  # 77 s alone, where no version has been compiled before
 def test_our_kernels_have_no_problems_on_hopper(capsys):
     """A sample of each kernel's versions: `gaugeblock codegen` compiles all of them, for every chip, in minutes."""
     status = codegen.main(["--target", "sm_90", "--launches", "gaugeblock.conformance.codegen.launches:SAMPLE"])
