@@ -3,6 +3,7 @@
 import torch
 from torch.nn import functional
 
+from gaugeblock.conformance.selftest.right.of_models import rounded
 from gaugeblock.conformance.selftest.simulated.clip_text import ClipText
 from gaugeblock.conformance.selftest.variant import right
 
@@ -81,15 +82,11 @@ class OperandsRounded(ClipText):
         self.dtype = next(iter(state.values())).dtype
         return super().parameters(state)
 
-    def rounded(self, operand):
-        """The value rounded, the gradient whole."""
-        return operand + (operand.to(self.dtype).float() - operand).detach()
-
     def linear(self, state, name, inputs):
-        return super().linear(state, name, self.rounded(inputs))
+        return super().linear(state, name, rounded(inputs, self.dtype))
 
     def heads(self, state, name, hidden, num_heads):
-        return tuple(self.rounded(each) for each in super().heads(state, name, hidden, num_heads))
+        return tuple(rounded(each, self.dtype) for each in super().heads(state, name, hidden, num_heads))
 
 
 @right(dtypes=("float16", "bfloat16"), rounding="eager", batch_invariant=False)

@@ -3,6 +3,7 @@
 import torch
 from torch.nn import functional
 
+from gaugeblock.conformance.selftest.right.of_models import rounded
 from gaugeblock.conformance.selftest.simulated.dit import Dit
 from gaugeblock.conformance.selftest.variant import right
 
@@ -36,15 +37,11 @@ class OperandsRounded(Dit):
         self.dtype = latents.dtype
         return super().load(latents)
 
-    def rounded(self, operand):
-        """The value rounded, the gradient whole."""
-        return operand + (operand.to(self.dtype).float() - operand).detach()
-
     def linear(self, state, name, inputs):
-        return super().linear(state, name, self.rounded(inputs))
+        return super().linear(state, name, rounded(inputs, self.dtype))
 
     def heads(self, qkv, num_heads):
-        return tuple(self.rounded(each) for each in super().heads(qkv, num_heads))
+        return tuple(rounded(each, self.dtype) for each in super().heads(qkv, num_heads))
 
 
 @right()

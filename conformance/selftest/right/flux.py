@@ -3,6 +3,7 @@
 import torch
 from torch.nn import functional
 
+from gaugeblock.conformance.selftest.right.of_models import rounded
 from gaugeblock.conformance.selftest.simulated.flux import Flux
 from gaugeblock.conformance.selftest.variant import right
 
@@ -85,15 +86,11 @@ class OperandsRounded(Flux):
         self.dtype = latents.dtype
         return super().load(latents)
 
-    def rounded(self, operand):
-        """The value rounded, the gradient whole."""
-        return operand + (operand.to(self.dtype).float() - operand).detach()
-
     def linear(self, state, name, inputs):
-        return super().linear(state, name, self.rounded(inputs))
+        return super().linear(state, name, rounded(inputs, self.dtype))
 
     def attend(self, query, key, value):
-        return super().attend(*map(self.rounded, (query, key, value)))
+        return super().attend(*(rounded(each, self.dtype) for each in (query, key, value)))
 
 
 @right(dtypes=("float16", "bfloat16"), rounding="eager", batch_invariant=False)

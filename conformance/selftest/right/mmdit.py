@@ -4,6 +4,7 @@ import torch
 from torch.nn import functional
 
 from gaugeblock.conformance.selftest.right.dit import FlashKernel
+from gaugeblock.conformance.selftest.right.of_models import rounded
 from gaugeblock.conformance.selftest.simulated.mmdit import Mmdit
 from gaugeblock.conformance.selftest.variant import right
 from gaugeblock.reference.torch.mmdit import NORM_EPS
@@ -38,15 +39,11 @@ class OperandsRounded(Mmdit):
         self.dtype = latents.dtype
         return super().run(state, latents, *others)
 
-    def rounded(self, operand):
-        """The value rounded, the gradient whole."""
-        return operand + (operand.to(self.dtype).float() - operand).detach()
-
     def linear(self, state, name, inputs):
-        return super().linear(state, name, self.rounded(inputs))
+        return super().linear(state, name, rounded(inputs, self.dtype))
 
     def attend(self, *heads):
-        return super().attend(*map(self.rounded, heads))
+        return super().attend(*(rounded(each, self.dtype) for each in heads))
 
 
 @right()

@@ -3,6 +3,7 @@
 import torch
 from torch.nn import functional
 
+from gaugeblock.conformance.selftest.right.of_models import rounded
 from gaugeblock.conformance.selftest.simulated.unet import Unet, UnetTextTime
 from gaugeblock.conformance.selftest.variant import right
 
@@ -105,15 +106,11 @@ class OperandsRounded(Unet):
         self.dtype = inputs.dtype
         return super().load(inputs)
 
-    def rounded(self, operand):
-        """The value rounded, the gradient whole."""
-        return operand + (operand.to(self.dtype).float() - operand).detach()
-
     def conv(self, state, name, images, stride=1):
-        return super().conv(state, name, self.rounded(images), stride)
+        return super().conv(state, name, rounded(images, self.dtype), stride)
 
     def linear(self, state, name, inputs):
-        return super().linear(state, name, self.rounded(inputs))
+        return super().linear(state, name, rounded(inputs, self.dtype))
 
 
 @right()

@@ -3,6 +3,7 @@
 import torch
 from torch.nn import functional
 
+from gaugeblock.conformance.selftest.right.of_models import rounded
 from gaugeblock.conformance.selftest.simulated.vae import Decoder, Encoder, Layers
 from gaugeblock.conformance.selftest.variant import right
 from gaugeblock.reference.torch.vae import NORM_EPS
@@ -96,15 +97,11 @@ class OperandsRounded(Layers):
         self.dtype = inputs.dtype
         return super().load(inputs)
 
-    def rounded(self, operand):
-        """The value rounded, the gradient whole."""
-        return operand + (operand.to(self.dtype).float() - operand).detach()
-
     def conv(self, state, name, images, stride=1):
-        return super().conv(state, name, self.rounded(images), stride)
+        return super().conv(state, name, rounded(images, self.dtype), stride)
 
     def linear(self, state, name, tokens):
-        return super().linear(state, name, self.rounded(tokens))
+        return super().linear(state, name, rounded(tokens, self.dtype))
 
 
 @right()
