@@ -192,11 +192,13 @@ def test_ends_of_sigmas_may_be_given():
 def test_quantiles_of_the_beta_distribution_are_those_of_scipy():
     probabilities = np.linspace(0, 1, 257)
     ours = [noise_tables.beta_quantile(each) for each in probabilities]
-    np.testing.assert_allclose(ours, scipy.stats.beta.ppf(probabilities, 0.6, 0.6), rtol=1e-13, atol=1e-15)
+    # both find a root; measured: 1.2e-15
+    np.testing.assert_allclose(ours, scipy.stats.beta.ppf(probabilities, 0.6, 0.6), rtol=1e-14, atol=1e-15)
 
 
 def test_flows_have_known_sigmas():
     table = noise_schedules.flow_training_sigmas(SD3)
+    # to the digits that are written here: six, and seven
     known = [1, 0.9, 0.75, 0.5, 0.00299401]
     np.testing.assert_allclose(table[[0, 250, 500, 750, 999]], known, rtol=2e-6)
     visited, told = noise_schedules.flow_sigmas(SD3, 4)
