@@ -33,6 +33,13 @@ def clip_text(
     validation.clip_text(state, input_ids, attention_mask, config, state_shapes(config))
     parts.reject("state", state[f"{LAST_NORM}.weight"])
     validation.clip_input_ids_in_range(input_ids, config)
+    return unchecked_clip_text(parts, state, input_ids, attention_mask, config=config)
+
+
+def unchecked_clip_text(
+    parts: Parts, state: State, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, *, config: CLIPTextConfig
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As `clip_text`, of a call that is known to be good."""
     input_ids = input_ids.long()
     hidden_BSD = embed_tokens(states.part(state, "text_model.embeddings"), input_ids)
     mask_BAST = None if attention_mask is None else causal_mask(input_ids, attention_mask)

@@ -32,6 +32,20 @@ def unet(
     """As `gaugeblock.reference.torch.unet.unet`, of these parts."""
     validation.unet(state, latents, timesteps, encoder_hidden_states, encoder_attention_mask, config, state_shapes(config))
     parts.reject("latents", latents)
+    return unchecked_unet(parts, state, latents, timesteps, encoder_hidden_states, encoder_attention_mask, config=config)
+
+
+def unchecked_unet(
+    parts: Parts,
+    state: State,
+    latents: torch.Tensor,
+    timesteps: torch.Tensor,
+    encoder_hidden_states: torch.Tensor,
+    encoder_attention_mask: torch.Tensor | None = None,
+    *,
+    config: UNetConfig,
+) -> torch.Tensor:
+    """As `unet`, of a call that is known to be good."""
     time_BE = embed(state, "time_embedding", waves(timesteps, config.block_out_channels[0]).to(latents.dtype))
     return predict(parts, state, latents, Conditioning(time_BE, encoder_hidden_states, encoder_attention_mask), config)
 
@@ -54,6 +68,23 @@ def unet_text_time(
         state_shapes(config),
     )  # fmt: skip
     parts.reject("latents", latents)
+    conditions = encoder_hidden_states, text_embeds, time_ids, encoder_attention_mask
+    return unchecked_unet_text_time(parts, state, latents, timesteps, *conditions, config=config)
+
+
+def unchecked_unet_text_time(
+    parts: Parts,
+    state: State,
+    latents: torch.Tensor,
+    timesteps: torch.Tensor,
+    encoder_hidden_states: torch.Tensor,
+    text_embeds: torch.Tensor,
+    time_ids: torch.Tensor,
+    encoder_attention_mask: torch.Tensor | None = None,
+    *,
+    config: UNetConfig,
+) -> torch.Tensor:
+    """As `unet_text_time`, of a call that is known to be good."""
     time_BE = embed(state, "time_embedding", waves(timesteps, config.block_out_channels[0]).to(latents.dtype))
     batch_size, num_time_ids = time_ids.shape
     size = config.addition_time_embed_dim

@@ -23,6 +23,11 @@ def encode(parts: Parts, state: State, images: torch.Tensor, *, config: VAEConfi
     """As `gaugeblock.reference.torch.vae.encode`, of these parts."""
     validation.vae_encode(state, images, config, encoder_shapes(config), decoder_shapes(config))
     parts.reject("images", images)
+    return unchecked_encode(parts, state, images, config=config)
+
+
+def unchecked_encode(parts: Parts, state: State, images: torch.Tensor, *, config: VAEConfig) -> tuple[torch.Tensor, torch.Tensor]:
+    """As `encode`, of a call that is known to be good."""
     hidden_BCHW = modules.convolution(state, "encoder.conv_in", images.contiguous(memory_format=parts.memory_format))
     for index in range(len(config.block_out_channels)):
         block = states.part(state, f"encoder.down_blocks.{index}")
@@ -42,6 +47,11 @@ def decode(parts: Parts, state: State, latents: torch.Tensor, *, config: VAEConf
     """As `gaugeblock.reference.torch.vae.decode`, of these parts."""
     validation.vae_decode(state, latents, config, decoder_shapes(config), encoder_shapes(config))
     parts.reject("latents", latents)
+    return unchecked_decode(parts, state, latents, config=config)
+
+
+def unchecked_decode(parts: Parts, state: State, latents: torch.Tensor, *, config: VAEConfig) -> torch.Tensor:
+    """As `decode`, of a call that is known to be good."""
     hidden_BCHW = latents.contiguous(memory_format=parts.memory_format)
     if config.use_post_quant_conv:
         hidden_BCHW = modules.convolution(state, "post_quant_conv", hidden_BCHW)

@@ -70,6 +70,7 @@ def clip_text() -> Contract:
             ),
             Workload("two-cores/clip-l-batch-1", sizes(1, 77, CLIP_TEXT_PRESETS["clip-l"]), "a size for a CPU"),
         ),
+        shardings=model_states.SHARDINGS,
         rejections=REJECTIONS,
         without={"nan_containment": "an example has no floating numbers: it is ids and a mask"},
         implementations=(
@@ -79,6 +80,7 @@ def clip_text() -> Contract:
                 "torch-library", "clip_text:clip_text_by_library", dtypes=("float32", "bfloat16"), **model_states.LIBRARY_PRODUCTS
             ),
             jax("jax-compiled"),
+            model_states.fsdp2("clip_text"),
         ),
     )
 

@@ -67,10 +67,7 @@ def dit() -> Contract:
             Workload("dit-b-4/256px-batch-32", sizes(32, DIT_PRESETS["DiT-B/4"]), "facebookresearch/DiT models.py, DiT_B_4"),
             Workload("two-cores/dit-s-8-batch-2", sizes(2, DIT_PRESETS["DiT-S/8"]), "a size for a CPU, DiT_S_8"),
         ),
-        shardings={
-            "whole": {},  # inputs, results and gradients are on every rank alike
-            "data_parallel": {"batch_size": "uneven"},
-        },
+        shardings=model_states.SHARDINGS,
         rejections=REJECTIONS,
         implementations=(
             triton(**model_states.LIBRARY_PRODUCTS),
@@ -79,7 +76,7 @@ def dit() -> Contract:
             jax("jax-compiled"),
             distributed("tensor-parallel", "dit_tensor_parallel:dit", only=HEADS_FIT, **model_states.ON_RANKS),
             distributed("sequence-parallel", "dit_sequence_parallel:dit", only=TOKENS_FIT, **model_states.ON_RANKS),
-            distributed("fsdp2", "dit_fully_sharded:dit", sharding="data_parallel", **model_states.ON_RANKS),
+            model_states.fsdp2("dit"),
             # each number of devices takes a compilation: tests/test_jax_sharded_dit.py has 1 and 2
             distributed("jax-sharded", "sharded_dit:dit", framework="jax", world_sizes=(4,), only=HEADS_FIT),
         ),

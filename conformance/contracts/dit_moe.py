@@ -75,7 +75,7 @@ def dit_moe() -> Contract:
                 "a size for a CPU: half the width of DiT_MoE_S_2",
             ),
         ),
-        shardings={"whole": {}},  # inputs, results and gradients are on every rank alike
+        shardings=model_states.SHARDINGS,
         rejections=REJECTIONS,
         implementations=(
             triton(**model_states.LIBRARY_PRODUCTS),
@@ -84,6 +84,7 @@ def dit_moe() -> Contract:
                 "torch-library", "dit_moe:dit_moe_by_library", dtypes=("float32", "bfloat16"), **model_states.LIBRARY_PRODUCTS
             ),
             jax("jax-compiled"),
+            model_states.fsdp2("dit_moe"),
             # each number of devices takes a compilation: tests/test_jax_sharded_dit.py has 1
             distributed("jax-sharded", "sharded_dit:dit_moe", framework="jax", world_sizes=(4,), only=FITS_RANKS),
         ),

@@ -77,7 +77,7 @@ def flux() -> Contract:
                 "a size for a CPU, heads as published",
             ),
         ),
-        shardings={"whole": {}},  # inputs, results and gradients are on every rank alike
+        shardings=model_states.SHARDINGS,
         rejections=REJECTIONS,
         implementations=(
             triton(**model_states.LIBRARY_PRODUCTS),
@@ -86,6 +86,7 @@ def flux() -> Contract:
             jax("jax-compiled"),
             distributed("tensor-parallel", "flux_tensor_parallel:flux", only=HEADS_FIT, **model_states.ON_RANKS),
             distributed("sequence-parallel", "flux_sequence_parallel:flux", only=TOKENS_FIT, **model_states.ON_RANKS),
+            model_states.fsdp2("flux"),
             # each number of devices takes a compilation: tests/test_jax_sharded_flux.py has 1
             distributed("jax-sharded", "sharded_flux:flux", framework="jax", world_sizes=(4,), only=HEADS_FIT),
         ),

@@ -72,7 +72,7 @@ def mmdit() -> Contract:
             ),
             Workload("two-cores/two-blocks-of-sd3", two_blocks(), "a size for a CPU; half of the heads of sd3-medium"),
         ),
-        shardings={"whole": {}},  # inputs, results and gradients are on every rank alike
+        shardings=model_states.SHARDINGS,
         rejections=REJECTIONS,
         implementations=(
             triton(**model_states.LIBRARY_PRODUCTS),
@@ -81,6 +81,7 @@ def mmdit() -> Contract:
             jax("jax-compiled"),
             distributed("tensor-parallel", "mmdit_tensor_parallel:mmdit", only=HEADS_FIT, **model_states.ON_RANKS),
             distributed("sequence-parallel", "mmdit_sequence_parallel:mmdit", only=HEADS_FIT, **model_states.ON_RANKS),
+            model_states.fsdp2("mmdit"),
             # each number of devices takes a compilation: tests/test_jax_sharded_mmdit.py has 1 and 2
             distributed("jax-sharded", "sharded_mmdit:mmdit", framework="jax", world_sizes=(4,), only=HEADS_FIT),
         ),

@@ -7,7 +7,9 @@ from typing import Any
 import torch
 
 from gaugeblock.conformance.engine.contract import Input
+from gaugeblock.conformance.engine.implementation import Implementation, distributed
 from gaugeblock.conformance.engine.inputs.draw import Draw
+from gaugeblock.conformance.engine.shardings import Sharding
 from gaugeblock.conformance.engine.vocabulary import DEVICES, Tensors
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -19,6 +21,16 @@ ON_RANKS: dict[str, Any] = {
     "devices": DEVICES,
     **LIBRARY_PRODUCTS,
 }
+SHARDINGS: dict[str, Sharding] = {
+    "whole": {},  # inputs, results and gradients are on every rank alike
+    "data_parallel": {"batch_size": "uneven"},
+}
+
+
+def fsdp2(function: str) -> Implementation:
+    """The row of a model whose ranks have a part of every parameter and of the batch; it computes in float32."""
+    claims = ON_RANKS | {"rounding": "strict"}
+    return distributed("fsdp2", f"fully_sharded_models:{function}", sharding="data_parallel", **claims)
 
 
 def leaves(shapes: Shapes) -> dict[str, Input]:

@@ -37,7 +37,7 @@ def unet() -> Contract:
         batch="batch_size",
         parameters=parameters,
         landmarks=(
-            sizes(3, 3, 5, 4, tiny_model(MIDDLE_LOOKS)),
+            sizes(3, 3, 5, 4, tiny_model(THREE_LEVELS)),
             sizes(2, 4, 2, 3, tiny_model(LAST_LOOKS, use_linear_projection=True, norm_eps=1e-2)),
             sizes(1, 2, 3, 5, tiny_model(AS_WIDE_AS_SD, in_channels=4, transformer_layers_per_block=(2,))),
         ),
@@ -63,6 +63,7 @@ def unet() -> Contract:
             Workload("two-cores/part-of-sd-1.5-128px", sizes(1, 16, 16, 77, PART_OF_SD), "a size for a CPU; heads as published"),
         ),
         rejections=REJECTIONS,
+        shardings=model_states.SHARDINGS,
         implementations=ours("unet"),
     )
 
@@ -114,6 +115,7 @@ def unet_text_time() -> Contract:
             Rejection("a size too few", "time_ids", changed("time_ids", lambda each: each[:, 1:])),
             Rejection("sizes that cannot tell 1024 from 1023", "time_ids", changed("time_ids", lambda each: each.bfloat16())),
         ),
+        shardings=model_states.SHARDINGS,
         implementations=ours("unet_text_time"),
     )
 
@@ -140,6 +142,7 @@ SDXL = "Stable Diffusion XL 1.0, unet/config.json"
 FIRST_LOOKS = ((8, 12), (True, False), (2, 3), 4)
 LAST_LOOKS = ((4, 12), (False, True), (1, 2), 2)
 ONE_LEVEL = ((8,), (True,), (2,), 2)
+THREE_LEVELS = ((6, 10, 14), (False, False, False), (1, 1, 2), 2)  # of which the middle one may have an odd size
 MIDDLE_LOOKS = ((10, 20), (False, False), (1, 2), 2)  # the cheapest of two levels: one transformer, that of the middle
 AS_WIDE_AS_SD = ((40,), (False,), (1,), 4)  # heads of 40 features, groups of 10 channels
 LEVELS = (FIRST_LOOKS, LAST_LOOKS, ONE_LEVEL)
@@ -154,6 +157,7 @@ def ours(operation: str) -> tuple[Implementation, ...]:
         compiled("torch-library", f"unet:{operation}_by_library", dtypes=on_cpu, **products),
         triton(**products),
         jax("jax-compiled"),
+        model_states.fsdp2(operation),
     )
 
 

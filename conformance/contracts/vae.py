@@ -70,6 +70,7 @@ def encode() -> Contract:
             Rejection("images of another number of channels", "images", changed("images", lambda each: each.repeat(1, 2, 1, 1))),
             Rejection("images without a row", "images", changed("images", lambda each: each[:, :, :0])),
         ),
+        shardings=model_states.SHARDINGS,
         implementations=ours("encode"),
     )
 
@@ -124,6 +125,7 @@ def decode() -> Contract:
             Rejection("latents of another number of channels", "latents", changed("latents", lambda each: each[:, :-1])),
             Rejection("latents without a row", "latents", changed("latents", lambda each: each[:, :, :0])),
         ),
+        shardings=model_states.SHARDINGS,
         implementations=ours("decode"),
     )
 
@@ -143,6 +145,7 @@ def ours(operation: str) -> tuple[Implementation, ...]:
         compiled("torch-library", f"vae:{operation}_by_library", dtypes=on_cpu, **products),
         triton(**products),
         jax("jax-compiled"),
+        model_states.fsdp2(operation),
     )
 
 

@@ -66,15 +66,28 @@ def _predict(
 ) -> torch.Tensor:
     validation.dit(state, latents, timesteps, class_labels, config, state_shapes(config))
     validation.class_labels_in_range(class_labels, config.num_classes)
+    return model_of_blocks(state, latents, timesteps, class_labels, config, fuse(block))
+
+
+def model_of_blocks(
+    state: State,
+    latents: torch.Tensor,
+    timesteps: torch.Tensor,
+    class_labels: torch.Tensor,
+    config: DiTConfig,
+    block: Callable[..., torch.Tensor],
+) -> torch.Tensor:
+    """Run the model; `block` takes what the one below takes. Nothing is checked."""
     hidden_BSD = embed_patches(state, latents, config=config)
     active_BD = functional.silu(embed_conditions(state, timesteps, class_labels, config))
-    for block in states.parts(state, "blocks", config.depth):
-        hidden_BSD = fuse(_block)(block, hidden_BSD, active_BD, config.num_heads, config.norm_eps)
+    for own in states.parts(state, "blocks", config.depth):
+        hidden_BSD = block(own, hidden_BSD, active_BD, config.num_heads, config.norm_eps)
     return layers.unpatchify(final_patches(state, hidden_BSD, active_BD), patch_size=config.patch_size)
 
 
-def _block(block: State, hidden_BSD: torch.Tensor, active_BD: torch.Tensor, num_heads: int, norm_eps: float) -> torch.Tensor:
-    return block_of_branches(block, hidden_BSD, active_BD, partial(attention, num_heads=num_heads), mlp, norm_eps)
+def block(state: State, hidden_BSD: torch.Tensor, active_BD: torch.Tensor, num_heads: int, norm_eps: float) -> torch.Tensor:
+    """Apply a block to tokens [B, S, D]."""
+    return block_of_branches(state, hidden_BSD, active_BD, partial(attention, num_heads=num_heads), mlp, norm_eps)
 
 
 def block_of_branches(

@@ -6,13 +6,15 @@ runs, so torch.compile gets the rest of a block, in two parts that serve all blo
 Shapes: as in `reference.torch.layers`.
 """
 
+from collections.abc import Callable
 from functools import partial
+from typing import TypeAlias
 
 import torch
 from torch.nn import functional
 
+from gaugeblock.optimized.compiled import dit_moe_layers
 from gaugeblock.optimized.compiled.dit import State, before_feed_forward, embed_conditions, final_patches, split_heads
-from gaugeblock.optimized.compiled.dit_moe_layers import dit_moe as moe_layer
 from gaugeblock.optimized.compiled.library_layers import Fuse, compiled, gated_residual
 from gaugeblock.optimized.model_parts import as_it_is, linear
 from gaugeblock.reference import states, validation
@@ -21,6 +23,9 @@ from gaugeblock.reference.torch import layers
 from gaugeblock.reference.torch.attention import join_heads
 from gaugeblock.reference.torch.dit import NORM_EPS, embed_patches
 from gaugeblock.reference.torch.dit_moe import state_shapes
+
+Block: TypeAlias = Callable[..., tuple[torch.Tensor, torch.Tensor]]
+"""Of a block's parameters, tokens, silu of what steers, and config: tokens, and an auxiliary loss."""
 
 
 def dit_moe(
@@ -46,18 +51,18 @@ def dit_moe(
 
     Source: `gaugeblock.reference.torch.dit_moe.dit_moe`.
     """
-    return _predict(compiled, state, latents, timesteps, class_labels, config)
+    return _predict(partial(block, compiled, dit_moe_layers.dit_moe), state, latents, timesteps, class_labels, config)
 
 
 def dit_moe_by_library(
     state: State, latents: torch.Tensor, timesteps: torch.Tensor, class_labels: torch.Tensor, *, config: DiTMoEModelConfig
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """As `dit_moe`, with nothing compiled: each operation of torch is fused in itself."""
-    return _predict(as_it_is, state, latents, timesteps, class_labels, config)
+    return _predict(partial(block, as_it_is, dit_moe_layers.dit_moe), state, latents, timesteps, class_labels, config)
 
 
 def _predict(
-    fuse: Fuse,
+    block: Block,
     state: State,
     latents: torch.Tensor,
     timesteps: torch.Tensor,
@@ -66,17 +71,41 @@ def _predict(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     validation.dit(state, latents, timesteps, class_labels, config, state_shapes(config))
     validation.class_labels_in_range(class_labels, config.num_classes)
+    return model_of_blocks(state, latents, timesteps, class_labels, config, block)
+
+
+def model_of_blocks(
+    state: State,
+    latents: torch.Tensor,
+    timesteps: torch.Tensor,
+    class_labels: torch.Tensor,
+    config: DiTMoEModelConfig,
+    block: Block,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Run the model of blocks. Nothing is checked."""
     hidden_BSD, losses = embed_patches(state, latents, config=config), []
     active_BD = functional.silu(embed_conditions(state, config.timestep_scale * timesteps, class_labels, config))
-    for block in states.parts(state, "blocks", config.depth):
-        hidden_BSD, modulated_BSD, gate_BD = fuse(_before_experts)(
-            block, hidden_BSD, active_BD, config.num_heads, config.norm_eps, has_norms=config.qk_norm
-        )
-        experts_BSD, _, _, loss = moe_layer(modulated_BSD, states.part(block, "moe"), config=config.moe)
-        hidden_BSD = fuse(gated_residual)(hidden_BSD, experts_BSD, gate_BD)
+    for own in states.parts(state, "blocks", config.depth):
+        hidden_BSD, loss = block(own, hidden_BSD, active_BD, config)
         losses.append(loss)
     out_BCHW = layers.unpatchify(final_patches(state, hidden_BSD, active_BD), patch_size=config.patch_size)
     return out_BCHW, torch.stack(losses).sum()
+
+
+def block(
+    fuse: Fuse,
+    moe_layer: Callable[..., tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]],
+    state: State,
+    hidden_BSD: torch.Tensor,
+    active_BD: torch.Tensor,
+    config: DiTMoEModelConfig,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Apply a block to tokens [B, S, D], its experts by a function of its own; return its auxiliary loss too."""
+    hidden_BSD, modulated_BSD, gate_BD = fuse(_before_experts)(
+        state, hidden_BSD, active_BD, config.num_heads, config.norm_eps, has_norms=config.qk_norm
+    )
+    experts_BSD, _, _, loss = moe_layer(modulated_BSD, states.part(state, "moe"), config=config.moe)
+    return fuse(gated_residual)(hidden_BSD, experts_BSD, gate_BD), loss
 
 
 def _before_experts(

@@ -112,18 +112,20 @@ def flux_by_library(
 def _predict(fuse: Fuse, state: State, arrays: tuple[_T, _T, _T, _T, _T, _T, _T], config: FluxConfig) -> torch.Tensor:
     """Take tokens of image and text, pooled text, times, guidances and places."""
     validation.flux(state, *arrays, config, state_shapes(config))
-    blocks = (partial(fuse(each), num_heads=config.num_attention_heads) for each in (_block, _single_block))
+    blocks = (partial(fuse(each), num_heads=config.num_attention_heads) for each in (block, single_block))
     return model_of_blocks(state, arrays, config, *blocks)
 
 
-def _block(
+def block(
     state: State, image_BSD: torch.Tensor, text_BTD: torch.Tensor, active_BD: torch.Tensor, table: Table, num_heads: int
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> Streams:
+    """Apply a block with two streams of tokens, [B, S, D] and [B, T, D]."""
     branches = partial(joint_attention, heads=partial(heads, num_heads=num_heads)), feed_forwards
     return block_of_branches(state, image_BSD, text_BTD, active_BD, table, *branches)
 
 
-def _single_block(state: State, joint_BJD: torch.Tensor, active_BD: torch.Tensor, table: Table, num_heads: int) -> torch.Tensor:
+def single_block(state: State, joint_BJD: torch.Tensor, active_BD: torch.Tensor, table: Table, num_heads: int) -> torch.Tensor:
+    """Apply a block with one stream of tokens, [B, J, D]."""
     return single_block_of_branch(
         state, joint_BJD, active_BD, table, partial(single_branch, heads=partial(heads, num_heads=num_heads))
     )

@@ -101,12 +101,25 @@ def _predict(
     config: MMDiTConfig,
 ) -> torch.Tensor:
     validation.mmdit(state, latents, encoder_hidden_states, pooled_projections, timesteps, config, state_shapes(config))
+    return model_of_blocks(state, latents, encoder_hidden_states, pooled_projections, timesteps, config, fuse(block))
+
+
+def model_of_blocks(
+    state: State,
+    latents: torch.Tensor,
+    encoder_hidden_states: torch.Tensor,
+    pooled_projections: torch.Tensor,
+    timesteps: torch.Tensor,
+    config: MMDiTConfig,
+    block: Callable[..., tuple[torch.Tensor, torch.Tensor]],
+) -> torch.Tensor:
+    """Run the model; `block` takes what the one below takes. Nothing is checked."""
     hidden_BSD = embed_patches(state, latents, config=config)
     text_BTD = linear(state, "context_embedder", encoder_hidden_states)
     active_BD = functional.silu(embed_conditions(state, timesteps, pooled_projections))
-    for index, block in enumerate(states.parts(state, "transformer_blocks", config.num_layers)):
+    for index, own in enumerate(states.parts(state, "transformer_blocks", config.num_layers)):
         kind = index in config.dual_attention_layers, index == config.num_layers - 1
-        hidden_BSD, text_BTD = fuse(_block)(block, hidden_BSD, text_BTD, active_BD, config.num_attention_heads, *kind)
+        hidden_BSD, text_BTD = block(own, hidden_BSD, text_BTD, active_BD, config.num_attention_heads, *kind)
     patches_BSI = final_patches(state, hidden_BSD, active_BD)
     return layers.unpatchify(patches_BSI, patch_size=config.patch_size, num_rows=latents.shape[2] // config.patch_size)
 
@@ -122,7 +135,7 @@ class Branches(NamedTuple):
     """Of the block's parameters, the network's name, and modulated tokens."""
 
 
-def _block(
+def block(
     state: State,
     hidden_BSD: torch.Tensor,
     text_BTD: torch.Tensor,
@@ -131,6 +144,7 @@ def _block(
     is_dual: bool,
     is_last: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    """Apply a block to tokens of image and text, [B, S, D] and [B, T, D]."""
     attentions = partial(joint_attention, num_heads=num_heads), partial(self_attention, num_heads=num_heads)
     branches = Branches(*attentions, feed_forward)
     return block_of_branches(state, hidden_BSD, text_BTD, active_BD, branches, is_dual=is_dual, is_last=is_last)

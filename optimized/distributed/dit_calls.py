@@ -36,4 +36,4 @@ def agree_on_call(
         require_fitting(mesh.size())
 
     sizes = {"batch_size": lambda: latents.shape[0] if batch_is_alike else 0}
-    agree_on_model_call("latents", latents, check, sizes, mesh)
+    agree_on_model_call("latents", lambda: latents, check, sizes, mesh)

@@ -35,4 +35,4 @@ def agree_on_call(
         "num_image_tokens": lambda: hidden_states.shape[1],
         "num_text_tokens": lambda: encoder_hidden_states.shape[1],
     }
-    agree_on_model_call("hidden_states", hidden_states, check, sizes, mesh)
+    agree_on_model_call("hidden_states", lambda: hidden_states, check, sizes, mesh)

@@ -39,4 +39,4 @@ def agree_on_call(
         "width": lambda: latents.shape[3],
         "num_text_tokens": lambda: encoder_hidden_states.shape[1],
     }
-    agree_on_model_call("latents", latents, check, sizes, mesh)
+    agree_on_model_call("latents", lambda: latents, check, sizes, mesh)

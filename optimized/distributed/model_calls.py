@@ -10,12 +10,14 @@ from gaugeblock.optimized.distributed.expert_calls import Facts, require_one_dim
 from gaugeblock.reference import validation
 
 
-def agree_on_model_call(name: str, tensor: torch.Tensor, check: Callable[[], None], sizes: Facts, mesh: DeviceMesh) -> None:
+def agree_on_model_call(
+    name: str, argument: Callable[[], torch.Tensor], check: Callable[[], None], sizes: Facts, mesh: DeviceMesh
+) -> None:
     """Raise on every rank what is wrong with the call of any; one small exchange, for which the host waits.
 
     Args:
         name: Of the argument whose dtype all others follow.
-        tensor: That argument.
+        argument: Returns that argument, or one of its tensors; asked where the call is good.
         check: Raises TypeError or ValueError where this rank's call is bad.
         sizes: Of that argument and others, by name, which the ranks must have alike; looked at where the call is good.
         mesh: One-dimensional; its device type is that of the tensors.
@@ -24,6 +26,7 @@ def agree_on_model_call(name: str, tensor: torch.Tensor, check: Callable[[], Non
     error, facts = None, dict.fromkeys((f"{name} must have the same {each}" for each in (*sizes, "dtype")), 0)
     try:
         check()
+        tensor = argument()
         if tensor.device.type != mesh.device_type:
             raise ValueError(f"{name} must be on the device of mesh, {mesh.device_type}, got {tensor.device}")
     except (TypeError, ValueError) as raised:

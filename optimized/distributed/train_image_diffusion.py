@@ -18,8 +18,9 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
+from gaugeblock.optimized.distributed import fully_sharded_models
 from gaugeblock.optimized.distributed.agreement import agree
-from gaugeblock.optimized.distributed.dit_fully_sharded import FullyShardedDit, gather_shards, local_part, shard_like
+from gaugeblock.optimized.distributed.fully_sharded import gather_shards, local_part, shard_like
 from gaugeblock.reference import validation
 from gaugeblock.reference.configs import ImageDiffusionConfig
 from gaugeblock.reference.torch import dit, objectives
@@ -87,7 +88,7 @@ class ShardedTrainer:
         self._agree_on_state(state)
 
         self.updates = state["step"].clone()
-        self.model = FullyShardedDit(reference.part_of_state(state, "model"), config=config.model, mesh=mesh)
+        self.model = fully_sharded_models.dit.sharded(reference.part_of_state(state, "model"), config=config.model, mesh=mesh)
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(),
             lr=config.learning_rate,

@@ -222,12 +222,19 @@ def few_visits(contract: Contract, regime: str, demand: Demand, count: int) -> t
 def layouts_of(contract: Contract) -> list[tuple[Layout, str]]:
     """Every layout, of all arguments and of each alone; the first five are five layouts, of as many arguments as there are.
 
-    Equal rows of a router's weights would tie all choices inside an operation.
+    Equal rows of a router's weights would tie all choices inside an operation. Equal rows of all of a model's weights leave one
+    channel of it, a norm of which sees no variance; only its other arguments get them.
     """
     names = [spec.name for spec in contract.inputs]
     whose = ["", *names] if len(names) > 1 else [""]
+    others = [spec.name for spec in contract.inputs if spec.leaves is None] if contract.rigid else whose
     each = [layout for layout in LAYOUTS[1:] if not (contract.chooses_inside and layout == "broadcast")]
-    return [(layout, whose[(turn + place) % len(whose)]) for turn in range(len(whose)) for place, layout in enumerate(each)]
+    return [
+        (layout, repeated[(turn + place) % len(repeated)])
+        for turn in range(len(whose))
+        for place, layout in enumerate(each)
+        for repeated in [others if layout == "broadcast" else whose]
+    ]
 
 
 def laid_out(contract: Contract, points: Sequence[Case], *, sparing: bool = False) -> tuple[Case, ...]:

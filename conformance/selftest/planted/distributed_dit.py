@@ -13,7 +13,6 @@ SEQUENCE: dict[str, Any] = {
     **TENSOR, "implementation": "sequence-parallel", "only": "num_heads % 4 == 0 and input_size // patch_size % 2 == 0",
 }  # fmt: skip
 ROWS = "torch.cat(rows) if len(rows) > 1 else rows[0]"
-SHARDED: dict[str, Any] = {**TENSOR, "implementation": "fsdp2", "only": "", "sharding": "data_parallel"}
 
 mutant(
     DIT, "qkv-by-ranks-alone", "Rows of queries, keys and values are cut as one block: the first rank has no values.",
@@ -77,18 +76,4 @@ mutant(
     "collectives.GatherParts", "d_tensor.chunk(ctx.ranks, ctx.axis)[ctx.rank]",
     "ctx.ranks * d_tensor.chunk(ctx.ranks, ctx.axis)[ctx.rank]", "world_size", "gradient", "autograd through all_gather",
     **SEQUENCE,
-)  # fmt: skip
-
-mutant(
-    DIT, "gradients-averaged", "Gradients of parameters are averaged over the ranks, as FSDP does by itself.",
-    "dit_fully_sharded._WholeState", "ranks * d_out", "d_out", "world_size", "gradient",
-    "fully_shard's division by the world size", **SHARDED,
-)  # fmt: skip
-mutant(
-    DIT, "latents-once-a-rank", "What undoes FSDP's average is left in the gradients of latents, which nothing averages.",
-    "dit_fully_sharded._WholeState", "(ctx.leaf.grad / ranks)", "ctx.leaf.grad", "world_size", "gradient", **SHARDED,
-)  # fmt: skip
-mutant(
-    DIT, "first-block-everywhere", "Every block is made of the first one's parameters.", "dit_fully_sharded.FullyShardedDit",
-    "reference.block_state(state, index)", "reference.block_state(state, 0)", "parity", "structural", **SHARDED,
 )  # fmt: skip
