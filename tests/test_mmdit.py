@@ -226,6 +226,20 @@ def test_half_precision_is_rounded_once(module):
 
 
 @pytest.mark.parametrize("module", [mmdit, jax_mmdit])
+def test_a_block_computes_in_float32_and_rounds_once(module):
+    state = {name: random(*shape, seed=6) * shape[-1] ** -0.5 for name, shape in mmdit.block_shapes(SD35, 0).items()}
+    tokens = [random(*each.shape, seed=seed) for seed, each in enumerate(TOKENS.values())]
+    wide = jax.tree.map(lambda each: each.bfloat16().float(), [state, *tokens])
+    arrays = to_jax(wide) if module is jax_mmdit else wide
+    narrow = jax.tree.map(lambda each: each.astype(jnp.bfloat16) if module is jax_mmdit else each.bfloat16(), arrays)
+    for actual, expected in zip(
+        module.block(*narrow, config=SD35, index=0), module.block(*arrays, config=SD35, index=0), strict=True
+    ):
+        assert "bfloat16" in str(actual.dtype)
+        assert bool((actual == (expected.astype(jnp.bfloat16) if module is jax_mmdit else expected.bfloat16())).all())
+
+
+@pytest.mark.parametrize("module", [mmdit, jax_mmdit])
 @pytest.mark.parametrize("sizes", [{"batch_size": 0}, {"text": 0}])
 def test_an_empty_batch_and_an_empty_text_are_ordinary(module, sizes):
     arguments = random_state(SD35, torch.float32), *random_inputs(SD35, torch.float32, **sizes)
