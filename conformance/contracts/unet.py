@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from gaugeblock.conformance.contracts import flash_attention, model_states
 from gaugeblock.conformance.engine.contract import Contract, Input, Output, Regime, Rejection, Workload, row
 from gaugeblock.conformance.engine.factors import Factor, Trait, edges, either
-from gaugeblock.conformance.engine.implementation import Implementation, compiled, jax, triton
+from gaugeblock.conformance.engine.implementation import Implementation, compiled, distributed, jax, triton
 from gaugeblock.conformance.engine.inputs.bad_calls import changed
 from gaugeblock.conformance.engine.inputs.draw import Draw
 from gaugeblock.conformance.engine.vocabulary import Parameters, Tensors
@@ -62,6 +62,7 @@ def unet() -> Contract:
             Workload("sd-2.1/768px-batch-2", sizes(2, 96, 96, 77, UNET_PRESETS["SD-2.1"]), SD_2),
             Workload("two-cores/part-of-sd-1.5-128px", sizes(1, 16, 16, 77, PART_OF_SD), "a size for a CPU; heads as published"),
         ),
+        shardings={"whole": {}},  # inputs, results and gradients are on every rank alike
         rejections=REJECTIONS,
         implementations=ours("unet"),
     )
@@ -109,6 +110,7 @@ def unet_text_time() -> Contract:
                 "a size for a CPU; heads as published",
             ),
         ),
+        shardings={"whole": {}},
         rejections=(
             *REJECTIONS,
             Rejection("a size too few", "time_ids", changed("time_ids", lambda each: each[:, 1:])),
@@ -140,10 +142,14 @@ SDXL = "Stable Diffusion XL 1.0, unet/config.json"
 FIRST_LOOKS = ((8, 12), (True, False), (2, 3), 4)
 LAST_LOOKS = ((4, 12), (False, True), (1, 2), 2)
 ONE_LEVEL = ((8,), (True,), (2,), 2)
-MIDDLE_LOOKS = ((10, 20), (False, False), (1, 2), 2)  # the cheapest of two levels: one transformer, that of the middle
+# the cheapest of two levels: one transformer, that of the middle; four ranks can share its heads, and groups of channels
+MIDDLE_LOOKS = ((12, 20), (False, False), (1, 4), 4)
 AS_WIDE_AS_SD = ((40,), (False,), (1,), 4)  # heads of 40 features, groups of 10 channels
 LEVELS = (FIRST_LOOKS, LAST_LOOKS, ONE_LEVEL)
 IMAGES = ((4, 4), (3, 5), (2, 3), (4, 2))
+
+
+FOUR_CAN_SHARE = "norm_num_groups % 4 == 0 and gcd_of_heads % 4 == 0"
 
 
 def ours(operation: str) -> tuple[Implementation, ...]:
@@ -154,6 +160,8 @@ def ours(operation: str) -> tuple[Implementation, ...]:
         compiled("torch-library", f"unet:{operation}_by_library", dtypes=on_cpu, **products),
         triton(**products),
         jax("jax-compiled"),
+        # each number of devices takes a compilation: tests/test_jax_sharded_unet.py has 1
+        distributed("jax-sharded", f"sharded_unet:{operation}", framework="jax", world_sizes=(4,), only=FOUR_CAN_SHARE),
     )
 
 
@@ -164,7 +172,8 @@ def configuration(parameters: Parameters) -> UNetConfig:
 
 def sizes(batch_size: int, height: int, width: int, text_length: int, config: UNetConfig) -> dict[str, Any]:
     """One point of the input space."""
-    return {"batch_size": batch_size, "height": height, "width": width, "text_length": text_length, **asdict(config)}
+    image = {"height": height, "width": width}
+    return {"batch_size": batch_size, **image, "text_length": text_length, **asdict(config), "gcd_of_heads": config.gcd_of_heads}
 
 
 def levels_of(config: UNetConfig) -> tuple[Any, ...]:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from gaugeblock.conformance.contracts import flash_attention, model_states
 from gaugeblock.conformance.engine.contract import Contract, Input, Output, Regime, Rejection, Workload, row
 from gaugeblock.conformance.engine.factors import Factor, Trait, edges, either
-from gaugeblock.conformance.engine.implementation import Implementation, compiled, jax, triton
+from gaugeblock.conformance.engine.implementation import Implementation, compiled, distributed, jax, triton
 from gaugeblock.conformance.engine.inputs.bad_calls import changed
 from gaugeblock.conformance.engine.inputs.draw import Draw
 from gaugeblock.conformance.engine.vocabulary import Parameters, Tensors
@@ -65,6 +65,7 @@ def encode() -> Contract:
             Workload("flux/1024px", of_images(1, 1024, 1024, VAE_PRESETS["flux"]), SOURCE_OF_FLUX),
             Workload("two-cores/stable-diffusion-64px", of_images(1, 64, 64, STABLE_DIFFUSION), "a size for a CPU"),
         ),
+        shardings={"whole": {}},  # inputs, results and gradients are on every rank alike
         rejections=(
             *rejections("encoder.conv_in.weight"),
             Rejection("images of another number of channels", "images", changed("images", lambda each: each.repeat(1, 2, 1, 1))),
@@ -119,6 +120,7 @@ def decode() -> Contract:
             Workload("flux/1024px", of_latents(1, 128, 128, VAE_PRESETS["flux"]), SOURCE_OF_FLUX),
             Workload("two-cores/stable-diffusion-40px", of_latents(1, 5, 5, STABLE_DIFFUSION), "a size for a CPU"),
         ),
+        shardings={"whole": {}},  # inputs, results and gradients are on every rank alike
         rejections=(
             *rejections("decoder.conv_in.weight"),
             Rejection("latents of another number of channels", "latents", changed("latents", lambda each: each[:, :-1])),
@@ -143,6 +145,10 @@ def ours(operation: str) -> tuple[Implementation, ...]:
         compiled("torch-library", f"vae:{operation}_by_library", dtypes=on_cpu, **products),
         triton(**products),
         jax("jax-compiled"),
+        # each number of devices takes a compilation: tests/test_jax_sharded_vae.py has 1
+        distributed(
+            "jax-sharded", f"sharded_vae:{operation}", framework="jax", world_sizes=(4,), only="norm_num_groups % 4 == 0"
+        ),
     )
 
 
@@ -211,7 +217,7 @@ def of_latents(batch_size: int, height: int, width: int, config: VAEConfig) -> d
     return of_images(batch_size, height * config.downsampling, width * config.downsampling, config)
 
 
-def tiny_model(block_out_channels: tuple[int, ...] = (4, 8), norm_num_groups: int = 2, **others: Any) -> VAEConfig:
+def tiny_model(block_out_channels: tuple[int, ...] = (8, 12), norm_num_groups: int = 4, **others: Any) -> VAEConfig:
     """A model small enough for a CPU, groups of few channels as in published ones."""
     return VAEConfig(
         block_out_channels=block_out_channels,
@@ -224,7 +230,7 @@ def tiny_model(block_out_channels: tuple[int, ...] = (4, 8), norm_num_groups: in
     )
 
 
-CHANNELS = (((4, 8), 2), ((8,), 2), ((4, 8, 8), 2), ((6, 9), 3), ((4, 4), 1))
+CHANNELS = (((8, 12), 4), ((8,), 2), ((4, 8, 8), 2), ((6, 9), 3), ((4, 4), 1))
 PLACES = ((2, 3), (1, 1), (3, 2), (1, 4), (2, 2))
 COLORS = (3, 1, 2)
 FACTORS = (
