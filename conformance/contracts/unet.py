@@ -88,7 +88,7 @@ def unet_text_time() -> Contract:
         batch="batch_size",
         parameters=parameters_with_sizes,
         landmarks=(
-            with_sizes(sizes(2, 3, 2, 7, tiny_model(MIDDLE_LOOKS, use_linear_projection=True)), 7, 3),
+            with_sizes(sizes(3, 3, 2, 7, tiny_model(MIDDLE_ALONE, use_linear_projection=True)), 7, 3),
             with_sizes(sizes(1, 2, 3, 4, tiny_model(AS_WIDE_AS_SD, use_linear_projection=True, norm_eps=1e-2)), 5, 6),
         ),
         factors=(*FACTORS, edges("text_embed_dim", 1, 2), edges("num_time_ids", 1, 5, 6)),
@@ -142,13 +142,12 @@ SDXL = "Stable Diffusion XL 1.0, unet/config.json"
 FIRST_LOOKS = ((8, 12), (True, False), (2, 3), 4)
 LAST_LOOKS = ((4, 12), (False, True), (1, 2), 2)
 ONE_LEVEL = ((8,), (True,), (2,), 2)
-# the cheapest of two levels: one transformer, that of the middle; four ranks can share its heads, and groups of channels
+# of the cheapest, whose one transformer is that of the middle, four ranks can share heads and groups
 MIDDLE_LOOKS = ((12, 20), (False, False), (1, 4), 4)
+MIDDLE_ALONE = ((12,), (False,), (4,), 4)
 AS_WIDE_AS_SD = ((40,), (False,), (1,), 4)  # heads of 40 features, groups of 10 channels
 LEVELS = (FIRST_LOOKS, LAST_LOOKS, ONE_LEVEL)
 IMAGES = ((4, 4), (3, 5), (2, 3), (4, 2))
-
-
 FOUR_CAN_SHARE = "norm_num_groups % 4 == 0 and gcd_of_heads % 4 == 0"
 
 
