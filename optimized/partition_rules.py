@@ -1,4 +1,4 @@
-"""How the parameters of a model lie over ranks that split its heads, hidden layers and experts, for any framework.
+"""How the parameters of a model lie over ranks that split its heads, hidden layers, channels and experts, for any framework.
 
 A model's rules are an ordered list of patterns of names, of which the first that matches holds; each says by which size of the
 model an axis is cut. What is cut by heads, features or experts that a rank computes with by itself goes together: the rows of a
@@ -87,6 +87,46 @@ FLUX: Rules = (
     (r"single_transformer_blocks\.\d+\.proj_mlp\.(weight|bias)", Cut(0, "num_attention_heads", blocks=4)),
     (r"single_transformer_blocks\.\d+\.proj_out\.weight", Cut(1, "num_attention_heads", blocks=5)),
     (r"single_transformer_blocks\.\d+\.proj_out\.bias", None),
+)
+RESNET = r"(.+\.)?(down_blocks\.\d+|mid_block|up_blocks\.\d+)\.resnets\.\d+"
+RESNETS: Rules = (
+    # a rank has whole groups of the second norm, which is its own, and of what is added before it
+    (rf"{RESNET}\.(conv1|time_emb_proj|norm2)\.(weight|bias)", Cut(0, "norm_num_groups")),
+    (rf"{RESNET}\.conv2\.weight", Cut(1, "norm_num_groups")),
+    (rf"{RESNET}\.(norm1|conv_shortcut)\.(weight|bias)|{RESNET}\.conv2\.bias", None),
+)
+TRANSFORMER = r".+\.attentions\.\d+"
+UNET_BLOCK = rf"{TRANSFORMER}\.transformer_blocks\.\d+"
+UNET: Rules = (
+    (r"(time_embedding|add_embedding|conv_in|conv_norm_out|conv_out)\..+", None),
+    (r"(down|up)_blocks\.\d+\.(down|up)samplers\.0\.conv\.(weight|bias)", None),
+    *RESNETS,
+    (rf"{TRANSFORMER}\.(norm|proj_in|proj_out)\.(weight|bias)", None),
+    (rf"{UNET_BLOCK}\.norm[123]\.(weight|bias)", None),
+    (rf"{UNET_BLOCK}\.attn[12]\.to_[qkv]\.weight", Cut(0, "gcd_of_heads")),
+    (rf"{UNET_BLOCK}\.attn[12]\.to_out\.0\.weight", Cut(1, "gcd_of_heads")),
+    (rf"{UNET_BLOCK}\.attn[12]\.to_out\.0\.bias", None),
+    # hidden features, four times the channels, are a multiple of the groups; first those that are gated, then the gates
+    (rf"{UNET_BLOCK}\.ff\.net\.0\.proj\.(weight|bias)", Cut(0, "norm_num_groups", blocks=2)),
+    (rf"{UNET_BLOCK}\.ff\.net\.2\.weight", Cut(1, "norm_num_groups")),
+    (rf"{UNET_BLOCK}\.ff\.net\.2\.bias", None),
+)
+VAE: Rules = (
+    (r"(post_)?quant_conv\.(weight|bias)", None),
+    (r"(encoder|decoder)\.(conv_in|conv_norm_out|conv_out)\.(weight|bias)", None),
+    (r"(encoder|decoder)\.(down|up)_blocks\.\d+\.(down|up)samplers\.0\.conv\.(weight|bias)", None),
+    *RESNETS,
+    (r"(encoder|decoder)\.mid_block\.attentions\.0\..+", None),  # has one head
+)
+CLIP_LAYER = r"text_model\.encoder\.layers\.\d+"
+CLIP_TEXT: Rules = (
+    (r"text_model\.(embeddings|final_layer_norm)\..+|text_projection\.weight", None),
+    (rf"{CLIP_LAYER}\.layer_norm[12]\.(weight|bias)", None),
+    (rf"{CLIP_LAYER}\.self_attn\.[qkv]_proj\.(weight|bias)", Cut(0, "num_attention_heads")),
+    (rf"{CLIP_LAYER}\.self_attn\.out_proj\.weight", Cut(1, "num_attention_heads")),
+    (rf"{CLIP_LAYER}\.mlp\.fc1\.(weight|bias)", Cut(0, "intermediate_size")),
+    (rf"{CLIP_LAYER}\.mlp\.fc2\.weight", Cut(1, "intermediate_size")),
+    (rf"{CLIP_LAYER}\.(self_attn\.out_proj|mlp\.fc2)\.bias", None),
 )
 
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from gaugeblock.conformance.contracts import flash_attention, model_states
 from gaugeblock.conformance.engine.contract import Contract, Input, Output, Regime, Rejection, Workload, row
 from gaugeblock.conformance.engine.factors import Factor, Trait, edges, either
-from gaugeblock.conformance.engine.implementation import compiled, jax, triton
+from gaugeblock.conformance.engine.implementation import compiled, distributed, jax, triton
 from gaugeblock.conformance.engine.inputs.bad_calls import changed
 from gaugeblock.conformance.engine.inputs.draw import Draw
 from gaugeblock.conformance.engine.vocabulary import Parameters, Tensors
@@ -81,10 +81,13 @@ def clip_text() -> Contract:
             ),
             jax("jax-compiled"),
             model_states.fsdp2("clip_text"),
+            # each number of devices takes a compilation: tests/test_jax_sharded_clip_text.py has 1
+            distributed("jax-sharded", "sharded_clip_text:clip_text", framework="jax", world_sizes=(4,), only=FOUR_CAN_SHARE),
         ),
     )
 
 
+FOUR_CAN_SHARE = "num_attention_heads % 4 == 0 and intermediate_size % 4 == 0"
 TOKENS, PLACES = "text_model.embeddings.token_embedding.weight", "text_model.embeddings.position_embedding.weight"
 TABLES = ("_embedding.weight",)
 NORM_SCALES = ("norm1.weight", "norm2.weight", "norm.weight")
@@ -125,7 +128,7 @@ def sizes(batch_size: int, num_tokens: int, config: CLIPTextConfig) -> dict[str,
     return {"batch_size": batch_size, "num_tokens": num_tokens, **asdict(config), "pooled_size": config.pooled_size}
 
 
-def tiny_model(hidden_size: int = 32, num_attention_heads: int = 2, **others: Any) -> CLIPTextConfig:
+def tiny_model(hidden_size: int = 32, num_attention_heads: int = 4, **others: Any) -> CLIPTextConfig:
     """A model small enough for an interpreter."""
     small = CLIPTextConfig(
         vocab_size=12,
@@ -138,7 +141,7 @@ def tiny_model(hidden_size: int = 32, num_attention_heads: int = 2, **others: An
     return replace(small, **others)
 
 
-HEADS = ((32, 2), (16, 1), (24, 3), (64, 1))
+HEADS = ((32, 4), (16, 1), (24, 3), (64, 1))
 NUM_TOKENS = (7, 1, 2, 16, 17)
 PROJECTION_DIMS = (None, 1, 20)
 RETURNED = ((-1, True), (-2, False), (-2, True), (0, False))

@@ -45,7 +45,7 @@ def dit() -> Contract:
             sizes(3, tiny_model(norm_eps=1e-2)),
             sizes(2, tiny_model(24, 3, 1, 6, 2, in_channels=4, learn_sigma=False, frequency_shift=1, num_classes=10)),
             sizes(1, tiny_model(144, 2, 1, in_channels=4, num_classes=10)),  # heads as wide as DiT-XL's
-            sizes(2, tiny_model(16, 4, 2, norm_eps=1e-2, mlp_ratio=1.5)),  # what four ranks can share
+            sizes(3, tiny_model(16, 4, 2, norm_eps=1e-2, mlp_ratio=1.5)),  # what four ranks can share
         ),
         factors=FACTORS,
         build=point,

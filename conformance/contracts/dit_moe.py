@@ -46,7 +46,7 @@ def dit_moe() -> Contract:
         landmarks=(
             sizes(2, tiny_model(norm_eps=1e-2)),
             # what four ranks can share
-            sizes(2, tiny_model(heads=(16, 4), depth=1, top_k=1, qk_norm=True, timestep_scale=1000.0)),
+            sizes(3, tiny_model(heads=(16, 4), depth=1, top_k=1, qk_norm=True, timestep_scale=1000.0)),
             # heads and experts of DiT-MoE-G
             sizes(1, tiny_model(heads=(88, 1), depth=1, mlp_ratio=0.5, qk_norm=True, num_experts=16)),
         ),

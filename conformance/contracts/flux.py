@@ -49,7 +49,7 @@ def flux() -> Contract:
             sizes(2, 6, 3, tiny_model(num_single_layers=2)),
             sizes(3, 5, 4, tiny_model(3, (2, 2, 4), num_layers=2, guidance_embeds=False, out_channels=2, patch_size=2)),
             sizes(1, 4, 2, tiny_model(1, (8, 28, 28))),  # the published proportions, in half a head
-            sizes(2, 8, 4, tiny_model(4, (2, 2, 4))),  # what four ranks can share
+            sizes(3, 8, 4, tiny_model(4, (2, 2, 4))),  # what four ranks can share
         ),
         factors=FACTORS,
         build=point,

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from gaugeblock.conformance.contracts import flash_attention, model_states
 from gaugeblock.conformance.engine.contract import Contract, Input, Output, Regime, Rejection, Workload, row
 from gaugeblock.conformance.engine.factors import Factor, Trait, edges, either
-from gaugeblock.conformance.engine.implementation import Implementation, compiled, jax, triton
+from gaugeblock.conformance.engine.implementation import Implementation, compiled, distributed, jax, triton
 from gaugeblock.conformance.engine.inputs.bad_calls import changed
 from gaugeblock.conformance.engine.inputs.draw import Draw
 from gaugeblock.conformance.engine.vocabulary import Parameters, Tensors
@@ -88,7 +88,7 @@ def unet_text_time() -> Contract:
         batch="batch_size",
         parameters=parameters_with_sizes,
         landmarks=(
-            with_sizes(sizes(2, 3, 2, 7, tiny_model(MIDDLE_LOOKS, use_linear_projection=True)), 7, 3),
+            with_sizes(sizes(3, 3, 2, 7, tiny_model(MIDDLE_ALONE, use_linear_projection=True)), 7, 3),
             with_sizes(sizes(1, 2, 3, 4, tiny_model(AS_WIDE_AS_SD, use_linear_projection=True, norm_eps=1e-2)), 5, 6),
         ),
         factors=(*FACTORS, edges("text_embed_dim", 1, 2), edges("num_time_ids", 1, 5, 6)),
@@ -142,11 +142,14 @@ SDXL = "Stable Diffusion XL 1.0, unet/config.json"
 FIRST_LOOKS = ((8, 12), (True, False), (2, 3), 4)
 LAST_LOOKS = ((4, 12), (False, True), (1, 2), 2)
 ONE_LEVEL = ((8,), (True,), (2,), 2)
-THREE_LEVELS = ((6, 10, 14), (False, False, False), (1, 1, 2), 2)  # of which the middle one may have an odd size
-MIDDLE_LOOKS = ((10, 20), (False, False), (1, 2), 2)  # the cheapest of two levels: one transformer, that of the middle
+# of the cheapest, whose one transformer is that of the middle, four ranks can share heads and groups; the middle one of three levels
+# may have an odd size
+THREE_LEVELS = ((8, 12, 20), (False, False, False), (1, 1, 4), 4)
+MIDDLE_ALONE = ((12,), (False,), (4,), 4)
 AS_WIDE_AS_SD = ((40,), (False,), (1,), 4)  # heads of 40 features, groups of 10 channels
 LEVELS = (FIRST_LOOKS, LAST_LOOKS, ONE_LEVEL)
 IMAGES = ((4, 4), (3, 5), (2, 3), (4, 2))
+FOUR_CAN_SHARE = "norm_num_groups % 4 == 0 and gcd_of_heads % 4 == 0"
 
 
 def ours(operation: str) -> tuple[Implementation, ...]:
@@ -158,6 +161,8 @@ def ours(operation: str) -> tuple[Implementation, ...]:
         triton(**products),
         jax("jax-compiled"),
         model_states.fsdp2(operation),
+        # each number of devices takes a compilation: tests/test_jax_sharded_unet.py has 1
+        distributed("jax-sharded", f"sharded_unet:{operation}", framework="jax", world_sizes=(4,), only=FOUR_CAN_SHARE),
     )
 
 
@@ -168,7 +173,8 @@ def configuration(parameters: Parameters) -> UNetConfig:
 
 def sizes(batch_size: int, height: int, width: int, text_length: int, config: UNetConfig) -> dict[str, Any]:
     """One point of the input space."""
-    return {"batch_size": batch_size, "height": height, "width": width, "text_length": text_length, **asdict(config)}
+    image = {"height": height, "width": width}
+    return {"batch_size": batch_size, **image, "text_length": text_length, **asdict(config), "gcd_of_heads": config.gcd_of_heads}
 
 
 def levels_of(config: UNetConfig) -> tuple[Any, ...]:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from gaugeblock.conformance.contracts import flash_attention, model_states
 from gaugeblock.conformance.engine.contract import Contract, Input, Output, Regime, Rejection, Workload, row
 from gaugeblock.conformance.engine.factors import Factor, Trait, edges, either
-from gaugeblock.conformance.engine.implementation import Implementation, compiled, jax, triton
+from gaugeblock.conformance.engine.implementation import Implementation, compiled, distributed, jax, triton
 from gaugeblock.conformance.engine.inputs.bad_calls import changed
 from gaugeblock.conformance.engine.inputs.draw import Draw
 from gaugeblock.conformance.engine.vocabulary import Parameters, Tensors
@@ -146,6 +146,10 @@ def ours(operation: str) -> tuple[Implementation, ...]:
         triton(**products),
         jax("jax-compiled"),
         model_states.fsdp2(operation),
+        # each number of devices takes a compilation: tests/test_jax_sharded_vae.py has 1
+        distributed(
+            "jax-sharded", f"sharded_vae:{operation}", framework="jax", world_sizes=(4,), only="norm_num_groups % 4 == 0"
+        ),
     )
 
 
@@ -214,7 +218,7 @@ def of_latents(batch_size: int, height: int, width: int, config: VAEConfig) -> d
     return of_images(batch_size, height * config.downsampling, width * config.downsampling, config)
 
 
-def tiny_model(block_out_channels: tuple[int, ...] = (4, 8), norm_num_groups: int = 2, **others: Any) -> VAEConfig:
+def tiny_model(block_out_channels: tuple[int, ...] = (8, 12), norm_num_groups: int = 4, **others: Any) -> VAEConfig:
     """A model small enough for a CPU, groups of few channels as in published ones."""
     return VAEConfig(
         block_out_channels=block_out_channels,
@@ -227,7 +231,7 @@ def tiny_model(block_out_channels: tuple[int, ...] = (4, 8), norm_num_groups: in
     )
 
 
-CHANNELS = (((4, 8), 2), ((8,), 2), ((4, 8, 8), 2), ((6, 9), 3), ((4, 4), 1))
+CHANNELS = (((8, 12), 4), ((8,), 2), ((4, 8, 8), 2), ((6, 9), 3), ((4, 4), 1))
 PLACES = ((2, 3), (1, 1), (3, 2), (1, 4), (2, 2))
 COLORS = (3, 1, 2)
 FACTORS = (

@@ -31,7 +31,7 @@ def shard_state(state: State, rules: Rules, mesh: Mesh) -> dict[str, jax.Array]:
 
 
 def run_on_ranks(
-    of_placed: Callable[..., Outputs], rules: Rules, state: State, *arrays: jax.Array, config: Any, mesh: Mesh
+    of_placed: Callable[..., Outputs], rules: Rules, state: State, *arrays: jax.Array | None, config: Any, mesh: Mesh
 ) -> Outputs:
     """Check what is of the mesh, bring state and arrays to the ranks, and run the model there.
 

@@ -1,5 +1,6 @@
 """The UNets of Stable Diffusion, and their published sizes."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -98,6 +99,15 @@ class UNetConfig:
     def time_embed_dim(self) -> int:
         """Width of what steers the ResNet blocks."""
         return 4 * self.block_out_channels[0]
+
+    @property
+    def gcd_of_heads(self) -> int:
+        """Greatest common divisor of the attention heads of all transformers: what divides it can share each of them.
+
+        The middle has those of the last level, whether or not that has transformers of its own.
+        """
+        at_levels = (heads for level, heads in enumerate(self.attention_head_dim) if self.has_transformers(level))
+        return math.gcd(self.attention_head_dim[-1], *at_levels)
 
     def has_transformers(self, level: int) -> bool:
         """Whether the ResNet blocks of a level are followed by transformers."""
