@@ -142,8 +142,8 @@ SDXL = "Stable Diffusion XL 1.0, unet/config.json"
 FIRST_LOOKS = ((8, 12), (True, False), (2, 3), 4)
 LAST_LOOKS = ((4, 12), (False, True), (1, 2), 2)
 ONE_LEVEL = ((8,), (True,), (2,), 2)
-# of the cheapest, whose one transformer is that of the middle, four ranks can share heads and groups; the middle one of three levels
-# may have an odd size
+# Their one transformer is that of the middle: the cheapest. Four ranks can share heads and groups; the middle one of three levels
+# may have an odd size.
 THREE_LEVELS = ((8, 12, 20), (False, False, False), (1, 1, 4), 4)
 MIDDLE_ALONE = ((12,), (False,), (4,), 4)
 AS_WIDE_AS_SD = ((40,), (False,), (1,), 4)  # heads of 40 features, groups of 10 channels
