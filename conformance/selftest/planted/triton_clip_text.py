@@ -5,16 +5,16 @@ from gaugeblock.conformance.selftest.edits import mutant
 CLIP = "clip_text.clip_text"
 
 mutant(
-    CLIP, "padding-seen", "The mask is accepted and ignored.", "clip_text_composition.clip_text",
+    CLIP, "padding-seen", "The mask is accepted and ignored.", "clip_text_composition.unchecked_clip_text",
     "mask_BAST = None if attention_mask is None else", "mask_BAST = None if attention_mask is not None else", "parity",
     "structural", "pipelines that pass no attention_mask",
 )  # fmt: skip
 mutant(
-    CLIP, "one-layer-for-all", "Every layer has the parameters of the first.", "clip_text_composition.clip_text",
+    CLIP, "one-layer-for-all", "Every layer has the parameters of the first.", "clip_text_composition.unchecked_clip_text",
     "encoder.layers.{index}", "encoder.layers.{0 * index}", "parity", "structural",
 )  # fmt: skip
 mutant(
-    CLIP, "pooled-before-the-norm", "What is pooled is not normalized.", "clip_text_composition.clip_text",
+    CLIP, "pooled-before-the-norm", "What is pooled is not normalized.", "clip_text_composition.unchecked_clip_text",
     "norm(parts, state, LAST_NORM, hidden_BSD[ends], config)", "hidden_BSD[ends]", "parity", "structural",
 )  # fmt: skip
 mutant(
