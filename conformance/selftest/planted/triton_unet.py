@@ -36,6 +36,7 @@ mutant(
 )  # fmt: skip
 mutant(
     TEXT_TIME, "waves-in-the-dtype-of-the-latents", "Sizes are rounded before their waves: 1023 pixels are 1024.",
-    "unet_composition.unchecked_unet_text_time", "waves(time_ids.flatten(), size)", "waves(time_ids.flatten().to(latents.dtype), size)",
+    "unet_composition.unchecked_unet_text_time", "waves(time_ids.flatten(), size)",
+    "waves(time_ids.flatten().to(latents.dtype), size)",
     "parity", "precision", dtypes=("bfloat16",),
 )  # fmt: skip
