@@ -19,19 +19,24 @@ def filter_logits(
     """As `gaugeblock.reference.torch.token_choices.filter_logits`."""
     validation.filter_logits(logits, temperature, top_k, top_p, top_k_first)
 
+    before_NV = probability_before(logits, temperature=temperature, top_k=top_k, top_p=top_p, top_k_first=top_k_first)
+    kept_NV = before_NV <= top_p
+    return jnp.where(kept_NV, at_least_float32(logits) / temperature, -jnp.inf), kept_NV
+
+
+def probability_before(logits: jax.Array, *, temperature: float, top_k: int, top_p: float, top_k_first: bool) -> jax.Array:
+    """Return by what `filter_logits` keeps tokens, `before`: 0 of all in the top_k if top_p is 1, infinity outside of them."""
     logits_NV = at_least_float32(logits)
     ids_NV = jnp.argsort(logits_NV, axis=-1, descending=True, stable=True)
     last_N1 = jnp.take_along_axis(logits_NV, ids_NV[:, (top_k or logits_NV.shape[1]) - 1, None], axis=-1)
     in_top_k_NV = logits_NV >= last_N1
-
-    tempered_NV = logits_NV / temperature
-    before_NV = jnp.zeros_like(tempered_NV)
+    before_NV = jnp.zeros_like(logits_NV)
     if top_p < 1:
+        tempered_NV = logits_NV / temperature
         probs_NV = jax.nn.softmax(jnp.where(in_top_k_NV, tempered_NV, -jnp.inf) if top_k_first else tempered_NV, axis=-1)
         sums_NV = jnp.cumsum(jnp.take_along_axis(probs_NV, ids_NV, axis=-1), axis=-1)
         before_NV = jnp.put_along_axis(before_NV, ids_NV, jnp.pad(sums_NV[:, :-1], ((0, 0), (1, 0))), axis=-1, inplace=False)
-    kept_NV = jnp.where(in_top_k_NV, before_NV, jnp.inf) <= top_p
-    return jnp.where(kept_NV, tempered_NV, -jnp.inf), kept_NV
+    return jnp.where(in_top_k_NV, before_NV, jnp.inf)
 
 
 def draw_tokens(

@@ -39,7 +39,7 @@ def choose_places(
         confidence_BS = jnp.broadcast_to(-jnp.arange(confidence.shape[1]), confidence.shape).astype(jnp.float32)
 
     # the least number, so that a mask of no confidence still comes before what is none
-    least = jnp.finfo(confidence_BS.dtype).min
+    least = jnp.finfo(jnp.float32).min
     known_BS = jnp.nan_to_num(confidence_BS, nan=least, neginf=least, posinf=jnp.inf)
     keys_BS = jnp.where(is_masked, known_BS, -jnp.inf)
     order_BS = jnp.argsort(keys_BS, axis=-1, descending=True, stable=True)

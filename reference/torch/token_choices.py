@@ -42,19 +42,24 @@ def filter_logits(
     """
     validation.filter_logits(logits, temperature, top_k, top_p, top_k_first)
 
+    before_NV = probability_before(logits, temperature=temperature, top_k=top_k, top_p=top_p, top_k_first=top_k_first)
+    kept_NV = before_NV <= top_p
+    return torch.where(kept_NV, at_least_float32(logits) / temperature, -torch.inf), kept_NV
+
+
+def probability_before(logits: torch.Tensor, *, temperature: float, top_k: int, top_p: float, top_k_first: bool) -> torch.Tensor:
+    """Return by what `filter_logits` keeps tokens, `before`: 0 of all in the top_k if top_p is 1, infinity outside of them."""
     logits_NV = at_least_float32(logits)
     ids_NV = torch.sort(logits_NV, dim=-1, descending=True, stable=True).indices
     last_N1 = logits_NV.gather(-1, ids_NV[:, (top_k or logits_NV.shape[1]) - 1, None])
     in_top_k_NV = logits_NV >= last_N1
-
-    tempered_NV = logits_NV / temperature
-    before_NV = torch.zeros_like(tempered_NV)
+    before_NV = torch.zeros_like(logits_NV)
     if top_p < 1:
+        tempered_NV = logits_NV / temperature
         probs_NV = torch.softmax(tempered_NV.masked_fill(~in_top_k_NV, -torch.inf) if top_k_first else tempered_NV, dim=-1)
         sums_NV = probs_NV.gather(-1, ids_NV).cumsum(dim=-1)
         before_NV = before_NV.scatter(-1, ids_NV, torch.nn.functional.pad(sums_NV[:, :-1], (1, 0)))
-    kept_NV = before_NV.masked_fill(~in_top_k_NV, torch.inf) <= top_p
-    return torch.where(kept_NV, tempered_NV, -torch.inf), kept_NV
+    return before_NV.masked_fill(~in_top_k_NV, torch.inf)
 
 
 def draw_tokens(

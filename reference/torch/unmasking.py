@@ -76,7 +76,7 @@ def choose_places(
         confidence_BS = -torch.arange(confidence.shape[1], device=confidence.device).expand(confidence.shape).to(torch.float32)
 
     # the least number, so that a mask of no confidence still comes before what is none
-    least = torch.finfo(confidence_BS.dtype).min
+    least = torch.finfo(torch.float32).min
     known_BS = torch.nan_to_num(confidence_BS, nan=least, neginf=least, posinf=torch.inf)
     keys_BS = torch.where(is_masked, known_BS, -torch.inf)
     order_BS = torch.sort(keys_BS, dim=-1, descending=True, stable=True).indices
