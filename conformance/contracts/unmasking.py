@@ -36,7 +36,7 @@ def choose_places() -> Contract:
         landmarks=(
             sizes(5, 32, "static", 0.0),
             sizes(4, 32, "dynamic", 0.75),
-            sizes(3, 33, "entropy_bounded", 4.0),
+            sizes(3, 33, "entropy_bounded", 0.75),
             sizes(3, 8, "sequential", 0.0),
             sizes(7, 4, "dynamic", 0.85),  # SDAR
             sizes(7, 4, "entropy_bounded", 0.35),
@@ -56,8 +56,8 @@ def choose_places() -> Contract:
             Trait("0", "counts", lambda tensors: {"counts": torch.zeros_like(tensors["counts"])}),
         ),
         regimes=(
-            Regime("lattice", lattice, "exact"),
-            Regime("ties", tied, "exact"),
+            Regime("dithered", dithered),
+            Regime("ties", tied, "worst element"),
             Regime("special", special, "worst element"),
         ),
         flops=lambda parameters: float(parameters["batch_size"] * parameters["places"]),
@@ -83,8 +83,8 @@ def sizes(batch_size: int, places: int, strategy: str, bound: float) -> dict[str
     return {"batch_size": batch_size, "places": places, "strategy": strategy, "bound": bound}
 
 
-def lattice(draw: Draw, parameters: Parameters) -> Tensors:
-    """64ths: probabilities, or entropies up to 2."""
+def dithered(draw: Draw, parameters: Parameters) -> Tensors:
+    """64ths: probabilities; or entropies, which are eighths."""
     return _with_masks(draw, parameters, draw.integers(0, 65, *_shape(parameters)) / 64.0)
 
 
@@ -103,7 +103,8 @@ def special(draw: Draw, parameters: Parameters) -> Tensors:
 
 def _with_masks(draw: Draw, parameters: Parameters, confidence: torch.Tensor) -> Tensors:
     """With masks at most places, and counts of which some are more than there are masks."""
-    signed = -2 * confidence if parameters["strategy"] == "entropy_bounded" else confidence
+    entropies = (8 * confidence).floor() / 8  # of which sums meet the bounds
+    signed = -entropies if parameters["strategy"] == "entropy_bounded" else confidence
     masked = draw.uniform(*confidence.shape) < 0.75
     counts = draw.integers(0, parameters["places"] // 2 + 2, parameters["batch_size"])
     return {"confidence": signed.to(torch.float64), "is_masked": masked, "counts": counts}
