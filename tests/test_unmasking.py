@@ -8,6 +8,7 @@ import torch
 from gaugeblock.reference.configs import DreamDecodingConfig
 from gaugeblock.reference.jax import unmasking as jax_unmasking
 from gaugeblock.reference.torch import random, unmasking
+from tests.test_host_reads import no_host_reads
 
 MASK, VOCABULARY = 6, 7
 
@@ -92,6 +93,22 @@ def test_what_is_no_mask_stays_and_no_mask_is_chosen(count: int, strategy: str, 
     new, accepted = unmasking.sdar_step(logits, ids, torch.tensor([count]), uniforms, mask_id=MASK, **options)  # type: ignore[arg-type]
     assert torch.equal(new == MASK, (ids == MASK) & ~accepted)
     assert torch.equal(new[ids != MASK], ids[ids != MASK]) and not accepted[ids != MASK].any()
+
+
+@pytest.mark.parametrize("strategy", ["static", "dynamic", "sequential", "entropy_bounded"])
+def test_no_step_waits_for_the_device(strategy: str) -> None:
+    logits, ids = example()
+    uniforms, places, count = torch.full(logits.shape, 0.5), torch.full((1, 5), 0.5), torch.tensor([2])
+    options = {"mask_id": MASK, "temperature": 1.0, "forbidden_ids": (0,)}
+    filters = {"top_k": 3, "top_p": 0.9}
+    with no_host_reads():
+        unmasking.llada_step(logits, ids, count, uniforms, places, remasking="random", late_ids=(5,), **options)  # type: ignore[arg-type]
+        unmasking.sdar_step(logits, ids, count, uniforms, strategy=strategy, bound=0.5, **options, **filters)  # type: ignore[arg-type]
+        for algorithm in ("origin", "entropy"):
+            unmasking.dream_step(  # type: ignore[arg-type]
+                logits, ids, uniforms, places, rate=0.5, algorithm=algorithm, alg_temp=0.5, **options, **filters
+            )
+        unmasking.quotas(count, steps=3)
 
 
 def test_top_k_of_one_makes_every_draw_certain_but_greedy_is_not() -> None:

@@ -7,6 +7,7 @@ import torch
 
 from gaugeblock.conformance.engine.contract import Contract, Input, Output, Regime, Rejection, Selection, Workload, row
 from gaugeblock.conformance.engine.factors import Trait, edges, either, kind_of_count, kinds
+from gaugeblock.conformance.engine.implementation import triton
 from gaugeblock.conformance.engine.inputs.draw import Draw
 from gaugeblock.conformance.engine.vocabulary import Parameters, Tensors
 from gaugeblock.reference.torch import token_choices
@@ -89,7 +90,9 @@ def draw_tokens() -> Contract:
             draw_sizes(5, 40, 0.7, "probability"),
             draw_sizes(4, 300, 0.0, "probability"),  # ids above 255
             draw_sizes(3, 33, 1.0, "margin"),
-            draw_sizes(4, 1030, 2.0, "negative_entropy"),
+            draw_sizes(3, 4130, 2.0, "negative_entropy"),  # more than a tile
+            draw_sizes(3, 4130, 1.0, "margin"),
+            draw_sizes(3, 8200, 0.5, "probability"),
             draw_sizes(2, 2, 0.0, "margin"),
             draw_sizes(3, 17, 0.0, "negative_entropy"),
         ),
@@ -125,6 +128,7 @@ def draw_tokens() -> Contract:
                 lambda call: {"logits": call["logits"][:, :1], "uniforms": call["uniforms"][:, :1], "confidence": "margin"},
             ),
         ),
+        implementations=(triton(),),
     )
 
 

@@ -7,6 +7,7 @@ import torch
 
 from gaugeblock.conformance.engine.contract import Contract, Input, Output, Regime, Rejection, Workload, row
 from gaugeblock.conformance.engine.factors import Trait, edges, either, kind_of_count, kinds
+from gaugeblock.conformance.engine.implementation import triton
 from gaugeblock.conformance.engine.inputs.draw import Draw
 from gaugeblock.conformance.engine.vocabulary import Parameters, Tensors
 from gaugeblock.reference.torch import unmasking
@@ -72,6 +73,7 @@ def choose_places() -> Contract:
             Rejection("a bound that is none", "bound", lambda call: {"bound": math.nan}),
             Rejection("counts of places", "counts", lambda call: {"counts": call["counts"][:, None]}),
         ),
+        implementations=(triton(),),
     )
 
 
@@ -95,10 +97,10 @@ def tied(draw: Draw, parameters: Parameters) -> Tensors:
 
 def special(draw: Draw, parameters: Parameters) -> Tensors:
     """Some confidences are NaN or -inf."""
-    confidence = draw.integers(0, 65, *_shape(parameters)) / 64.0
-    confidence[draw.uniform(*confidence.shape) < 0.2] = math.nan
-    confidence[draw.uniform(*confidence.shape) < 0.2] = -math.inf
-    return _with_masks(draw, parameters, confidence)
+    tensors = dithered(draw, parameters)
+    for value in (math.nan, -math.inf):
+        tensors["confidence"][draw.uniform(*_shape(parameters)) < 0.2] = value
+    return tensors
 
 
 def _with_masks(draw: Draw, parameters: Parameters, confidence: torch.Tensor) -> Tensors:
