@@ -91,8 +91,8 @@ def draw_tokens() -> Contract:
             draw_sizes(4, 300, 0.0, "probability"),  # ids above 255
             draw_sizes(3, 33, 1.0, "margin"),
             draw_sizes(3, 4130, 2.0, "negative_entropy"),  # more than a tile
-            draw_sizes(3, 4130, 1.0, "margin"),
-            draw_sizes(3, 8200, 0.5, "probability"),
+            draw_sizes(3, 8200, 1.0, "margin"),
+            draw_sizes(3, 4130, 0.5, "probability"),
             draw_sizes(2, 2, 0.0, "margin"),
             draw_sizes(3, 17, 0.0, "negative_entropy"),
         ),
