@@ -1,11 +1,16 @@
 """Which tokens logits choose: worked numbers, the public filters written out, the law of what is drawn, and the twins."""
 
+import os
+
+os.environ.setdefault("TRITON_INTERPRET", "1")  # transformers imports triton, which then decorates
+
 import math
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from transformers import TopKLogitsWarper, TopPLogitsWarper
 
 from gaugeblock.reference.jax import token_choices as jax_token_choices
 from gaugeblock.reference.torch import random, token_choices
@@ -39,6 +44,18 @@ def test_filters_are_those_of_lists(temperature: float, top_k: int, top_p: float
     for row, mask in zip(logits.tolist(), kept.tolist(), strict=True):
         assert {v for v, is_kept in enumerate(mask) if is_kept} == filtered_by_lists(row, **options)
     assert torch.equal(filtered, torch.where(kept, logits / temperature, -torch.inf))
+
+
+@pytest.mark.parametrize(("temperature", "top_k", "top_p"), [(0.5, 5, 0.7), (2.0, 30, 0.9), (1.5, 40, 0.25)])
+def test_filters_are_those_of_transformers(temperature: float, top_k: int, top_p: float) -> None:
+    logits = torch.from_numpy(np.random.default_rng(4).normal(size=(20, 40)))
+    best, likely = TopKLogitsWarper(top_k), TopPLogitsWarper(top_p)
+    for top_k_first, warpers in ((True, (best, likely)), (False, (likely, best))):
+        expected = logits / temperature
+        for warper in warpers:
+            expected = warper(None, expected)  # type: ignore[arg-type]
+        options = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "top_k_first": top_k_first}
+        assert torch.equal(token_choices.filter_logits(logits, **options)[0], expected)
 
 
 def test_the_token_with_which_top_p_is_exceeded_is_kept_and_one_where_it_is_just_reached_too() -> None:
