@@ -104,8 +104,8 @@ def draw_tokens() -> Contract:
         ),
         build=draw_point,
         traits=(
-            Trait("all low", "uniforms", lambda tensors: {"uniforms": tensors["uniforms"] * 2.0**-10}),
-            Trait("near 1", "uniforms", lambda tensors: {"uniforms": 1 - (1 - tensors["uniforms"]) * 2.0**-8}),
+            Trait("all low", "uniforms", _low),
+            Trait("near 1", "uniforms", _near_1),
         ),
         regimes=(
             Regime("dithered", with_uniforms(dithered)),
@@ -219,6 +219,16 @@ def with_uniforms(make: Any) -> Any:
         return make(draw, parameters) | {"uniforms": uniforms.to(torch.float64)}
 
     return made
+
+
+def _low(tensors: Tensors) -> Tensors:
+    uniforms = tensors["uniforms"]
+    return {"uniforms": torch.where(uniforms < 2.0**-10, uniforms, uniforms * 2.0**-10)}
+
+
+def _near_1(tensors: Tensors) -> Tensors:
+    left = 1 - tensors["uniforms"]  # of 24 digits, as `random.uniform` has them
+    return {"uniforms": 1 - torch.where(left <= 2.0**-8, left, (left * 2.0**16).ceil() * 2.0**-24)}
 
 
 def _room_in_top_p(logits: torch.Tensor, *, top_p: float, **options: Any) -> torch.Tensor:

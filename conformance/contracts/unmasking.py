@@ -53,7 +53,7 @@ def choose_places() -> Contract:
         traits=(
             Trait("all", "is_masked", lambda tensors: {"is_masked": torch.ones_like(tensors["is_masked"])}),
             Trait("none", "is_masked", lambda tensors: {"is_masked": torch.zeros_like(tensors["is_masked"])}),
-            Trait("more than are left", "counts", lambda tensors: {"counts": tensors["counts"] + tensors["is_masked"].sum(1)}),
+            Trait("more than are left", "counts", _more_than_are_left),
             Trait("0", "counts", lambda tensors: {"counts": torch.zeros_like(tensors["counts"])}),
         ),
         regimes=(
@@ -86,8 +86,8 @@ def sizes(batch_size: int, places: int, strategy: str, bound: float) -> dict[str
 
 
 def dithered(draw: Draw, parameters: Parameters) -> Tensors:
-    """64ths: probabilities; or entropies, which are eighths."""
-    return _with_masks(draw, parameters, draw.integers(0, 65, *_shape(parameters)) / 64.0)
+    """Probabilities of more digits than a narrow dtype has; or entropies, which are eighths."""
+    return _with_masks(draw, parameters, draw.integers(0, 2**16 + 1, *_shape(parameters)) * 2.0**-16)
 
 
 def tied(draw: Draw, parameters: Parameters) -> Tensors:
@@ -110,6 +110,11 @@ def _with_masks(draw: Draw, parameters: Parameters, confidence: torch.Tensor) ->
     masked = draw.uniform(*confidence.shape) < 0.75
     counts = draw.integers(0, parameters["places"] // 2 + 2, parameters["batch_size"])
     return {"confidence": signed.to(torch.float64), "is_masked": masked, "counts": counts}
+
+
+def _more_than_are_left(tensors: Tensors) -> Tensors:
+    counts, left = tensors["counts"], tensors["is_masked"].sum(1)
+    return {"counts": torch.where(counts > left, counts, counts + left + 1)}
 
 
 def _shape(parameters: Parameters) -> tuple[int, int]:
