@@ -4,6 +4,7 @@ They are imported from here, wherever they stand: the cases of the gate are made
 """
 
 from gaugeblock.reference.configs.clip_text import CLIP_TEXT_PRESETS, LEGACY_EOS_TOKEN_ID, CLIPTextConfig
+from gaugeblock.reference.configs.decoding import DreamDecodingConfig, LLaDADecodingConfig, SDARDecodingConfig
 from gaugeblock.reference.configs.dit import DIT_PRESETS, DiTConfig
 from gaugeblock.reference.configs.dit_moe import DIT_MOE_PRESETS, DiTMoEModelConfig
 from gaugeblock.reference.configs.dit_moe_layer import DiTMoEConfig
@@ -16,12 +17,15 @@ from gaugeblock.reference.configs.options import (
     SMALLEST_WEIGHT_SUM,
     BetaSchedule,
     ClipActivation,
+    DreamAlgorithm,
     FinalSigma,
     FlowStart,
     FlowWeighting,
     GeluApproximation,
+    PlaceStrategy,
     PredictionType,
     QkNorm,
+    Remasking,
     RotaryPairs,
     ScoreFunction,
     SecondExpertPolicy,
@@ -31,6 +35,7 @@ from gaugeblock.reference.configs.options import (
     TimestepBias,
     TimestepSampling,
     TimestepSpacing,
+    TokenConfidence,
     VarianceType,
     VelocitySign,
 )

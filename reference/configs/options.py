@@ -21,6 +21,10 @@ TimeShift = Literal["exponential", "linear"]
 FlowStart = Literal["training range", "1 - n / num_steps"]
 SnrOfTimes = Literal["data over noise", "noise over data"]
 FlowWeighting = Literal["none", "sigma_sqrt", "cosmap"]
+TokenConfidence = Literal["probability", "margin", "negative_entropy"]
+PlaceStrategy = Literal["static", "dynamic", "sequential", "entropy_bounded"]
+Remasking = Literal["low_confidence", "random"]
+DreamAlgorithm = Literal["origin", "maskgit_plus", "topk_margin", "entropy"]
 
 E4M3_MAX = 448.0  # the largest number of float8_e4m3fn
 SMALLEST_WEIGHT_SUM = 2.0**-23  # what `gshard_top2` divides by at least: float32's epsilon, as in public models

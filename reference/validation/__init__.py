@@ -21,6 +21,7 @@ from gaugeblock.reference.validation.auxiliary_losses import (
 from gaugeblock.reference.validation.biased_moe_layers import gpt_oss_moe, upcycled_gpt2_moe
 from gaugeblock.reference.validation.capacity_routers import expert_choice, gshard_top2, switch_top1
 from gaugeblock.reference.validation.clip_text import clip_input_ids_in_range, clip_position_ids, clip_text
+from gaugeblock.reference.validation.decoding import decoding
 from gaugeblock.reference.validation.dispatch import (
     align_to_blocks,
     permute,
@@ -107,11 +108,13 @@ from gaugeblock.reference.validation.sampler_steps import (
 from gaugeblock.reference.validation.samplers import churned_sample, euler_sample, sample, starting_noise
 from gaugeblock.reference.validation.soft_routers import sinkhorn, soft_moe
 from gaugeblock.reference.validation.timestep_sampling import biased_timesteps, logit_normal_times, mode_times, timestep_indices
+from gaugeblock.reference.validation.token_choices import draw_tokens, filter_logits
 from gaugeblock.reference.validation.train_image_diffusion import (
     image_diffusion_batch,
     image_diffusion_state,
     image_diffusion_step,
 )
 from gaugeblock.reference.validation.unet import unet, unet_text_time
+from gaugeblock.reference.validation.unmasking import choose_places, dream_places, quotas, random_remasking, unmasking_step
 from gaugeblock.reference.validation.upcycling import adamw_of_used_experts, upcycle
 from gaugeblock.reference.validation.vae import vae_decode, vae_encode, vae_latents, vae_sample
