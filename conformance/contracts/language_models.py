@@ -150,8 +150,10 @@ class Model:
         }
         return self.config_class(**{name: each for name, each in (small | others).items() if name in own})
 
-    def build(self, batch_size: int, num_tokens: int, heads: tuple[int, int], **others: Any) -> dict[str, Any]:
-        """The point with these values of the factors."""
+    def build(self, batch_size: int, num_tokens: int, heads: tuple[int, int], **others: Any) -> dict[str, Any] | None:
+        """The point with these values of the factors; None where more experts are chosen than there are."""
+        if others.get("num_experts_per_tok", 1) > others.get("num_experts", math.inf):
+            return None
         return self.sizes(batch_size, num_tokens, self.tiny(heads, **others))
 
     def rejections(self, other: LanguageModelConfig) -> tuple[Rejection, ...]:

@@ -210,7 +210,7 @@ def ours(operation: str) -> tuple[Implementation, ...]:
 
 def after_past(num_past_blocks: int, **others: Any) -> dict[str, Any]:
     """The point with these values of the factors."""
-    return CACHED.build(**others) | {"num_past_tokens": num_past_blocks * others["block_length"]}
+    return (CACHED.build(**others) or {}) | {"num_past_tokens": num_past_blocks * others["block_length"]}
 
 
 def past(draw: Draw, parameters: Parameters) -> Tensors:
