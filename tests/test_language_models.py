@@ -176,10 +176,12 @@ def test_dream_predicts_each_token_by_the_one_before():
 def test_a_block_sees_nothing_of_later_ones(config):
     changed = IDS.clone()
     changed[:, 6:] = 11
-    before, after = (predict(config, ids) for ids in (IDS, changed))
-    assert torch.equal(before[:, :6], after[:, :6]) and not torch.equal(before[:, 6:], after[:, 6:])
+    before = predict(config, IDS)
+    differs = (predict(config, changed) - before).abs().amax(dim=-1) > 1e-12  # experts with other rows round otherwise
+    assert not differs[:, :6].any() and differs[:, 6:].all()
     changed[:, 5] = 13  # the last of the second block is seen by all of it
-    assert not torch.isclose(predict(config, changed)[:, 3:6], before[:, 3:6]).any(dim=-1).any()
+    differs = (predict(config, changed) - before).abs().amax(dim=-1) > 1e-12
+    assert not differs[:, :3].any() and differs[:, 3:].all()
 
 
 CALLS = {
