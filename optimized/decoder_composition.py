@@ -39,6 +39,8 @@ class DecoderParts:
     block: Callable[[Callable[..., Any]], Callable[..., Any]]
     """What becomes of attention and of a gated network, norm and sum included, before they are called: they are compiled, or stay
     as they are. Experts stay as they are, since which rows one gets is known only when it runs."""
+    layer: Callable[[Callable[..., Any]], Callable[..., Any]]
+    """What becomes of a whole layer: its parameters are gathered, or it stays as it is."""
     reject: Callable[[str, torch.Tensor], None]
     """Raise TypeError where the tensor of that name has a dtype that these functions do not take."""
 
@@ -68,7 +70,8 @@ def unchecked_llada(
     """As `llada`, of a call that is known to be good."""
     common = decoder_states.llada_as_transformers(state, config)
     mask_BST = None if attention_mask is None else full_mask(torch.ones_like(attention_mask), attention_mask)
-    decoded = decode(parts, common, input_ids, places_from(0, input_ids), mask_BST, config=config)
+    layers = states.parts(state, "model.transformer.blocks", config.num_hidden_layers)
+    decoded = decode(parts, common, input_ids, places_from(0, input_ids), mask_BST, config=config, layers=layers)
     return linear(common, "lm_head", decoded.hidden_states)
 
 
@@ -209,26 +212,46 @@ def decode(
     past: tuple[torch.Tensor, torch.Tensor] | None = None,
     *,
     config: LanguageModelConfig,
+    layers: list[dict[str, torch.Tensor]] | None = None,
 ) -> Decoded:
-    """As `gaugeblock.reference.torch.decoder.decode`, of these parts; without a mask every token sees every token."""
+    """As `gaugeblock.reference.torch.decoder.decode`, of these parts; without a mask every token sees every token.
+
+    Parameters of layers are by their own names, LLaDA's or transformers', by default those of the state.
+    """
     hidden_BSD = state["model.embed_tokens.weight"][input_ids.long()]
     dtype = torch.promote_types(hidden_BSD.dtype, torch.float32)
     features = (config.head_dim,)
-    cos_NR, sin_NR = rotary_table(places.flatten()[:, None], features=features, theta=config.rope_theta, dtype=dtype)
+    angles_NR = rotary_table(places.flatten()[:, None], features=features, theta=config.rope_theta, dtype=dtype)
     mask_BAST = None if mask is None else mask[:, None]
     all_keys, all_values, router_logits = [], [], []
-    for index, own in enumerate(states.parts(state, "model.layers", config.num_hidden_layers)):
+    for index, own in enumerate(layers or states.parts(state, "model.layers", config.num_hidden_layers)):
         seen = None if past is None else (past[0][index], past[1][index])
-        hidden_BSD, key_BKSF, value_BKSF = parts.block(attend)(parts, own, hidden_BSD, cos_NR, sin_NR, mask_BAST, seen, config)
-        if isinstance(config, SDARMoEConfig):
-            hidden_BSD, logits_NE = experts(parts, own, hidden_BSD, config)
-            router_logits.append(logits_NE)
-        else:
-            hidden_BSD = parts.block(feed_forward)(parts, own, hidden_BSD, config)
+        found = parts.layer(layer)(parts, own, hidden_BSD, *angles_NR, mask_BAST, seen, config)
+        hidden_BSD, key_BKSF, value_BKSF, *logits_NE = found
         all_keys.append(key_BKSF)
         all_values.append(value_BKSF)
+        router_logits.extend(logits_NE)
     hidden_BSD = norm(parts, state, "model.norm", hidden_BSD, config)
     return Decoded(hidden_BSD, torch.stack(all_keys), torch.stack(all_values), tuple(router_logits))
+
+
+def layer(
+    parts: DecoderParts,
+    state: State,
+    hidden_BSD: torch.Tensor,
+    cos_NR: torch.Tensor,
+    sin_NR: torch.Tensor,
+    mask_BAST: torch.Tensor | None,
+    past: tuple[torch.Tensor, torch.Tensor] | None,
+    config: LanguageModelConfig,
+) -> tuple[torch.Tensor, ...]:
+    """Return what a layer makes of [B, S, D], its tokens' keys and values, and of experts the router's logits [N, E]."""
+    own = decoder_states.layer_as_transformers(state)
+    hidden_BSD, key_BKSF, value_BKSF = parts.block(attend)(parts, own, hidden_BSD, cos_NR, sin_NR, mask_BAST, past, config)
+    if isinstance(config, SDARMoEConfig):
+        hidden_BSD, logits_NE = experts(parts, own, hidden_BSD, config)
+        return hidden_BSD, key_BKSF, value_BKSF, logits_NE
+    return parts.block(feed_forward)(parts, own, hidden_BSD, config), key_BKSF, value_BKSF
 
 
 def attend(

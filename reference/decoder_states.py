@@ -82,3 +82,13 @@ def llada_name(name: str) -> str:
         return f"{LLADA_AROUND_LAYERS[module]}.{kind}"
     index, _, own = module.removeprefix("model.layers.").partition(".")
     return f"model.transformer.blocks.{index}.{LLADA_IN_LAYER[own]}.{kind}"
+
+
+def layer_as_transformers(own: Mapping[str, Entry]) -> dict[str, Entry]:
+    """Return the entries of one layer by transformers' own names, of LLaDA's; those that have them already keep them."""
+    names = {theirs: ours for ours, theirs in LLADA_IN_LAYER.items()}
+    found = {}
+    for name, entry in own.items():
+        module, _, kind = name.rpartition(".")
+        found[f"{names.get(module, module)}.{kind}"] = entry
+    return found

@@ -59,6 +59,7 @@ def dream() -> Contract:
             triton(**model_states.LIBRARY_PRODUCTS),
             compiled("torch-library", "dream:dream_by_library", dtypes=("float32", "bfloat16"), **model_states.LIBRARY_PRODUCTS),
             jax("jax-compiled"),
+            model_states.fsdp2("dream"),
         ),
     )
 

@@ -158,13 +158,12 @@ class Model:
 
     def rejections(self, other: LanguageModelConfig) -> tuple[Rejection, ...]:
         """Bad calls of every model; of the config of another one."""
-        norm, query = (
-            next(f"state/{name}" for name in self.state_shapes(self.tiny()) if end in name) for end in ("norm", "q_proj")
-        )
+        names = [f"state/{name}" for name in self.state_shapes(self.tiny())]
+        table = next(filter(is_table, names))
         first = self.ids[0]
         return (
-            Rejection("a parameter transposed", query.removeprefix("state/"), changed(query, lambda each: each.mT)),
-            Rejection("a parameter too many", "layers.99", lambda call: {"state/model.layers.99.mlp": call[norm]}),
+            Rejection("a parameter transposed", table.removeprefix("state/"), changed(table, lambda each: each.mT)),
+            Rejection("a parameter too many", "layers.99", lambda call: {"state/model.layers.99.mlp": call[names[-1]]}),
             Rejection(
                 "sequences without tokens",
                 first,

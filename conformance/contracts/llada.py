@@ -58,6 +58,7 @@ def llada() -> Contract:
             triton(**model_states.LIBRARY_PRODUCTS),
             compiled("torch-library", "llada:llada_by_library", dtypes=("float32", "bfloat16"), **model_states.LIBRARY_PRODUCTS),
             jax("jax-compiled"),
+            model_states.fsdp2("llada"),
         ),
     )
 

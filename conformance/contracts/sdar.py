@@ -37,7 +37,7 @@ def sdar() -> Contract:
             Workload("sdar-8b/prefill-512", DENSE.sizes(1, 512, SDAR_PRESETS["SDAR-8B"]), "JetLM/SDAR-8B-Chat"),
             Workload("two-cores/sdar-64-tokens", DENSE.sizes(1, 64, DENSE.tiny(**FOR_A_CPU)), "a size for a CPU"),
         ),
-        implementations=ours("sdar"),
+        implementations=trained("sdar"),
         **of_model(DENSE),
     )
 
@@ -81,7 +81,7 @@ def sdar_moe() -> Contract:
                 "a size for a CPU",
             ),
         ),
-        implementations=ours("sdar_moe"),
+        implementations=trained("sdar_moe"),
         **of_model(SPARSE),
     )
 
@@ -160,7 +160,7 @@ def sdar_training() -> Contract:
             Workload("sdar-8b/training-512", TRAINING.sizes(1, 512, SDAR_PRESETS["SDAR-8B"]), "JetAstra/SDAR training"),
             Workload("two-cores/sdar-training-32", TRAINING.sizes(1, 32, TRAINING.tiny(**FOR_A_CPU)), "a size for a CPU"),
         ),
-        implementations=ours("sdar_training"),
+        implementations=trained("sdar_training"),
         **of_model(TRAINING),
     )
 
@@ -206,6 +206,11 @@ def ours(operation: str) -> tuple[Implementation, ...]:
         compiled("torch-library", f"sdar:{operation}_by_library", **claims),
         jax("jax-compiled"),
     )
+
+
+def trained(operation: str) -> tuple[Implementation, ...]:
+    """The same of an operation that models are trained by."""
+    return *ours(operation), model_states.fsdp2(operation)
 
 
 def after_past(num_past_blocks: int, **others: Any) -> dict[str, Any]:

@@ -22,6 +22,7 @@ PARTS = DecoderParts(
     swiglu=swiglu,
     qwen3_moe=qwen3_moe,
     block=compiled,
+    layer=as_it_is,
     reject=accept,
 )
 LIBRARY = replace(PARTS, block=as_it_is)

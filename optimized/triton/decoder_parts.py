@@ -15,5 +15,6 @@ PARTS = DecoderParts(
     swiglu=swiglu,
     qwen3_moe=qwen3_moe,
     block=as_it_is,
+    layer=as_it_is,
     reject=reject_float64,
 )
