@@ -1,4 +1,4 @@
-"""Diffusion models, what is around them, and language models, each rank having a part of every parameter and of the batch (FSDP2).
+"""Diffusion models, what is around them, and language models, each rank with a part of every parameter and of the batch (FSDP2).
 
 Each is the operation of its name in `gaugeblock.reference.torch`, called on every rank with the whole state, its own examples,
 and `mesh`, which has one dimension and the device type of the tensors. Any rank may have any number of examples, also none. It
