@@ -57,10 +57,10 @@ def hidden_states(
     theirs = model(config, torch.get_default_dtype())
     dtype = state["lm_head.weight"].dtype
     is_lost = ~mask.any(-1, keepdim=True)
-    additive = torch.zeros(mask.shape, dtype=dtype).masked_fill(~(mask | is_lost), -torch.inf)[:, None]
+    additive = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~(mask | is_lost), -torch.inf)[:, None]
     parameters = {name.removeprefix("model."): each for name, each in state.items() if name.startswith("model.")}
     nothing_seen = [
-        layer.self_attn.o_proj.register_forward_pre_hook(lambda module, inputs: (inputs[0].masked_fill(is_lost, 0.0),))
+        layer.self_attn.o_proj.register_forward_pre_hook(lambda module, inputs: (inputs[0] * ~is_lost,))
         for layer in theirs.layers
     ]
     arguments = {"input_ids": input_ids.long(), "attention_mask": additive, "position_ids": places, **options}
@@ -78,12 +78,12 @@ def logits(state: Mapping[str, torch.Tensor], hidden: torch.Tensor) -> torch.Ten
 
 def counted(input_ids: torch.Tensor, first: int = 0) -> torch.Tensor:
     """Places [B, S] from a first one on."""
-    return torch.arange(first, first + input_ids.shape[1]).expand(input_ids.shape)
+    return torch.arange(first, first + input_ids.shape[1], device=input_ids.device).expand(input_ids.shape)
 
 
 def block_causal(input_ids: torch.Tensor, config: Any, past: int = 0) -> torch.Tensor:
     """The mask [B, S, past + S]."""
-    places = torch.arange(past + input_ids.shape[1])
+    places = torch.arange(past + input_ids.shape[1], device=input_ids.device)
     mask = block_masks.block_causal_mask(places[past:], places, block_length=config.block_length)
     return mask.expand(len(input_ids), -1, -1)
 
@@ -156,7 +156,7 @@ class TransformersQwen3Training:
         length = config.block_length
         parts = []
         for own in samples:
-            block = torch.arange(len(own)) // length
+            block = torch.arange(len(own), device=own.device) // length
             parts.append((own, torch.zeros_like(own), block))
             parts.append((own, torch.ones_like(own), block))
         lost = (sample_ids < 0).nonzero()[:, 0]
@@ -164,7 +164,7 @@ class TransformersQwen3Training:
         place, is_clean, block = (torch.cat(each) for each in zip(*parts, strict=True))
         ids = torch.where(is_clean.bool(), clean_ids[place], noisy_ids[place])
         own = sample_ids[place]
-        in_sample = torch.cat([torch.arange(len(each)) for each, _, _ in parts])
+        in_sample = torch.cat([torch.arange(len(each), device=each.device) for each, _, _ in parts])
         together = (own[:, None] == own) & (own >= 0)
         query, key, query_clean, key_clean = block[:, None], block[None], is_clean[:, None], is_clean[None]
         sees = torch.where(query_clean == key_clean, query == key, False)  # within its own copy and block

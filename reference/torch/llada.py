@@ -22,8 +22,8 @@ def llada(
 
         x = token embedding
         x = x + attn_out(attention of all tokens to all, rotated), of attn_norm(x)
-        x = x + ff_out(silu(ff_proj(y)) * up_proj(y)), y = ff_norm(x);  both n_layers times
-        logits = ff_out(ln_f(x)), of the whole model's `ff_out`
+        x = x + ff_out(silu(ff_proj(y)) * up_proj(y)), y = ff_norm(x);  both num_hidden_layers times
+        logits = ff_out(ln_f(x)), the model's `ff_out`
 
     Args:
         state: The parameters by name, shapes as in `state_shapes`, all of one floating dtype.
