@@ -174,6 +174,15 @@ def to_w13(
     return read_experts(tensors, layout, prefix, num_experts, Shard())
 
 
+def with_stacked_experts(state: Mapping[str, Any], prefix: str, num_experts: int) -> dict[str, Any]:
+    """Return a state dict in which the experts of one layer are stacked, where it has them one by one as of `to_w13`'s linear."""
+    if f"{prefix}gate_up_proj" in state:
+        return dict(state)
+    weights = to_w13(state, "linear", prefix=prefix, num_experts=num_experts)
+    others = {name: tensor for name, tensor in state.items() if not name.startswith(prefix)}
+    return others | {f"{prefix}gate_up_proj": weights.w13, f"{prefix}down_proj": weights.w2}
+
+
 def from_w13(weights: ExpertWeights, layout: ExpertLayout, *, prefix: str = "experts.") -> dict[str, Any]:
     """Convert our experts to the tensors of a public checkpoint: the inverse of `to_w13`, bit for bit.
 

@@ -1,4 +1,4 @@
-"""The diffusion models, and what is around them, with a part of every parameter and of the batch on each rank (FSDP2).
+"""Diffusion models, what is around them, and language models, each rank with a part of every parameter and of the batch (FSDP2).
 
 Each is the operation of its name in `gaugeblock.reference.torch`, called on every rank with the whole state, its own examples,
 and `mesh`, which has one dimension and the device type of the tensors. Any rank may have any number of examples, also none. It
@@ -24,11 +24,12 @@ from typing import Any
 import torch
 from torch.distributed.device_mesh import DeviceMesh
 
-from gaugeblock.optimized import clip_text_composition, moe_composition, unet_composition, vae_composition
+from gaugeblock.optimized import clip_text_composition, decoder_composition, moe_composition, unet_composition, vae_composition
 from gaugeblock.optimized.compiled import dit as of_dit
 from gaugeblock.optimized.compiled import dit_moe as of_dit_moe
 from gaugeblock.optimized.compiled import flux as of_flux
 from gaugeblock.optimized.compiled import mmdit as of_mmdit
+from gaugeblock.optimized.compiled.decoder_parts import LIBRARY as OF_DECODERS
 from gaugeblock.optimized.compiled.dit_moe_layers import PARTS as OF_MOE
 from gaugeblock.optimized.compiled.library_layers import Fuse
 from gaugeblock.optimized.compiled.model_parts import LIBRARY
@@ -37,11 +38,15 @@ from gaugeblock.optimized.distributed.fully_sharded import FullyShardedModel, Pl
 from gaugeblock.optimized.distributed.model_calls import agree_on_model_call
 from gaugeblock.optimized.model_parts import as_it_is
 from gaugeblock.reference import unet_states, validation
+from gaugeblock.reference.configs import SDARConfig, SDARMoEConfig
 from gaugeblock.reference.torch import clip_text as clip_text_reference
 from gaugeblock.reference.torch import dit as dit_reference
 from gaugeblock.reference.torch import dit_moe as dit_moe_reference
+from gaugeblock.reference.torch import dream as dream_reference
 from gaugeblock.reference.torch import flux as flux_reference
+from gaugeblock.reference.torch import llada as llada_reference
 from gaugeblock.reference.torch import mmdit as mmdit_reference
+from gaugeblock.reference.torch import sdar as sdar_reference
 from gaugeblock.reference.torch import vae as vae_reference
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -89,6 +94,15 @@ def _of_parts(composed: Callable[..., Any]) -> Callable[..., Any]:
 
     def predict(gathered: Fuse, state: State, *arrays: torch.Tensor | None, config: Any, mesh: DeviceMesh) -> Any:
         return composed(replace(LIBRARY, block=gathered), state, *arrays, config=config)
+
+    return predict
+
+
+def _of_decoder(composed: Callable[..., Any]) -> Callable[..., Any]:
+    """What a function of `decoder_composition` predicts."""
+
+    def predict(gathered: Fuse, state: State, *arrays: torch.Tensor | None, config: Any, mesh: DeviceMesh) -> Any:
+        return composed(replace(OF_DECODERS, layer=gathered), state, *arrays, config=config)
 
     return predict
 
@@ -157,8 +171,20 @@ def _check_clip_text(state: State, input_ids: Any, attention_mask: Any = None, *
     validation.clip_input_ids_in_range(input_ids, config)
 
 
+def _check_masked(
+    shapes: Callable[[Any], Shapes], state: State, input_ids: Any, attention_mask: Any = None, *, config: Any
+) -> None:
+    _check(validation.language_model, shapes, state, input_ids, attention_mask, config=config)
+
+
+def _check_sdar(config_class: type, state: State, input_ids: Any, *, config: Any) -> None:
+    validation.language_model_config(config, config_class)
+    _check_masked(sdar_reference.state_shapes, state, input_ids, config=config)
+
+
 DIT_BLOCKS = r"blocks\.\d+"
 UNET_BLOCKS = r"(?:\w+\.)+?(?:resnets|transformer_blocks)\.\d+"
+DECODER_LAYERS = r"model\.(?:layers|transformer\.blocks)\.\d+"
 VAE_BLOCKS = r"(?:\w+\.)+?(?:resnets|attentions)\.\d+"
 
 dit = Model(
@@ -212,4 +238,35 @@ clip_text = Model(
     blocks=r"text_model\.encoder\.layers\.\d+",
     shapes=clip_text_reference.state_shapes,
     check=_check_clip_text,
+)
+llada = Model(
+    predict=_of_decoder(decoder_composition.unchecked_llada),
+    blocks=DECODER_LAYERS,
+    shapes=llada_reference.state_shapes,
+    check=partial(_check_masked, llada_reference.state_shapes),
+)
+dream = Model(
+    predict=_of_decoder(decoder_composition.unchecked_dream),
+    blocks=DECODER_LAYERS,
+    shapes=dream_reference.state_shapes,
+    check=partial(_check_masked, dream_reference.state_shapes),
+)
+sdar = Model(
+    predict=_of_decoder(decoder_composition.unchecked_sdar),
+    blocks=DECODER_LAYERS,
+    shapes=sdar_reference.state_shapes,
+    check=partial(_check_sdar, SDARConfig),
+)
+sdar_moe = Model(
+    predict=_of_decoder(decoder_composition.unchecked_sdar_moe),
+    blocks=DECODER_LAYERS,
+    shapes=sdar_reference.state_shapes,
+    check=partial(_check_sdar, SDARMoEConfig),
+    num_wide=1,
+)
+sdar_training = Model(
+    predict=_of_decoder(decoder_composition.unchecked_sdar_training),
+    blocks=DECODER_LAYERS,
+    shapes=sdar_reference.state_shapes,
+    check=partial(_check, validation.sdar_training, sdar_reference.state_shapes),
 )

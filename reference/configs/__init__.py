@@ -10,6 +10,17 @@ from gaugeblock.reference.configs.dit_moe import DIT_MOE_PRESETS, DiTMoEModelCon
 from gaugeblock.reference.configs.dit_moe_layer import DiTMoEConfig
 from gaugeblock.reference.configs.flux import FLUX_PRESETS, FluxConfig
 from gaugeblock.reference.configs.image_diffusion import ImageDiffusionConfig
+from gaugeblock.reference.configs.language_models import (
+    DREAM_PRESETS,
+    LLADA_PRESETS,
+    SDAR_MOE_PRESETS,
+    SDAR_PRESETS,
+    DreamConfig,
+    LanguageModelConfig,
+    LLaDAConfig,
+    SDARConfig,
+    SDARMoEConfig,
+)
 from gaugeblock.reference.configs.mmdit import MMDIT_PRESETS, MMDiTConfig
 from gaugeblock.reference.configs.options import (
     E4M3_MAX,

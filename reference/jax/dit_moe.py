@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from gaugeblock.reference import moe_states, states, validation
 from gaugeblock.reference.configs import DiTMoEModelConfig
-from gaugeblock.reference.expert_layouts import to_w13
+from gaugeblock.reference.expert_layouts import with_stacked_experts
 from gaugeblock.reference.jax import dit, dit_moe_layers, layers, modules
 from gaugeblock.reference.jax.attention import attention, join_heads, split_heads
 from gaugeblock.reference.jax.dit import NORM_EPS
@@ -107,10 +107,6 @@ def load_state(state: Mapping[str, jax.Array], *, config: DiTMoEModelConfig) -> 
     for theirs, ours in FLASH_ATTENTION.items():
         state = {name.replace(f".{theirs}.", f".{ours}."): parameter for name, parameter in state.items()}
     for index in range(config.depth):
-        prefix = f"blocks.{index}.moe.experts."
-        if f"{prefix}gate_up_proj" not in state:
-            weights = to_w13(state, "linear", prefix=prefix, num_experts=config.num_experts)
-            state = {name: parameter for name, parameter in state.items() if not name.startswith(prefix)}
-            state |= {f"{prefix}gate_up_proj": weights.w13, f"{prefix}down_proj": weights.w2}
+        state = with_stacked_experts(state, f"blocks.{index}.moe.experts.", config.num_experts)
     validation.state_entries(state, state_shapes(config))
     return {name: state[name] for name in state_shapes(config)}

@@ -136,6 +136,17 @@ def state_entries(state: Any, shapes: Mapping[str, tuple[int, ...]], like: Any =
             require_same_device(f"state[{name!r}]", state[name], "the inputs", like)
 
 
+def state_of_one_dtype(state: Any, shapes: Mapping[str, tuple[int, ...]], ids_name: str, ids: Any) -> None:
+    """Check a state as `state_entries` does, of any one floating dtype, on the device of a model's ids."""
+    state_entries(state, shapes)
+    first = next(iter(shapes))
+    for name in shapes:
+        if dtype_name(state[name]) != dtype_name(state[first]):
+            dtypes = f"{dtype_name(state[first])}, got {dtype_name(state[name])}"
+            raise TypeError(f"state must have {name} in the dtype of {first}, {dtypes}")
+        require_same_device(f"state[{name!r}]", state[name], ids_name, ids)
+
+
 def require_between(name: str, value: Any, low: int, high: int, high_name: str = "") -> None:
     """Check that an option is an integer in low..high."""
     if isinstance(value, bool) or not hasattr(value, "__index__"):

@@ -5,13 +5,12 @@ from typing import Any
 
 from gaugeblock.reference.configs import LEGACY_EOS_TOKEN_ID, CLIPTextConfig
 from gaugeblock.reference.validation.arrays import (
-    dtype_name,
     require_dtype,
     require_in_rows,
     require_same_device,
     require_shape,
     require_values,
-    state_entries,
+    state_of_one_dtype,
 )
 
 
@@ -28,13 +27,7 @@ def clip_text(
         require_dtype("attention_mask", attention_mask, ("bool",))
         require_shape("attention_mask", attention_mask, batch_size=batch_size, num_tokens=num_tokens)
         require_same_device("attention_mask", attention_mask, "input_ids", input_ids)
-    state_entries(state, shapes)
-    first = next(iter(shapes))
-    for name in shapes:
-        if dtype_name(state[name]) != dtype_name(state[first]):
-            dtypes = f"{dtype_name(state[first])}, got {dtype_name(state[name])}"
-            raise TypeError(f"state must have {name} in the dtype of {first}, {dtypes}")
-        require_same_device(f"state[{name!r}]", state[name], "input_ids", input_ids)
+    state_of_one_dtype(state, shapes, "input_ids", input_ids)
 
 
 def clip_input_ids_in_range(input_ids: Any, config: CLIPTextConfig) -> None:

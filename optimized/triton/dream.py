@@ -1,0 +1,12 @@
+"""Dream with its norms, rotations and gated networks in kernels.
+
+It is the operation of its name in `gaugeblock.reference.torch`, in bfloat16, float16 or float32. Differentiable once, by what is
+floating.
+"""
+
+from functools import partial
+
+from gaugeblock.optimized import decoder_composition
+from gaugeblock.optimized.triton.decoder_parts import PARTS
+
+dream = partial(decoder_composition.dream, PARTS)

@@ -1,0 +1,144 @@
+"""What SDAR, LLaDA and Dream have in common: pre-norm layers that attend under any mask, at any places.
+
+Parameters have transformers' names (`model.layers.0.self_attn.q_proj.weight`).
+
+Shapes: B batch_size, S tokens of a sequence, N tokens of all sequences, N = B * S, T tokens that are looked at, D hidden_size,
+A heads of queries, K heads of keys and values, F features of a head, R = F / 2 pairs of them, L num_hidden_layers, E num_experts.
+"""
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+
+from gaugeblock.reference import states
+from gaugeblock.reference.configs import LanguageModelConfig, SDARMoEConfig
+from gaugeblock.reference.torch import gated_activations, modules, moe_layers, rotary
+from gaugeblock.reference.torch.attention import attention, join_heads, split_heads
+from gaugeblock.reference.torch.precision import at_least_float32
+
+State = Mapping[str, torch.Tensor]
+Heads = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+class Decoded(NamedTuple):
+    """What the layers make of tokens, in float32 at least."""
+
+    hidden_states: torch.Tensor
+    """[B, S, D], normalized: `lm_head` makes logits of them."""
+    keys: torch.Tensor
+    """[L, B, K, S, F], turned by their places."""
+    values: torch.Tensor
+    """[L, B, K, S, F]."""
+    router_logits: tuple[torch.Tensor, ...]
+    """Of each layer with experts, [N, E]."""
+
+
+def decode(
+    state: State,
+    input_ids: torch.Tensor,
+    places: torch.Tensor,
+    mask: torch.Tensor,
+    past: tuple[torch.Tensor, torch.Tensor] | None = None,
+    *,
+    config: LanguageModelConfig,
+) -> Decoded:
+    """Apply all layers to tokens [B, S] at places [B, S] that see what the mask [B or 1, S, T] says.
+
+        x = token embedding;  x = layer(x), num_hidden_layers times;  hidden_states = rms_norm(x)
+
+    The keys and values of the past, [L, B, K, T - S, F] each, come before the tokens' own. Nothing is checked.
+    """
+    state = {name: at_least_float32(parameter) for name, parameter in state.items()}
+    hidden_BSD = state["model.embed_tokens.weight"][input_ids.long()]
+    cos_NR, sin_NR = rotary.rotary_table(
+        places.flatten()[:, None], features=(config.head_dim,), theta=config.rope_theta, dtype=hidden_BSD.dtype
+    )
+    all_keys, all_values, all_logits = [], [], []
+    for index in range(config.num_hidden_layers):
+        own = states.part(state, f"model.layers.{index}")
+        seen = None if past is None else (at_least_float32(past[0][index]), at_least_float32(past[1][index]))
+        hidden_BSD, key_BKSF, value_BKSF = attend(own, hidden_BSD, cos_NR, sin_NR, mask, seen, config=config)
+        hidden_BSD, logits_NE = feed_forward(own, hidden_BSD, config=config)
+        all_keys.append(key_BKSF)
+        all_values.append(value_BKSF)
+        all_logits.append(logits_NE)
+    hidden_BSD = modules.rms_norm(state, "model.norm", hidden_BSD, eps=config.rms_norm_eps)
+    router_logits = tuple(each for each in all_logits if each is not None)
+    return Decoded(hidden_BSD, torch.stack(all_keys), torch.stack(all_values), router_logits)
+
+
+def logits(state: State, decoded: Decoded, num_tokens: int) -> torch.Tensor:
+    """Return the logits of the first tokens of each sequence, [B, num_tokens, vocab_size], in float32 at least."""
+    hidden_BSD = decoded.hidden_states[:, :num_tokens]
+    return modules.linear({"lm_head.weight": at_least_float32(state["lm_head.weight"])}, "lm_head", hidden_BSD)
+
+
+def attend(
+    state: State,
+    hidden_states: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    mask: torch.Tensor,
+    past: tuple[torch.Tensor, torch.Tensor] | None,
+    *,
+    config: LanguageModelConfig,
+) -> Heads:
+    """Add attention to [B, S, D]; return it, and the tokens' keys and values, [B, K, S, F] each.
+
+    x = x + o_proj(attention(query, key, value)), of rms_norm(x)
+    """
+    normalized_BSD = modules.rms_norm(state, "input_layernorm", hidden_states, eps=config.rms_norm_eps)
+    query_BASF, key_BKSF, value_BKSF = heads(states.part(state, "self_attn"), normalized_BSD, cos, sin, config=config)
+    key_BKTF = key_BKSF if past is None else torch.cat([past[0], key_BKSF], dim=2)
+    value_BKTF = value_BKSF if past is None else torch.cat([past[1], value_BKSF], dim=2)
+    # a head of keys serves consecutive heads of queries
+    queries_per_key = config.num_attention_heads // config.num_key_value_heads
+    key_BATF, value_BATF = (each.repeat_interleave(queries_per_key, dim=1) for each in (key_BKTF, value_BKTF))
+    attended_BSD = join_heads(attention(query_BASF, key_BATF, value_BATF, mask=mask[:, None]))
+    return hidden_states + modules.linear(state, "self_attn.o_proj", attended_BSD), key_BKSF, value_BKSF
+
+
+def heads(state: State, tokens: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *, config: LanguageModelConfig) -> Heads:
+    """Return queries [B, A, S, F], keys and values [B, K, S, F] of [B, S, D]; queries and keys are turned, normalized or not.
+
+    Tokens of all sequences are turned as one sequence, since each has a place of its own.
+    """
+    num_keys = config.num_key_value_heads
+    tokens_1ND = tokens.flatten(0, 1)[None]
+    query_1ANF = split_heads(modules.linear(state, "q_proj", tokens_1ND), config.num_attention_heads)
+    key_1KNF = split_heads(modules.linear(state, "k_proj", tokens_1ND), num_keys)
+    if config.has_qk_norm:
+        weights_F = state["q_norm.weight"], state["k_norm.weight"]
+        query_1ANF, key_1KNF = rotary.qk_norm_rotary(
+            query_1ANF, key_1KNF, *weights_F, cos, sin, eps=config.rms_norm_eps, pairs="half-split"
+        )
+    else:
+        query_1ANF, key_1KNF = (rotary.rotate(each, cos, sin, pairs="half-split") for each in (query_1ANF, key_1KNF))
+    query_BASF, key_BKSF = (each[0].unflatten(1, tokens.shape[:2]).transpose(0, 1) for each in (query_1ANF, key_1KNF))
+    return query_BASF, key_BKSF, split_heads(modules.linear(state, "v_proj", tokens), num_keys)
+
+
+def feed_forward(
+    state: State, hidden_states: torch.Tensor, *, config: LanguageModelConfig
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Add a gated network, or experts, to [B, S, D]; return it, and the logits [N, E] by which experts were chosen.
+
+    x = x + down_proj(swiglu(gate_proj(y), up_proj(y))), or x + qwen3_moe(y), y = rms_norm(x)
+    """
+    normalized_BSD = modules.rms_norm(state, "post_attention_layernorm", hidden_states, eps=config.rms_norm_eps)
+    own = states.part(state, "mlp")
+    if isinstance(config, SDARMoEConfig):
+        tokens_ND = normalized_BSD.flatten(0, 1)
+        out_ND, logits_NE, _ = moe_layers.qwen3_moe(
+            tokens_ND, own, top_k=config.num_experts_per_tok, renormalize=config.norm_topk_prob
+        )
+        return hidden_states + out_ND.reshape(hidden_states.shape), logits_NE
+    gate_BSI, up_BSI = (modules.linear(own, name, normalized_BSD) for name in ("gate_proj", "up_proj"))
+    return hidden_states + modules.linear(own, "down_proj", gated_activations.swiglu(gate_BSI, up_BSI)), None
+
+
+def places_from(first: int, input_ids: torch.Tensor) -> torch.Tensor:
+    """Return places of tokens [B, S], the same in each sequence, counted from the first one's: [B, S]."""
+    num_tokens = input_ids.shape[1]
+    return torch.arange(first, first + num_tokens, device=input_ids.device).expand(input_ids.shape)
