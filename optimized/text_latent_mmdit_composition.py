@@ -1,7 +1,7 @@
 """The text-latent MMDiT composed of connections that a realm brings, beside torch's products, norms and attention.
 
-Everything is in the dtype of the parameters. Results of products and of attention, and what becomes of the streams, are rounded to
-it; sums of products, and what is inside of a norm or a connection, are float32.
+Everything is in the dtype of the parameters. Results of products and of attention, and the streams, are rounded to it; sums of
+products, and what is inside of a norm or a connection, are float32.
 
 Shapes: as in `reference.torch.text_latent_mmdit`.
 """
@@ -100,8 +100,8 @@ def embed_latents(state: State, latents: torch.Tensor) -> torch.Tensor:
     """Embed latents [B, E] as one token each, [B, 1, D]."""
     inner_B1I = at_least_float32(linear(state, "projection.0", latents[:, None]))
     # in float32, as in compiled.model_parts.layer_norm_affine
-    affine = (at_least_float32(state[f"projection.1.{each}"]) for each in ("weight", "bias"))
-    normalized_B1I = functional.layer_norm(inner_B1I, inner_B1I.shape[-1:], *affine, eps=NORM_EPS)
+    weight, bias = (at_least_float32(state[f"projection.1.{each}"]) for each in ("weight", "bias"))
+    normalized_B1I = functional.layer_norm(inner_B1I, weight.shape, weight, bias, NORM_EPS)
     return linear(state, "projection.3", functional.gelu(normalized_B1I).to(latents.dtype)) + state["position_embed"][0]
 
 
