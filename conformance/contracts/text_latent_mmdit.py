@@ -85,6 +85,7 @@ def text_latent_mmdit() -> Contract:
                 **model_states.LIBRARY_PRODUCTS,
             ),
             jax("jax-compiled"),
+            model_states.fsdp2("text_latent_mmdit"),
         ),
     )
 
