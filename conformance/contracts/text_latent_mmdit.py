@@ -48,8 +48,9 @@ def text_latent_mmdit() -> Contract:
         parameters=parameters,
         landmarks=(
             sizes(3, 7, tiny_model(cluster_size=3)),
-            sizes(2, 5, tiny_model(20, num_residual_streams=4)),
-            sizes(1, 9, tiny_model(40, n_blocks=3)),
+            # the least, since with a budget of gradients each block of four connections, of twenty rounds each, takes seconds
+            sizes(2, 5, tiny_model(20, num_residual_streams=4, n_blocks=1)),
+            sizes(1, 9, tiny_model(40, n_blocks=1)),
         ),
         factors=FACTORS,
         build=point,
@@ -61,7 +62,7 @@ def text_latent_mmdit() -> Contract:
             Regime("special", special, "worst element", differentiable=False),
         ),
         rounded_as=flash_attention.of(model.text_latent_mmdit, model),
-        cases=0.1,  # a budget with the gradients of all parameters takes seconds
+        cases=0.05,  # a budget with the gradients of all parameters takes seconds
         configure=lambda parameters: {"config": configuration(parameters)},
         flops=flops,
         moved=moved,
@@ -150,7 +151,7 @@ FACTORS = (
     edges("batch_size", 1, 2, 3),
     edges("num_tokens", *sorted(NUM_TOKENS)),
     Factor("hidden_size", str, values=(24, 20, 40)),
-    edges("n_blocks", 2, 3),
+    edges("n_blocks", 1, 2),
     edges("num_residual_streams", 2, 3, 4),
     either("cluster_size", 0, 3),
 )

@@ -28,7 +28,7 @@ from gaugeblock.reference.torch.text_latent_mmdit import SINKHORN_ROUNDS, SMALLE
 ELEMENTS_PER_WARP = 16 * 32
 FEWEST_ELEMENTS = 4 * ELEMENTS_PER_WARP
 MOST_WARPS = 16
-SMALLEST_SUM = tl.constexpr(SMALLEST_NORM)
+SMALLEST_SUM = tl.constexpr(1e-12)  # of shares, where exponentials underflow; later rounds make up for it
 SMALLEST_SQUARES = tl.constexpr(SMALLEST_NORM**2)
 ROUNDS = tl.constexpr(SINKHORN_ROUNDS)
 

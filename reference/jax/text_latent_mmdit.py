@@ -20,7 +20,7 @@ from gaugeblock.reference.jax.attention import attention, join_heads, split_head
 from gaugeblock.reference.jax.precision import at_least_float32
 
 NORM_EPS = 1e-5  # of every LayerNorm
-SMALLEST_NORM = 1e-12  # what vectors, and sums of shares, are divided by at least
+SMALLEST_NORM = 1e-12  # what vectors are divided by at least
 NUM_HEADS, HEAD_SIZE = 8, 64  # of every model
 FREQUENCY_EMBEDDING_SIZE = 256  # of times
 MLP_RATIO = 4  # width of a feed-forward network's hidden layer, in units of hidden_size
@@ -165,16 +165,12 @@ def divided_by_norm(vectors: jax.Array) -> jax.Array:
 
 
 def doubly_stochastic(scores: jax.Array) -> jax.Array:
-    """Return shares [..., K, L] in which each column, then each row, is divided by its sum, many times (Sinkhorn and Knopp)."""
-    shares = jnp.exp(scores - jax.lax.stop_gradient(scores).max(axis=-2, keepdims=True))
-    return jax.lax.fori_loop(0, SINKHORN_ROUNDS, lambda _, shares: sinkhorn_round(shares), shares)
+    """As `gaugeblock.reference.torch.text_latent_mmdit.doubly_stochastic`."""
 
+    def sinkhorn_round(_: int, scores: jax.Array) -> jax.Array:
+        return jax.nn.log_softmax(jax.nn.log_softmax(scores, axis=-2), axis=-1)
 
-def sinkhorn_round(shares: jax.Array) -> jax.Array:
-    """Divide each column of [..., K, L], then each row, by its sum."""
-    for axis in (-2, -1):
-        shares = shares / jnp.maximum(shares.sum(axis=axis, keepdims=True), SMALLEST_NORM)
-    return shares
+    return jnp.exp(jax.lax.fori_loop(0, SINKHORN_ROUNDS, sinkhorn_round, scores))
 
 
 def adaptive_layer_norm(state: State, name: str, tokens: jax.Array, active: jax.Array) -> jax.Array:

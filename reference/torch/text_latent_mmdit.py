@@ -19,7 +19,7 @@ from gaugeblock.reference.torch.attention import attention, join_heads, split_he
 from gaugeblock.reference.torch.precision import at_least_float32
 
 NORM_EPS = 1e-5  # of every LayerNorm
-SMALLEST_NORM = 1e-12  # what vectors, and sums of shares, are divided by at least
+SMALLEST_NORM = 1e-12  # what vectors are divided by at least
 NUM_HEADS, HEAD_SIZE = 8, 64  # of every model
 FREQUENCY_EMBEDDING_SIZE = 256  # of times
 MLP_RATIO = 4  # width of a feed-forward network's hidden layer, in units of hidden_size
@@ -221,18 +221,13 @@ def divided_by_norm(vectors: torch.Tensor) -> torch.Tensor:
 
 
 def doubly_stochastic(scores: torch.Tensor) -> torch.Tensor:
-    """Return shares [..., K, L] in which each column, then each row, is divided by its sum, many times (Sinkhorn and Knopp)."""
-    shares = torch.exp(scores - scores.detach().amax(dim=-2, keepdim=True))
+    """Return shares [..., K, L], exp(scores) of which each column, then each row, is divided by its sum, many times.
+
+    Source: Sinkhorn and Knopp 1967. In logarithms no sum is 0; hyper-connections divides by 1e-12 at least.
+    """
     for _ in range(SINKHORN_ROUNDS):
-        shares = sinkhorn_round(shares)
-    return shares
-
-
-def sinkhorn_round(shares: torch.Tensor) -> torch.Tensor:
-    """Divide each column of [..., K, L], then each row, by its sum."""
-    for axis in (-2, -1):
-        shares = shares / shares.sum(dim=axis, keepdim=True).clamp(min=SMALLEST_NORM)
-    return shares
+        scores = scores.log_softmax(dim=-2).log_softmax(dim=-1)
+    return scores.exp()
 
 
 def adaptive_layer_norm(state: State, name: str, tokens: torch.Tensor, active: torch.Tensor) -> torch.Tensor:
