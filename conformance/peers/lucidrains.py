@@ -1,4 +1,4 @@
-"""mmdit's MMDiT of several modalities inside of LGDLM's text-latent model: an oracle, not on trial; imported where mmdit is there.
+"""mmdit's MMDiT of several modalities inside of LGDLM's text-latent model: an oracle, not on trial.
 
 What surrounds it there (embeddings, heads) is on no package index: here it is made of torch's modules, under the same names.
 """
