@@ -29,10 +29,12 @@ LIBRARIES = {
     "liger": "liger-kernel",
     "liger_layers": "liger-kernel",
     "fla": "fla-core",
+    "lucidrains": "mmdit",
     "torchtitan": "torchtitan",
 }
 """For each module of this folder that holds peers, the distribution that they need."""
 IMPORTS = {
+    "lucidrains": "mmdit",
     "liger": "liger_kernel",
     "liger_layers": "liger_kernel",
     "transformers_layers": "transformers",

@@ -35,7 +35,7 @@ class Plan:
 
 
 class FullyShardedModel(torch.nn.Module):
-    """A model with its parameters' names; each rank holds its part of each, as a DTensor.
+    """A model with its parameters' names; each rank holds its part of each, as a DTensor; single numbers are of shape [1].
 
     Called with the arrays of a call, of this rank's examples, it returns what the model's operation returns of them; parameters
     and arrays are of one dtype, and nothing is checked.
@@ -59,7 +59,8 @@ class FullyShardedModel(torch.nn.Module):
                 if part not in dict(owner.named_children()):
                     owner.add_module(part, _Block())
                 owner = owner.get_submodule(part)
-            owner.register_parameter(last, torch.nn.Parameter(tensor.detach().clone(memory_format=torch.contiguous_format)))
+            copy = _with_rows(tensor.detach()).clone(memory_format=torch.contiguous_format)
+            owner.register_parameter(last, torch.nn.Parameter(copy))
         begins = (re.match(rf"({plan.blocks})\.", name) for name in state)
         self.blocks_of_names = {each.string: each[1] for each in begins if each}
         for name in dict.fromkeys(self.blocks_of_names.values()):
@@ -109,7 +110,7 @@ def run_sharded(plan: Plan, state: State, *arrays: torch.Tensor | None, mesh: De
     Returns:
         All that the model does, in float32 (float64 for a float64 state). Differentiable once, by floating arrays and state.
     """
-    return _WholeState.apply(plan, tuple(state), mesh, *arrays, *state.values())
+    return _WholeState.apply(plan, tuple(state), mesh, *arrays, *map(_with_rows, state.values()))
 
 
 class _WholeState(torch.autograd.Function):
@@ -154,6 +155,11 @@ class _WholeState(torch.autograd.Function):
                 for each, dtype, needs in zip(gradients, ctx.dtypes, needed, strict=True)
             ),
         )
+
+
+def _with_rows(parameter: torch.Tensor) -> torch.Tensor:
+    """A parameter with rows that ranks can share out: FSDP takes no single numbers."""
+    return parameter.reshape(parameter.shape or (1,))
 
 
 def _widened(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -24,7 +24,14 @@ from typing import Any
 import torch
 from torch.distributed.device_mesh import DeviceMesh
 
-from gaugeblock.optimized import clip_text_composition, decoder_composition, moe_composition, unet_composition, vae_composition
+from gaugeblock.optimized import (
+    clip_text_composition,
+    decoder_composition,
+    moe_composition,
+    text_latent_mmdit_composition,
+    unet_composition,
+    vae_composition,
+)
 from gaugeblock.optimized.compiled import dit as of_dit
 from gaugeblock.optimized.compiled import dit_moe as of_dit_moe
 from gaugeblock.optimized.compiled import flux as of_flux
@@ -33,6 +40,7 @@ from gaugeblock.optimized.compiled.decoder_parts import LIBRARY as OF_DECODERS
 from gaugeblock.optimized.compiled.dit_moe_layers import PARTS as OF_MOE
 from gaugeblock.optimized.compiled.library_layers import Fuse
 from gaugeblock.optimized.compiled.model_parts import LIBRARY
+from gaugeblock.optimized.compiled.text_latent_mmdit import LIBRARY as OF_TEXT_LATENT
 from gaugeblock.optimized.distributed import auxiliary_losses
 from gaugeblock.optimized.distributed.fully_sharded import FullyShardedModel, Plan, State, run_sharded
 from gaugeblock.optimized.distributed.model_calls import agree_on_model_call
@@ -47,6 +55,7 @@ from gaugeblock.reference.torch import flux as flux_reference
 from gaugeblock.reference.torch import llada as llada_reference
 from gaugeblock.reference.torch import mmdit as mmdit_reference
 from gaugeblock.reference.torch import sdar as sdar_reference
+from gaugeblock.reference.torch import text_latent_mmdit as text_latent_mmdit_reference
 from gaugeblock.reference.torch import vae as vae_reference
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -89,11 +98,11 @@ class Model:
         return FullyShardedModel(self.plan(config, mesh), state, mesh=mesh)
 
 
-def _of_parts(composed: Callable[..., Any]) -> Callable[..., Any]:
-    """What a function of `unet_composition`, `vae_composition` or `clip_text_composition` predicts."""
+def _of_parts(composed: Callable[..., Any], parts: Any = LIBRARY) -> Callable[..., Any]:
+    """What a function of a module `..._composition` predicts."""
 
     def predict(gathered: Fuse, state: State, *arrays: torch.Tensor | None, config: Any, mesh: DeviceMesh) -> Any:
-        return composed(replace(LIBRARY, block=gathered), state, *arrays, config=config)
+        return composed(replace(parts, block=gathered), state, *arrays, config=config)
 
     return predict
 
@@ -180,6 +189,15 @@ def _check_masked(
 def _check_sdar(config_class: type, state: State, input_ids: Any, *, config: Any) -> None:
     validation.language_model_config(config, config_class)
     _check_masked(sdar_reference.state_shapes, state, input_ids, config=config)
+
+
+def _check_text_latent_mmdit(
+    state: State, text_tokens: Any, latents: Any, text_timesteps: Any, latent_timesteps: Any, attention_mask: Any = None, *,
+    config: Any,
+) -> None:  # fmt: skip
+    arrays = text_tokens, latents, text_timesteps, latent_timesteps, attention_mask
+    _check(validation.text_latent_mmdit, text_latent_mmdit_reference.state_shapes, state, *arrays, config=config)
+    validation.text_latent_tokens_in_range(text_tokens, config)
 
 
 DIT_BLOCKS = r"blocks\.\d+"
@@ -269,4 +287,10 @@ sdar_training = Model(
     blocks=DECODER_LAYERS,
     shapes=sdar_reference.state_shapes,
     check=partial(_check, validation.sdar_training, sdar_reference.state_shapes),
+)
+text_latent_mmdit = Model(
+    predict=_of_parts(text_latent_mmdit_composition.unchecked_text_latent_mmdit, OF_TEXT_LATENT),
+    blocks=r"mmdit\.blocks\.\d+",
+    shapes=text_latent_mmdit_reference.state_shapes,
+    check=_check_text_latent_mmdit,
 )

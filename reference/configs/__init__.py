@@ -58,5 +58,6 @@ from gaugeblock.reference.configs.schedules import (
     EDMScheduleConfig,
     FlowScheduleConfig,
 )
+from gaugeblock.reference.configs.text_latent_mmdit import TEXT_LATENT_MMDIT_PRESETS, TextLatentMMDiTConfig
 from gaugeblock.reference.configs.unet import UNET_PRESETS, UNetBlock, UNetConfig
 from gaugeblock.reference.configs.vae import VAE_PRESETS, VAEConfig

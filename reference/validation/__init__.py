@@ -108,6 +108,7 @@ from gaugeblock.reference.validation.sampler_steps import (
 )
 from gaugeblock.reference.validation.samplers import churned_sample, euler_sample, sample, starting_noise
 from gaugeblock.reference.validation.soft_routers import sinkhorn, soft_moe
+from gaugeblock.reference.validation.text_latent_mmdit import text_latent_mmdit, text_latent_tokens_in_range
 from gaugeblock.reference.validation.timestep_sampling import biased_timesteps, logit_normal_times, mode_times, timestep_indices
 from gaugeblock.reference.validation.token_choices import draw_tokens, filter_logits
 from gaugeblock.reference.validation.train_image_diffusion import (

@@ -1,0 +1,332 @@
+"""The text-latent MMDiT of LGDLM: tokens of a text and one latent vector, each with a time of its own, attend jointly.
+
+Residual streams are several, and every branch reads, mixes and writes them as its input asks (hyper-connections, held to the
+manifold of doubly stochastic matrices). Parameters are a flat dict with the names of public checkpoints.
+
+Shapes: B batch_size, T tokens of the text, S tokens of a modality (T of the text, one of the latent), J = T + 1, D hidden_size,
+C cond_dim, E latent_dim, V vocab_size, A heads, F features of a head, K residual streams, L those that they become.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+
+from gaugeblock.reference import states, validation
+from gaugeblock.reference.configs import TextLatentMMDiTConfig
+from gaugeblock.reference.torch import gated_activations, layers, modules
+from gaugeblock.reference.torch.attention import attention, join_heads, split_heads
+from gaugeblock.reference.torch.precision import at_least_float32
+
+NORM_EPS = 1e-5  # of every LayerNorm
+SMALLEST_NORM = 1e-12  # what vectors are divided by at least
+NUM_HEADS, HEAD_SIZE = 8, 64  # of every model
+FREQUENCY_EMBEDDING_SIZE = 256  # of times
+MLP_RATIO = 4  # width of a feed-forward network's hidden layer, in units of hidden_size
+SINKHORN_ROUNDS = 20
+MODALITIES = 2  # the text, then the latent
+CHECKPOINT_PREFIX = "model"  # what the trainer's checkpoints put before each name
+
+State = Mapping[str, torch.Tensor]
+
+
+class Connection(NamedTuple):
+    """What a branch's result will be written to: the mixed streams [B, S, K, D], each as strongly as [B, S, K] says."""
+
+    mixed: torch.Tensor
+    write: torch.Tensor
+
+
+def text_latent_mmdit(
+    state: State,
+    text_tokens: torch.Tensor,
+    latents: torch.Tensor,
+    text_timesteps: torch.Tensor,
+    latent_timesteps: torch.Tensor,
+    attention_mask: torch.Tensor | None = None,
+    *,
+    config: TextLatentMMDiTConfig,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Predict a text's tokens and a latent's noise, each of them from both.
+
+        x = token embedding + position embedding;  y = projection(latent) + position embedding
+        c = combine(silu(text time embedding), silu(latent time embedding))
+        x, y = block(x, y, c), n_blocks times, in num_residual_streams streams that begin alike and are summed up in the end
+        text_logits = text_head(rms_norm(x));  latent_pred = latent_head(rms_norm(y))
+        cluster_logits = text_head_clusters(rms_norm(x))
+
+    The model is as at inference: nothing is dropped out. The public class takes several latent tokens too, of which it takes the
+    mean, and returns two results where there are no clusters.
+
+    Args:
+        state: The parameters by name, shapes as in `state_shapes`, dtype of latents.
+        text_tokens: [batch_size, num_tokens], int32 or int64 in 0 .. vocab_size - 1, num_tokens 1 to max_seq_len.
+        latents: [batch_size, latent_dim], floating.
+        text_timesteps: [batch_size], float32 or float64, in [0, 1], and taken as they are, not in thousandths: 0 where the text
+            is known.
+        latent_timesteps: [batch_size], as text_timesteps: 0 where the latent is known.
+        attention_mask: [batch_size, num_tokens], bool, True for what is no padding; all by default. Padding is seen by no token;
+            the latent is seen by all.
+        config: The model.
+
+    Returns:
+        text_logits: [batch_size, num_tokens, vocab_size], dtype of latents; computed in float32 (float64 for float64
+            latents) and rounded once.
+        latent_pred: [batch_size, 1, latent_dim], as text_logits. The axis of one token is the public class's; without it a loss
+            against [batch_size, latent_dim] would compare every example with every other one.
+        cluster_logits: [batch_size, num_tokens, cluster_logits_size], as text_logits; of no logits where there are no clusters.
+
+    Raises:
+        TypeError: An argument is not an array of the dtype above.
+        ValueError: An entry of the state is missing, unexpected or of another shape; ranks, sizes or devices do not fit
+            together; or an id names no token.
+
+    Source: Joshua-Zhang-Jiaquan/LGDLM latentDLM_mmdit/models/multimodal_mmdit.py, class MultimodalMMDiT, on mmdit 0.3.0 (PyPI),
+    class MMDiT of mmdit_generalized_pytorch.py; Esser et al. 2024 (arXiv:2403.03206), section 4.
+    """
+    shapes = state_shapes(config)
+    validation.text_latent_mmdit(state, text_tokens, latents, text_timesteps, latent_timesteps, attention_mask, config, shapes)
+    validation.text_latent_tokens_in_range(text_tokens, config)
+    state = {name: at_least_float32(parameter) for name, parameter in state.items()}
+    latents_BE = at_least_float32(latents)
+    times = [each.to(latents_BE.dtype) for each in (text_timesteps, latent_timesteps)]
+
+    text_BTD = embed_text(states.part(state, "text_encoder"), text_tokens.long())
+    latent_B1D = embed_latents(states.part(state, "latent_encoder"), latents_BE)
+    conditioning_BC = embed_times(states.part(state, "conditioning"), *times)
+    streams = [each_BSD[:, :, None].expand(-1, -1, config.num_residual_streams, -1) for each_BSD in (text_BTD, latent_B1D)]
+    mask_BASJ = joint_mask(attention_mask)
+    for index in range(config.n_blocks):
+        streams = block(states.part(state, f"mmdit.blocks.{index}"), streams, conditioning_BC, mask_BASJ)
+    text_BTD, latent_B1D = (
+        divided_by_norm(streams_BSKD.sum(dim=2)) * state[f"mmdit.norms.{modality}.g"]
+        for modality, streams_BSKD in enumerate(streams)
+    )
+
+    logits_BTV = modules.linear(state, "text_head", text_BTD)
+    clusters_BTV = modules.linear(state, "text_head_clusters", text_BTD) if config.cluster_size else logits_BTV[..., :0]
+    inner_B1I = gated_activations.gelu(modules.linear(state, "latent_head.0", latent_B1D))
+    predicted_B1E = modules.linear(state, "latent_head.3", inner_B1I)
+    return logits_BTV.to(latents.dtype), predicted_B1E.to(latents.dtype), clusters_BTV.to(latents.dtype)
+
+
+def embed_text(state: State, text_tokens: torch.Tensor) -> torch.Tensor:
+    """Embed token ids [B, T] and their places, [B, T, D]."""
+    return state["token_embed.weight"][text_tokens] + state["position_embed"][0, : text_tokens.shape[1]]
+
+
+def embed_latents(state: State, latents: torch.Tensor) -> torch.Tensor:
+    """Embed latents [B, E] as one token each, [B, 1, D]."""
+    inner_B1I = modules.linear(state, "projection.0", latents[:, None])
+    active_B1I = gated_activations.gelu(modules.layer_norm(state, "projection.1", inner_B1I, eps=NORM_EPS))
+    return modules.linear(state, "projection.3", active_B1I) + state["position_embed"][0]
+
+
+def embed_times(state: State, text_timesteps: torch.Tensor, latent_timesteps: torch.Tensor) -> torch.Tensor:
+    """Embed a time [B] of the text and one of the latent, together, as what steers the blocks, [B, C]."""
+    embedded = []
+    for name, times_B in (("text_sigma_map", text_timesteps), ("latent_sigma_map", latent_timesteps)):
+        waves_BF = layers.timestep_embedding(times_B, embedding_size=FREQUENCY_EMBEDDING_SIZE, frequency_shift=0)
+        embedded.append(modules.two_linears(state, (f"{name}.mlp.0", f"{name}.mlp.2"), waves_BF))
+    active_BC = torch.nn.functional.silu(torch.cat(embedded, dim=-1))
+    return modules.two_linears(state, ("combine.0", "combine.2"), active_BC)
+
+
+def joint_mask(attention_mask: torch.Tensor | None) -> torch.Tensor | None:
+    """Return which of a text's tokens and its latent all of them see, [B, 1, 1, J], of which of the text's are no padding."""
+    if attention_mask is None:
+        return None
+    return torch.cat([attention_mask, torch.ones_like(attention_mask[:, :1])], dim=1)[:, None, None]
+
+
+def block(
+    state: State, streams: Sequence[torch.Tensor], conditioning: torch.Tensor, mask: torch.Tensor | None
+) -> list[torch.Tensor]:
+    """Apply one block: joint attention, then a feed-forward network, for text and latent each with weights of its own.
+
+        h = what the branch reads of the streams;  h = gate * branch(layer_norm(h) * scale + shift);  h is written to the streams
+
+    with gates, scales and shifts of both branches and modalities from linear(silu(c)).
+
+    Args:
+        state: The block's parameters by their own names (`joint_attn.to_qkv.0.weight`).
+        streams: Of text and latent [batch_size, num_tokens, num_residual_streams, hidden_size] each.
+        conditioning: [batch_size, cond_dim].
+        mask: As `joint_mask` returns it.
+    """
+    active_BC = torch.nn.functional.silu(conditioning)
+    gates = modules.linear(state, "to_post_branch_gammas.2", active_BC)[:, None].chunk(2 * MODALITIES, dim=-1)
+
+    read, connections = connect_in(state, "attn_residual_fns", streams)
+    attended = joint_attention(state, [
+        adaptive_layer_norm(state, f"attn_layernorms.{modality}", read_BSD, active_BC)
+        for modality, read_BSD in enumerate(read)
+    ], mask)  # fmt: skip
+    streams = connect_out(connections, attended, gates[:MODALITIES])
+
+    read, connections = connect_in(state, "ff_residual_fns", streams)
+    fed_forward = [
+        feed_forward(
+            state, f"feedforwards.{modality}", adaptive_layer_norm(state, f"ff_layernorms.{modality}", read_BSD, active_BC)
+        )
+        for modality, read_BSD in enumerate(read)
+    ]
+    return connect_out(connections, fed_forward, gates[MODALITIES:])
+
+
+def connect_in(
+    state: State, name: str, streams: Sequence[torch.Tensor]
+) -> tuple[tuple[torch.Tensor, ...], tuple[Connection, ...]]:
+    """Return, of text and latent, what a branch reads of the streams, and what its result will be written to."""
+    each = (hyper_connection(states.part(state, f"{name}.{modality}"), own) for modality, own in enumerate(streams))
+    read, connections = zip(*each, strict=True)
+    return read, connections
+
+
+def connect_out(
+    connections: Sequence[Connection], branches: Sequence[torch.Tensor], gates: Sequence[torch.Tensor]
+) -> list[torch.Tensor]:
+    """Write branches' results [B, S, D], gated by [B, 1, D], to the streams of text and latent."""
+    return [
+        mixed_BSKD + write_BSK[..., None] * (gate_B1D * branch_BSD)[:, :, None]
+        for (mixed_BSKD, write_BSK), branch_BSD, gate_B1D in zip(connections, branches, gates, strict=True)
+    ]
+
+
+def hyper_connection(state: State, streams: torch.Tensor) -> tuple[torch.Tensor, Connection]:
+    """Return what a branch reads of a token's streams [B, S, K, D], how they are mixed, and how its result is written to them.
+
+        n = x / |x| * sqrt(hidden_size) * (1 + norm.gamma), of each stream
+        read = sum over s of sigmoid(pre_branch_scale * n_s alpha_0 + static_alpha_s0) * x_s
+        mixed_t = sum over s of doubly_stochastic(residual_scale * n alpha_1.. + static_alpha)_st * x_s
+        write_s = 2 * sigmoid(h_post_scale * n_s beta + static_beta_s)
+
+    Source: Xie et al. 2025 (arXiv:2512.24880), section 4; Zhu et al. 2024 (arXiv:2409.19606), algorithm 2; hyper-connections
+    0.4.11 (PyPI), mHCv2.py, whose coefficients are of each stream's numbers, not of all streams'.
+    """
+    normalized_BSKD = divided_by_norm(streams) * (1 + state["norm.gamma"])
+    alpha_BSKL = normalized_BSKD @ state["dynamic_alpha_fn"][0]  # the first of L is what is read
+    read_BSK = torch.sigmoid(state["pre_branch_scale"] * alpha_BSKL[..., 0] + state["static_alpha"][:, 0])
+    mix_BSKL = doubly_stochastic(state["residual_scale"] * alpha_BSKL[..., 1:] + state["static_alpha"][:, 1:])
+    beta_BSK1 = state["h_post_scale"] * (normalized_BSKD @ state["dynamic_beta_fn"]) + state["static_beta"][:, 0]
+    read_BSD = (read_BSK[..., None] * streams).sum(dim=2)
+    return read_BSD, Connection(mixed=mix_BSKL.mT @ streams, write=2 * torch.sigmoid(beta_BSK1[..., 0]))
+
+
+def divided_by_norm(vectors: torch.Tensor) -> torch.Tensor:
+    """Bring the last axis to a root mean square of 1; one that is 0 stays so."""
+    squares = (vectors * vectors).sum(dim=-1, keepdim=True)
+    # of squares, since a norm has no gradient at 0
+    return vectors * torch.rsqrt(squares.clamp(min=SMALLEST_NORM**2)) * vectors.shape[-1] ** 0.5
+
+
+def doubly_stochastic(scores: torch.Tensor) -> torch.Tensor:
+    """Return shares [..., K, L], exp(scores) of which each column, then each row, is divided by its sum, many times.
+
+    Source: Sinkhorn and Knopp 1967. In logarithms no sum is 0; hyper-connections divides by 1e-12 at least.
+    """
+    for _ in range(SINKHORN_ROUNDS):
+        scores = scores.log_softmax(dim=-2).log_softmax(dim=-1)
+    return scores.exp()
+
+
+def adaptive_layer_norm(state: State, name: str, tokens: torch.Tensor, active: torch.Tensor) -> torch.Tensor:
+    """Normalize tokens [B, S, D], then scale and shift them by linear(silu(c)); the scale is what there is, not 1 more."""
+    scale_B1D, shift_B1D = modules.linear(state, f"{name}.to_cond.2", active)[:, None].chunk(2, dim=-1)
+    return layers.layer_norm(tokens, eps=NORM_EPS) * scale_B1D + shift_B1D
+
+
+def joint_attention(state: State, tokens: Sequence[torch.Tensor], mask: torch.Tensor | None) -> list[torch.Tensor]:
+    """Let all tokens of text [B, T, D] and latent [B, 1, D] attend to all that the mask shows, the text first."""
+    thirds = []
+    for modality, each_BSD in enumerate(tokens):
+        qkv_BSI = modules.linear(state, f"joint_attn.to_qkv.{modality}", each_BSD)
+        thirds.append([split_heads(third, NUM_HEADS) for third in qkv_BSI.chunk(3, dim=-1)])
+    query_BAJF, key_BAJF, value_BAJF = (torch.cat(both, dim=2) for both in zip(*thirds, strict=True))
+    attended_BJI = join_heads(attention(query_BAJF, key_BAJF, value_BAJF, mask=mask))
+    parts = attended_BJI.split([each_BSD.shape[1] for each_BSD in tokens], dim=1)
+    return [modules.linear(state, f"joint_attn.to_out.{modality}", part_BSI) for modality, part_BSI in enumerate(parts)]
+
+
+def feed_forward(state: State, name: str, tokens: torch.Tensor) -> torch.Tensor:
+    """Apply the feed-forward network of that name to [B, S, D]."""
+    return modules.linear(state, f"{name}.ff.2", gated_activations.gelu(modules.linear(state, f"{name}.ff.0.0", tokens)))
+
+
+def state_shapes(config: TextLatentMMDiTConfig) -> states.Shapes:
+    """Return the shape of every parameter by name."""
+    hidden_size, cond_dim, latent_dim = config.hidden_size, config.cond_dim, config.latent_dim
+    linear, under = states.linear_shapes, states.under
+    shapes: states.Shapes = {
+        "text_encoder.token_embed.weight": (config.vocab_size, hidden_size),
+        "text_encoder.position_embed": (1, config.max_seq_len, hidden_size),
+    }
+    shapes |= under("latent_encoder.projection.0", linear(2 * hidden_size, latent_dim))
+    shapes |= under("latent_encoder.projection.1", states.norm_shapes(2 * hidden_size))
+    shapes |= under("latent_encoder.projection.3", linear(hidden_size, 2 * hidden_size))
+    shapes |= {"latent_encoder.position_embed": (1, 1, hidden_size)}
+    for name in ("text_sigma_map", "latent_sigma_map"):
+        shapes |= under(f"conditioning.{name}.mlp.0", linear(cond_dim, FREQUENCY_EMBEDDING_SIZE))
+        shapes |= under(f"conditioning.{name}.mlp.2", linear(cond_dim, cond_dim))
+    shapes |= under("conditioning.combine.0", linear(4 * cond_dim, 2 * cond_dim))
+    shapes |= under("conditioning.combine.2", linear(cond_dim, 4 * cond_dim))
+    for index in range(config.n_blocks):
+        shapes |= under(f"mmdit.blocks.{index}", block_shapes(config))
+    shapes |= {f"mmdit.norms.{modality}.g": (hidden_size,) for modality in range(MODALITIES)}
+    shapes |= under("text_head", linear(config.vocab_size, hidden_size))
+    shapes |= under("latent_head.0", linear(2 * hidden_size, hidden_size))
+    shapes |= under("latent_head.3", linear(latent_dim, 2 * hidden_size))
+    return shapes | (under("text_head_clusters", linear(config.vocab_size, hidden_size)) if config.cluster_size else {})
+
+
+def block_shapes(config: TextLatentMMDiTConfig) -> states.Shapes:
+    """Return the shape of every parameter of one block by its own name."""
+    hidden_size, cond_dim, inner_size = config.hidden_size, config.cond_dim, NUM_HEADS * HEAD_SIZE
+    linear, under = states.linear_shapes, states.under
+    shapes = under("to_post_branch_gammas.2", linear(2 * MODALITIES * hidden_size, cond_dim))
+    for modality in range(MODALITIES):
+        for branch in ("attn", "ff"):
+            shapes |= under(f"{branch}_residual_fns.{modality}", connection_shapes(config))
+            shapes |= under(f"{branch}_layernorms.{modality}.to_cond.2", linear(2 * hidden_size, cond_dim))
+        shapes |= under(f"joint_attn.to_qkv.{modality}", linear(3 * inner_size, hidden_size, bias=False))
+        shapes |= under(f"joint_attn.to_out.{modality}", linear(hidden_size, inner_size, bias=False))
+        shapes |= under(f"feedforwards.{modality}.ff.0.0", linear(MLP_RATIO * hidden_size, hidden_size))
+        shapes |= under(f"feedforwards.{modality}.ff.2", linear(hidden_size, MLP_RATIO * hidden_size))
+    return shapes
+
+
+def connection_shapes(config: TextLatentMMDiTConfig) -> states.Shapes:
+    """Return the shape of every parameter of one connection by its own name."""
+    hidden_size, streams = config.hidden_size, config.num_residual_streams
+    return {
+        "norm.gamma": (hidden_size,),
+        "static_alpha": (streams, 1 + streams),
+        "dynamic_alpha_fn": (1, hidden_size, 1 + streams),
+        "pre_branch_scale": (1,),
+        "residual_scale": (1,),
+        "static_beta": (streams, 1, 1),
+        "dynamic_beta_fn": (hidden_size, 1),
+        "h_post_scale": (),
+    }
+
+
+def load_state(state: State, *, config: TextLatentMMDiTConfig) -> dict[str, torch.Tensor]:
+    """Return a checkpoint of the public class as `text_latent_mmdit` takes it, also one of the trainer.
+
+    Parameters keep their dtype. The trainer's has `model.` before each name.
+
+    Args:
+        state: Floating arrays by name.
+        config: The model.
+
+    Raises:
+        TypeError: An entry is not a floating array.
+        ValueError: An entry is missing, unexpected or of another shape.
+
+    Source: Joshua-Zhang-Jiaquan/LGDLM latentDLM_mmdit/models/multimodal_mmdit.py, latentDLM_mmdit/checkpoints_mmdit.py.
+    """
+    shapes = state_shapes(config)
+    of_trainer = states.part(state, CHECKPOINT_PREFIX)
+    state = of_trainer if len(of_trainer) == len(state) else state
+    validation.state_entries(state, shapes)
+    return {name: state[name] for name in shapes}
