@@ -76,7 +76,7 @@ def dit() -> Contract:
             jax("jax-compiled"),
             distributed("tensor-parallel", "dit_tensor_parallel:dit", only=HEADS_FIT, **model_states.ON_RANKS),
             distributed("sequence-parallel", "dit_sequence_parallel:dit", only=TOKENS_FIT, **model_states.ON_RANKS),
-            model_states.fsdp2("dit"),
+            model_states.fsdp2("dit", dtypes=("float32", "bfloat16")),
             # each number of devices takes a compilation: tests/test_jax_sharded_dit.py has 1 and 2
             distributed("jax-sharded", "sharded_dit:dit", framework="jax", world_sizes=(4,), only=HEADS_FIT),
         ),

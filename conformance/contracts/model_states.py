@@ -10,7 +10,7 @@ from gaugeblock.conformance.engine.contract import Input
 from gaugeblock.conformance.engine.implementation import Implementation, distributed
 from gaugeblock.conformance.engine.inputs.draw import Draw
 from gaugeblock.conformance.engine.shardings import Sharding
-from gaugeblock.conformance.engine.vocabulary import DEVICES, Tensors
+from gaugeblock.conformance.engine.vocabulary import DEVICES, DType, Tensors
 
 Shapes = Mapping[str, tuple[int, ...]]
 # torch rounds what its products give, and on a CPU their bits depend on how many rows there are.
@@ -27,9 +27,12 @@ SHARDINGS: dict[str, Sharding] = {
 }
 
 
-def fsdp2(function: str) -> Implementation:
-    """The row of a model whose ranks have a part of every parameter and of the batch; it computes in float32."""
-    claims = ON_RANKS | {"rounding": "strict"}
+def fsdp2(function: str, *, dtypes: tuple[DType, ...] = ("float32",)) -> Implementation:
+    """The row of a model whose ranks have a part of every parameter and of the batch.
+
+    It computes in float32 whatever the dtype, and rounds once, by what all models share: DiT's row is judged in bfloat16, too.
+    """
+    claims = ON_RANKS | {"rounding": "strict", "dtypes": dtypes}
     return distributed("fsdp2", f"fully_sharded_models:{function}", sharding="data_parallel", **claims)
 
 

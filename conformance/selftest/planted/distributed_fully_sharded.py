@@ -4,7 +4,7 @@ from typing import Any
 
 from gaugeblock.conformance.selftest.edits import mutant
 
-DIT, DIT_MOE, VAE, CLIP, UNET = "dit.dit", "dit_moe.dit_moe", "vae.encode", "clip_text.clip_text", "unet.unet"
+DIT, DIT_MOE, VAE, CLIP = "dit.dit", "dit_moe.dit_moe", "vae.encode", "clip_text.clip_text"
 SHARDED: dict[str, Any] = {
     "implementation": "fsdp2", "world_sizes": (1, 2), "rounding": "strict", "batch_invariant": False, "sharding": "data_parallel",
 }  # fmt: skip
@@ -42,7 +42,7 @@ mutant(
     "all_gather of uneven shards", **SHARDED,
 )  # fmt: skip
 mutant(
-    UNET, "rounded-before-the-sum", "Each rank's gradients are rounded before they are added up.", "fully_sharded._WholeState",
+    DIT, "rounded-before-the-sum", "Each rank's gradients are rounded before they are added up.", "fully_sharded._WholeState",
     "dtype = torch.promote_types(torch.float32, tensors[-1].dtype)", "dtype = tensors[-1].dtype", "gradients", "precision",
     "fully_shard with reduce_dtype bfloat16", **SHARDED, dtypes=("bfloat16",),
 )  # fmt: skip
