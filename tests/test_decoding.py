@@ -12,7 +12,7 @@ import torch
 from gaugeblock.reference import purposes
 from gaugeblock.reference.configs import DreamDecodingConfig, LLaDADecodingConfig, SDARDecodingConfig
 from gaugeblock.reference.jax import decoding as jax_decoding
-from gaugeblock.reference.torch import decoding, random, unmasking
+from gaugeblock.reference.torch import decoding, dream, random, unmasking
 
 MASK, VOCABULARY = 9, 10
 TABLE = np.random.default_rng(0).normal(size=(64, VOCABULARY, VOCABULARY))
@@ -167,7 +167,7 @@ def test_dream_is_the_public_loop(temperature: float) -> None:
         count = len(masks) if step == 3 else int(len(masks) * (1 - times[step + 1] / times[step]))
         for p in sorted(masks, key=lambda p: -found[p][1])[:count]:
             x[p] = found[p][0]
-    made = decoding.dream_generate(torch_model, prompt, EXAMPLES[:1], config=config, seed=5)
+    made = decoding.dream_generate(lambda ids: dream.shift(torch_model(ids)), prompt, EXAMPLES[:1], config=config, seed=5)
     assert made[0].tolist() == x and MASK not in x
 
 

@@ -112,7 +112,7 @@ def dream_generate(
     validation.decoding(prompt_ids, example_ids, config, DreamDecodingConfig)
     ids_BL, start = with_masks(prompt_ids, config.new_tokens, config.mask_id), prompt_ids.shape[1]
     for step, rate in enumerate(config.rates):
-        logits = shifted(model(ids_BL))[:, start:]
+        logits = model(ids_BL)[:, start:]
         key: dict[str, Any] = {"seed": seed, "step": step, "example": example_ids}
         draws_places = config.algorithm == "origin" or config.alg_temp > 0
         new_BS, _ = unmasking.dream_step(
@@ -131,11 +131,6 @@ def dream_generate(
         )
         ids_BL = jnp.concatenate([ids_BL[:, :start], new_BS], axis=1)
     return ids_BL
-
-
-def shifted(logits: jax.Array) -> jax.Array:
-    """Return logits, [batch_size, length, vocabulary_size], one place later; the first stay."""
-    return jnp.concatenate([logits[:, :1], logits[:, :-1]], axis=1)
 
 
 def with_masks(prompt_ids: jax.Array, count: int, mask_id: int) -> jax.Array:

@@ -146,8 +146,7 @@ def dream_generate(
 ) -> torch.Tensor:
     """Decide a share of the masks in each of `steps` passes over the whole sequence, the last of which decides all that is left.
 
-    Args: as of `llada_generate`, but
-        model: Its logits are those of the next token: they are shifted by one place.
+    Args: as of `llada_generate`; `dream.dream` has shifted its logits to their own places.
 
     Returns: as `llada_generate`.
 
@@ -158,7 +157,7 @@ def dream_generate(
     validation.decoding(prompt_ids, example_ids, config, DreamDecodingConfig)
     ids_BL, start = with_masks(prompt_ids, config.new_tokens, config.mask_id), prompt_ids.shape[1]
     for step, rate in enumerate(config.rates):
-        logits = shifted(model(ids_BL))[:, start:]
+        logits = model(ids_BL)[:, start:]
         key: dict[str, Any] = {"seed": seed, "step": step, "example": example_ids}
         draws_places = config.algorithm == "origin" or config.alg_temp > 0
         new_BS, _ = unmasking.dream_step(
@@ -177,11 +176,6 @@ def dream_generate(
         )
         ids_BL = torch.cat([ids_BL[:, :start], new_BS], dim=1)
     return ids_BL
-
-
-def shifted(logits: torch.Tensor) -> torch.Tensor:
-    """Return logits, [batch_size, length, vocabulary_size], one place later; the first stay."""
-    return torch.cat([logits[:, :1], logits[:, :-1]], dim=1)
 
 
 def with_masks(prompt_ids: torch.Tensor, count: int, mask_id: int) -> torch.Tensor:
