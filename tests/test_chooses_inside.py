@@ -1,6 +1,7 @@
 """An operation that does not return what it chooses is judged in cases where rounding decides nothing."""
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -117,4 +118,5 @@ def test_every_contract_whose_reference_takes_indices_says_so():
             exact, opts = exact_inputs(contract, case, "float32"), options(contract, case)
             with Decisions() as watched:
                 reference_run(contract, exact, opts)
-            assert all(each.dtype == torch.bool for each in watched.decided()), contract.name
+            is_uncertain = partial(rounding_decides, contract, exact, opts, "float32", ties_matter=False)
+            assert all(each.dtype == torch.bool for each in watched.decided()) or not is_uncertain(), contract.name

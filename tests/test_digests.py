@@ -66,7 +66,8 @@ def touched(subjects, before, ending, prop="parity"):
 
 def test_a_kernels_helper_touches_the_kernels_that_load_it(subjects, before):
     found = touched(subjects, before, "optimized/triton/topk.py")
-    routing = ("routers.", "moe_layers.", "dit_moe.")
+    language_models = ("sdar.", "llada.", "dream.")  # which have what makes each of them, also experts, in one module
+    routing = ("routers.", "moe_layers.", "dit_moe.", "token_choices.", *language_models)
     kernels = {key for key in subjects if key[1] == "triton" and any(each in key[0] for each in routing)}
     over_ranks = [key for key, each in subjects.items() if each.on_ranks and each.implementation.framework == "torch"]
     layers_over_ranks = {key for key in over_ranks if "moe_layers." in key[0]}  # which take the kernels on a GPU

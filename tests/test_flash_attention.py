@@ -49,7 +49,7 @@ def test_the_budget_grows_where_delta_has_an_error_and_nowhere_else():
 @pytest.mark.parametrize("rounding", ["strict", "eager"])
 @pytest.mark.parametrize("name", [each.name for each in contracts().values() if each.rounded_as])
 def test_a_budget_found_by_it_is_nowhere_less_than_without(name, rounding):
-    """In the mean over an output's elements: of a single one, estimates by 12 runs differ by a fifth."""
+    """In the mean over an output's elements: of a single one, estimates by 12 runs differ by a fifth, and the least of many more."""
     contract = contracts()[name]
     case = Case(**contract.landmarks[-1], regime="dithered")
     flash, plain = (
@@ -61,7 +61,8 @@ def test_a_budget_found_by_it_is_nowhere_less_than_without(name, rounding):
         assert (flash[key].variance[there] > 0).all()
         if there.any():
             ratios[key] = float((flash[key].variance[there] / budget.variance[there]).log().mean()) / 2
-    assert min(ratios.values()) > -0.5 and statistics.mean(ratios.values()) > -0.1
+    assert min(each for key, each in ratios.items() if plain[key].value.numel() > 1) > -0.5
+    assert min(ratios.values()) > -1 and statistics.mean(ratios.values()) > -0.1
 
 
 @pytest.mark.parametrize("name", ["flash-attention", "attention-of-torch"])

@@ -134,7 +134,8 @@ def test_only_what_leads_to_the_change_is_copied() -> None:
         "gaugeblock.reference.validation", "gaugeblock.reference.validation.biased_moe_layers",
         "gaugeblock.reference.validation.dit_moe_layers", "gaugeblock.reference.validation.grouped_moe_layers",
         "gaugeblock.reference.validation.noisy_routers", "gaugeblock.reference.validation.routers",
-        "gaugeblock.reference.validation.soft_routers", "gaugeblock.reference.validation.upcycling",
+        "gaugeblock.reference.validation.soft_routers", "gaugeblock.reference.validation.token_choices",
+        "gaugeblock.reference.validation.unmasking", "gaugeblock.reference.validation.upcycling",
     }  # fmt: skip
     assert not between(ROUTERS, "gaugeblock.optimized.triton.topk")
 

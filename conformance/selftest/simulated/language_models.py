@@ -341,7 +341,9 @@ class SdarTraining(BlockCausal):
 
     def in_samples(self, sample_ids: torch.Tensor) -> torch.Tensor:
         """`[B, S]`: places within samples."""
-        index = sample_ids.long() - sample_ids.min() if sample_ids.numel() else sample_ids.long()
+        if not sample_ids.numel():
+            return sample_ids.long()
+        index = sample_ids.long() - sample_ids.min()
         return functional.one_hot(index).cumsum(1).gather(2, index[..., None])[..., 0] - 1
 
     def both_places(self, sample_ids: torch.Tensor) -> torch.Tensor:
