@@ -19,7 +19,7 @@ setup: .venv/.installed  ## .venv, with everything of pyproject.toml at the vers
 	$(INSTALL) --editable '.[torch,jax,triton,conformance,benchmarks,demo,dev]'
 	touch $@
 
-check: setup  ## the gate over all built-in implementations: verdicts here and in report/ (three and a half minutes)
+check: setup  ## the gate over all built-in implementations: verdicts here and in report/ (five minutes)
 	$(BIN)/gaugeblock check --report report
 
 machines: setup  ## the gate on pretended CPUs (older instructions, more threads): the same verdicts on all? (a quarter of an hour)

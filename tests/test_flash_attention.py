@@ -49,7 +49,7 @@ def test_the_budget_grows_where_delta_has_an_error_and_nowhere_else():
 @pytest.mark.parametrize("rounding", ["strict", "eager"])
 @pytest.mark.parametrize("name", [each.name for each in contracts().values() if each.rounded_as])
 def test_a_budget_found_by_it_is_nowhere_less_than_without(name, rounding):
-    """In the mean over an output's elements: of a single one, estimates by 12 runs differ by a fifth, and the least of many more."""
+    """In the mean over an output's elements: of a single one, estimates by 12 runs differ by a fifth, and some by more."""
     contract = contracts()[name]
     case = Case(**contract.landmarks[-1], regime="dithered")
     flash, plain = (
