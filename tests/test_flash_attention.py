@@ -49,7 +49,11 @@ def test_the_budget_grows_where_delta_has_an_error_and_nowhere_else():
 @pytest.mark.parametrize("rounding", ["strict", "eager"])
 @pytest.mark.parametrize("name", [each.name for each in contracts().values() if each.rounded_as])
 def test_a_budget_found_by_it_is_nowhere_less_than_without(name, rounding):
-    """In the mean over an output's elements: of a single one, estimates by 12 runs differ by a fifth, and some by more."""
+    """In the mean over an output's elements.
+
+    Of a single element two estimates by 12 runs differ by 0.3 (the deviation of the logarithm of their quotient): that of a
+    scalar parameter lies between -0.65 and 0.34 in ten seeds, -0.02 in the mean of these. So one number has a wider bound.
+    """
     contract = contracts()[name]
     case = Case(**contract.landmarks[-1], regime="dithered")
     flash, plain = (

@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 from gaugeblock.conformance.contracts import flash_attention, model_states
 from gaugeblock.conformance.engine.contract import Contract, Input, Output, Regime, Rejection, Workload, row
 from gaugeblock.conformance.engine.factors import Factor, Trait, edges, either
-from gaugeblock.conformance.engine.implementation import compiled, distributed, jax, triton
 from gaugeblock.conformance.engine.inputs.bad_calls import changed
 from gaugeblock.conformance.engine.inputs.draw import Draw
 from gaugeblock.conformance.engine.vocabulary import Parameters, Tensors
@@ -74,15 +73,9 @@ def clip_text() -> Contract:
         rejections=REJECTIONS,
         without={"nan_containment": "an example has no floating numbers: it is ids and a mask"},
         implementations=(
-            compiled("compiled", devices=("cuda",), **model_states.LIBRARY_PRODUCTS),  # on a CPU every compilation takes a minute
-            triton(**model_states.LIBRARY_PRODUCTS),
-            compiled(
-                "torch-library", "clip_text:clip_text_by_library", dtypes=("float32", "bfloat16"), **model_states.LIBRARY_PRODUCTS
-            ),
-            jax("jax-compiled"),
+            *model_states.on_one_device("clip_text"),
             model_states.fsdp2("clip_text"),
-            # each number of devices takes a compilation: tests/test_jax_sharded_clip_text.py has 1
-            distributed("jax-sharded", "sharded_clip_text:clip_text", framework="jax", world_sizes=(4,), only=FOUR_CAN_SHARE),
+            model_states.jax_sharded("sharded_clip_text:clip_text", only=FOUR_CAN_SHARE),
         ),
     )
 

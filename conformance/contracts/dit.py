@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from gaugeblock.conformance.contracts import flash_attention, model_states
 from gaugeblock.conformance.engine.contract import Contract, Input, Output, Regime, Rejection, Workload, row
 from gaugeblock.conformance.engine.factors import Factor, Trait, edges, either
-from gaugeblock.conformance.engine.implementation import compiled, distributed, jax, triton
+from gaugeblock.conformance.engine.implementation import distributed
 from gaugeblock.conformance.engine.inputs.bad_calls import changed
 from gaugeblock.conformance.engine.inputs.draw import Draw
 from gaugeblock.conformance.engine.vocabulary import Parameters, Tensors
@@ -70,15 +70,11 @@ def dit() -> Contract:
         shardings=model_states.SHARDINGS,
         rejections=REJECTIONS,
         implementations=(
-            triton(**model_states.LIBRARY_PRODUCTS),
-            compiled("compiled", devices=("cuda",), **model_states.LIBRARY_PRODUCTS),  # on a CPU every compilation takes a minute
-            compiled("torch-library", "dit:dit_by_library", dtypes=("float32", "bfloat16"), **model_states.LIBRARY_PRODUCTS),
-            jax("jax-compiled"),
+            *model_states.on_one_device("dit"),
             distributed("tensor-parallel", "dit_tensor_parallel:dit", only=HEADS_FIT, **model_states.ON_RANKS),
             distributed("sequence-parallel", "dit_sequence_parallel:dit", only=TOKENS_FIT, **model_states.ON_RANKS),
             model_states.fsdp2("dit", dtypes=("float32", "bfloat16")),
-            # each number of devices takes a compilation: tests/test_jax_sharded_dit.py has 1 and 2
-            distributed("jax-sharded", "sharded_dit:dit", framework="jax", world_sizes=(4,), only=HEADS_FIT),
+            model_states.jax_sharded("sharded_dit:dit", only=HEADS_FIT),
         ),
     )
 

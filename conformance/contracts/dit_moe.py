@@ -9,7 +9,6 @@ from gaugeblock.conformance.contracts import dit as of_dit
 from gaugeblock.conformance.contracts import flash_attention, model_states
 from gaugeblock.conformance.engine.contract import Contract, Input, Output, Regime, Rejection, Workload, row
 from gaugeblock.conformance.engine.factors import Factor, edges, either
-from gaugeblock.conformance.engine.implementation import compiled, distributed, jax, triton
 from gaugeblock.conformance.engine.inputs.bad_calls import changed
 from gaugeblock.conformance.engine.inputs.draw import Draw
 from gaugeblock.conformance.engine.vocabulary import Parameters, Tensors
@@ -78,15 +77,9 @@ def dit_moe() -> Contract:
         shardings=model_states.SHARDINGS,
         rejections=REJECTIONS,
         implementations=(
-            triton(**model_states.LIBRARY_PRODUCTS),
-            compiled("compiled", devices=("cuda",), **model_states.LIBRARY_PRODUCTS),  # on a CPU every compilation takes a minute
-            compiled(
-                "torch-library", "dit_moe:dit_moe_by_library", dtypes=("float32", "bfloat16"), **model_states.LIBRARY_PRODUCTS
-            ),
-            jax("jax-compiled"),
+            *model_states.on_one_device("dit_moe"),
             model_states.fsdp2("dit_moe"),
-            # each number of devices takes a compilation: tests/test_jax_sharded_dit.py has 1
-            distributed("jax-sharded", "sharded_dit:dit_moe", framework="jax", world_sizes=(4,), only=FITS_RANKS),
+            model_states.jax_sharded("sharded_dit:dit_moe", only=FITS_RANKS),
         ),
     )
 

@@ -2,7 +2,6 @@
 
 from gaugeblock.conformance.contracts import flash_attention, language_models, model_states
 from gaugeblock.conformance.engine.contract import Contract, Input, Output, Workload, row
-from gaugeblock.conformance.engine.implementation import compiled, jax, triton
 from gaugeblock.reference.configs import DREAM_PRESETS, LLADA_PRESETS, DreamConfig
 from gaugeblock.reference.torch import decoder
 from gaugeblock.reference.torch import dream as reference
@@ -55,10 +54,7 @@ def dream() -> Contract:
         rejections=MODEL.rejections(LLADA_PRESETS["LLaDA-8B"]),
         without=language_models.WITHOUT,
         implementations=(
-            compiled("compiled", devices=("cuda",), **model_states.LIBRARY_PRODUCTS),  # on a CPU every compilation takes a minute
-            triton(**model_states.LIBRARY_PRODUCTS),
-            compiled("torch-library", "dream:dream_by_library", dtypes=("float32", "bfloat16"), **model_states.LIBRARY_PRODUCTS),
-            jax("jax-compiled"),
+            *model_states.on_one_device("dream"),
             model_states.fsdp2("dream"),
         ),
     )

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from gaugeblock.conformance.contracts import flash_attention, model_states
 from gaugeblock.conformance.engine.contract import Contract, Input, Output, Regime, Rejection, Workload, row
 from gaugeblock.conformance.engine.factors import Factor, Trait, edges, either
-from gaugeblock.conformance.engine.implementation import compiled, distributed, jax, triton
+from gaugeblock.conformance.engine.implementation import distributed
 from gaugeblock.conformance.engine.inputs.bad_calls import changed
 from gaugeblock.conformance.engine.inputs.draw import Draw
 from gaugeblock.conformance.engine.vocabulary import Parameters, Tensors
@@ -80,15 +80,11 @@ def flux() -> Contract:
         shardings=model_states.SHARDINGS,
         rejections=REJECTIONS,
         implementations=(
-            triton(**model_states.LIBRARY_PRODUCTS),
-            compiled("compiled", devices=("cuda",), **model_states.LIBRARY_PRODUCTS),  # on a CPU every compilation takes a minute
-            compiled("torch-library", "flux:flux_by_library", dtypes=("float32", "bfloat16"), **model_states.LIBRARY_PRODUCTS),
-            jax("jax-compiled"),
+            *model_states.on_one_device("flux"),
             distributed("tensor-parallel", "flux_tensor_parallel:flux", only=HEADS_FIT, **model_states.ON_RANKS),
             distributed("sequence-parallel", "flux_sequence_parallel:flux", only=TOKENS_FIT, **model_states.ON_RANKS),
             model_states.fsdp2("flux"),
-            # each number of devices takes a compilation: tests/test_jax_sharded_flux.py has 1
-            distributed("jax-sharded", "sharded_flux:flux", framework="jax", world_sizes=(4,), only=HEADS_FIT),
+            model_states.jax_sharded("sharded_flux:flux", only=HEADS_FIT),
         ),
     )
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from gaugeblock.conformance.contracts import flash_attention, model_states
 from gaugeblock.conformance.engine.contract import Contract, Input, Output, Regime, Rejection, Workload, row
 from gaugeblock.conformance.engine.factors import Factor, Trait, edges, either
-from gaugeblock.conformance.engine.implementation import compiled, distributed, jax, triton
+from gaugeblock.conformance.engine.implementation import distributed
 from gaugeblock.conformance.engine.inputs.bad_calls import changed
 from gaugeblock.conformance.engine.inputs.draw import Draw
 from gaugeblock.conformance.engine.vocabulary import Parameters, Tensors
@@ -75,15 +75,11 @@ def mmdit() -> Contract:
         shardings=model_states.SHARDINGS,
         rejections=REJECTIONS,
         implementations=(
-            triton(**model_states.LIBRARY_PRODUCTS),
-            compiled("compiled", devices=("cuda",), **model_states.LIBRARY_PRODUCTS),  # on a CPU every compilation takes minutes
-            compiled("torch-library", "mmdit:mmdit_by_library", dtypes=("float32", "bfloat16"), **model_states.LIBRARY_PRODUCTS),
-            jax("jax-compiled"),
+            *model_states.on_one_device("mmdit"),
             distributed("tensor-parallel", "mmdit_tensor_parallel:mmdit", only=HEADS_FIT, **model_states.ON_RANKS),
             distributed("sequence-parallel", "mmdit_sequence_parallel:mmdit", only=HEADS_FIT, **model_states.ON_RANKS),
             model_states.fsdp2("mmdit"),
-            # each number of devices takes a compilation: tests/test_jax_sharded_mmdit.py has 1 and 2
-            distributed("jax-sharded", "sharded_mmdit:mmdit", framework="jax", world_sizes=(4,), only=HEADS_FIT),
+            model_states.jax_sharded("sharded_mmdit:mmdit", only=HEADS_FIT),
         ),
     )
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from gaugeblock.conformance.engine.contract import Input
-from gaugeblock.conformance.engine.implementation import Implementation, distributed
+from gaugeblock.conformance.engine.implementation import Implementation, compiled, distributed, jax, triton
 from gaugeblock.conformance.engine.inputs.draw import Draw
 from gaugeblock.conformance.engine.shardings import Sharding
 from gaugeblock.conformance.engine.vocabulary import DEVICES, DType, Tensors
@@ -25,6 +25,23 @@ SHARDINGS: dict[str, Sharding] = {
     "whole": {},  # inputs, results and gradients are on every rank alike
     "data_parallel": {"batch_size": "uneven"},
 }
+
+
+def on_one_device(module: str, operation: str = "") -> tuple[Implementation, ...]:
+    """The rows of a model on one device; `operation` where it is not named as its module."""
+    return (
+        compiled("compiled", devices=("cuda",), **LIBRARY_PRODUCTS),  # on a CPU every compilation takes minutes
+        compiled(
+            "torch-library", f"{module}:{operation or module}_by_library", dtypes=("float32", "bfloat16"), **LIBRARY_PRODUCTS
+        ),
+        triton(**LIBRARY_PRODUCTS),
+        jax("jax-compiled"),
+    )
+
+
+def jax_sharded(function: str, *, only: str) -> Implementation:
+    """The row of a model over JAX devices: four, since each number takes a compilation; tests have the others."""
+    return distributed("jax-sharded", function, framework="jax", world_sizes=(4,), only=only)
 
 
 def fsdp2(function: str, *, dtypes: tuple[DType, ...] = ("float32",)) -> Implementation:

@@ -8,7 +8,7 @@ import torch
 from gaugeblock.conformance.contracts import flash_attention, language_models, model_states
 from gaugeblock.conformance.engine.contract import Contract, Input, Output, Rejection, Workload, row
 from gaugeblock.conformance.engine.factors import Factor, Trait, edges, either
-from gaugeblock.conformance.engine.implementation import Implementation, compiled, jax, triton
+from gaugeblock.conformance.engine.implementation import Implementation
 from gaugeblock.conformance.engine.inputs.draw import Draw
 from gaugeblock.conformance.engine.vocabulary import Parameters, Tensors
 from gaugeblock.reference.configs import LLADA_PRESETS, SDAR_MOE_PRESETS, SDAR_PRESETS, SDARConfig, SDARMoEConfig
@@ -122,7 +122,7 @@ def sdar_cached() -> Contract:
                 "a size for a CPU",
             ),
         ),
-        implementations=ours("sdar_cached"),
+        implementations=model_states.on_one_device("sdar", "sdar_cached"),
         **of_model(
             CACHED,
             Rejection("a past of no whole blocks", "past_keys", lambda call: {"config": replace(call["config"], block_length=3)}),
@@ -197,20 +197,9 @@ def of_model(model: language_models.Model, *rejections: Rejection) -> dict[str, 
     }
 
 
-def ours(operation: str) -> tuple[Implementation, ...]:
-    """The rows of our implementations of an operation."""
-    claims = {"dtypes": ("float32", "bfloat16"), **model_states.LIBRARY_PRODUCTS}
-    return (
-        compiled("compiled", devices=("cuda",), **model_states.LIBRARY_PRODUCTS),  # on a CPU every compilation takes a minute
-        triton(**model_states.LIBRARY_PRODUCTS),
-        compiled("torch-library", f"sdar:{operation}_by_library", **claims),
-        jax("jax-compiled"),
-    )
-
-
 def trained(operation: str) -> tuple[Implementation, ...]:
-    """The same of an operation that models are trained by."""
-    return *ours(operation), model_states.fsdp2(operation)
+    """The rows of an operation that models are trained by."""
+    return *model_states.on_one_device("sdar", operation), model_states.fsdp2(operation)
 
 
 def after_past(num_past_blocks: int, **others: Any) -> dict[str, Any]:

@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 from gaugeblock.conformance.contracts import flash_attention, model_states
 from gaugeblock.conformance.engine.contract import Contract, Input, Output, Regime, Rejection, Workload, row
 from gaugeblock.conformance.engine.factors import Factor, Trait, edges, either
-from gaugeblock.conformance.engine.implementation import compiled, jax, triton
 from gaugeblock.conformance.engine.inputs.bad_calls import changed
 from gaugeblock.conformance.engine.inputs.draw import Draw
 from gaugeblock.conformance.engine.vocabulary import Parameters, Tensors
@@ -78,15 +77,7 @@ def text_latent_mmdit() -> Contract:
         shardings=model_states.SHARDINGS,
         rejections=REJECTIONS,
         implementations=(
-            triton(**model_states.LIBRARY_PRODUCTS),
-            compiled("compiled", devices=("cuda",), **model_states.LIBRARY_PRODUCTS),  # on a CPU every compilation takes a minute
-            compiled(
-                "torch-library",
-                "text_latent_mmdit:text_latent_mmdit_by_library",
-                dtypes=("float32", "bfloat16"),
-                **model_states.LIBRARY_PRODUCTS,
-            ),
-            jax("jax-compiled"),
+            *model_states.on_one_device("text_latent_mmdit"),
             model_states.fsdp2("text_latent_mmdit"),
         ),
     )

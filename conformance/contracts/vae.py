@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from gaugeblock.conformance.contracts import flash_attention, model_states
 from gaugeblock.conformance.engine.contract import Contract, Input, Output, Regime, Rejection, Workload, row
 from gaugeblock.conformance.engine.factors import Factor, Trait, edges, either
-from gaugeblock.conformance.engine.implementation import Implementation, compiled, distributed, jax, triton
+from gaugeblock.conformance.engine.implementation import Implementation
 from gaugeblock.conformance.engine.inputs.bad_calls import changed
 from gaugeblock.conformance.engine.inputs.draw import Draw
 from gaugeblock.conformance.engine.vocabulary import Parameters, Tensors
@@ -138,18 +138,11 @@ NORM_SCALES = ("norm1.weight", "norm2.weight", "group_norm.weight", "conv_norm_o
 
 
 def ours(operation: str) -> tuple[Implementation, ...]:
-    """Our versions of an operation; on a CPU every compilation takes a minute."""
-    products, on_cpu = model_states.LIBRARY_PRODUCTS, ("float32", "bfloat16")
+    """Our versions of an operation."""
     return (
-        compiled("compiled", devices=("cuda",), **products),
-        compiled("torch-library", f"vae:{operation}_by_library", dtypes=on_cpu, **products),
-        triton(**products),
-        jax("jax-compiled"),
+        *model_states.on_one_device("vae", operation),
         model_states.fsdp2(operation),
-        # each number of devices takes a compilation: tests/test_jax_sharded_vae.py has 1
-        distributed(
-            "jax-sharded", f"sharded_vae:{operation}", framework="jax", world_sizes=(4,), only="norm_num_groups % 4 == 0"
-        ),
+        model_states.jax_sharded(f"sharded_vae:{operation}", only="norm_num_groups % 4 == 0"),
     )
 
 

@@ -137,17 +137,14 @@ def _is_sparing(subject: Subject, profile: Profile) -> bool:
 
 
 def _regimes(subject: Subject, prop: Property, profile: Profile) -> list[str]:
-    """Those of a property's cases; of ours some visit the main one alone, where another dtype visits all.
+    """Those of a property's cases; in float16 some of ours, which visit all in bfloat16, visit the main one alone.
 
-    In float16 models, whose kernels are judged there in every regime, each by a contract of its own, and references, which
-    round once; in bfloat16, too, models over ranks, which compute there as on one device.
+    Models, whose kernels are judged there in every regime, each by a contract of its own; and references, which round once.
     """
     regimes, ours = prop.regimes_of(subject.contract), subject.implementation
-    rigid, halves = subject.contract.rigid, [each for each in ours.dtypes if each != "float32"]
-    if subject.dtype == "float16":
-        is_half_done = "bfloat16" in halves and (rigid or ours.kind == "reference")
-    else:
-        is_half_done = subject.dtype in halves and "float32" in ours.dtypes and rigid and ours.kind == "distributed"
+    is_half_done = (
+        subject.dtype == "float16" and "bfloat16" in ours.dtypes and (subject.contract.rigid or ours.kind == "reference")
+    )
     return regimes[:1] if is_half_done and _is_sparing(subject, profile) else regimes
 
 

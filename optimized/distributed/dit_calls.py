@@ -19,15 +19,12 @@ def agree_on_call(
     config: DiTConfig,
     mesh: DeviceMesh,
     require_fitting: Callable[[int], None] = lambda ranks: None,
-    *,
-    batch_is_alike: bool = True,
 ) -> None:
     """Raise on every rank what is wrong with the call of any; one small exchange, for which the host waits.
 
     Args:
-        state: And all others as of `dit.dit`, whole on every rank, or the rank's part of a batch; their values are not compared.
+        state: And all others as of `dit.dit`, whole on every rank; their values are not compared.
         require_fitting: Raises ValueError where so many ranks cannot share the model.
-        batch_is_alike: Whether every rank has the whole batch.
     """
 
     def check() -> None:
@@ -35,5 +32,4 @@ def agree_on_call(
         validation.class_labels_in_range(class_labels, config.num_classes)
         require_fitting(mesh.size())
 
-    sizes = {"batch_size": lambda: latents.shape[0] if batch_is_alike else 0}
-    agree_on_model_call("latents", lambda: latents, check, sizes, mesh)
+    agree_on_model_call("latents", lambda: latents, check, {"batch_size": lambda: latents.shape[0]}, mesh)

@@ -227,13 +227,15 @@ def layouts_of(contract: Contract) -> list[tuple[Layout, str]]:
     """
     names = [spec.name for spec in contract.inputs]
     whose = ["", *names] if len(names) > 1 else [""]
-    others = [spec.name for spec in contract.inputs if spec.leaves is None] if contract.rigid else whose
-    each = [layout for layout in LAYOUTS[1:] if not (contract.chooses_inside and layout == "broadcast")]
+    whose_of = dict.fromkeys(LAYOUTS[1:], whose)
+    if contract.chooses_inside:
+        del whose_of["broadcast"]
+    elif contract.rigid:
+        whose_of["broadcast"] = [spec.name for spec in contract.inputs if spec.leaves is None]
     return [
-        (layout, repeated[(turn + place) % len(repeated)])
+        (layout, names[(turn + place) % len(names)])
         for turn in range(len(whose))
-        for place, layout in enumerate(each)
-        for repeated in [others if layout == "broadcast" else whose]
+        for place, (layout, names) in enumerate(whose_of.items())
     ]
 
 
