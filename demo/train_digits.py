@@ -26,7 +26,7 @@ from gaugeblock.conformance.engine.budget.error_budget import KAPPA
 from gaugeblock.conformance.engine.budget.rounding_noise import rounding_unit
 from gaugeblock.optimized.jax import train_image_diffusion as jax_step
 from gaugeblock.reference.configs import DiTConfig, ImageDiffusionConfig
-from gaugeblock.reference.torch import dit, samplers, train_image_diffusion
+from gaugeblock.reference.torch import dit, samplers, train_image_diffusion, training
 
 MODEL = DiTConfig(
     input_size=8, patch_size=2, in_channels=1, hidden_size=64, depth=3, num_heads=4, num_classes=10, learn_sigma=False
@@ -111,7 +111,7 @@ def sample(run: Run) -> np.ndarray:
     """Samples, [10, SAMPLES_PER_DIGIT, 8, 8] in [-1, 1], a row for each digit."""
     labels = torch.arange(10).repeat_interleave(SAMPLES_PER_DIGIT)
     noise = samplers.starting_noise(torch.arange(len(labels)), shape=(1, 8, 8), seed=RUN.seed)
-    parameters = train_image_diffusion.part_of_state(run.state, "model")
+    parameters = training.part_of_state(run.state, "model")
     with torch.no_grad():
         images = samplers.euler_sample(
             partial(dit.dit, parameters, config=MODEL), noise, labels, null_label=MODEL.num_classes,

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from hypothesis import strategies as st
@@ -13,8 +13,9 @@ from gaugeblock.conformance.engine.implementation import distributed
 from gaugeblock.conformance.engine.inputs.bad_calls import changed
 from gaugeblock.conformance.engine.inputs.draw import Draw
 from gaugeblock.conformance.engine.vocabulary import DEVICES, Parameters, Tensors
-from gaugeblock.reference.configs import DiTConfig, ImageDiffusionConfig
-from gaugeblock.reference.torch import dit, train_image_diffusion
+from gaugeblock.reference.configs import DiTConfig, EMAConfig, ImageDiffusionConfig, Optimizer, TimestepSampling
+from gaugeblock.reference.configs.image_diffusion import PREDICTION_TYPES
+from gaugeblock.reference.torch import dit, train_image_diffusion, training
 
 
 @row
@@ -46,7 +47,9 @@ def train_step() -> Contract:
         landmarks=(
             sizes(1, 5, velocity="data - noise", timestep_sampling="logit-normal", label_dropout=0.5),  # no option's default
             sizes(1, 3, label_dropout=1.0, max_gradient_norm=2**-10),  # so small that the 1e-6 of the clipping shows
-            sizes(2, 1, accumulation_steps=2, weight_decay=0.0, label_dropout=0.0, run_seed=2**40 + 5),
+            sizes(2, 1, accumulation_steps=2, weight_decay=0.0, label_dropout=0.0, run_seed=2**40 + 5, ema=True),
+            sizes(2, 4, optimizer="sgd", prediction_type="epsilon", timestep_sampling="mode", min_snr_gamma=0.5),
+            sizes(1, 4, optimizer="adam", prediction_type="sample", timestep_sampling="later", min_snr_gamma=2.0, ema=True),
             sizes(1, 4, **USUAL),  # what people train with; none of it is exact in float32
         ),
         factors=FACTORS,
@@ -102,8 +105,9 @@ def train_step() -> Contract:
 
 
 OF_MODEL = "input_size patch_size in_channels hidden_size depth num_heads num_classes frequency_embedding_size".split()
-OF_RUN = """learning_rate beta1 beta2 adam_epsilon weight_decay max_gradient_norm label_dropout velocity timestep_sampling
-    accumulation_steps""".split()
+OF_RUN = """optimizer learning_rate beta1 beta2 adam_epsilon momentum weight_decay max_gradient_norm label_dropout prediction_type
+    velocity timestep_sampling bias_multiplier min_snr_gamma snr accumulation_steps""".split()
+EMA = EMAConfig(decay=0.75, update_after_step=1, warmup=True)  # so small that an average tells of both its terms
 GRADIENT_SIZE = 0.03  # of one element, in the regimes below: moments have it, and adam_epsilon is not far from it
 
 
@@ -133,12 +137,20 @@ def sizes(num_steps: int, batch_size: int, **others: Any) -> dict[str, Any]:
         "weight_decay": 2**-3,
         "max_gradient_norm": 0.25,
         "label_dropout": 0.3,
+        "optimizer": "adamw",
+        "momentum": 0.75,
+        "ema": False,
+        "prediction_type": "flow_prediction",
         "velocity": "noise - data",
         "timestep_sampling": "uniform",
+        "bias_multiplier": 4.0,
+        "min_snr_gamma": None,
+        "snr": "data over noise",
     }
     return ordinary | others
 
 
+SAMPLINGS, OPTIMIZERS = get_args(TimestepSampling), get_args(Optimizer)
 USUAL = {"learning_rate": 1e-4, "beta1": 0.9, "beta2": 0.999, "adam_epsilon": 1e-8, "weight_decay": 0.01}
 
 
@@ -158,7 +170,12 @@ def parameters(draw: st.DrawFn) -> dict[str, Any]:
         max_gradient_norm=draw(st.sampled_from([2**-10, 0.25, 100.0])),
         label_dropout=draw(st.sampled_from([0.0, 0.3, 1.0])),
         velocity=draw(st.sampled_from(["noise - data", "data - noise"])),
-        timestep_sampling=draw(st.sampled_from(["uniform", "logit-normal"])),
+        timestep_sampling=draw(st.sampled_from(SAMPLINGS)),
+        optimizer=draw(st.sampled_from(OPTIMIZERS)),
+        ema=draw(st.booleans()),
+        prediction_type=draw(st.sampled_from(PREDICTION_TYPES)),
+        min_snr_gamma=draw(st.sampled_from([None, 0.5, 5.0])),
+        snr=draw(st.sampled_from(["data over noise", "noise over data"])),
     )
     return drawn | draw(st.sampled_from([{}, {}, {}, USUAL]))
 
@@ -176,32 +193,43 @@ FACTORS = (
     either("max_gradient_norm", 2**-10, 0.25, 100.0),
     either("label_dropout", 0.0, 0.5, 1.0),
     either("velocity", "noise - data", "data - noise"),
-    either("timestep_sampling", "uniform", "logit-normal"),
+    either("timestep_sampling", *SAMPLINGS),
+    either("optimizer", *OPTIMIZERS),
+    either("ema", False, True),
+    either("prediction_type", *PREDICTION_TYPES),
+    either("min_snr_gamma", None, 0.5, 5.0),
+    either("snr", "data over noise", "noise over data"),
 )
 TRAITS = (Trait("int32", "dtype of labels", dtypes={"labels": "int32"}),)
 
 
+def model_config(parameters: Parameters) -> DiTConfig:
+    """The model that the parameters describe."""
+    return DiTConfig(learn_sigma=False, **{name: parameters[name] for name in OF_MODEL})
+
+
 def config(parameters: Parameters) -> ImageDiffusionConfig:
     """The run that the parameters describe."""
-    model = DiTConfig(learn_sigma=False, **{name: parameters[name] for name in OF_MODEL})
-    return ImageDiffusionConfig(model, seed=parameters["run_seed"], **{name: parameters[name] for name in OF_RUN})
+    ema = EMA if parameters["ema"] else None
+    of_run = {name: parameters[name] for name in OF_RUN}
+    return ImageDiffusionConfig(model_config(parameters), seed=parameters["run_seed"], ema=ema, **of_run)
 
 
 def state_leaves(parameters: Parameters) -> Mapping[str, Input]:
     """The tensors of a run's state."""
-    shapes = dit.state_shapes(config(parameters).model)
-    names = {f"{part}.{name}": shape for part in ("model", "exp_avg", "exp_avg_sq") for name, shape in shapes.items()}
+    shapes = dit.state_shapes(model_config(parameters))
+    names = {f"{part}.{name}": shape for part in config(parameters).parts for name, shape in shapes.items()}
     return {name: Input(name, shape) for name, shape in names.items()} | {"step": Input("step", dtype="int64")}
 
 
 def metrics_leaves(parameters: Parameters) -> Mapping[str, Input]:
     """What each step reports."""
-    return {name: Input(name, ("num_steps",)) for name in ("loss", "gradient_norm")}
+    return {name: Input(name, ("num_steps",)) for name in ("loss", "auxiliary_loss", "gradient_norm")}
 
 
 def flops(parameters: Parameters) -> float:
     """Three forward passes' products a step."""
-    model = config(parameters).model
+    model = model_config(parameters)
     tokens, width = model.num_patches, model.hidden_size
     products = model.depth * (12 * tokens * width**2 + 6 * width**2 + 2 * tokens**2 * width)
     return 6.0 * parameters["num_steps"] * parameters["batch_size"] * products
@@ -209,7 +237,7 @@ def flops(parameters: Parameters) -> float:
 
 def moved(parameters: Parameters, itemsize: int) -> float:
     """The state read and written once a step, and the images."""
-    model, steps = config(parameters).model, parameters["num_steps"]
+    model, steps = model_config(parameters), parameters["num_steps"]
     elements = sum(math.prod(shape) for shape in dit.state_shapes(model).values())
     pixels = parameters["batch_size"] * model.in_channels * model.input_size**2
     return float(itemsize * steps * (6 * elements + pixels))
@@ -217,7 +245,7 @@ def moved(parameters: Parameters, itemsize: int) -> float:
 
 def _model(draw: Draw, parameters: Parameters) -> Tensors:
     """Parameters of a model that has been trained: modulations and last layer are not 0 any more."""
-    shapes = dit.state_shapes(config(parameters).model)
+    shapes = dit.state_shapes(model_config(parameters))
     return {
         name: draw.normal(*shape) * (0.2 if len(shape) == 1 else torch.Size(shape[1:]).numel() ** -0.5)
         for name, shape in shapes.items()
@@ -236,24 +264,28 @@ def _batches(draw: Draw, parameters: Parameters) -> Tensors:
     }
 
 
-def _state(model: Tensors, exp_avg: Tensors, exp_avg_sq: Tensors, step: int) -> Tensors:
-    state = train_image_diffusion.join_state(model, exp_avg, exp_avg_sq, torch.tensor(step))
-    return {f"state/{name}": tensor for name, tensor in state.items()}
+def _state(parts: Mapping[str, Tensors], step: int, parameters: Parameters) -> Tensors:
+    needed = {part: parts[part] for part in config(parameters).parts}
+    return {f"state/{name}": tensor for name, tensor in training.join_state(needed, torch.tensor(step)).items()}
 
 
 def under_way(draw: Draw, parameters: Parameters) -> Tensors:
-    """The middle of a run: moments as large as gradients, all second ones positive."""
+    """The middle of a run: moments as large as gradients, all second ones positive; the average is of other parameters."""
     model = _model(draw, parameters)
     exp_avg = {name: GRADIENT_SIZE * draw.normal(*tensor.shape) for name, tensor in model.items()}
     exp_avg_sq = {name: GRADIENT_SIZE**2 * (0.5 + draw.uniform(*tensor.shape)) for name, tensor in model.items()}
-    return _state(model, exp_avg, exp_avg_sq, int(draw.integers(1, 1000, 1))) | _batches(draw, parameters)
+    parts = {"model": model, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq, "momentum_buffer": exp_avg}
+    step = int(draw.integers(1, 1000, 1))
+    ema = {"ema": _model(draw, parameters)} if parameters["ema"] else {}
+    return _state(parts | ema, step, parameters) | _batches(draw, parameters)
 
 
 def fresh(draw: Draw, parameters: Parameters) -> Tensors:
     """The first steps of a run, where the corrections of Adam's moments are largest."""
     model = _model(draw, parameters)
     zeros = {name: torch.zeros_like(tensor) for name, tensor in model.items()}
-    return _state(model, zeros, zeros, 0) | _batches(draw, parameters)
+    parts = dict.fromkeys(("exp_avg", "exp_avg_sq", "momentum_buffer"), zeros) | {"model": model, "ema": model}
+    return _state(parts, 0, parameters) | _batches(draw, parameters)
 
 
 def converged(draw: Draw, parameters: Parameters) -> Tensors:
@@ -309,7 +341,7 @@ REJECTIONS = (
     Rejection("a state without its step", "step", changed("state/step", lambda each: None)),
     Rejection("a floating step", "step", changed("state/step", torch.Tensor.float)),
     Rejection("a parameter of another shape", "model.final_layer.linear.bias", changed(BIAS, lambda each: each[:-1])),
-    Rejection("integer moments", "exp_avg.final_layer.linear.bias", lambda call: {
-        "state/exp_avg.final_layer.linear.bias": call[BIAS].long()
+    Rejection("integer moments", ("exp_avg.final_layer.linear.bias", "momentum_buffer.final_layer.linear.bias"), lambda call: {
+        f"state/{call['config'].moments[0]}.final_layer.linear.bias": call[BIAS].long()
     }),
 )  # fmt: skip

@@ -8,7 +8,7 @@ be further from the whole than one rounding.
 """
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch.autograd.function import once_differentiable
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 State = Mapping[str, torch.Tensor]
@@ -44,14 +44,26 @@ class FullyShardedModel(torch.nn.Module):
         plan: The model.
         state: The parameters, whole, the same on every rank; copied.
         mesh: One-dimensional; its device type is that of the tensors.
+        compute_dtype: Of parameters where they are gathered, and so of the arrays of a call; by default that of the state.
+            Gradients are added up in the dtype of the state.
+        frozen: Names of what gets no gradients.
     """
 
     sharded: FSDPModule
     """This module, as torch types it."""
 
-    def __init__(self, plan: Plan, state: State, *, mesh: DeviceMesh) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        state: State,
+        *,
+        mesh: DeviceMesh,
+        compute_dtype: torch.dtype | None = None,
+        frozen: Container[str] = (),
+    ) -> None:
         super().__init__()
         self.plan = plan
+        precision = MixedPrecisionPolicy(compute_dtype, next(iter(state.values())).dtype, cast_forward_inputs=False)
         for name, tensor in state.items():
             *path, last = name.split(".")
             owner: torch.nn.Module = self
@@ -60,12 +72,12 @@ class FullyShardedModel(torch.nn.Module):
                     owner.add_module(part, _Block())
                 owner = owner.get_submodule(part)
             copy = _with_rows(tensor.detach()).clone(memory_format=torch.contiguous_format)
-            owner.register_parameter(last, torch.nn.Parameter(copy))
+            owner.register_parameter(last, torch.nn.Parameter(copy, requires_grad=name not in frozen))
         begins = (re.match(rf"({plan.blocks})\.", name) for name in state)
         self.blocks_of_names = {each.string: each[1] for each in begins if each}
         for name in dict.fromkeys(self.blocks_of_names.values()):
-            fully_shard(self.get_submodule(name), mesh=mesh)
-        object.__setattr__(self, "sharded", fully_shard(self, mesh=mesh))  # not a submodule: it is this one
+            fully_shard(self.get_submodule(name), mesh=mesh, mp_policy=precision)
+        object.__setattr__(self, "sharded", fully_shard(self, mesh=mesh, mp_policy=precision))  # not a submodule: it is this one
 
     def forward(self, *arrays: Any) -> Any:
         """Run the model on this rank's examples."""

@@ -93,9 +93,9 @@ class Model:
         """How the model of a config runs."""
         return Plan(partial(self.predict, config=config, mesh=mesh), self.blocks)
 
-    def sharded(self, state: State, *, config: Any, mesh: DeviceMesh) -> FullyShardedModel:
-        """Return the module that keeps this rank's parts of a state, which all ranks have whole, and alike."""
-        return FullyShardedModel(self.plan(config, mesh), state, mesh=mesh)
+    def sharded(self, state: State, *, config: Any, mesh: DeviceMesh, **how: Any) -> FullyShardedModel:
+        """Return the module that keeps this rank's parts of a state, which all ranks have whole, and alike; `how` as of it."""
+        return FullyShardedModel(self.plan(config, mesh), state, mesh=mesh, **how)
 
 
 def _of_parts(composed: Callable[..., Any], parts: Any = LIBRARY) -> Callable[..., Any]:

@@ -1,29 +1,32 @@
-"""The image diffusion step on many ranks: each has a part of the batch, of every parameter and of AdamW's moments (FSDP2).
+"""The image diffusion step on many ranks: each has a part of the batch, of every parameter and of its moments (FSDP2).
 
-A block's parameters are gathered where it runs, forward and backward; its gradients are added up over the ranks and each rank
-keeps its part, which AdamW updates. A step has two small exchanges of its own: before it, of the parts' sizes, so that the loss
-is the mean over all examples, and of bad calls, which raise on every rank; after it, of the loss and the gradients' norm. All
-ranks run as many microbatches, some of them empty, since the blocks' exchanges need everyone.
-
-Draws are by example, so that it does not matter which rank has it.
+Before a step the ranks agree on the parts' sizes, so that the loss is the mean over all examples, and on bad calls, which raise
+on every rank. All ranks run as many microbatches, some of them empty, since the blocks' exchanges need everyone. Draws are by
+example, so that it does not matter which rank has it. The load balance of a mixture of experts is that of all ranks' examples of
+a microbatch.
 
 Shapes: B batch_size of this rank, C in_channels, H and W height and width.
 """
 
-import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 
 import torch
-import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor
 
 from gaugeblock.optimized.distributed import fully_sharded_models
-from gaugeblock.optimized.distributed.agreement import agree
-from gaugeblock.optimized.distributed.fully_sharded import gather_shards, local_part, shard_like
+from gaugeblock.optimized.distributed.fully_sharded_models import Model
+from gaugeblock.optimized.distributed.training import ShardedRun
 from gaugeblock.reference import validation
-from gaugeblock.reference.configs import ImageDiffusionConfig
-from gaugeblock.reference.torch import dit, objectives
+from gaugeblock.reference.configs import (
+    DiTMoEModelConfig,
+    FluxConfig,
+    ImageDiffusionConfig,
+    ImageModelConfig,
+    MMDiTConfig,
+    UNetConfig,
+)
+from gaugeblock.reference.torch import image_models
 from gaugeblock.reference.torch import train_image_diffusion as reference
 from gaugeblock.reference.torch.train_image_diffusion import Metrics, Tensors
 
@@ -37,7 +40,7 @@ def train_step(
     config: ImageDiffusionConfig,
     mesh: DeviceMesh,
 ) -> tuple[Tensors, Metrics]:
-    """Make one update of AdamW on the mean loss of a batch that lies on all ranks; the given state is not written to.
+    """Make one update on the mean loss of a batch that lies on all ranks; the given state is not written to.
 
     Scatters and gathers the whole state; a training run keeps a `ShardedTrainer`.
 
@@ -57,7 +60,7 @@ def train_step(
         TypeError: An argument of this rank is not an array of the dtype above, or `state` is not a dict of arrays.
         ValueError: Shapes or devices do not fit together, `state` lacks an entry or has one too many, or no rank has an
             example; or another rank's call raises, or does not fit to this one. Then all ranks raise, before any work.
-        FloatingPointError: The loss or a gradient is not finite on some rank; raised on all, before any update. The message
+        FloatingPointError: A loss or a gradient is not finite on some rank; raised on all, before any update. The message
             names the step and the first bad one.
 
     Source: `gaugeblock.reference.torch.train_image_diffusion.train_step`; the sharding is that of ZeRO (arXiv:1910.02054),
@@ -65,6 +68,22 @@ def train_step(
     """
     trainer = ShardedTrainer(state, config=config, mesh=mesh)
     metrics = trainer.step(images, labels, example_ids)
+    return trainer.state(), metrics
+
+
+def train_step_on_texts(
+    state: Mapping[str, torch.Tensor],
+    images: torch.Tensor,
+    encoder_hidden_states: torch.Tensor,
+    pooled_projections: torch.Tensor | None,
+    example_ids: torch.Tensor,
+    *,
+    config: ImageDiffusionConfig,
+    mesh: DeviceMesh,
+) -> tuple[Tensors, Metrics]:
+    """As `train_step`, of a model that is told texts; these as of the reference, of this rank's examples."""
+    trainer = ShardedTrainer(state, config=config, mesh=mesh)
+    metrics = trainer.step_on_texts(images, encoder_hidden_states, pooled_projections, example_ids)
     return trainer.state(), metrics
 
 
@@ -81,119 +100,68 @@ class ShardedTrainer:
     """
 
     def __init__(self, state: Mapping[str, torch.Tensor], *, config: ImageDiffusionConfig, mesh: DeviceMesh) -> None:
-        if mesh.ndim != 1:
-            raise ValueError(f"mesh must have one dimension, got {mesh.ndim}")
-        self.config, self.mesh = config, mesh
-        self.names = list(dit.state_shapes(config.model))
-        self._agree_on_state(state)
-
-        self.updates = state["step"].clone()
-        self.model = fully_sharded_models.dit.sharded(reference.part_of_state(state, "model"), config=config.model, mesh=mesh)
-        self.optimizer = torch.optim.AdamW(
-            self.model.parameters(),
-            lr=config.learning_rate,
-            betas=(config.beta1, config.beta2),
-            eps=config.adam_epsilon,
-            weight_decay=config.weight_decay,
+        self.config = config
+        self.run = ShardedRun(
+            model_of(config.model),
+            state,
+            image_models.state_shapes(config.model),
+            model_config=config.model,
+            config=config,
+            mesh=mesh,
+            frozen=image_models.frozen_names(config.model),
         )
-        for name, parameter in self._parameters().items():
-            moments = {moment: shard_like(parameter, state[f"{moment}.{name}"]) for moment in ("exp_avg", "exp_avg_sq")}
-            self.optimizer.state[parameter] = {"step": torch.tensor(float(self.updates), device="cpu"), **moments}
 
     def step(self, images: torch.Tensor, labels: torch.Tensor, example_ids: torch.Tensor) -> Metrics:
         """Make one update on the mean loss of the batch of all ranks; arguments, result and errors as of `train_step`."""
-        batch_sizes = self._agree_on_batch(images, labels, example_ids)
-        num_microbatches = min(self.config.accumulation_steps, max(batch_sizes))
-        self.optimizer.zero_grad()
-        loss = images.new_zeros(())
-        parts = (each.tensor_split(num_microbatches) for each in (images, labels, example_ids))
-        for index, microbatch in enumerate(zip(*parts, strict=True)):
-            # gradients are exchanged once, when this rank has added up its own
-            self.model.sharded.set_requires_gradient_sync(index == num_microbatches - 1)
-            share = self._example_losses(*microbatch).sum() / sum(batch_sizes)
-            loss = loss + share.detach()
-            (share * self.mesh.size()).backward()  # since FSDP averages over the ranks, and shares are to be added up
+        check = partial(validation.image_diffusion_batch, images, labels, example_ids, self.config)
+        return self._step(check, images, labels, None, None, example_ids)
 
-        gradients = {name: local_part(parameter.grad) for name, parameter in self._parameters().items()}
-        square = torch.stack([each.square().sum() for each in gradients.values()]).sum()
-        loss, square = self._sum(torch.stack([loss, square])).unbind()
-        metrics = Metrics(loss, square.sqrt())
-        self._require_finite(metrics, gradients)
-
-        clipping = (self.config.max_gradient_norm / (metrics.gradient_norm + reference.CLIPPING_EPSILON)).clamp(max=1)
-        for gradient in gradients.values():
-            gradient.mul_(clipping)
-        self.optimizer.step()
-        self.updates += 1
-        return metrics
+    def step_on_texts(
+        self,
+        images: torch.Tensor,
+        encoder_hidden_states: torch.Tensor,
+        pooled_projections: torch.Tensor | None,
+        example_ids: torch.Tensor,
+    ) -> Metrics:
+        """As `step`, of a model that is told texts."""
+        texts = encoder_hidden_states, pooled_projections
+        check = partial(validation.image_diffusion_batch_on_texts, images, *texts, example_ids, self.config)
+        return self._step(check, images, None, *texts, example_ids)
 
     def state(self) -> Tensors:
         """Gather the whole state on every rank; later steps do not write to it."""
-        parameters = self._parameters()
-        exp_avg, exp_avg_sq = (
-            {name: self.optimizer.state[parameter][moment] for name, parameter in parameters.items()}
-            for moment in ("exp_avg", "exp_avg_sq")
-        )
-        state = reference.join_state(parameters, exp_avg, exp_avg_sq, self.updates.clone())
-        return state | gather_shards({name: each for name, each in state.items() if isinstance(each, DTensor)}, self.mesh)
+        return self.run.state()
 
-    def _parameters(self) -> Tensors:
-        """Return this rank's shards, which are DTensors, by name in the order of the reference."""
-        parameters = dict(self.model.named_parameters())
-        return {name: parameters[name] for name in self.names}
+    def _step(self, check: Callable[[], None], images: torch.Tensor, *others: torch.Tensor | None) -> Metrics:
+        batch_sizes = self.run.agree_on_batch(check, {"images": images})
+        num_microbatches = min(self.config.accumulation_steps, max(batch_sizes))
+        sizes = [[len(part) for part in torch.empty(size).tensor_split(num_microbatches)] for size in batch_sizes]
+        of_microbatches = [sum(of_ranks) for of_ranks in zip(*sizes, strict=True)]
 
-    def _example_losses(self, images: torch.Tensor, labels: torch.Tensor, example_ids: torch.Tensor) -> torch.Tensor:
-        """Return the loss of each example, [batch_size]."""
-        noise_BCHW, times_B, is_dropped_B = reference.draws(images, example_ids, int(self.updates), config=self.config)
-        labels_B = labels.long().masked_fill(is_dropped_B, self.config.model.num_classes)
-        noised_BCHW = objectives.rectified_flow_interpolate(images, noise_BCHW, times_B)
-        velocity_BCHW = self.model(noised_BCHW, objectives.TIMESTEPS * times_B, labels_B)
-        return objectives.rectified_flow_loss(velocity_BCHW, images, noise_BCHW, velocity=self.config.velocity)
+        def shares(index: int, images: torch.Tensor, *others: torch.Tensor) -> Tensors:
+            losses_B, auxiliary_loss = reference.example_losses(
+                self.run.model, images, *others, step=int(self.run.updates), config=self.config
+            )
+            # each rank has the auxiliary loss of all ranks' examples: of its value a part, of its gradient all, which counts once
+            weight = of_microbatches[index] / sum(batch_sizes)
+            value = auxiliary_loss.detach()
+            of_rank = weight * (value / self.run.mesh.size() + auxiliary_loss - value)
+            return {"loss": losses_B.sum() / sum(batch_sizes), "auxiliary_loss": of_rank}
 
-    def _sum(self, values: torch.Tensor) -> torch.Tensor:
-        """Add up the values of all ranks, in place."""
-        dist.all_reduce(values, group=self.mesh.get_group())
-        return values
-
-    def _require_finite(self, metrics: Metrics, gradients: Tensors) -> None:
-        """Raise on every rank, as the reference does, where the loss or a gradient of any rank is not finite."""
-        if not math.isfinite(metrics.loss + metrics.gradient_norm):
-            marks = self._sum(torch.stack([(0 * each).sum() for each in gradients.values()]))  # NaN, or 0
-            gradients = dict(zip(gradients, marks, strict=True))
-            reference.require_finite(self.updates, metrics.loss, gradients, metrics.gradient_norm)
-
-    def _agree_on_state(self, state: Mapping[str, torch.Tensor]) -> None:
-        error, facts = None, dict.fromkeys(("state must have the same dtype", "state must have the same step"), 0)
-        try:
-            validation.image_diffusion_state(state, dit.state_shapes(self.config.model))
-            first = state[f"model.{self.names[0]}"]
-            _require_device("state", first, self.mesh)
-        except (TypeError, ValueError) as raised:
-            error = raised  # raised again once the other ranks know
-        else:
-            dtype = validation.FLOATING.index(validation.dtype_name(first))
-            facts = dict(zip(facts, (dtype, int(state["step"])), strict=True))
-        agree(torch.zeros(self.mesh.size(), dtype=torch.int64, device=self.mesh.device_type), facts, error, self.mesh)
-
-    def _agree_on_batch(self, images: torch.Tensor, labels: torch.Tensor, example_ids: torch.Tensor) -> list[int]:
-        """Return the number of examples of every rank."""
-        error, batch_size, dtype = None, 0, self._parameters()[self.names[0]].dtype
-        try:
-            validation.image_diffusion_batch(images, labels, example_ids, self.config.model)
-            _require_device("images", images, self.mesh)
-            if images.dtype != dtype:
-                raise TypeError(f"images must have the dtype of the state, {dtype}, got {images.dtype}")
-        except (TypeError, ValueError) as raised:
-            error = raised  # raised again once the other ranks know
-        else:
-            batch_size = images.shape[0]
-        sizes = torch.full((self.mesh.size(),), batch_size, device=self.mesh.device_type)
-        _, batch_sizes = agree(sizes, {}, error, self.mesh)
-        if sum(batch_sizes) == 0:
-            raise ValueError("images must hold at least one example on some rank, got none")
-        return batch_sizes
+        losses, gradient_norm = self.run.step(shares, (images, *others), num_microbatches)
+        return Metrics(**losses, gradient_norm=gradient_norm)
 
 
-def _require_device(name: str, tensor: torch.Tensor, mesh: DeviceMesh) -> None:
-    if tensor.device.type != mesh.device_type:
-        raise ValueError(f"{name} must be on the device of mesh, {mesh.device_type}, got {tensor.device}")
+def model_of(config: ImageModelConfig) -> Model:
+    """Return the sharded model of a config."""
+    match config:
+        case DiTMoEModelConfig():
+            return fully_sharded_models.dit_moe
+        case UNetConfig():
+            return fully_sharded_models.unet
+        case FluxConfig():
+            return fully_sharded_models.flux
+        case MMDiTConfig():
+            return fully_sharded_models.mmdit
+        case _:
+            return fully_sharded_models.dit

@@ -10,6 +10,7 @@ Shapes: B batch_size.
 
 from collections.abc import Mapping
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,12 +18,13 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from gaugeblock.optimized.jax.mesh import OVER_RANKS, REPLICATED, mesh_of_ranks
 from gaugeblock.reference import validation
-from gaugeblock.reference.configs import ImageDiffusionConfig
-from gaugeblock.reference.jax import dit
+from gaugeblock.reference.configs import DiTMoEModelConfig, ImageDiffusionConfig
+from gaugeblock.reference.jax import image_models, training
 from gaugeblock.reference.jax import train_image_diffusion as reference
 
 Arrays = dict[str, jax.Array]
-Sums = tuple[jax.Array, Arrays]  # of the loss and the gradients
+Batch = tuple[Any, ...]  # arrays, and None for what a model is not told
+Sums = tuple[Arrays, Arrays]  # of the losses and the gradients
 
 
 def train_step(
@@ -47,23 +49,50 @@ def train_step(
 
     Raises: as it, and
         TypeError: `mesh` is not a mesh.
-        ValueError: `mesh` has not the one axis "ranks".
+        ValueError: `mesh` has not the one axis "ranks"; or a DiT-MoE's batch does not divide by the ranks and microbatches:
+            padding would count in the load of its experts.
 
     Source: gaugeblock.reference.jax.train_image_diffusion; Rajbhandari et al. 2020 (arXiv:1910.02054), section 5, stage 3.
     """
-    shapes = dit.state_shapes(config.model)
-    validation.image_diffusion_step(state, images, labels, example_ids, config.model, shapes)
+    shapes = image_models.state_shapes(config.model)
+    validation.image_diffusion_step(state, images, labels, example_ids, config, shapes)
+    return _step(state, (images, labels, None, None, example_ids), config, mesh)
+
+
+def train_step_on_texts(
+    state: Mapping[str, jax.Array],
+    images: jax.Array,
+    encoder_hidden_states: jax.Array,
+    pooled_projections: jax.Array | None,
+    example_ids: jax.Array,
+    *,
+    config: ImageDiffusionConfig,
+    mesh: Mesh,
+) -> tuple[Arrays, reference.Metrics]:
+    """As `train_step`, of a model that is told texts; these as of the reference."""
+    texts = encoder_hidden_states, pooled_projections
+    shapes, frozen = image_models.state_shapes(config.model), image_models.frozen_names(config.model)
+    validation.image_diffusion_step_on_texts(state, images, *texts, example_ids, config, shapes, frozen)
+    return _step(state, (images, None, *texts, example_ids), config, mesh)
+
+
+def _step(
+    state: Mapping[str, jax.Array], batch: Batch, config: ImageDiffusionConfig, mesh: Mesh
+) -> tuple[Arrays, reference.Metrics]:
     mesh = mesh_of_ranks(mesh)
-
-    batch_size = images.shape[0]
+    batch_size = len(batch[0])
     padding = -batch_size % (mesh.size * config.accumulation_steps)
-    batch = [jnp.pad(each, ((0, padding), *[(0, 0)] * (each.ndim - 1))) for each in (images, labels, example_ids)]
+    if padding and isinstance(config.model, DiTMoEModelConfig):
+        parts = f"{mesh.size} ranks and {config.accumulation_steps} microbatches"
+        raise ValueError(f"images must divide among {parts}, got {batch_size} examples, whose padding would count in the load")
+    padded = jax.tree.map(lambda each: jnp.pad(each, ((0, padding), *[(0, 0)] * (each.ndim - 1))), batch)
     counts = jnp.arange(batch_size + padding) < batch_size
-    batch = jax.device_put([*batch, counts], NamedSharding(mesh, OVER_RANKS))
+    placed, counts = jax.device_put((padded, counts), NamedSharding(mesh, OVER_RANKS))
 
-    new_state, metrics, flaws = sharded_step(shard_state(state, mesh), *batch, config=config, mesh=mesh)
-    flaws = {name: flaws[name] for name in shapes}  # jit sorts them
-    reference.require_finite(state["step"], metrics["loss"], flaws, metrics["gradient_norm"])
+    new_state, metrics, flaws = sharded_step(shard_state(state, mesh), placed, counts, config=config, mesh=mesh)
+    flaws = {name: flaws[name] for name in training.trained_names(state, config)}  # jit sorts them
+    losses = {name: metrics[name] for name in ("loss", "auxiliary_loss")}
+    training.require_finite(state["step"], losses, flaws, metrics["gradient_norm"])
     return new_state, reference.Metrics(**metrics)
 
 
@@ -84,56 +113,54 @@ def sharding(shape: tuple[int, ...], mesh: Mesh) -> NamedSharding:
 
 @partial(jax.jit, static_argnames=("config", "mesh"))
 def sharded_step(
-    state: Arrays,
-    images: jax.Array,
-    labels: jax.Array,
-    example_ids: jax.Array,
-    counts: jax.Array,
-    *,
-    config: ImageDiffusionConfig,
-    mesh: Mesh,
+    state: Arrays, batch: Batch, counts: jax.Array, *, config: ImageDiffusionConfig, mesh: Mesh
 ) -> tuple[Arrays, Arrays, Arrays]:
     """Make the update on a batch that divides by the ranks and microbatches, without looking at values.
 
-    Args: as of `train_step`, and
+    Args: as of the steps, and
+        batch: As of `reference.losses_and_gradients`.
         counts: [batch_size], bool: whether an example is one, not padding.
 
     Returns:
-        new_state: As `train_step`.
+        new_state: As the steps.
         metrics: The fields of `Metrics`.
         flaws: For each gradient, [], NaN where it is not finite, else 0.
     """
-    parameters = reference.part_of_state(state, "model")
+    model = training.part_of_state(state, "model")
+    leaves = {name: model[name] for name in training.trained_names(state, config)}
     whole = NamedSharding(mesh, REPLICATED)
-    parts = {name: sharding(parameter.shape, mesh) for name, parameter in parameters.items()}
+    parts = {name: sharding(leaf.shape, mesh) for name, leaf in leaves.items()}
     batch_size = counts.sum()
 
-    def share_of_loss(
-        parameters: Arrays, images: jax.Array, labels: jax.Array, example_ids: jax.Array, counts_B: jax.Array
-    ) -> jax.Array:
+    def scaled(leaves: Arrays, microbatch: Batch, counts_B: jax.Array) -> tuple[jax.Array, Arrays]:
         # parameters are what moves: left to itself, XLA may move activations
-        parameters = jax.lax.with_sharding_constraint(parameters, whole)
-        losses_B = reference.example_losses(parameters, images, labels, example_ids, state["step"], config=config)
-        return jnp.where(counts_B, losses_B, 0).sum() / batch_size
+        parameters = jax.lax.with_sharding_constraint(model | leaves, whole)
+        parameters = {name: training.in_compute_dtype(each, config) for name, each in parameters.items()}
+        called = partial(image_models.operation(config.model), parameters, config=config.model)
+        losses_B, auxiliary_loss = reference.example_losses(called, *microbatch, step=state["step"], config=config)
+        shares = {
+            "loss": jnp.where(counts_B, losses_B, 0).sum() / batch_size,
+            "auxiliary_loss": auxiliary_loss * counts_B.sum() / batch_size,
+        }
+        return (shares["loss"] + shares["auxiliary_loss"]) * config.loss_scale, shares
 
-    def add_microbatch(sums: Sums, microbatch: tuple[jax.Array, ...]) -> tuple[Sums, None]:
-        shares = jax.value_and_grad(share_of_loss)(parameters, *microbatch)
-        return jax.lax.with_sharding_constraint(jax.tree.map(jnp.add, sums, shares), (whole, parts)), None
+    def add_microbatch(sums: Sums, microbatch: tuple[Batch, jax.Array]) -> tuple[Sums, None]:
+        gradients, shares = jax.grad(scaled, has_aux=True)(leaves, *microbatch)
+        return jax.lax.with_sharding_constraint(jax.tree.map(jnp.add, sums, (shares, gradients)), (whole, parts)), None
 
-    zeros = jnp.zeros((), images.dtype), jax.tree.map(jnp.zeros_like, parameters)
+    zero = jnp.zeros((), batch[0].dtype)
+    zeros = {"loss": zero, "auxiliary_loss": zero}, jax.tree.map(jnp.zeros_like, leaves)
     # every accumulation_steps-th example: so each rank's examples lie in all microbatches, and none moves
     microbatches = jax.lax.with_sharding_constraint(
-        tuple(
-            each.reshape(-1, config.accumulation_steps, *each.shape[1:]).swapaxes(0, 1)
-            for each in (images, labels, example_ids, counts)
-        ),
+        jax.tree.map(lambda each: each.reshape(-1, config.accumulation_steps, *each.shape[1:]).swapaxes(0, 1), (batch, counts)),
         NamedSharding(mesh, PartitionSpec(None, "ranks")),
     )
-    (loss, gradients), _ = jax.lax.scan(add_microbatch, zeros, microbatches)
+    (losses, gradients), _ = jax.lax.scan(add_microbatch, zeros, microbatches)
 
-    gradient_norm = reference.global_norm(gradients)
-    new_state = reference.adamw_update(state, gradients, gradient_norm, config=config)
+    gradients = {name: gradient / config.loss_scale for name, gradient in gradients.items()}
+    gradient_norm = training.global_norm(gradients)
+    new_state = training.update(state, gradients, gradient_norm, config=config)
     places = {name: sharding(each.shape, mesh) for name, each in new_state.items()}
     new_state = jax.lax.with_sharding_constraint(new_state, places)
     flaws = {name: jnp.where(jnp.isfinite(gradient).all(), 0, jnp.nan) for name, gradient in gradients.items()}
-    return new_state, {"loss": loss, "gradient_norm": gradient_norm}, flaws
+    return new_state, losses | {"gradient_norm": gradient_norm}, flaws

@@ -9,7 +9,7 @@ from gaugeblock.reference.configs.dit import DIT_PRESETS, DiTConfig
 from gaugeblock.reference.configs.dit_moe import DIT_MOE_PRESETS, DiTMoEModelConfig
 from gaugeblock.reference.configs.dit_moe_layer import DiTMoEConfig
 from gaugeblock.reference.configs.flux import FLUX_PRESETS, FluxConfig
-from gaugeblock.reference.configs.image_diffusion import ImageDiffusionConfig
+from gaugeblock.reference.configs.image_diffusion import ClassModelConfig, ImageDiffusionConfig, ImageModelConfig, TextModelConfig
 from gaugeblock.reference.configs.language_models import (
     DREAM_PRESETS,
     LLADA_PRESETS,
@@ -28,11 +28,13 @@ from gaugeblock.reference.configs.options import (
     SMALLEST_WEIGHT_SUM,
     BetaSchedule,
     ClipActivation,
+    ComputeDType,
     DreamAlgorithm,
     FinalSigma,
     FlowStart,
     FlowWeighting,
     GeluApproximation,
+    Optimizer,
     PlaceStrategy,
     PredictionType,
     QkNorm,
@@ -59,5 +61,6 @@ from gaugeblock.reference.configs.schedules import (
     FlowScheduleConfig,
 )
 from gaugeblock.reference.configs.text_latent_mmdit import TEXT_LATENT_MMDIT_PRESETS, TextLatentMMDiTConfig
+from gaugeblock.reference.configs.training import EMAConfig, TrainingConfig
 from gaugeblock.reference.configs.unet import UNET_PRESETS, UNetBlock, UNetConfig
 from gaugeblock.reference.configs.vae import VAE_PRESETS, VAEConfig

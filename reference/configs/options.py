@@ -4,7 +4,9 @@ from typing import Literal
 
 ScoreFunction = Literal["sigmoid", "softmax"]
 VelocitySign = Literal["noise - data", "data - noise"]
-TimestepSampling = Literal["uniform", "logit-normal"]
+TimestepSampling = Literal["uniform", "logit-normal", "mode", "earlier", "later"]
+Optimizer = Literal["adamw", "adam", "sgd"]
+ComputeDType = Literal["float32", "bfloat16", "float16"]
 SecondExpertPolicy = Literal["all", "sampling", "random"]
 GeluApproximation = Literal["none", "tanh"]
 QkNorm = Literal["rms_norm"]

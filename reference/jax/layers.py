@@ -109,13 +109,13 @@ def timestep_embedding(timesteps: jax.Array, *, embedding_size: int, frequency_s
     return jnp.concatenate([jnp.cos(angle_BF), jnp.sin(angle_BF)], axis=-1)
 
 
-def sincos_position_embedding(grid_size: int, *, like: jax.Array) -> jax.Array:
+def sincos_position_embedding(grid_size: int, *, like: jax.Array, spacing: float = 1.0) -> jax.Array:
     """As `gaugeblock.reference.torch.layers.sincos_position_embedding`."""
     validation.sincos_position_embedding(grid_size, like)
     quarter = like.shape[-1] // 4
     with jax.enable_x64(True):
         index_F = jnp.arange(quarter, dtype=jnp.float64)
-        place_Y = jnp.arange(grid_size, dtype=jnp.float64)
+        place_Y = spacing * jnp.arange(grid_size, dtype=jnp.float64)
         angle_YF = place_Y[:, None] * jnp.exp(-math.log(LONGEST_PERIOD) * index_F / quarter)
         sincos_YF = jnp.concatenate([jnp.sin(angle_YF), jnp.cos(angle_YF)], axis=-1).astype(like.dtype)
     column_SF, row_SF = jnp.tile(sincos_YF, (grid_size, 1)), jnp.repeat(sincos_YF, grid_size, axis=0)

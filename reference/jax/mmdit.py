@@ -90,6 +90,13 @@ def embed_patches(state: State, latents: jax.Array, *, config: MMDiTConfig) -> j
     return hidden_BSD + middle_of_positions(state[POSITIONS], rows, columns, config=config)
 
 
+def positions(config: MMDiTConfig) -> jax.Array:
+    """As `gaugeblock.reference.torch.mmdit.positions`."""
+    size, like = config.pos_embed_max_size, jnp.zeros(config.hidden_size)
+    spacing = config.sample_size / config.patch_size / size
+    return layers.sincos_position_embedding(size, like=like, spacing=spacing)[None]
+
+
 def middle_of_positions(table: jax.Array, rows: int, columns: int, *, config: MMDiTConfig) -> jax.Array:
     """Cut so many rows and columns, [rows * columns, D], out of the middle of a square table of positions [1, S, D]."""
     size = config.pos_embed_max_size

@@ -1,33 +1,24 @@
-"""One training step of a class-conditional image diffusion transformer on rectified flow.
+"""One training step of an image diffusion model on rectified flow, told classes or texts.
 
-The state of a run is a flat dict of tensors:
+The state of a run is that of `training`, whose `model.<name>` are named as in the model's reference. An example's noise, time
+and whether it is told its class or text are drawn by (seed, step, example id, purpose), whatever batch, microbatch or rank it
+is in.
 
-    model.<name>        the parameters, named as in `dit.dit`
-    exp_avg.<name>      AdamW's average of their gradients
-    exp_avg_sq.<name>   AdamW's average of their squared gradients
-    step                the number of updates made so far
-
-With it and a config goes all that a run depends on: an example's noise, time and dropped label are drawn by
-(seed, step, example id, purpose), whatever batch, microbatch or rank it is in.
-
-Shapes: B batch_size, C in_channels, H and W height and width.
+Shapes: B batch_size, C channels, H and W height and width.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 
 from gaugeblock.reference import purposes, validation
-from gaugeblock.reference.configs import ImageDiffusionConfig
-from gaugeblock.reference.jax import dit, objectives, random
-
-CLIPPING_EPSILON = 1e-6  # added to the norm by torch.nn.utils.clip_grad_norm_ (optax.clip_by_global_norm adds nothing)
+from gaugeblock.reference.configs import ImageDiffusionConfig, VAEConfig
+from gaugeblock.reference.jax import image_models, objectives, random, timestep_sampling, training, vae
+from gaugeblock.reference.jax.precision import at_least_float32
 
 Tensors = dict[str, jax.Array]
 
@@ -37,14 +28,14 @@ class Metrics:
     """As `gaugeblock.reference.torch.train_image_diffusion.Metrics`."""
 
     loss: jax.Array
+    auxiliary_loss: jax.Array
     gradient_norm: jax.Array
 
 
 def initial_state(config: ImageDiffusionConfig) -> Tensors:
     """As `gaugeblock.reference.torch.train_image_diffusion.initial_state`, but step is an int32."""
-    parameters = dit.initial_state(config.model, seed=config.seed)
-    zeros = {name: jnp.zeros_like(parameter) for name, parameter in parameters.items()}
-    return join_state(parameters, zeros, zeros, jnp.array(0))
+    parameters = image_models.initial_state(config.model, seed=config.seed)
+    return training.initial_state(parameters, config=config, frozen=image_models.frozen_names(config.model))
 
 
 def train_step(
@@ -56,132 +47,138 @@ def train_step(
     config: ImageDiffusionConfig,
 ) -> tuple[Tensors, Metrics]:
     """As `gaugeblock.reference.torch.train_image_diffusion.train_step`."""
-    validation.image_diffusion_step(state, images, labels, example_ids, config.model, dit.state_shapes(config.model))
+    validation.image_diffusion_step(state, images, labels, example_ids, config, image_models.state_shapes(config.model))
+    return _step(state, (images, labels, None, None, example_ids), config)
 
-    parameters = {name: state[f"model.{name}"] for name in dit.state_shapes(config.model)}
-    loss, gradients = loss_and_gradients(parameters, images, labels, example_ids, state["step"], config=config)
-    gradients = {name: gradients[name] for name in parameters}  # jit sorts them
-    gradient_norm = global_norm(gradients)
-    require_finite(state["step"], loss, gradients, gradient_norm)
-    return adamw_update(state, gradients, gradient_norm, config=config), Metrics(loss, gradient_norm)
+
+def train_step_on_texts(
+    state: Mapping[str, jax.Array],
+    images: jax.Array,
+    encoder_hidden_states: jax.Array,
+    pooled_projections: jax.Array | None,
+    example_ids: jax.Array,
+    *,
+    config: ImageDiffusionConfig,
+) -> tuple[Tensors, Metrics]:
+    """As `gaugeblock.reference.torch.train_image_diffusion.train_step_on_texts`."""
+    texts = encoder_hidden_states, pooled_projections
+    shapes, frozen = image_models.state_shapes(config.model), image_models.frozen_names(config.model)
+    validation.image_diffusion_step_on_texts(state, images, *texts, example_ids, config, shapes, frozen)
+    return _step(state, (images, None, *texts, example_ids), config)
+
+
+def latents(
+    state: Mapping[str, jax.Array], images: jax.Array, example_ids: jax.Array, step: int, *, seed: int, config: VAEConfig
+) -> jax.Array:
+    """As `gaugeblock.reference.torch.train_image_diffusion.latents`."""
+    mean_BCHW, logvar_BCHW = vae.encode(state, images, config=config)
+    key: dict[str, Any] = {"seed": seed, "step": step, "example": example_ids, "purpose": purposes.LATENT_NOISE}
+    noise_BCHW = random.normal(mean_BCHW.shape[1:], **key).astype(images.dtype)
+    return vae.scale_latents(vae.sample(mean_BCHW, logvar_BCHW, noise_BCHW), config=config)
+
+
+def _step(state: Mapping[str, jax.Array], batch: tuple[Any, ...], config: ImageDiffusionConfig) -> tuple[Tensors, Metrics]:
+    losses, gradients = losses_and_gradients(dict(state), batch, config=config)
+    new_state, gradient_norm = training.finish(state, losses, gradients, config=config)
+    return new_state, Metrics(**losses, gradient_norm=gradient_norm)
 
 
 @partial(jax.jit, static_argnames="config")
-def loss_and_gradients(
-    parameters: Tensors,
-    images: jax.Array,
-    labels: jax.Array,
-    example_ids: jax.Array,
-    step: jax.Array,
-    *,
-    config: ImageDiffusionConfig,
-) -> tuple[jax.Array, Tensors]:
-    """Return the mean loss of a batch and its gradients, computed in microbatches whose sizes differ by one at most."""
-    batch_size = images.shape[0]
-    num_microbatches = min(config.accumulation_steps, batch_size)
+def losses_and_gradients(
+    state: Mapping[str, jax.Array], batch: tuple[Any, ...], *, config: ImageDiffusionConfig
+) -> tuple[Tensors, Tensors]:
+    """Return the losses of a batch, by the names of `Metrics`, and the gradients of their sum.
 
-    def share_of_loss(parameters: Tensors, images: jax.Array, labels: jax.Array, example_ids: jax.Array) -> jax.Array:
-        # over the examples of the whole batch: a mean of the microbatches' means would favour those of small ones
-        return example_losses(parameters, images, labels, example_ids, step, config=config).sum() / batch_size
+    A batch is images, labels, encoder_hidden_states, pooled_projections and example_ids, as of the steps, None for what a model
+    is not told.
+    """
+    of_batch = partial(shares, batch_size=len(batch[0]), step=state["step"], config=config)
+    return training.add_up(of_batch, state, batch, config=config)
 
-    loss = jnp.zeros((), images.dtype)
-    gradients = {name: jnp.zeros_like(parameter) for name, parameter in parameters.items()}
-    microbatches = (jnp.array_split(each, num_microbatches) for each in (images, labels, example_ids))
-    for some_images, some_labels, some_ids in zip(*microbatches, strict=True):
-        share, shares = jax.value_and_grad(share_of_loss)(parameters, some_images, some_labels, some_ids)
-        loss = loss + share
-        gradients = {name: gradient + shares[name] for name, gradient in gradients.items()}
-    return loss, gradients
+
+def shares(
+    parameters: Tensors, images: jax.Array, *others: Any, batch_size: int, step: jax.Array, config: ImageDiffusionConfig
+) -> Tensors:
+    """Return a microbatch's share of the losses of a batch of that size."""
+    model = partial(image_models.operation(config.model), parameters, config=config.model)
+    losses_B, auxiliary_loss = example_losses(model, images, *others, step=step, config=config)
+    return {"loss": losses_B.sum() / batch_size, "auxiliary_loss": auxiliary_loss * len(images) / batch_size}
 
 
 def example_losses(
-    parameters: Tensors,
+    model: Callable[..., Any],
     images: jax.Array,
-    labels: jax.Array,
+    labels: jax.Array | None,
+    encoder_hidden_states: jax.Array | None,
+    pooled_projections: jax.Array | None,
     example_ids: jax.Array,
-    step: jax.Array,
     *,
+    step: jax.Array,
     config: ImageDiffusionConfig,
-) -> jax.Array:
-    """Return the loss of each example, [batch_size], at the noise, the time and the label drawn for it in this step."""
-    noise_BCHW, times_B, is_dropped_B = draws(images, example_ids, step, config=config)
-    labels_B = jnp.where(is_dropped_B, config.model.num_classes, labels.astype(int))
+) -> tuple[jax.Array, jax.Array]:
+    """Return the loss of each example, [batch_size], at what is drawn for it in this step, and the model's auxiliary loss, [].
 
-    noised_BCHW = objectives.rectified_flow_interpolate(images, noise_BCHW, times_B)
-    velocity_BCHW = dit.dit(parameters, noised_BCHW, objectives.TIMESTEPS * times_B, labels_B, config=config.model)
-    return objectives.rectified_flow_loss(velocity_BCHW, images, noise_BCHW, velocity=config.velocity)
+    `model` takes arrays, as of `image_models.predict`; the other arguments are as of the steps.
+    """
+    noise_BCHW, times_B, is_dropped_B = draws(images, example_ids, step, config=config)
+    labels, *texts = image_models.drop(labels, encoder_hidden_states, pooled_projections, is_dropped_B, config=config.model)
+    texts = [None if each is None else training.in_compute_dtype(each, config) for each in texts]
+
+    noised_BCHW = training.in_compute_dtype(objectives.rectified_flow_interpolate(images, noise_BCHW, times_B), config)
+    timesteps_B = objectives.TIMESTEPS * times_B
+    prediction_BCHW, auxiliary_loss = image_models.predict(model, noised_BCHW, timesteps_B, labels, *texts, config=config.model)
+    errors_BCHW = at_least_float32(prediction_BCHW) - target(images, noise_BCHW, config=config)
+    return weights(times_B, config=config) * jnp.square(errors_BCHW).mean(axis=(1, 2, 3)), auxiliary_loss.astype(images.dtype)
+
+
+def target(images: jax.Array, noise: jax.Array, *, config: ImageDiffusionConfig) -> jax.Array:
+    """Return what is to be predicted, like images."""
+    match config.prediction_type:
+        case "flow_prediction":
+            return objectives.rectified_flow_velocity(images, noise, velocity=config.velocity)
+        case "epsilon":
+            return noise
+        case "sample":
+            return images
+    raise AssertionError(config.prediction_type)  # which the config rules out
+
+
+def weights(times: jax.Array, *, config: ImageDiffusionConfig) -> jax.Array:
+    """Return by how much the examples at these times count, [batch_size]."""
+    if config.min_snr_gamma is None:
+        return jnp.ones_like(times)
+    return objectives.rectified_flow_min_snr_weights(
+        times, prediction_type=config.prediction_type, gamma=config.min_snr_gamma, snr=config.snr
+    )
 
 
 def draws(
     images: jax.Array, example_ids: jax.Array, step: jax.Array, *, config: ImageDiffusionConfig
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """As `gaugeblock.reference.torch.train_image_diffusion.draws`."""
-    key: dict[str, Any] = {"seed": config.seed, "step": step}
-    noise_BCHW = random.normal(images.shape[1:], **key, example=example_ids, purpose=purposes.TRAINING_NOISE)
-    draw_time = random.uniform if config.timestep_sampling == "uniform" else random.normal
-    times_B = draw_time((), **key, example=example_ids, purpose=purposes.TRAINING_TIMES).astype(images.dtype)
-    if config.timestep_sampling == "logit-normal":
-        times_B = jax.nn.sigmoid(times_B)
-    is_dropped_B = random.uniform((), **key, example=example_ids, purpose=purposes.LABEL_DROPOUT) < config.label_dropout
-    return noise_BCHW.astype(images.dtype), times_B, is_dropped_B
+    key: dict[str, Any] = {"seed": config.seed, "step": step, "example": example_ids}
+    noise_BCHW = random.normal(images.shape[1:], **key, purpose=purposes.TRAINING_NOISE)
+    draw_time = random.normal if config.timestep_sampling == "logit-normal" else random.uniform
+    times_B = draw_time((), **key, purpose=purposes.TRAINING_TIMES).astype(images.dtype)
+    is_dropped_B = random.uniform((), **key, purpose=purposes.LABEL_DROPOUT) < config.label_dropout
+    return noise_BCHW.astype(images.dtype), _sampled(times_B, config), is_dropped_B
 
 
-def global_norm(tensors: Tensors) -> jax.Array:
-    """Return the norm of all tensors together, []."""
-    return jnp.sqrt(jnp.stack([jnp.square(tensor).sum() for tensor in tensors.values()]).sum())
-
-
-def require_finite(step: jax.Array, loss: jax.Array, gradients: Tensors, gradient_norm: jax.Array) -> None:
-    """Raise FloatingPointError with the step and the first tensor that is not finite, if there is one."""
-    if jnp.isfinite(jnp.stack([loss, gradient_norm])).all():
-        return
-    tensors = {"loss": loss, **{f"gradient of {name}": each for name, each in gradients.items()}, "gradient_norm": gradient_norm}
-    bad = next(name for name, tensor in tensors.items() if not jnp.isfinite(tensor).all())
-    raise FloatingPointError(f"step {int(step)}: {bad} is not finite (loss {float(loss)}, gradient_norm {float(gradient_norm)})")
-
-
-@partial(jax.jit, static_argnames="config")
-def adamw_update(
-    state: Mapping[str, jax.Array], gradients: Tensors, gradient_norm: jax.Array, *, config: ImageDiffusionConfig
-) -> Tensors:
-    """As `gaugeblock.reference.torch.train_image_diffusion.adamw_update`, but by optax.adamw."""
-    clipping_factor = jnp.minimum(config.max_gradient_norm / (gradient_norm + CLIPPING_EPSILON), 1)
-    parameters, exp_avg, exp_avg_sq = (part_of_state(state, part) for part in ("model", "exp_avg", "exp_avg_sq"))
-    optimizer = optax.adamw(
-        learning_rate=config.learning_rate,
-        b1=config.beta1,
-        b2=config.beta2,
-        eps=config.adam_epsilon,
-        weight_decay=config.weight_decay,
-    )
-    moments = optax.tree_utils.tree_set(optimizer.init(parameters), count=state["step"], mu=exp_avg, nu=exp_avg_sq)
-    clipped = {name: gradient * clipping_factor for name, gradient in gradients.items()}
-    with jax.enable_x64(True):  # optax's 1 - beta2**step: float32 would leave it four digits at step 1, and torch has sixteen
-        updates, moments = optimizer.update(clipped, moments, parameters)
-    exp_avg, exp_avg_sq = (optax.tree_utils.tree_get(moments, name) for name in ("mu", "nu"))
-    return join_state(optax.apply_updates(parameters, updates), exp_avg, exp_avg_sq, state["step"] + 1)
-
-
-def part_of_state(state: Mapping[str, jax.Array], part: str) -> Tensors:
-    """Return the tensors of a state whose names begin with `part` and a dot, without that beginning."""
-    return {name.removeprefix(f"{part}."): tensor for name, tensor in state.items() if name.startswith(f"{part}.")}
-
-
-def join_state(parameters: Tensors, exp_avg: Tensors, exp_avg_sq: Tensors, step: jax.Array) -> Tensors:
-    """Return the state that these are the parts of."""
-    parts = {"model": parameters, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
-    return {f"{part}.{name}": tensor for part, tensors in parts.items() for name, tensor in tensors.items()} | {"step": step}
-
-
-def save_state(state: Mapping[str, jax.Array], path: Path) -> None:
-    """Write a state to a safetensors file, bit for bit; either framework reads it."""
-    from safetensors.flax import save_file  # what a run needs, and the step does not
-
-    save_file(dict(state), path)
-
-
-def load_state(path: Path) -> Tensors:
-    """As `gaugeblock.reference.torch.train_image_diffusion.load_state`, but int64 becomes int32 unless x64 is enabled."""
-    from safetensors.flax import load_file
-
-    return load_file(path)
+def _sampled(drawn: jax.Array, config: ImageDiffusionConfig) -> jax.Array:
+    """Make times of what was drawn for them."""
+    match config.timestep_sampling:
+        case "uniform":
+            return drawn
+        case "logit-normal":
+            return timestep_sampling.logit_normal_times(drawn)
+        case "mode":
+            return timestep_sampling.mode_times(drawn)
+        case _:
+            places_B = timestep_sampling.biased_timesteps(
+                drawn,
+                num_timesteps=objectives.TIMESTEPS,
+                bias=config.timestep_sampling,
+                multiplier=config.bias_multiplier,
+                portion=config.bias_portion,
+            )
+            return places_B.astype(drawn.dtype) / objectives.TIMESTEPS

@@ -218,16 +218,17 @@ def timestep_embedding(timesteps: torch.Tensor, *, embedding_size: int, frequenc
     return torch.cat([torch.cos(angle_BF), torch.sin(angle_BF)], dim=-1)
 
 
-def sincos_position_embedding(grid_size: int, *, like: torch.Tensor) -> torch.Tensor:
+def sincos_position_embedding(grid_size: int, *, like: torch.Tensor, spacing: float = 1.0) -> torch.Tensor:
     """Return the fixed table that tells each patch of a square grid its place.
 
         table[row * grid_size + column] = sincos(column), sincos(row)
-        sincos(p) = sin(p * frequency_0), ..., cos(p * frequency_0), ...
+        sincos(p) = sin(p * spacing * frequency_0), ..., cos(p * spacing * frequency_0), ...
         frequency_i = 10000 ** (-i / n),  i = 0 .. n - 1,  n = hidden_size / 4
 
     Args:
         grid_size: Rows and columns of patches.
         like: [..., hidden_size], an array of the dtype and on the device that the table shall have.
+        spacing: How far apart neighbours are; 1 in the paper.
 
     Returns:
         [grid_size**2, hidden_size]; computed in float64, rounded once.
@@ -242,7 +243,7 @@ def sincos_position_embedding(grid_size: int, *, like: torch.Tensor) -> torch.Te
     validation.sincos_position_embedding(grid_size, like)
     quarter = like.shape[-1] // 4
     index_F = torch.arange(quarter, dtype=torch.float64, device=like.device)
-    place_Y = torch.arange(grid_size, dtype=torch.float64, device=like.device)
+    place_Y = spacing * torch.arange(grid_size, dtype=torch.float64, device=like.device)
     angle_YF = place_Y[:, None] * torch.exp(-math.log(LONGEST_PERIOD) * index_F / quarter)
     sincos_YF = torch.cat([torch.sin(angle_YF), torch.cos(angle_YF)], dim=-1).to(like.dtype)
     column_SF, row_SF = sincos_YF.repeat(grid_size, 1), sincos_YF.repeat_interleave(grid_size, dim=0)

@@ -116,6 +116,18 @@ def embed_patches(state: State, latents: torch.Tensor, *, config: MMDiTConfig) -
     return hidden_BSD + middle_of_positions(state[POSITIONS], rows, columns, config=config)
 
 
+def positions(config: MMDiTConfig) -> torch.Tensor:
+    """Return the fixed table of positions [1, pos_embed_max_size**2, D] that checkpoints have, float32.
+
+    Places are as far apart as makes a square of `sample_size` as long as the whole table.
+
+    Source: diffusers models/embeddings.py, PatchEmbed.
+    """
+    size, like = config.pos_embed_max_size, torch.zeros(config.hidden_size)
+    spacing = config.sample_size / config.patch_size / size
+    return layers.sincos_position_embedding(size, like=like, spacing=spacing)[None]
+
+
 def middle_of_positions(table: torch.Tensor, rows: int, columns: int, *, config: MMDiTConfig) -> torch.Tensor:
     """Cut so many rows and columns, [rows * columns, D], out of the middle of a square table of positions [1, S, D]."""
     size = config.pos_embed_max_size

@@ -1,52 +1,47 @@
-"""One training step of a class-conditional image diffusion transformer on rectified flow.
+"""One training step of an image diffusion model on rectified flow, told classes or texts.
 
-The state of a run is a flat dict of tensors:
+The state of a run is that of `training`, whose `model.<name>` are named as in the model's reference. An example's noise, time
+and whether it is told its class or text are drawn by (seed, step, example id, purpose), whatever batch, microbatch or rank it
+is in.
 
-    model.<name>        the parameters, named as in `dit.dit`
-    exp_avg.<name>      AdamW's average of their gradients
-    exp_avg_sq.<name>   AdamW's average of their squared gradients
-    step                the number of updates made so far
-
-With it and a config goes all that a run depends on: an example's noise, time and dropped label are drawn by
-(seed, step, example id, purpose), whatever batch, microbatch or rank it is in.
-
-Shapes: B batch_size, C in_channels, H and W height and width.
+Shapes: B batch_size, C channels, H and W height and width.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
+from typing import Any
 
 import torch
-from torch.optim.adamw import adamw
 
 from gaugeblock.reference import purposes, validation
-from gaugeblock.reference.configs import ImageDiffusionConfig
-from gaugeblock.reference.torch import dit, objectives, random
-
-CLIPPING_EPSILON = 1e-6  # added to the norm by torch.nn.utils.clip_grad_norm_ (optax.clip_by_global_norm adds nothing)
+from gaugeblock.reference.configs import ImageDiffusionConfig, VAEConfig
+from gaugeblock.reference.torch import image_models, objectives, random, timestep_sampling, training, vae
+from gaugeblock.reference.torch.precision import at_least_float32
 
 Tensors = dict[str, torch.Tensor]
 
 
 @dataclass(frozen=True)
 class Metrics:
-    """What a step reports.
+    """What a step reports, before the update.
 
     Attributes:
-        loss: [], the mean over the examples of the batch, before the update.
+        loss: [], the mean over the examples of the batch.
+        auxiliary_loss: [], what is differentiated beside it: of a mixture of experts, the load balance of each microbatch,
+            averaged by their numbers of examples; 0 for other models.
         gradient_norm: [], the norm of all gradients together, before clipping.
     """
 
     loss: torch.Tensor
+    auxiliary_loss: torch.Tensor
     gradient_norm: torch.Tensor
 
 
 def initial_state(config: ImageDiffusionConfig) -> Tensors:
     """Return the state at the start of a run: a new model, moments of zero, step 0; float32, and an int64 step."""
-    parameters = dit.initial_state(config.model, seed=config.seed)
-    zeros = {name: torch.zeros_like(parameter) for name, parameter in parameters.items()}
-    return join_state(parameters, zeros, zeros, torch.tensor(0))
+    parameters = image_models.initial_state(config.model, seed=config.seed)
+    return training.initial_state(parameters, config=config, frozen=image_models.frozen_names(config.model))
 
 
 def train_step(
@@ -57,23 +52,20 @@ def train_step(
     *,
     config: ImageDiffusionConfig,
 ) -> tuple[Tensors, Metrics]:
-    """Make one update of AdamW on the mean loss of a batch; the given state is not written to.
+    """Make one update of a model that is told classes on the mean loss of a batch; the given state is not written to.
 
-        loss, gradients = mean over b of loss[b], and its gradients
-        gradient_norm   = sqrt(sum of gradients**2)
-        gradients       = gradients * min(1, max_gradient_norm / (gradient_norm + 1e-6))
-        exp_avg         = beta1 * exp_avg + (1 - beta1) * gradients
-        exp_avg_sq      = beta2 * exp_avg_sq + (1 - beta2) * gradients**2
-        step            = step + 1
-        update          = exp_avg / (1 - beta1**step) / (sqrt(exp_avg_sq / (1 - beta2**step)) + adam_epsilon)
-        model           = model - learning_rate * (update + weight_decay * model)
+        t, noise, dropped  = draws of each example
+        x                  = (1 - t) * image + t * noise
+        error              = model(x, 1000 t, num_classes where dropped, else the label) - target
+        loss               = mean over b of weight(t[b]) * mean of error[b]**2
+        new_state          = update of the optimizer by the clipped gradients of loss + auxiliary_loss (`training.update`)
 
     Args:
-        state: As at the top of this module; float32 or float64, with an integer step.
-        images: [batch_size, in_channels, input_size, input_size], dtype of the state: the data, pixels or latents.
+        state: As of `training`; float32 or float64, with an integer step.
+        images: [batch_size, in_channels, input_size, input_size], dtype of the state: pixels, or latents (`latents`).
         labels: [batch_size], integer in 0..num_classes - 1.
         example_ids: [batch_size], integer in 0..2**32 - 1; examples with the same id get the same draws.
-        config: Of the run.
+        config: Of the run; its model is a DiT or a DiT-MoE.
 
     Returns:
         new_state: As state.
@@ -81,64 +73,146 @@ def train_step(
 
     Raises:
         TypeError: An argument is not an array of the dtype above, or `state` is not a dict of arrays.
-        ValueError: Shapes or devices do not fit together, or `state` lacks an entry or has one too many.
-        FloatingPointError: The loss or a gradient is not finite; the message names the step and the first bad one.
+        ValueError: Shapes or devices do not fit together, `state` lacks an entry or has one too many, or the model is told texts.
+        FloatingPointError: A loss or a gradient is not finite; the message names the step and the first bad one.
 
-    Source: Esser et al. (arXiv:2403.03206), section 2; label dropout: Ho and Salimans (arXiv:2207.12598), algorithm 1;
-    clipping: Pascanu et al. (arXiv:1211.5063), algorithm 1; AdamW: Loshchilov and Hutter (arXiv:1711.05101), algorithm 2,
-    whose schedule multiplier is learning_rate and whose weight decay is learning_rate * weight_decay, as in torch.optim.
+    Source: Esser et al. (arXiv:2403.03206), section 2; label dropout: Ho and Salimans (arXiv:2207.12598), algorithm 1; other
+    predictions and their weights: Hang et al. (arXiv:2303.09556), section 3.4; EasyDeL, image_diffusion_trainer.
     """
-    validation.image_diffusion_step(state, images, labels, example_ids, config.model, dit.state_shapes(config.model))
-
-    parameters = {name: state[f"model.{name}"] for name in dit.state_shapes(config.model)}
-    loss, gradients = loss_and_gradients(parameters, images, labels, example_ids, int(state["step"]), config=config)
-    gradient_norm = global_norm(gradients)
-    require_finite(state["step"], loss, gradients, gradient_norm)
-    return adamw_update(state, gradients, gradient_norm, config=config), Metrics(loss, gradient_norm)
+    validation.image_diffusion_step(state, images, labels, example_ids, config, image_models.state_shapes(config.model))
+    return _step(state, (images, labels, None, None, example_ids), config)
 
 
-def loss_and_gradients(
-    parameters: Tensors,
+def train_step_on_texts(
+    state: Mapping[str, torch.Tensor],
     images: torch.Tensor,
-    labels: torch.Tensor,
+    encoder_hidden_states: torch.Tensor,
+    pooled_projections: torch.Tensor | None,
     example_ids: torch.Tensor,
-    step: int,
     *,
     config: ImageDiffusionConfig,
-) -> tuple[torch.Tensor, Tensors]:
-    """Return the mean loss of a batch and its gradients, computed in microbatches whose sizes differ by one at most."""
-    batch_size = images.shape[0]
-    num_microbatches = min(config.accumulation_steps, batch_size)
-    parameters = {name: parameter.detach().requires_grad_() for name, parameter in parameters.items()}
+) -> tuple[Tensors, Metrics]:
+    """Make one update of a model that is told texts; as `train_step`, but what is dropped is told 0.
 
-    loss = images.new_zeros(())
-    gradients = [torch.zeros_like(parameter) for parameter in parameters.values()]
-    microbatches = (each.tensor_split(num_microbatches) for each in (images, labels, example_ids))
-    for some_images, some_labels, some_ids in zip(*microbatches, strict=True):
-        # over the examples of the whole batch: a mean of the microbatches' means would favour those of small ones
-        share = example_losses(parameters, some_images, some_labels, some_ids, step, config=config).sum() / batch_size
-        loss = loss + share.detach()
-        shares = torch.autograd.grad(share, [*parameters.values()])
-        gradients = [gradient + each for gradient, each in zip(gradients, shares, strict=True)]
-    return loss, dict(zip(parameters, gradients, strict=True))
+    Args:
+        state, example_ids: As of `train_step`.
+        images: [batch_size, in_channels, height, width], dtype of the state: pixels, or latents (`latents`).
+        encoder_hidden_states: [batch_size, text_length, width], dtype of the state.
+        pooled_projections: [batch_size, width], dtype of the state; None for a UNet, which is told no pooled text.
+        config: Of the run; its model is a UNet, a Flux or an MMDiT.
+
+    Returns: as `train_step`.
+
+    Raises: as it.
+
+    Source: as of it; Rombach et al. (arXiv:2112.10752), section 3.3.
+    """
+    texts = encoder_hidden_states, pooled_projections
+    shapes, frozen = image_models.state_shapes(config.model), image_models.frozen_names(config.model)
+    validation.image_diffusion_step_on_texts(state, images, *texts, example_ids, config, shapes, frozen)
+    return _step(state, (images, None, *texts, example_ids), config)
+
+
+def latents(
+    state: Mapping[str, torch.Tensor], images: torch.Tensor, example_ids: torch.Tensor, step: int, *, seed: int, config: VAEConfig
+) -> torch.Tensor:
+    """Return what a latent diffusion model is trained on: a draw from the encoder's distribution, shifted and scaled.
+
+        latents = (mean + exp(logvar / 2) * noise - shift_factor) * scaling_factor
+
+    Args:
+        state: The VAE's, or its encoder's parameters.
+        images: [batch_size, in_channels, height, width], dtype of the state.
+        example_ids: [batch_size], integer in 0..2**32 - 1; an id gets the same noise in any batch.
+        step: By which the noise is drawn: the updates made so far, or 0 for latents that are made once.
+        seed: Of the run.
+        config: The VAE.
+
+    Returns:
+        [batch_size, latent_channels, ...], dtype as images.
+
+    Raises: as `vae.encode` and `random.normal`.
+
+    Source: Rombach et al. (arXiv:2112.10752), section 4.3.2; diffusers' train_text_to_image.py.
+    """
+    mean_BCHW, logvar_BCHW = vae.encode(state, images, config=config)
+    key: dict[str, Any] = {"seed": seed, "step": step, "example": example_ids, "purpose": purposes.LATENT_NOISE}
+    noise_BCHW = random.normal(mean_BCHW.shape[1:], **key).to(images.dtype)
+    return vae.scale_latents(vae.sample(mean_BCHW, logvar_BCHW, noise_BCHW), config=config)
+
+
+def _step(state: Mapping[str, torch.Tensor], batch: tuple[Any, ...], config: ImageDiffusionConfig) -> tuple[Tensors, Metrics]:
+    losses, gradients = losses_and_gradients(state, batch, config=config)
+    new_state, gradient_norm = training.finish(state, losses, gradients, config=config)
+    return new_state, Metrics(**losses, gradient_norm=gradient_norm)
+
+
+def losses_and_gradients(
+    state: Mapping[str, torch.Tensor], batch: tuple[Any, ...], *, config: ImageDiffusionConfig
+) -> tuple[Tensors, Tensors]:
+    """Return the losses of a batch, by the names of `Metrics`, and the gradients of their sum.
+
+    A batch is images, labels, encoder_hidden_states, pooled_projections and example_ids, as of the steps, None for what a model
+    is not told.
+    """
+    of_batch = partial(shares, batch_size=len(batch[0]), step=int(state["step"]), config=config)
+    return training.add_up(of_batch, state, batch, config=config)
+
+
+def shares(
+    parameters: Tensors, images: torch.Tensor, *others: Any, batch_size: int, step: int, config: ImageDiffusionConfig
+) -> Tensors:
+    """Return a microbatch's share of the losses of a batch of that size."""
+    model = partial(image_models.operation(config.model), parameters, config=config.model)
+    losses_B, auxiliary_loss = example_losses(model, images, *others, step=step, config=config)
+    return {"loss": losses_B.sum() / batch_size, "auxiliary_loss": auxiliary_loss * len(images) / batch_size}
 
 
 def example_losses(
-    parameters: Tensors,
+    model: Callable[..., Any],
     images: torch.Tensor,
-    labels: torch.Tensor,
+    labels: torch.Tensor | None,
+    encoder_hidden_states: torch.Tensor | None,
+    pooled_projections: torch.Tensor | None,
     example_ids: torch.Tensor,
-    step: int,
     *,
+    step: int,
     config: ImageDiffusionConfig,
-) -> torch.Tensor:
-    """Return the loss of each example, [batch_size], at the noise, the time and the label drawn for it in this step."""
-    noise_BCHW, times_B, is_dropped_B = draws(images, example_ids, step, config=config)
-    labels_B = labels.long().masked_fill(is_dropped_B, config.model.num_classes)
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the loss of each example, [batch_size], at what is drawn for it in this step, and the model's auxiliary loss, [].
 
-    noised_BCHW = objectives.rectified_flow_interpolate(images, noise_BCHW, times_B)
-    velocity_BCHW = dit.dit(parameters, noised_BCHW, objectives.TIMESTEPS * times_B, labels_B, config=config.model)
-    return objectives.rectified_flow_loss(velocity_BCHW, images, noise_BCHW, velocity=config.velocity)
+    `model` takes arrays, as of `image_models.predict`; the other arguments are as of the steps.
+    """
+    noise_BCHW, times_B, is_dropped_B = draws(images, example_ids, step, config=config)
+    labels, *texts = image_models.drop(labels, encoder_hidden_states, pooled_projections, is_dropped_B, config=config.model)
+    texts = [None if each is None else training.in_compute_dtype(each, config) for each in texts]
+
+    noised_BCHW = training.in_compute_dtype(objectives.rectified_flow_interpolate(images, noise_BCHW, times_B), config)
+    timesteps_B = objectives.TIMESTEPS * times_B
+    prediction_BCHW, auxiliary_loss = image_models.predict(model, noised_BCHW, timesteps_B, labels, *texts, config=config.model)
+    errors_BCHW = at_least_float32(prediction_BCHW) - target(images, noise_BCHW, config=config)
+    return weights(times_B, config=config) * errors_BCHW.square().flatten(1).mean(dim=1), auxiliary_loss.to(images.dtype)
+
+
+def target(images: torch.Tensor, noise: torch.Tensor, *, config: ImageDiffusionConfig) -> torch.Tensor:
+    """Return what is to be predicted, like images."""
+    match config.prediction_type:
+        case "flow_prediction":
+            return objectives.rectified_flow_velocity(images, noise, velocity=config.velocity)
+        case "epsilon":
+            return noise
+        case "sample":
+            return images
+    raise AssertionError(config.prediction_type)  # which the config rules out
+
+
+def weights(times: torch.Tensor, *, config: ImageDiffusionConfig) -> torch.Tensor:
+    """Return by how much the examples at these times count, [batch_size]."""
+    if config.min_snr_gamma is None:
+        return torch.ones_like(times)
+    return objectives.rectified_flow_min_snr_weights(
+        times, prediction_type=config.prediction_type, gamma=config.min_snr_gamma, snr=config.snr
+    )
 
 
 def draws(
@@ -147,89 +221,39 @@ def draws(
     """Draw what is random in a step, each example by its id.
 
     Args:
-        images: [batch_size, in_channels, input_size, input_size], of which only shape and dtype count.
+        images: [batch_size, channels, height, width], of which only shape and dtype count.
         example_ids: [batch_size], integer.
         step: The updates made so far.
         config: Of the run.
 
     Returns:
         noise: Like images, standard normal.
-        times: [batch_size], dtype of images, in [0, 1).
-        is_dropped: [batch_size], bool: whether the model is not told the label.
+        times: [batch_size], dtype of images, in [0, 1].
+        is_dropped: [batch_size], bool: whether the model is not told the class or the text.
     """
-    key = {"seed": config.seed, "step": step}
-    noise_BCHW = random.normal(images.shape[1:], **key, example=example_ids, purpose=purposes.TRAINING_NOISE)
-    draw_time = random.uniform if config.timestep_sampling == "uniform" else random.normal
-    times_B = draw_time((), **key, example=example_ids, purpose=purposes.TRAINING_TIMES).to(images.dtype)
-    if config.timestep_sampling == "logit-normal":
-        times_B = times_B.sigmoid()
-    is_dropped_B = random.uniform((), **key, example=example_ids, purpose=purposes.LABEL_DROPOUT) < config.label_dropout
-    return noise_BCHW.to(images.dtype), times_B, is_dropped_B
+    key: dict[str, Any] = {"seed": config.seed, "step": step, "example": example_ids}
+    noise_BCHW = random.normal(images.shape[1:], **key, purpose=purposes.TRAINING_NOISE)
+    draw_time = random.normal if config.timestep_sampling == "logit-normal" else random.uniform
+    times_B = draw_time((), **key, purpose=purposes.TRAINING_TIMES).to(images.dtype)
+    is_dropped_B = random.uniform((), **key, purpose=purposes.LABEL_DROPOUT) < config.label_dropout
+    return noise_BCHW.to(images.dtype), _sampled(times_B, config), is_dropped_B
 
 
-def global_norm(tensors: Tensors) -> torch.Tensor:
-    """Return the norm of all tensors together, []."""
-    return torch.stack([tensor.square().sum() for tensor in tensors.values()]).sum().sqrt()
-
-
-def require_finite(step: torch.Tensor, loss: torch.Tensor, gradients: Tensors, gradient_norm: torch.Tensor) -> None:
-    """Raise FloatingPointError with the step and the first tensor that is not finite, if there is one."""
-    if torch.stack([loss, gradient_norm]).isfinite().all():
-        return
-    tensors = {"loss": loss, **{f"gradient of {name}": each for name, each in gradients.items()}, "gradient_norm": gradient_norm}
-    bad = next(name for name, tensor in tensors.items() if not tensor.isfinite().all())
-    raise FloatingPointError(f"step {int(step)}: {bad} is not finite (loss {float(loss)}, gradient_norm {float(gradient_norm)})")
-
-
-def adamw_update(
-    state: Mapping[str, torch.Tensor], gradients: Tensors, gradient_norm: torch.Tensor, *, config: ImageDiffusionConfig
-) -> Tensors:
-    """Return the state after one update by torch.optim.AdamW with clipped gradients; formula as in `train_step`."""
-    clipping_factor = (config.max_gradient_norm / (gradient_norm + CLIPPING_EPSILON)).clamp(max=1)
-    parameters, exp_avg, exp_avg_sq = (
-        {name: tensor.detach().clone() for name, tensor in part_of_state(state, part).items()}
-        for part in ("model", "exp_avg", "exp_avg_sq")
-    )
-    step = torch.tensor(float(state["step"]), dtype=torch.float64, device="cpu")
-    adamw(  # in place, in the clones
-        list(parameters.values()),
-        [gradients[name] * clipping_factor for name in parameters],
-        list(exp_avg.values()),
-        list(exp_avg_sq.values()),
-        max_exp_avg_sqs=[],
-        state_steps=[step.clone() for _ in parameters],
-        foreach=False,
-        amsgrad=False,
-        maximize=False,
-        lr=config.learning_rate,
-        beta1=config.beta1,
-        beta2=config.beta2,
-        eps=config.adam_epsilon,
-        weight_decay=config.weight_decay,
-    )
-    return join_state(parameters, exp_avg, exp_avg_sq, state["step"] + 1)
-
-
-def part_of_state(state: Mapping[str, torch.Tensor], part: str) -> Tensors:
-    """Return the tensors of a state whose names begin with `part` and a dot, without that beginning."""
-    return {name.removeprefix(f"{part}."): tensor for name, tensor in state.items() if name.startswith(f"{part}.")}
-
-
-def join_state(parameters: Tensors, exp_avg: Tensors, exp_avg_sq: Tensors, step: torch.Tensor) -> Tensors:
-    """Return the state that these are the parts of."""
-    parts = {"model": parameters, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
-    return {f"{part}.{name}": tensor for part, tensors in parts.items() for name, tensor in tensors.items()} | {"step": step}
-
-
-def save_state(state: Mapping[str, torch.Tensor], path: Path) -> None:
-    """Write a state to a safetensors file, bit for bit; either framework reads it."""
-    from safetensors.torch import save_file  # what a run needs, and the step does not
-
-    save_file({name: tensor.contiguous() for name, tensor in state.items()}, path)
-
-
-def load_state(path: Path) -> Tensors:
-    """Read a state that `save_state` of either framework wrote; it lies on the CPU."""
-    from safetensors.torch import load_file
-
-    return load_file(path)
+def _sampled(drawn: torch.Tensor, config: ImageDiffusionConfig) -> torch.Tensor:
+    """Make times of what was drawn for them."""
+    match config.timestep_sampling:
+        case "uniform":
+            return drawn
+        case "logit-normal":
+            return timestep_sampling.logit_normal_times(drawn)
+        case "mode":
+            return timestep_sampling.mode_times(drawn)
+        case _:
+            places_B = timestep_sampling.biased_timesteps(
+                drawn,
+                num_timesteps=objectives.TIMESTEPS,
+                bias=config.timestep_sampling,
+                multiplier=config.bias_multiplier,
+                portion=config.bias_portion,
+            )
+            return places_B.to(drawn.dtype) / objectives.TIMESTEPS

@@ -113,9 +113,11 @@ from gaugeblock.reference.validation.timestep_sampling import biased_timesteps, 
 from gaugeblock.reference.validation.token_choices import draw_tokens, filter_logits
 from gaugeblock.reference.validation.train_image_diffusion import (
     image_diffusion_batch,
-    image_diffusion_state,
+    image_diffusion_batch_on_texts,
     image_diffusion_step,
+    image_diffusion_step_on_texts,
 )
+from gaugeblock.reference.validation.training import training_state
 from gaugeblock.reference.validation.unet import unet, unet_text_time
 from gaugeblock.reference.validation.unmasking import choose_places, dream_places, quotas, random_remasking, unmasking_step
 from gaugeblock.reference.validation.upcycling import adamw_of_used_experts, upcycle

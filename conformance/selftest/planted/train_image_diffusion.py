@@ -1,6 +1,7 @@
 """Bugs of trainers."""
 
 import math
+from dataclasses import replace
 
 import torch
 
@@ -344,7 +345,7 @@ class MomentsByPlace(Trainer):
 
     def part(self, state, part):
         values = super().part(state, part)
-        return values if part == "model" else dict(zip(dit.state_shapes(self.config.model), values.values(), strict=True))
+        return values if part == "model" else dict(zip(dit.state_shapes(self.model), values.values(), strict=True))
 
 
 @fault(caught_by="rejections", kind="error-contract", source="LGDLM review")
@@ -375,3 +376,88 @@ class StateWithoutAStepStartsAtZero(Trainer):
 
     def __call__(self, state, images, labels, example_ids, *, config):
         return super().__call__({"step": torch.tensor(0), **state}, images, labels, example_ids, config=config)
+
+
+@fault(caught_by="parity", kind="structural", source="torch.optim.Adam in place of AdamW, and the other way round")
+class DecayBesideEveryGradient(Trainer):
+    """Adam and SGD decay as AdamW does."""
+
+    def penalize(self, name, gradient, parameter):
+        return gradient
+
+    def decay(self, name, parameter):
+        return parameter * (1 - self.config.learning_rate * self.config.weight_decay)
+
+
+@fault(caught_by="parity", kind="structural", source="dampening of torch.optim.SGD")
+class MomentumDampened(Trainer):
+    """What SGD's buffer takes in is weighted by what it loses."""
+
+    def penalize(self, name, gradient, parameter):
+        gradient = super().penalize(name, gradient, parameter)
+        return gradient * (1 - self.momentum()) if self.config.optimizer == "sgd" else gradient
+
+
+@fault(caught_by="parity", kind="structural", source="ema.step() before optimizer.step()")
+class AverageOfTheLastParameters(Trainer):
+    """The average takes in the parameters that were there before the update."""
+
+    def averaged(self, before, after):
+        return before
+
+
+@fault(caught_by="parity", kind="structural", source="EMA without its warm-up")
+class AverageWithoutWarmUp(Trainer):
+    """The average keeps the same share of itself from the first update on."""
+
+    def kept_by_average(self, step):
+        ema = self.config.ema
+        return ema.decay if ema else 0.0
+
+
+@fault(caught_by="parity", kind="structural", source="diffusers' EMAModel counts from 1, its caller from 0")
+class AverageOneStepBehind(Trainer):
+    """The average counts updates from 0."""
+
+    def kept_by_average(self, step):
+        return super().kept_by_average(step - 1)
+
+
+@fault(caught_by="parity", kind="structural", source="EasyDeL: inverted for data at time 0")
+class SignalAndNoiseExchanged(Trainer):
+    """Examples with more noise weigh as those with less should."""
+
+    def ratio(self, of_data, of_noise):
+        return super().ratio(of_noise, of_data)
+
+
+@fault(caught_by="parity", kind="structural", source="min-SNR of epsilon for every prediction")
+class WeightsOfEpsilonForAll(Trainer):
+    """Whatever is predicted is weighted as noise is."""
+
+    def weights(self, times):
+        config, self.config = self.config, replace(self.config, prediction_type="epsilon")
+        weights = super().weights(times)
+        self.config = config
+        return weights
+
+
+@fault(caught_by="parity", kind="structural")
+class VelocityWhateverIsAsked(Trainer):
+    """The prediction is taken for a velocity."""
+
+    def target(self, images, noise):
+        return self.velocity(images, noise)
+
+
+@fault(caught_by="parity", kind="structural", source="maxdiffusion: the first T - floor(p T) in place of the first floor(p T)")
+class EarlierAndLaterExchanged(Trainer):
+    """Of times that are biased the wrong ones are drawn more often."""
+
+    def times(self, example_ids, key):
+        config = self.config
+        if config.timestep_sampling in ("earlier", "later"):
+            self.config = replace(config, timestep_sampling="earlier" if config.timestep_sampling == "later" else "later")
+        times = super().times(example_ids, key)
+        self.config = config
+        return times

@@ -1,10 +1,12 @@
 """Right but different trainers."""
 
+from typing import Any
+
 import torch
 
 from gaugeblock.conformance.selftest.simulated.train_image_diffusion import CLIPPING_EPSILON, Trainer
 from gaugeblock.conformance.selftest.variant import right
-from gaugeblock.reference.torch.train_image_diffusion import join_state
+from gaugeblock.reference.torch import training
 
 
 class OptimizerOfTorch(Trainer):
@@ -14,19 +16,29 @@ class OptimizerOfTorch(Trainer):
 
     def update(self, state, gradients):
         config = self.config
-        parameters, first, second = (
-            {name: each.clone() for name, each in self.part(state, part).items()} for part in ("model", "exp_avg", "exp_avg_sq")
-        )
-        optimizer = torch.optim.AdamW(
-            parameters.values(), lr=config.learning_rate, betas=(config.beta1, config.beta2), eps=config.adam_epsilon,
-            weight_decay=config.weight_decay, **({self.way: True} if self.way else {}),
-        )  # fmt: skip
-        for name, parameter in parameters.items():
+        parts = {part: {name: each.clone() for name, each in self.part(state, part).items()} for part in config.parts}
+        common: dict[str, Any] = {
+            "lr": config.learning_rate,
+            "weight_decay": config.weight_decay,
+            **({self.way: True} if self.way else {}),
+        }
+        adam: dict[str, Any] = {"betas": (config.beta1, config.beta2), "eps": config.adam_epsilon}
+        kinds: dict[str, tuple[Any, dict[str, Any]]] = {
+            "adamw": (torch.optim.AdamW, adam),
+            "adam": (torch.optim.Adam, adam),
+            "sgd": (torch.optim.SGD, {"momentum": config.momentum}),
+        }
+        kind, options = kinds[config.optimizer]
+        optimizer = kind(parts["model"].values(), **common, **options)
+        for name, parameter in parts["model"].items():
             parameter.grad = gradients[name]
-            step = state["step"].float().clone()
-            optimizer.state[parameter] = {"step": step, "exp_avg": first[name], "exp_avg_sq": second[name]}
+            moments = {moment: parts[moment][name] for moment in config.moments}
+            optimizer.state[parameter] = {"step": state["step"].float().clone(), **moments}
         optimizer.step()
-        return join_state(parameters, first, second, state["step"] + 1)
+        if config.ema is not None:
+            keep = self.kept_by_average(int(state["step"]) + 1)
+            parts["ema"] = {name: each.lerp(parts["model"][name], 1 - keep) for name, each in parts["ema"].items()}
+        return training.join_state(parts, state["step"] + 1)
 
 
 @right(dtypes=("float32",))
@@ -70,15 +82,16 @@ class BatchAtOnce(Trainer):
 class UpdateWrittenOtherwise(Trainer):
     """Optax's order: corrected moments first; decay beside the update, both times the learning rate."""
 
-    def update(self, state, gradients):
-        config, step = self.config, self.next_step(state["step"])
-        parameters, first, second = (self.part(state, part) for part in ("model", "exp_avg", "exp_avg_sq"))
-        for name, gradient in gradients.items():
-            first[name] = config.beta1 * first[name] + (1 - config.beta1) * gradient
-            second[name] = second[name].lerp(gradient.square(), 1 - config.beta2)
-            update = self.correct(first[name], config.beta1, step) / self.root(self.correct(second[name], config.beta2, step))
-            parameters[name] = parameters[name] - config.learning_rate * (update + config.weight_decay * parameters[name])
-        return join_state(parameters, first, second, state["step"] + 1)
+    def update_one(self, parts, name, gradient, step):
+        config = self.config
+        if config.optimizer != "adamw":
+            super().update_one(parts, name, gradient, step)
+            return
+        parameters, first, second = parts["model"], parts["exp_avg"], parts["exp_avg_sq"]
+        first[name] = config.beta1 * first[name] + (1 - config.beta1) * gradient
+        second[name] = second[name].lerp(gradient.square(), 1 - config.beta2)
+        update = self.correct(first[name], config.beta1, step) / self.root(self.correct(second[name], config.beta2, step))
+        parameters[name] = parameters[name] - config.learning_rate * (update + config.weight_decay * parameters[name])
 
 
 @right(dtypes=("float32",))

@@ -176,8 +176,8 @@ class DataParallel(Trainer):
         self, state: Mapping[str, torch.Tensor], images: torch.Tensor, labels: torch.Tensor, example_ids: torch.Tensor
     ) -> None:
         """Raises what the contract demands of this rank's call; its shard may be empty."""
-        validation.image_diffusion_batch(images, labels, example_ids, self.config.model)
-        validation.image_diffusion_state(state, dit.state_shapes(self.config.model), like=images)
+        validation.image_diffusion_batch(images, labels, example_ids, self.config)
+        validation.training_state(state, dit.state_shapes(self.model), self.config, like=images)
 
     def sum(self, value: torch.Tensor) -> torch.Tensor:
         """Over the ranks."""

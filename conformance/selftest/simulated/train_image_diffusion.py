@@ -9,9 +9,9 @@ from typing import Any, ClassVar
 import torch
 
 from gaugeblock.reference import purposes, validation
-from gaugeblock.reference.configs import ImageDiffusionConfig
-from gaugeblock.reference.torch import dit, random
-from gaugeblock.reference.torch.train_image_diffusion import Metrics, Tensors, join_state, part_of_state, require_finite
+from gaugeblock.reference.configs import DiTConfig, ImageDiffusionConfig
+from gaugeblock.reference.torch import dit, random, training
+from gaugeblock.reference.torch.train_image_diffusion import Metrics, Tensors
 
 CLIPPING_EPSILON = 1e-6
 
@@ -31,9 +31,10 @@ class Trainer:
         *,
         config: ImageDiffusionConfig,
     ) -> tuple[Tensors, Metrics]:
-        self.config = config
+        assert isinstance(config.model, DiTConfig)
+        self.config, self.model = config, config.model
         self.validate(state, images, labels, example_ids)
-        parameters = part_of_state(state, "model")
+        parameters = training.part_of_state(state, "model")
         loss, gradients = self.gradients(parameters, images, labels, example_ids, int(state["step"]))
         loss, gradients = self.reduce(loss, gradients)
         norm = self.norm(gradients)
@@ -44,8 +45,7 @@ class Trainer:
         self, state: Mapping[str, torch.Tensor], images: torch.Tensor, labels: torch.Tensor, example_ids: torch.Tensor
     ) -> None:
         """Raises what the contract demands of a call."""
-        model = self.config.model
-        validation.image_diffusion_step(state, images, labels, example_ids, model, dit.state_shapes(model))
+        validation.image_diffusion_step(state, images, labels, example_ids, self.config, dit.state_shapes(self.model))
 
     # ---------------------------------------------------------------------------------------------------------- draws
 
@@ -63,10 +63,18 @@ class Trainer:
 
     def times(self, example_ids: torch.Tensor, key: dict[str, int]) -> torch.Tensor:
         """`[B]` in [0, 1)."""
-        key = {**key, "purpose": purposes.TRAINING_TIMES}
-        if self.config.timestep_sampling == "uniform":
-            return random.uniform((), **key, example=example_ids)
-        return random.normal((), **key, example=example_ids).sigmoid()
+        key, sampling = {**key, "purpose": purposes.TRAINING_TIMES}, self.config.timestep_sampling
+        if sampling == "logit-normal":
+            return random.normal((), **key, example=example_ids).sigmoid()
+        drawn = random.uniform((), **key, example=example_ids)
+        if sampling == "uniform":
+            return drawn
+        if sampling == "mode":
+            return 1 - drawn - 1.29 * (torch.cos(torch.pi / 2 * drawn).square() - 1 + drawn)
+        weights = torch.ones(1000, dtype=torch.float64)
+        biased = int(1000 * self.config.bias_portion)
+        weights[slice(biased) if sampling == "earlier" else slice(1000 - biased, 1000)] = self.config.bias_multiplier
+        return torch.searchsorted(weights.cumsum(0), drawn.double() * weights.sum(), right=True) / 1000
 
     def drop(self, labels: torch.Tensor, example_ids: torch.Tensor, key: dict[str, int]) -> torch.Tensor:
         """Labels of which some are dropped."""
@@ -75,7 +83,7 @@ class Trainer:
 
     def null_label(self) -> int:
         """What stands for a dropped label."""
-        return self.config.model.num_classes
+        return self.model.num_classes
 
     # ------------------------------------------------------------------------------------------------------ gradients
 
@@ -105,8 +113,8 @@ class Trainer:
         ids, key = self.ids(example_ids), {"seed": self.config.seed, "step": self.step_of_draws(step)}
         noise, times = self.noise(images, ids, key), self.times(ids, key)
         noised = self.interpolate(images, noise, times.view(-1, 1, 1, 1))
-        predicted = dit.dit(parameters, noised, self.timesteps(times), self.drop(labels, ids, key), config=self.config.model)
-        return (predicted - self.velocity(images, noise)).square().flatten(1).mean(1)
+        predicted = dit.dit(parameters, noised, self.timesteps(times), self.drop(labels, ids, key), config=self.model)
+        return self.weights(times) * (predicted - self.target(images, noise)).square().flatten(1).mean(1)
 
     def interpolate(self, images: torch.Tensor, noise: torch.Tensor, times: torch.Tensor) -> torch.Tensor:
         """What the model sees."""
@@ -117,8 +125,28 @@ class Trainer:
         return 1000 * times
 
     def velocity(self, images: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-        """What the model should predict."""
+        """Which way the model should say that it goes."""
         return noise - images if self.config.velocity == "noise - data" else images - noise
+
+    def target(self, images: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+        """What the model should predict."""
+        targets = {"epsilon": noise, "sample": images, "flow_prediction": self.velocity(images, noise)}
+        return targets[self.config.prediction_type]
+
+    def weights(self, times: torch.Tensor) -> torch.Tensor:
+        """How much each example counts."""
+        gamma, of_data = self.config.min_snr_gamma, (1 - times).square()
+        if gamma is None:
+            return torch.ones_like(times)
+        ratio = self.ratio(of_data, times.square())
+        if self.config.snr == "noise over data":
+            return ratio.clamp(max=gamma) / ratio
+        weights = {"epsilon": (gamma / ratio).clamp(max=1), "sample": ratio.clamp(max=gamma)}
+        return weights.get(self.config.prediction_type, ratio.clamp(max=gamma) * times.square())
+
+    def ratio(self, of_data: torch.Tensor, of_noise: torch.Tensor) -> torch.Tensor:
+        """Of signal and noise."""
+        return of_data / of_noise if self.config.snr == "data over noise" else of_noise / of_data
 
     def share(self, losses: torch.Tensor, batch_size: int) -> torch.Tensor:
         """A microbatch's part of the mean loss of the batch."""
@@ -140,7 +168,7 @@ class Trainer:
 
     def check(self, step: torch.Tensor, loss: torch.Tensor, gradients: Tensors, norm: torch.Tensor) -> None:
         """Raises where a number is not finite."""
-        require_finite(step, loss, gradients, norm)
+        training.require_finite(step, {"loss": loss}, gradients, norm)
 
     def clip(self, gradients: Tensors, norm: torch.Tensor) -> Tensors:
         """Gradients of at most the largest norm."""
@@ -149,36 +177,70 @@ class Trainer:
 
     def report(self, loss: torch.Tensor, norm: torch.Tensor) -> Metrics:
         """What is told of a step."""
-        return Metrics(loss, norm)
+        return Metrics(loss, torch.zeros_like(loss), norm)
 
     def update(self, state: Mapping[str, torch.Tensor], gradients: Tensors) -> Tensors:
-        """AdamW."""
-        config, step = self.config, self.next_step(state["step"])
-        parameters, first, second = (self.part(state, part) for part in ("model", "exp_avg", "exp_avg_sq"))
+        """The optimizer, then the average."""
+        parts = {part: self.part(state, part) for part in self.config.parts}
+        before, step = dict(parts["model"]), self.next_step(state["step"])
         for name, gradient in gradients.items():
-            gradient = self.penalize(name, gradient, parameters[name])
-            first[name] = first[name] + (1 - config.beta1) * (gradient - first[name])
-            second[name] = config.beta2 * second[name] + (1 - config.beta2) * gradient * gradient
-            corrected = self.correct(first[name], config.beta1, step)
-            root = self.root(self.correct(second[name], config.beta2, step))
-            parameters[name] = self.decay(name, parameters[name]) - config.learning_rate * corrected / root
-        return join_state(parameters, first, second, state["step"] + 1)
+            self.update_one({part: tensors for part, tensors in parts.items() if part != "ema"}, name, gradient, step)
+        if self.config.ema is not None:
+            keep = self.kept_by_average(int(state["step"]) + 1)
+            averaged = self.averaged(before, parts["model"])
+            parts["ema"] = {name: keep * each + (1 - keep) * averaged[name] for name, each in parts["ema"].items()}
+        return training.join_state(parts, state["step"] + 1)
+
+    def update_one(self, parts: Mapping[str, Tensors], name: str, gradient: torch.Tensor, step: int) -> None:
+        """Of one parameter and its moments."""
+        config, parameters = self.config, parts["model"]
+        gradient = self.penalize(name, gradient, parameters[name])
+        if config.optimizer == "sgd":
+            buffer = parts["momentum_buffer"]
+            buffer[name] = self.momentum() * buffer[name] + gradient
+            parameters[name] = parameters[name] - config.learning_rate * buffer[name]
+            return
+        first, second = parts["exp_avg"], parts["exp_avg_sq"]
+        first[name] = first[name] + (1 - config.beta1) * (gradient - first[name])
+        second[name] = config.beta2 * second[name] + (1 - config.beta2) * gradient * gradient
+        corrected = self.correct(first[name], config.beta1, step)
+        root = self.root(self.correct(second[name], config.beta2, step))
+        parameters[name] = self.decay(name, parameters[name]) - config.learning_rate * corrected / root
+
+    def momentum(self) -> float:
+        """Of SGD."""
+        return self.config.momentum
+
+    def kept_by_average(self, step: int) -> float:
+        """What the average keeps of itself at the update of that number, counted from 1."""
+        ema = self.config.ema
+        assert ema is not None
+        since = step - ema.update_after_step - 1
+        if since <= 0:
+            return 0.0
+        grown = 1 - (1 + since / ema.inv_gamma) ** -ema.power if ema.warmup else (1 + since) / (10 + since)
+        return max(ema.min_decay, min(ema.decay, grown))
+
+    def averaged(self, before: Tensors, after: Tensors) -> Tensors:
+        """Which parameters the average takes in."""
+        return after
 
     def part(self, state: Mapping[str, torch.Tensor], part: str) -> Tensors:
         """The parameters, or their moments."""
-        return part_of_state(state, part)
+        return training.part_of_state(state, part)
 
     def next_step(self, step: torch.Tensor) -> int:
         """The updates made, with this one."""
         return int(step) + 1
 
     def penalize(self, name: str, gradient: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
-        """Weight decay in the gradient: none."""
-        return gradient
+        """Weight decay in the gradient: none of AdamW's."""
+        return gradient if self.config.optimizer == "adamw" else gradient + self.config.weight_decay * parameter
 
     def decay(self, name: str, parameter: torch.Tensor) -> torch.Tensor:
-        """Weight decay beside the gradient."""
-        return parameter * (1 - self.config.learning_rate * self.config.weight_decay)
+        """Weight decay beside the gradient: AdamW's alone."""
+        kept = 1 - self.config.learning_rate * self.config.weight_decay
+        return parameter * kept if self.config.optimizer == "adamw" else parameter
 
     def correct(self, moment: torch.Tensor, beta: float, step: int) -> torch.Tensor:
         """A moment as if it had not begun at 0."""

@@ -1,0 +1,190 @@
+"""What training steps on many ranks share: each has a part of every parameter, of its moments, and of the batch (FSDP2).
+
+A block's parameters are gathered where it runs, forward and backward; its gradients are added up over the ranks and each rank
+keeps its part, which the optimizer updates: element by element, so that it is the reference's own function, of local parts.
+A step has two small exchanges of its own: of its losses and the gradients' norm, and before it whatever the trainer agrees on.
+"""
+
+import math
+from collections.abc import Callable, Container, Iterable, Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
+
+from gaugeblock.optimized.distributed.agreement import agree
+from gaugeblock.optimized.distributed.fully_sharded import gather_shards, local_part, shard_like
+from gaugeblock.optimized.distributed.fully_sharded_models import Model
+from gaugeblock.reference import validation
+from gaugeblock.reference.configs import TrainingConfig
+from gaugeblock.reference.torch import training as reference
+from gaugeblock.reference.torch.training import Tensors
+
+Shares = Callable[..., Tensors]
+
+
+class ShardedRun:
+    """The state of a training run of which each rank holds its part; every rank makes the same calls.
+
+    Args:
+        model: Of the table `fully_sharded_models`.
+        state: As of `gaugeblock.reference.torch.training`: whole, the same on every rank.
+        shapes: Of the model's parameters.
+        model_config: Of the model.
+        config: Of the run.
+        mesh: One-dimensional; its device type is that of the tensors.
+        frozen: Names of what is not trained.
+
+    Raises:
+        TypeError: `state` is not a dict of arrays of one dtype, float32 or float64, with an integer step.
+        ValueError: `mesh` has more than one dimension; `state` lacks an entry, has one too many, or differs between the ranks.
+            All ranks raise where one does.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        state: Mapping[str, torch.Tensor],
+        shapes: Mapping[str, tuple[int, ...]],
+        *,
+        model_config: Any,
+        config: TrainingConfig,
+        mesh: DeviceMesh,
+        frozen: Container[str] = (),
+    ) -> None:
+        if mesh.ndim != 1:
+            raise ValueError(f"mesh must have one dimension, got {mesh.ndim}")
+        self.config, self.mesh = config, mesh
+        self._agree_on_state(state, shapes, frozen)
+
+        self.updates = state["step"].clone()
+        dtype = None if config.compute_dtype is None else getattr(torch, config.compute_dtype)
+        whole = {part: reference.part_of_state(state, part) for part in config.parts}
+        self.model = model.sharded(whole["model"], config=model_config, mesh=mesh, compute_dtype=dtype, frozen=frozen)
+        parameters = dict(self.model.named_parameters())
+        self.shards: dict[str, Tensors] = {"model": {name: parameters[name] for name in shapes}}
+        for part in config.parts[1:]:
+            self.shards[part] = {name: shard_like(parameters[name], each) for name, each in whole[part].items()}
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """That of the state."""
+        return next(iter(self.shards["model"].values())).dtype
+
+    def step(self, shares: Shares, batch: Iterable[torch.Tensor | None], num_microbatches: int) -> tuple[Tensors, torch.Tensor]:
+        """Make one update on the batches of all ranks.
+
+        Args:
+            shares: Function of a microbatch of this rank's and its place: its share of each loss of the whole batch, [], by name.
+            batch: This rank's arrays, whose first axis is of the examples, of which there may be none; None for what there is
+                none of.
+            num_microbatches: The same on every rank: all of them gather the parameters as often.
+
+        Returns:
+            losses: [], by name, of the batches of all ranks, before the update.
+            gradient_norm: [].
+
+        Raises:
+            FloatingPointError: As the reference, on every rank; nothing is updated.
+        """
+        self.model.zero_grad()
+        losses: Tensors = {}
+        split = ([None] * num_microbatches if each is None else each.tensor_split(num_microbatches) for each in batch)
+        for index, microbatch in enumerate(zip(*split, strict=True)):
+            # gradients are exchanged once, when this rank has added up its own
+            self.model.sharded.set_requires_gradient_sync(index == num_microbatches - 1)
+            some = shares(index, *microbatch)
+            losses = {name: losses.get(name, 0) + share.detach() for name, share in some.items()}
+            # FSDP averages over the ranks, and shares are to be added up
+            (torch.stack([*some.values()]).sum() * (self.mesh.size() * self.config.loss_scale)).backward()
+
+        parameters = self.shards["model"]
+        trained = reference.trained_names(self._names(), self.config)
+        gradients = {name: local_part(parameters[name].grad) / self.config.loss_scale for name in trained}
+        square = torch.stack([each.square().sum() for each in gradients.values()]).sum()
+        *sums, square = self._sum(torch.stack([*losses.values(), square])).unbind()
+        losses, gradient_norm = dict(zip(losses, sums, strict=True)), square.sqrt()
+        self._require_finite(losses, gradients, gradient_norm)
+        self._update(gradients, gradient_norm)
+        return losses, gradient_norm
+
+    def state(self) -> Tensors:
+        """Gather the whole state on every rank; later steps do not write to it."""
+        state = reference.join_state(self.shards, self.updates.clone())
+        return state | gather_shards({name: each for name, each in state.items() if isinstance(each, DTensor)}, self.mesh)
+
+    def _names(self) -> Tensors:
+        return reference.join_state(self.shards, self.updates)
+
+    @torch.no_grad()
+    def _update(self, gradients: Tensors, gradient_norm: torch.Tensor) -> None:
+        """Let this rank's parts be updated, in place."""
+        local = {part: {name: local_part(each) for name, each in shards.items()} for part, shards in self.shards.items()}
+        clipped = reference.clipped(gradients, gradient_norm, config=self.config)
+        reference.step_in_place(local, clipped, int(self.updates), config=self.config)
+        self.updates += 1
+        if self.config.ema is not None:
+            averages = reference.average(local["ema"], local["model"], int(self.updates), config=self.config.ema)
+            for name, each in averages.items():
+                local["ema"][name].copy_(each)
+
+    def _sum(self, values: torch.Tensor) -> torch.Tensor:
+        """Add up the values of all ranks, in place."""
+        dist.all_reduce(values, group=self.mesh.get_group())
+        return values
+
+    def _require_finite(self, losses: Tensors, gradients: Tensors, gradient_norm: torch.Tensor) -> None:
+        """Raise on every rank, as the reference does, where a loss or a gradient of any rank is not finite."""
+        if not math.isfinite(sum(losses.values()) + gradient_norm):
+            marks = self._sum(torch.stack([(0 * each).sum() for each in gradients.values()]))  # NaN, or 0
+            reference.require_finite(self.updates, losses, dict(zip(gradients, marks, strict=True)), gradient_norm)
+
+    def _agree_on_state(
+        self, state: Mapping[str, torch.Tensor], shapes: Mapping[str, tuple[int, ...]], frozen: Container[str]
+    ) -> None:
+        error, facts = None, dict.fromkeys(("state must have the same dtype", "state must have the same step"), 0)
+        try:
+            validation.training_state(state, shapes, self.config, frozen=frozen)
+            first = state[f"model.{next(iter(shapes))}"]
+            require_device("state", first, self.mesh)
+        except (TypeError, ValueError) as raised:
+            error = raised  # raised again once the other ranks know
+        else:
+            dtype = validation.FLOATING.index(validation.dtype_name(first))
+            facts = dict(zip(facts, (dtype, int(state["step"])), strict=True))
+        agree(torch.zeros(self.mesh.size(), dtype=torch.int64, device=self.mesh.device_type), facts, error, self.mesh)
+
+    def agree_on_batch(self, check: Callable[[], None], arrays: Mapping[str, torch.Tensor]) -> list[int]:
+        """Return the number of examples of every rank.
+
+        Args:
+            check: Raises TypeError or ValueError where this rank's arrays are bad.
+            arrays: By their names; the first has the dtype of the state.
+
+        Raises:
+            TypeError, ValueError: What `check` raises on any rank; or no rank has an example. All ranks raise, before any work.
+        """
+        error, batch_size = None, 0
+        try:
+            check()
+            name, first = next(iter(arrays.items()))
+            require_device(name, first, self.mesh)
+            if first.dtype != self.dtype:
+                raise TypeError(f"{name} must have the dtype of the state, {self.dtype}, got {first.dtype}")
+        except (TypeError, ValueError) as raised:
+            error = raised  # raised again once the other ranks know
+        else:
+            batch_size = first.shape[0]
+        sizes = torch.full((self.mesh.size(),), batch_size, device=self.mesh.device_type)
+        _, batch_sizes = agree(sizes, {}, error, self.mesh)
+        if sum(batch_sizes) == 0:
+            raise ValueError(f"{next(iter(arrays))} must hold at least one example on some rank, got none")
+        return batch_sizes
+
+
+def require_device(name: str, tensor: torch.Tensor, mesh: DeviceMesh) -> None:
+    """Raise ValueError where a tensor does not lie where the mesh computes."""
+    if tensor.device.type != mesh.device_type:
+        raise ValueError(f"{name} must be on the device of mesh, {mesh.device_type}, got {tensor.device}")

@@ -1,0 +1,165 @@
+"""What the training steps of all models share: gradients of microbatches, clipping, the optimizer, an average, saved runs.
+
+The state of a run is a flat dict of arrays, as in `gaugeblock.reference.torch.training`.
+"""
+
+from collections.abc import Callable, Container, Iterable, Mapping
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from gaugeblock.reference import saved_runs
+from gaugeblock.reference.configs import EMAConfig, TrainingConfig
+
+CLIPPING_EPSILON = 1e-6  # added to the norm by torch.nn.utils.clip_grad_norm_ (optax.clip_by_global_norm adds nothing)
+OPTAX_MOMENTS = {"exp_avg": "mu", "exp_avg_sq": "nu", "momentum_buffer": "trace"}
+
+Tensors = dict[str, jax.Array]
+
+
+def initial_state(parameters: Mapping[str, jax.Array], *, config: TrainingConfig, frozen: Container[str] = ()) -> Tensors:
+    """As `gaugeblock.reference.torch.training.initial_state`, but step is an int32."""
+    zeros = {name: jnp.zeros_like(parameter) for name, parameter in parameters.items() if name not in frozen}
+    parts = {part: parameters if part in ("model", "ema") else zeros for part in config.parts}
+    return join_state(parts, jnp.array(0))
+
+
+def add_up(
+    shares: Callable[..., Tensors],
+    state: Mapping[str, jax.Array],
+    batch: Iterable[jax.Array | None],
+    *,
+    config: TrainingConfig,
+) -> tuple[Tensors, Tensors]:
+    """As `gaugeblock.reference.torch.training.add_up`."""
+    batch = list(batch)
+    batch_size = next(len(each) for each in batch if each is not None)
+    num_microbatches = min(config.accumulation_steps, batch_size)
+    model, trained = part_of_state(state, "model"), trained_names(state, config)
+    leaves = {name: model[name] for name in trained}
+
+    def scaled(leaves: Tensors, *microbatch: jax.Array | None) -> tuple[jax.Array, Tensors]:
+        parameters = {name: in_compute_dtype(each, config) for name, each in (model | leaves).items()}
+        some = shares(parameters, *microbatch)
+        return jnp.stack([*some.values()]).sum() * config.loss_scale, some
+
+    losses: Tensors = {}
+    gradients = {name: jnp.zeros_like(leaf) for name, leaf in leaves.items()}
+    split = ([None] * num_microbatches if each is None else jnp.array_split(each, num_microbatches) for each in batch)
+    for microbatch in zip(*split, strict=True):
+        found, some = jax.grad(scaled, has_aux=True)(leaves, *microbatch)
+        losses = {name: losses.get(name, 0) + share for name, share in some.items()}
+        gradients = {name: gradient + found[name] for name, gradient in gradients.items()}
+    return losses, {name: gradient / config.loss_scale for name, gradient in gradients.items()}
+
+
+def trained_names(state: Mapping[str, jax.Array], config: TrainingConfig) -> list[str]:
+    """As `gaugeblock.reference.torch.training.trained_names`."""
+    return list(part_of_state(state, config.moments[0]))
+
+
+def finish(
+    state: Mapping[str, jax.Array], losses: Tensors, gradients: Tensors, *, config: TrainingConfig
+) -> tuple[Tensors, jax.Array]:
+    """As `gaugeblock.reference.torch.training.finish`."""
+    gradients = {name: gradients[name] for name in trained_names(state, config)}  # jit sorts them
+    gradient_norm = global_norm(gradients)
+    require_finite(state["step"], losses, gradients, gradient_norm)
+    return update(state, gradients, gradient_norm, config=config), gradient_norm
+
+
+def in_compute_dtype(array: jax.Array, config: TrainingConfig) -> jax.Array:
+    """As `gaugeblock.reference.torch.training.in_compute_dtype`."""
+    return array if config.compute_dtype is None else array.astype(config.compute_dtype)
+
+
+def global_norm(tensors: Mapping[str, jax.Array]) -> jax.Array:
+    """Return the norm of all arrays together, []."""
+    return jnp.sqrt(jnp.stack([jnp.square(tensor).sum() for tensor in tensors.values()]).sum())
+
+
+def require_finite(step: jax.Array, losses: Tensors, gradients: Tensors, gradient_norm: jax.Array) -> None:
+    """Raise FloatingPointError with the step and the first array that is not finite, if there is one."""
+    if jnp.isfinite(jnp.stack([*losses.values(), gradient_norm])).all():
+        return
+    tensors = losses | {f"gradient of {name}": each for name, each in gradients.items()} | {"gradient_norm": gradient_norm}
+    bad = next(name for name, tensor in tensors.items() if not jnp.isfinite(tensor).all())
+    told = ", ".join(f"{name} {float(each)}" for name, each in (losses | {"gradient_norm": gradient_norm}).items())
+    raise FloatingPointError(f"step {int(step)}: {bad} is not finite ({told})")
+
+
+@partial(jax.jit, static_argnames="config")
+def update(state: Mapping[str, jax.Array], gradients: Tensors, gradient_norm: jax.Array, *, config: TrainingConfig) -> Tensors:
+    """As `gaugeblock.reference.torch.training.update`, but by optax."""
+    clipping_factor = jnp.minimum(config.max_gradient_norm / (gradient_norm + CLIPPING_EPSILON), 1)
+    model = part_of_state(state, "model")
+    clipped = {name: gradients[name] * clipping_factor for name in trained_names(state, config)}
+    trained = {name: model[name] for name in clipped}
+    moments = {OPTAX_MOMENTS[part]: part_of_state(state, part) for part in config.moments}
+    optimizer = optimizer_of(config)
+    counted = {} if config.optimizer == "sgd" else {"count": state["step"]}
+    kept = optax.tree_utils.tree_set(optimizer.init(trained), **counted, **moments)
+    with jax.enable_x64(True):  # optax's 1 - beta2**step: float32 would leave it four digits at step 1, and torch has sixteen
+        updates, kept = optimizer.update(clipped, kept, trained)
+    parts = {"model": model | optax.apply_updates(trained, updates)}
+    parts |= {part: optax.tree_utils.tree_get(kept, OPTAX_MOMENTS[part]) for part in config.moments}
+    if config.ema is not None:
+        parts["ema"] = average(part_of_state(state, "ema"), parts["model"], state["step"] + 1, config=config.ema)
+    return join_state(parts, state["step"] + 1)
+
+
+def optimizer_of(config: TrainingConfig) -> optax.GradientTransformation:
+    """Return the optimizer of a run; clipping is before it."""
+    if config.optimizer == "adamw":
+        return optax.adamw(
+            config.learning_rate, b1=config.beta1, b2=config.beta2, eps=config.adam_epsilon, weight_decay=config.weight_decay
+        )
+    if config.optimizer == "adam":
+        plain = optax.adam(config.learning_rate, b1=config.beta1, b2=config.beta2, eps=config.adam_epsilon)
+    else:
+        plain = optax.sgd(config.learning_rate, momentum=config.momentum)
+    return optax.chain(optax.add_decayed_weights(config.weight_decay), plain)
+
+
+def average(averages: Tensors, parameters: Tensors, step: jax.Array, *, config: EMAConfig) -> Tensors:
+    """As `gaugeblock.reference.torch.training.average`."""
+    decay = decay_of(step, config).astype(next(iter(parameters.values())).dtype)
+    return {name: each - (1 - decay) * (each - parameters[name]) for name, each in averages.items()}
+
+
+def decay_of(step: jax.Array, config: EMAConfig) -> jax.Array:
+    """As `gaugeblock.reference.torch.training.decay_of`."""
+    with jax.enable_x64(True):
+        since = jnp.maximum(step - config.update_after_step - 1, 0).astype(jnp.float64)
+        decay = 1 - (1 + since / config.inv_gamma) ** -config.power if config.warmup else (1 + since) / (10 + since)
+        return jnp.where(since > 0, jnp.clip(decay, config.min_decay, config.decay), 0.0)
+
+
+def part_of_state(state: Mapping[str, jax.Array], part: str) -> Tensors:
+    """Return the arrays of a state whose names begin with `part` and a dot, without that beginning."""
+    return {name.removeprefix(f"{part}."): tensor for name, tensor in state.items() if name.startswith(f"{part}.")}
+
+
+def join_state(parts: Mapping[str, Mapping[str, jax.Array]], step: jax.Array) -> Tensors:
+    """Return the state that these are the parts of."""
+    return {f"{part}.{name}": tensor for part, tensors in parts.items() for name, tensor in tensors.items()} | {"step": step}
+
+
+def save_state(state: Mapping[str, jax.Array], path: Path) -> None:
+    """As `gaugeblock.reference.torch.training.save_state`."""
+    from safetensors.flax import save  # what a run needs, and the step does not
+
+    saved_runs.write_atomically(save(dict(state)), path)
+
+
+def load_state(path: Path) -> Tensors:
+    """As `gaugeblock.reference.torch.training.load_state`, but int64 becomes int32 unless x64 is enabled."""
+    from safetensors.flax import load_file
+
+    with saved_runs.reading(path):
+        state = load_file(path)
+    saved_runs.require_step(state, path)
+    return state

@@ -1,0 +1,242 @@
+"""What the training steps of all models share: gradients of microbatches, clipping, the optimizer, an average, saved runs.
+
+The state of a run is a flat dict of tensors:
+
+    model.<name>              the parameters, and what is frozen among them, which has none of the following but the last
+    exp_avg.<name>            the average of their gradients that AdamW and Adam keep
+    exp_avg_sq.<name>         their average of squared gradients
+    momentum_buffer.<name>    in place of both, what SGD keeps
+    ema.<name>                the moving average of the parameters, where the config asks for one
+    step                      the number of updates made so far
+
+What a run depends on is in it and in the config: what is random is drawn by (seed, step, example id, purpose).
+"""
+
+from collections.abc import Callable, Container, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.optim.adam import adam
+from torch.optim.adamw import adamw
+from torch.optim.sgd import sgd
+
+from gaugeblock.reference import saved_runs
+from gaugeblock.reference.configs import EMAConfig, TrainingConfig
+
+CLIPPING_EPSILON = 1e-6  # added to the norm by torch.nn.utils.clip_grad_norm_ (optax.clip_by_global_norm adds nothing)
+
+Tensors = dict[str, torch.Tensor]
+
+
+def initial_state(parameters: Mapping[str, torch.Tensor], *, config: TrainingConfig, frozen: Container[str] = ()) -> Tensors:
+    """Return the state at the start of a run with these parameters: moments of 0, an average that is a copy, step 0, int64.
+
+    Of those whose names are `frozen` there are no moments: they are not trained.
+    """
+    zeros = {name: torch.zeros_like(parameter) for name, parameter in parameters.items() if name not in frozen}
+    parts = {part: parameters if part in ("model", "ema") else zeros for part in config.parts}
+    device = next(iter(parameters.values())).device
+    return join_state(parts, torch.tensor(0, device=device))
+
+
+def add_up(
+    shares: Callable[..., Tensors],
+    state: Mapping[str, torch.Tensor],
+    batch: Iterable[torch.Tensor | None],
+    *,
+    config: TrainingConfig,
+) -> tuple[Tensors, Tensors]:
+    """Return the losses of a batch and the gradients of their sum, computed in microbatches whose sizes differ by one at most.
+
+    Args:
+        shares: Function of the parameters, in `compute_dtype`, and a microbatch: its share of each loss of the batch, [], by
+            name. A mean over the batch's examples is the sum of such shares; the mean of the microbatches' means would favour
+            those of small ones.
+        state: As at the top of this module.
+        batch: Arrays whose first axis is of the examples; None for what there is none of.
+        config: Of the run.
+
+    Returns:
+        losses: [], by name.
+        gradients: Of what is trained, by name.
+    """
+    batch = list(batch)
+    batch_size = next(len(each) for each in batch if each is not None)
+    num_microbatches = min(config.accumulation_steps, batch_size)
+    model, trained = part_of_state(state, "model"), trained_names(state, config)
+    leaves = {name: model[name].detach().requires_grad_() for name in trained}
+
+    losses: Tensors = {}
+    gradients = [torch.zeros_like(leaf) for leaf in leaves.values()]
+    split = ([None] * num_microbatches if each is None else each.tensor_split(num_microbatches) for each in batch)
+    for microbatch in zip(*split, strict=True):
+        parameters = {name: in_compute_dtype(each, config) for name, each in (model | leaves).items()}
+        some = shares(parameters, *microbatch)
+        losses = {name: losses.get(name, 0) + share.detach() for name, share in some.items()}
+        scaled = torch.stack([*some.values()]).sum() * config.loss_scale
+        found = torch.autograd.grad(scaled, [*leaves.values()])
+        gradients = [gradient + each for gradient, each in zip(gradients, found, strict=True)]
+    return losses, {name: each / config.loss_scale for name, each in zip(leaves, gradients, strict=True)}
+
+
+def trained_names(state: Mapping[str, torch.Tensor], config: TrainingConfig) -> list[str]:
+    """Return the names of what is not frozen: of which there are moments."""
+    return list(part_of_state(state, config.moments[0]))
+
+
+def finish(
+    state: Mapping[str, torch.Tensor], losses: Tensors, gradients: Tensors, *, config: TrainingConfig
+) -> tuple[Tensors, torch.Tensor]:
+    """Make the update of a step, once what `add_up` returns is known to be finite; the given state is not written to.
+
+    Returns:
+        new_state: As state.
+        gradient_norm: [], of all gradients together, before clipping.
+
+    Raises:
+        FloatingPointError: A loss or a gradient is not finite; the message names the step and the first bad one.
+    """
+    gradient_norm = global_norm(gradients)
+    require_finite(state["step"], losses, gradients, gradient_norm)
+    return update(state, gradients, gradient_norm, config=config), gradient_norm
+
+
+def in_compute_dtype(tensor: torch.Tensor, config: TrainingConfig) -> torch.Tensor:
+    """Return it in the dtype in which losses and gradients are computed."""
+    return tensor if config.compute_dtype is None else tensor.to(getattr(torch, config.compute_dtype))
+
+
+def global_norm(tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """Return the norm of all tensors together, []."""
+    return torch.stack([tensor.square().sum() for tensor in tensors.values()]).sum().sqrt()
+
+
+def require_finite(step: torch.Tensor, losses: Tensors, gradients: Tensors, gradient_norm: torch.Tensor) -> None:
+    """Raise FloatingPointError with the step and the first tensor that is not finite, if there is one."""
+    if torch.stack([*losses.values(), gradient_norm]).isfinite().all():
+        return
+    tensors = losses | {f"gradient of {name}": each for name, each in gradients.items()} | {"gradient_norm": gradient_norm}
+    bad = next(name for name, tensor in tensors.items() if not tensor.isfinite().all())
+    told = ", ".join(f"{name} {float(each)}" for name, each in (losses | {"gradient_norm": gradient_norm}).items())
+    raise FloatingPointError(f"step {int(step)}: {bad} is not finite ({told})")
+
+
+def update(
+    state: Mapping[str, torch.Tensor], gradients: Tensors, gradient_norm: torch.Tensor, *, config: TrainingConfig
+) -> Tensors:
+    """Return the state after one update by torch's optimizer with clipped gradients; the given state is not written to.
+
+        gradients = gradients * min(1, max_gradient_norm / (gradient_norm + 1e-6))
+        step      = step + 1
+
+    AdamW, and Adam, whose gradients have weight_decay * model added:
+
+        exp_avg    = beta1 * exp_avg + (1 - beta1) * gradients
+        exp_avg_sq = beta2 * exp_avg_sq + (1 - beta2) * gradients**2
+        update     = exp_avg / (1 - beta1**step) / (sqrt(exp_avg_sq / (1 - beta2**step)) + adam_epsilon)
+        model      = model - learning_rate * update                              (Adam)
+        model      = model - learning_rate * (update + weight_decay * model)     (AdamW)
+
+    SGD, whose gradients have weight_decay * model added:
+
+        momentum_buffer = momentum * momentum_buffer + gradients
+        model           = model - learning_rate * momentum_buffer
+
+    Then `average` makes the moving average.
+
+    Source: clipping: Pascanu et al. (arXiv:1211.5063), algorithm 1; Loshchilov and Hutter (arXiv:1711.05101), algorithms 1 and 2,
+    whose schedule multiplier is learning_rate and whose weight decay is learning_rate * weight_decay, as in torch.optim.
+    """
+    parts = {
+        part: {name: tensor.detach().clone() for name, tensor in part_of_state(state, part).items()} for part in config.parts
+    }
+    step_in_place(parts, clipped(gradients, gradient_norm, config=config), int(state["step"]), config=config)
+    if config.ema is not None:
+        parts["ema"] = average(parts["ema"], parts["model"], int(state["step"]) + 1, config=config.ema)
+    return join_state(parts, state["step"] + 1)
+
+
+def clipped(gradients: Tensors, gradient_norm: torch.Tensor, *, config: TrainingConfig) -> Tensors:
+    """Return gradients whose norm is `max_gradient_norm` at most, of such whose norm is given."""
+    factor = (config.max_gradient_norm / (gradient_norm + CLIPPING_EPSILON)).clamp(max=1)
+    return {name: gradient * factor for name, gradient in gradients.items()}
+
+
+def step_in_place(parts: Mapping[str, Tensors], gradients: Tensors, step: int, *, config: TrainingConfig) -> None:
+    """Let torch's optimizer write to what has gradients and to its moments, of which `step` updates have been made."""
+    moments = [parts[part] for part in config.moments]
+    lists: list[Any] = [[each[name] for name in gradients] for each in (parts["model"], gradients, *moments)]
+    common: dict[str, Any] = {
+        "foreach": False,
+        "maximize": False,
+        "lr": config.learning_rate,
+        "weight_decay": config.weight_decay,
+    }
+    if config.optimizer == "sgd":
+        # what torch.optim.SGD begins with is the first gradient: as much as a buffer of 0 and no dampening
+        sgd(*lists, momentum=config.momentum, dampening=0.0, nesterov=False, **common)
+        return
+    run = adamw if config.optimizer == "adamw" else adam
+    steps = [torch.tensor(float(step), dtype=torch.float64, device="cpu") for _ in gradients]
+    run(
+        *[*lists, [], steps],  # no largest second moments
+        amsgrad=False,
+        beta1=config.beta1,
+        beta2=config.beta2,
+        eps=config.adam_epsilon,
+        **common,
+    )
+
+
+def average(averages: Tensors, parameters: Tensors, step: int, *, config: EMAConfig) -> Tensors:
+    """Return the moving average after the update of that number, counted from 1, which made these parameters.
+
+    ema = ema - (1 - d) * (ema - model), with the share d as `EMAConfig` says.
+    """
+    decay = decay_of(step, config)
+    return {name: each - (1 - decay) * (each - parameters[name]) for name, each in averages.items()}
+
+
+def decay_of(step: int, config: EMAConfig) -> float:
+    """Return what the average keeps of itself at the update of that number, counted from 1."""
+    since = step - config.update_after_step - 1
+    if since <= 0:
+        return 0.0
+    decay = 1 - (1 + since / config.inv_gamma) ** -config.power if config.warmup else (1 + since) / (10 + since)
+    return max(min(decay, config.decay), config.min_decay)
+
+
+def part_of_state(state: Mapping[str, torch.Tensor], part: str) -> Tensors:
+    """Return the tensors of a state whose names begin with `part` and a dot, without that beginning."""
+    return {name.removeprefix(f"{part}."): tensor for name, tensor in state.items() if name.startswith(f"{part}.")}
+
+
+def join_state(parts: Mapping[str, Mapping[str, torch.Tensor]], step: torch.Tensor) -> Tensors:
+    """Return the state that these are the parts of."""
+    return {f"{part}.{name}": tensor for part, tensors in parts.items() for name, tensor in tensors.items()} | {"step": step}
+
+
+def save_state(state: Mapping[str, torch.Tensor], path: Path) -> None:
+    """Write a state to a safetensors file, bit for bit; either framework reads it.
+
+    The file appears under its name when it is whole: a run that is killed while it writes leaves the one that was there.
+    """
+    from safetensors.torch import save  # what a run needs, and the step does not
+
+    saved_runs.write_atomically(save({name: tensor.contiguous() for name, tensor in state.items()}), path)
+
+
+def load_state(path: Path) -> Tensors:
+    """Read a state that `save_state` of either framework wrote; it lies on the CPU.
+
+    Raises:
+        FileNotFoundError: There is none.
+        ValueError: The file is cut off, or no safetensors file with a step.
+    """
+    from safetensors.torch import load_file
+
+    with saved_runs.reading(path):
+        state = load_file(path)
+    saved_runs.require_step(state, path)
+    return state

@@ -1,0 +1,32 @@
+"""States of training runs."""
+
+from collections.abc import Container, Mapping
+from typing import Any
+
+from gaugeblock.reference.configs import TrainingConfig
+from gaugeblock.reference.validation.arrays import INTEGER, require_dtype, require_entry_names, require_shape, state_entries
+
+
+def training_state(
+    state: Any,
+    shapes: Mapping[str, tuple[int, ...]],
+    config: TrainingConfig,
+    *,
+    frozen: Container[str] = (),
+    like: Any = None,
+) -> None:
+    """Check the state of a run: parameters of these shapes, dtype and device of `like` (default: of its first entry)."""
+    parts = {
+        f"{part}.{name}": shape
+        for part in config.parts
+        for name, shape in shapes.items()
+        if part in ("model", "ema") or name not in frozen
+    }
+    require_entry_names("state", state, (*parts, "step"))
+    if like is None:
+        first = next(iter(parts))
+        like = state[first]
+        require_dtype(f"state[{first!r}]", like, ("float32", "float64"))
+    state_entries({name: state[name] for name in parts}, parts, like=like)
+    require_dtype("state['step']", state["step"], INTEGER)
+    require_shape("state['step']", state["step"])
