@@ -180,10 +180,10 @@ def check_trainer() -> None:
         assert_equal_to_rounding(metrics.loss, expected_metrics.loss)
         assert_equal_to_rounding(metrics.gradient_norm, expected_metrics.gradient_norm)
 
-    shards = [part.to_local() for parameter in trainer.model.parameters() for part in (parameter, parameter.grad)]
+    shards = [part.to_local() for parameter in trainer.run.model.parameters() for part in (parameter, parameter.grad)]
     held = torch.tensor(sum(shard.numel() for shard in shards))
     dist.all_reduce(held, group=mesh.get_group())
-    assert held == 2 * sum(parameter.numel() for parameter in trainer.model.parameters())  # each number on one rank alone
+    assert held == 2 * sum(parameter.numel() for parameter in trainer.run.model.parameters())  # each number on one rank alone
 
     actual = trainer.state()
     assert list(actual) == list(expected)

@@ -1,5 +1,6 @@
-"""The image-diffusion training step: what it learns, its draws, its twin, the libraries' optimizers, saving and resuming."""
+"""The image-diffusion training step: what it learns, its draws, its twin, its models, saving and resuming."""
 
+import functools
 from dataclasses import replace
 from types import ModuleType
 from typing import Any
@@ -7,12 +8,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 import torch
 
 from gaugeblock.reference.configs import DiTConfig, ImageDiffusionConfig
 from gaugeblock.reference.jax import train_image_diffusion as jax_trainer
+from gaugeblock.reference.jax import training as jax_training
+from gaugeblock.reference.torch import dit, training
 from gaugeblock.reference.torch import train_image_diffusion as trainer
 
 MODEL = DiTConfig(
@@ -27,6 +29,7 @@ MODEL = DiTConfig(
 )
 CONFIG = ImageDiffusionConfig(MODEL, learning_rate=1e-2, weight_decay=0.1, label_dropout=0.3, accumulation_steps=2)
 EPS = np.finfo(np.float64).eps
+TRAININGS = {trainer: training, jax_trainer: jax_training}
 
 
 def batch(size: int = 5, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -92,8 +95,8 @@ OTHER = {"velocity": "data - noise", "timestep_sampling": "logit-normal", "max_g
 
 
 def test_torch_and_jax_start_from_the_same_parameters():
-    state, jax_state = trainer.part_of_state(trainer.initial_state(CONFIG), "model"), jax_trainer.initial_state(CONFIG)
-    assert same_bits(jax_trainer.part_of_state(jax_state, "model"), state)
+    state, jax_state = training.part_of_state(trainer.initial_state(CONFIG), "model"), jax_trainer.initial_state(CONFIG)
+    assert same_bits(jax_training.part_of_state(jax_state, "model"), state)
     assert jax_state["step"] == 0 and all((jax_state[f"exp_avg.{name}"] == 0).all() for name in state)
 
 
@@ -145,7 +148,7 @@ def test_a_dropped_label_is_not_seen_by_the_model():
     state = trained_state()
     results = [trainer.train_step(state, images, each, ids, config=config)[0] for each in (labels, (labels + 1) % 3)]
     assert same_bits(*results)
-    gradient = trainer.loss_and_gradients(trainer.part_of_state(state, "model"), images, labels, ids, 7, config=config)[1]
+    gradient = trainer.losses_and_gradients(state, (images, labels, None, None, ids), config=config)[1]
     table = gradient["y_embedder.embedding_table.weight"]
     assert (table[:3] == 0).all() and (table[3] != 0).all()
 
@@ -173,11 +176,16 @@ def test_order_and_microbatches_do_not_matter(accumulation_steps):
 def test_the_loss_is_the_mean_of_the_examples_losses():
     state, (images, labels, ids) = trained_state(), batch(5)
     config = replace(CONFIG, accumulation_steps=3)
-    parameters = trainer.part_of_state(state, "model")
-    losses = trainer.example_losses(parameters, images, labels, ids, 7, config=config)
+    model = functools.partial(dit.dit, training.part_of_state(state, "model"), config=MODEL)
+
+    def losses_of(*batch):
+        images, labels, ids = batch
+        return trainer.example_losses(model, images, labels, None, None, ids, step=7, config=config)[0]
+
+    losses = losses_of(images, labels, ids)
     _, metrics = trainer.train_step(state, images, labels, ids, config=config)
     torch.testing.assert_close(metrics.loss, losses.mean(), rtol=8 * EPS, atol=0)
-    alone = [trainer.example_losses(parameters, images[i:][:1], labels[i:][:1], ids[i:][:1], 7, config=config) for i in range(5)]
+    alone = [losses_of(images[i:][:1], labels[i:][:1], ids[i:][:1]) for i in range(5)]
     torch.testing.assert_close(torch.cat(alone), losses, rtol=64 * EPS, atol=0)
 
 
@@ -190,8 +198,8 @@ def test_a_saved_state_resumes_bit_for_bit_in_either_framework(saver, loader, tm
         state = trained_state() if saver is trainer else to_jax(trained_state())
         prepare = arrays["torch" if saver is trainer else "jax"]
         half = run(state, map(prepare, batches[:2]), CONFIG, saver)
-        saver.save_state(half, tmp_path / "state.safetensors")
-        loaded = loader.load_state(tmp_path / "state.safetensors")
+        TRAININGS[saver].save_state(half, tmp_path / "state.safetensors")
+        loaded = TRAININGS[loader].load_state(tmp_path / "state.safetensors")
         assert same_bits(loaded, half)
         if loader is saver:
             through = run(state, map(prepare, batches), CONFIG, saver)
@@ -207,55 +215,9 @@ def test_what_is_not_finite_raises_with_the_step_and_its_name_and_nothing_is_upd
         if module is jax_trainer:
             state, arrays = to_jax(state), [jnp.asarray(each.numpy()) for each in arrays]
         copy = {name: np.asarray(tensor).copy() for name, tensor in state.items()}
-        with pytest.raises(FloatingPointError, match=r"^step 7: loss is not finite \(loss nan"):
+        with pytest.raises(FloatingPointError, match=r"^step 7: loss is not finite \(.*loss nan"):
             module.train_step(state, *arrays, config=CONFIG)
         assert all(np.array_equal(np.asarray(state[name]), copy[name]) for name in copy)
-
-
-@pytest.mark.parametrize("module", [trainer, jax_trainer], ids=["torch", "jax"])
-def test_the_first_gradient_that_is_not_finite_is_named(module):
-    array = torch.tensor if module is trainer else jnp.array
-    good, bad = array([1.0, 2.0]), array([1.0, -float("inf")])
-    gradients = {"b": good, "c": bad, "a": bad}
-    with pytest.raises(FloatingPointError, match=r"^step 3: gradient of c is not finite"):
-        module.require_finite(array(3), array(1.0), gradients, module.global_norm(gradients))
-    huge = {"a": array([1e30])}  # whose square is too large for float32
-    with pytest.raises(FloatingPointError, match=r"^step 3: gradient_norm is not finite"):
-        module.require_finite(array(3), array(1.0), huge, module.global_norm(huge))
-    module.require_finite(array(3), array(1.0), {"a": good}, module.global_norm({"a": good}))
-
-
-GRADIENTS = [{"w": torch.randn(3, 4, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)} for seed in range(5)]
-
-
-@pytest.mark.parametrize("max_gradient_norm", [0.5, 100.0])
-def test_updates_are_those_of_the_libraries_used_directly(max_gradient_norm):
-    config = replace(CONFIG, max_gradient_norm=max_gradient_norm)
-    weight, zeros = torch.ones(3, 4, dtype=torch.float64), torch.zeros(3, 4, dtype=torch.float64)
-    state = {"model.w": weight, "exp_avg.w": zeros, "exp_avg_sq.w": zeros, "step": torch.tensor(0)}
-
-    parameter = torch.nn.Parameter(weight.clone())
-    optimizer = torch.optim.AdamW([parameter], lr=config.learning_rate, weight_decay=config.weight_decay)
-    with jax.enable_x64(True):
-        jax_state, jax_parameters = to_jax(state), {"w": jnp.asarray(weight.numpy())}
-        clip = optax.clip_by_global_norm(max_gradient_norm)
-        transformation = optax.chain(clip, optax.adamw(config.learning_rate, weight_decay=config.weight_decay))
-        optax_state = transformation.init(jax_parameters)
-        for gradients in GRADIENTS:
-            state = trainer.adamw_update(state, gradients, trainer.global_norm(gradients), config=config)
-            parameter.grad = gradients["w"].clone()
-            torch.nn.utils.clip_grad_norm_([parameter], max_gradient_norm)
-            optimizer.step()
-            assert_equal_to_rounding({"w": state["model.w"]}, {"w": parameter.detach()}, units=4)
-
-            jax_gradients = to_jax(gradients)
-            norm = jax_trainer.global_norm(jax_gradients)
-            jax_state = jax_trainer.adamw_update(jax_state, jax_gradients, norm, config=config)
-            assert_equal_to_rounding(jax_state, state, units=16)
-            updates, optax_state = transformation.update(jax_gradients, optax_state, jax_parameters)
-            jax_parameters = optax.apply_updates(jax_parameters, updates)
-            # optax clips without torch's 1e-6, of which a fifth or less remains in a norm above 0.5, and AdamW divides it out
-            np.testing.assert_allclose(jax_state["model.w"], jax_parameters["w"], rtol=1e-6 / 0.5 * 5 * config.learning_rate)
 
 
 def test_a_step_in_float32_keeps_its_dtypes():
@@ -268,14 +230,14 @@ def test_a_step_in_float32_keeps_its_dtypes():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"beta1": 1.0}, "beta1 must be in"),
         ({"label_dropout": 1.5}, "label_dropout must be in"),
-        ({"learning_rate": 0.0}, "learning_rate must be positive"),
-        ({"weight_decay": -0.1}, "weight_decay must"),
-        ({"accumulation_steps": 0}, "accumulation_steps must be positive"),
+        ({"bias_portion": -0.5}, "bias_portion must be in"),
+        ({"bias_multiplier": 0.0}, "bias_multiplier must be positive"),
+        ({"min_snr_gamma": 0.0}, "min_snr_gamma must be positive"),
         ({"velocity": "up"}, "velocity must be"),
+        ({"prediction_type": "v_prediction"}, "prediction_type must be 'flow_prediction' or 'epsilon' or 'sample', got"),
         ({"timestep_sampling": "late"}, "timestep_sampling must be"),
-        ({"seed": -1}, "seed must be in"),
+        ({"learning_rate": 0.0}, "learning_rate must be positive"),
         ({"model": replace(MODEL, learn_sigma=True)}, "model.learn_sigma must be False"),
     ],
 )

@@ -58,14 +58,14 @@ def add_up(
 
 def trained_names(state: Mapping[str, jax.Array], config: TrainingConfig) -> list[str]:
     """As `gaugeblock.reference.torch.training.trained_names`."""
-    return list(part_of_state(state, config.moments[0]))
+    return sorted(part_of_state(state, config.moments[0]))
 
 
 def finish(
     state: Mapping[str, jax.Array], losses: Tensors, gradients: Tensors, *, config: TrainingConfig
 ) -> tuple[Tensors, jax.Array]:
     """As `gaugeblock.reference.torch.training.finish`."""
-    gradients = {name: gradients[name] for name in trained_names(state, config)}  # jit sorts them
+    gradients = {name: gradients[name] for name in trained_names(state, config)}
     gradient_norm = global_norm(gradients)
     require_finite(state["step"], losses, gradients, gradient_norm)
     return update(state, gradients, gradient_norm, config=config), gradient_norm

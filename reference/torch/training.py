@@ -34,8 +34,13 @@ def initial_state(parameters: Mapping[str, torch.Tensor], *, config: TrainingCon
 
     Of those whose names are `frozen` there are no moments: they are not trained.
     """
-    zeros = {name: torch.zeros_like(parameter) for name, parameter in parameters.items() if name not in frozen}
-    parts = {part: parameters if part in ("model", "ema") else zeros for part in config.parts}
+    trained = {name: parameter for name, parameter in parameters.items() if name not in frozen}
+    parts: dict[str, Tensors] = {}
+    for part in config.parts:  # each with memory of its own: safetensors would refuse to write one tensor twice
+        if part in ("model", "ema"):
+            parts[part] = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+        else:
+            parts[part] = {name: torch.zeros_like(parameter) for name, parameter in trained.items()}
     device = next(iter(parameters.values())).device
     return join_state(parts, torch.tensor(0, device=device))
 
@@ -75,14 +80,14 @@ def add_up(
         some = shares(parameters, *microbatch)
         losses = {name: losses.get(name, 0) + share.detach() for name, share in some.items()}
         scaled = torch.stack([*some.values()]).sum() * config.loss_scale
-        found = torch.autograd.grad(scaled, [*leaves.values()])
+        found = torch.autograd.grad(scaled, [*leaves.values()], materialize_grads=True)
         gradients = [gradient + each for gradient, each in zip(gradients, found, strict=True)]
     return losses, {name: each / config.loss_scale for name, each in zip(leaves, gradients, strict=True)}
 
 
 def trained_names(state: Mapping[str, torch.Tensor], config: TrainingConfig) -> list[str]:
-    """Return the names of what is not frozen: of which there are moments."""
-    return list(part_of_state(state, config.moments[0]))
+    """Return the names of what is not frozen, of which there are moments, in an order that is not that of the dict."""
+    return sorted(part_of_state(state, config.moments[0]))
 
 
 def finish(

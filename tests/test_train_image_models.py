@@ -1,0 +1,213 @@
+"""The image-diffusion training step of every model: torch and JAX, what is dropped, what stays, and beginnings."""
+
+from dataclasses import replace
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from diffusers import SD3Transformer2DModel
+
+from gaugeblock.conformance.contracts import dit_moe as of_dit_moe
+from gaugeblock.conformance.contracts import flux as of_flux
+from gaugeblock.conformance.contracts import mmdit as of_mmdit
+from gaugeblock.conformance.contracts import unet as of_unet
+from gaugeblock.conformance.engine.registry import find_contract
+from gaugeblock.reference.configs import DiTConfig, EMAConfig, ImageDiffusionConfig, MMDiTConfig, VAEConfig
+from gaugeblock.reference.jax import image_models as jax_image_models
+from gaugeblock.reference.jax import train_image_diffusion as jax_trainer
+from gaugeblock.reference.torch import image_models, training, vae
+from gaugeblock.reference.torch import train_image_diffusion as trainer
+
+EPS = np.finfo(np.float64).eps
+MODELS = {
+    "dit": DiTConfig(
+        input_size=4, in_channels=3, hidden_size=16, depth=1, num_heads=2, num_classes=3, learn_sigma=False,
+        frequency_embedding_size=8,
+    ),
+    "dit_moe": replace(of_dit_moe.configuration(find_contract("dit_moe.dit_moe").landmarks[0]), learn_sigma=False),
+    "unet": of_unet.tiny_model(in_channels=3, out_channels=3),
+    "flux": of_flux.configuration(find_contract("flux.flux").landmarks[0]),
+    "mmdit": of_mmdit.configuration(find_contract("mmdit.mmdit").landmarks[0]),
+}  # fmt: skip
+OPTIONS = {
+    "usual": {},
+    "noise": {"prediction_type": "epsilon", "min_snr_gamma": 5.0, "timestep_sampling": "mode", "ema": EMAConfig()},
+    "data": {"prediction_type": "sample", "min_snr_gamma": 2.0, "timestep_sampling": "later", "bias_multiplier": 3.0},
+}
+CASES = [("dit", "noise"), ("dit", "data"), ("dit_moe", "usual"), ("unet", "noise"), ("flux", "usual"), ("mmdit", "data")]
+
+
+def draws(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def config_of(name: str, **changes) -> ImageDiffusionConfig:
+    return ImageDiffusionConfig(MODELS[name], learning_rate=1e-2, label_dropout=0.4, weight_decay=0.1, **changes)
+
+
+def state_of(config: ImageDiffusionConfig) -> dict[str, torch.Tensor]:
+    """In float64, no gradient of which is 0 by design."""
+    state = trainer.initial_state(config)
+    return {
+        name: each if name == "step" else each.double() + 0.1 * draws(*each.shape, seed=place).abs()
+        for place, (name, each) in enumerate(state.items())
+    }
+
+
+def batch_of(name: str, size: int = 5) -> tuple:
+    """The step, and its arrays."""
+    config, ids = MODELS[name], torch.arange(7, 7 + size)
+    images = draws(size, 1 if name == "flux" else 3, 4, 4)
+    if name in ("dit", "dit_moe"):
+        return "train_step", (images, torch.arange(size) % 3, ids)
+    width = config.cross_attention_dim if name == "unet" else config.joint_attention_dim
+    pooled = None if name == "unet" else draws(size, config.pooled_projection_dim, seed=2)
+    return "train_step_on_texts", (images, draws(size, 4, width, seed=1), pooled, ids)
+
+
+def to_jax(arrays):
+    return jax.tree.map(lambda each: jnp.asarray(each.numpy()), arrays)
+
+
+@pytest.mark.parametrize(("name", "options"), CASES)
+def test_torch_and_jax_make_the_same_steps(name, options):
+    config = config_of(name, **OPTIONS[options])
+    step, batch = batch_of(name)
+    state = state_of(config)
+    with jax.enable_x64(True):
+        jax_state = to_jax(state)
+        for _ in range(2):
+            state, metrics = getattr(trainer, step)(state, *batch, config=config)
+            jax_state, jax_metrics = getattr(jax_trainer, step)(jax_state, *to_jax(batch), config=config)
+        for key, each in (vars(metrics) | state).items():
+            other = np.asarray((vars(jax_metrics) | jax_state)[key])
+            assert np.abs(other - each.numpy()).max() <= 1024 * EPS * max(float(each.abs().max()), 1e-300), key
+    assert (metrics.auxiliary_loss > 0) == (name == "dit_moe")
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_both_begin_with_the_same_parameters_and_predict_0(name):
+    config = MODELS[name]
+    state, jax_state = (module.initial_state(config, seed=3) for module in (image_models, jax_image_models))
+    assert list(state) == list(image_models.state_shapes(config)) == list(jax_state)
+    for key, each in state.items():
+        if key in image_models.frozen_names(config):  # a table of sines
+            np.testing.assert_array_max_ulp(np.asarray(jax_state[key]), each.numpy(), 1)
+        else:
+            assert np.array_equal(jax_state[key], each), key
+    _, batch = batch_of(name)
+    told = (batch[1], None, None) if len(batch) == 3 else (None, *(None if each is None else each.float() for each in batch[1:3]))
+    model = partial(image_models.operation(config), state, config=config)
+    prediction, _ = image_models.predict(model, batch[0].float(), torch.full((5,), 300.0), *told, config=config)
+    assert prediction.shape == batch[0].shape and (prediction == 0).all()
+
+
+def test_the_table_of_positions_is_that_of_diffusers_and_is_not_trained():
+    config = MODELS["mmdit"]
+    sizes = {name: getattr(config, name) for name in (
+        "sample_size", "patch_size", "in_channels", "num_layers", "attention_head_dim", "num_attention_heads",
+        "joint_attention_dim", "caption_projection_dim", "pooled_projection_dim", "out_channels", "pos_embed_max_size",
+    )}  # fmt: skip
+    expected = SD3Transformer2DModel(**sizes).pos_embed.pos_embed
+    assert isinstance(config, MMDiTConfig)
+    torch.testing.assert_close(image_models.initial_state(config, seed=0)["pos_embed.pos_embed"], expected, rtol=0, atol=2e-7)
+    run = config_of("mmdit", ema=EMAConfig())
+    step, batch = batch_of("mmdit")
+    state = state_of(run)
+    new_state, _ = getattr(trainer, step)(state, *batch, config=run)
+    changed = {
+        name
+        for name in training.part_of_state(state, "model")
+        if not torch.equal(state[f"model.{name}"], new_state[f"model.{name}"])
+    }
+    assert set(image_models.state_shapes(config)) - changed == {"pos_embed.pos_embed"}
+
+
+@pytest.mark.parametrize("name", ["unet", "flux", "mmdit"])
+def test_a_dropped_text_is_not_seen_by_the_model(name):
+    config = replace(config_of(name), label_dropout=1.0)
+    step, (images, texts, pooled, ids) = batch_of(name)
+    state = state_of(config)
+    other = images, texts + 1, None if pooled is None else pooled - 1, ids
+    results = [getattr(trainer, step)(state, *each, config=config)[0] for each in ((images, texts, pooled, ids), other)]
+    assert all(torch.equal(results[0][key], each) for key, each in results[1].items())
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_microbatches_do_not_matter_but_for_the_load_of_experts(name):
+    step, batch = batch_of(name)
+    state = state_of(config_of(name))
+    (_, one), (_, three) = (
+        getattr(trainer, step)(state, *batch, config=config_of(name, accumulation_steps=number)) for number in (1, 3)
+    )
+    torch.testing.assert_close(three.loss, one.loss, rtol=64 * EPS, atol=0)
+    if name != "dit_moe":
+        torch.testing.assert_close(three.gradient_norm, one.gradient_norm, rtol=256 * EPS, atol=0)
+
+
+def test_latents_are_drawn_by_example_shifted_and_scaled():
+    config = VAEConfig(
+        block_out_channels=(8,), norm_num_groups=2, layers_per_block=1, latent_channels=2, scaling_factor=0.5, shift_factor=0.25
+    )
+    state = {
+        name: draws(*shape, seed=place) / max(1, shape[-1])
+        for place, (name, shape) in enumerate(vae.encoder_shapes(config).items())
+    }
+    images, ids = draws(4, 3, 4, 4), torch.tensor([5, 9, 5, 2**32 - 1])
+    latents = trainer.latents(state, images, ids, 3, seed=1, config=config)
+    mean, logvar = vae.encode(state, images, config=config)
+    noise = ((latents / 0.5 + 0.25) - mean) / torch.exp(logvar / 2)
+    torch.testing.assert_close(noise[0], noise[2])
+    assert not torch.allclose(noise[0], noise[1]) and abs(noise.mean()) < 5 / noise.numel() ** 0.5
+    alone = trainer.latents(state, images[1:2], ids[1:2], 3, seed=1, config=config)
+    torch.testing.assert_close(alone[0], latents[1], rtol=64 * EPS, atol=64 * EPS)
+    with jax.enable_x64(True):
+        of_jax = jax_trainer.latents(to_jax(state), to_jax(images), to_jax(ids), 3, seed=1, config=config)
+    np.testing.assert_allclose(of_jax, latents, rtol=0, atol=1024 * EPS * float(latents.abs().max()))
+
+
+@pytest.mark.parametrize("module", [trainer, jax_trainer], ids=["torch", "jax"])
+@pytest.mark.parametrize(
+    ("name", "bad", "message"),
+    [
+        ("unet", lambda images, texts, pooled, ids: (images, texts[:, :, 1:], pooled, ids), "encoder_hidden_states must be"),
+        (
+            "unet",
+            lambda images, texts, pooled, ids: (images, texts, texts[:, 0], ids),
+            "pooled_projections must be None for a UNet",
+        ),
+        (
+            "mmdit",
+            lambda images, texts, pooled, ids: (images, texts, None, ids),
+            "pooled_projections must be an array, got NoneType",
+        ),
+        ("flux", lambda images, texts, pooled, ids: (images[:, :, 0], texts, pooled, ids), "images must be"),
+        ("mmdit", lambda images, texts, pooled, ids: (images, texts, pooled, ids[1:]), "example_ids must be"),
+        (
+            "mmdit",
+            lambda images, texts, pooled, ids: (images[:0], texts[:0], pooled[:0], ids[:0]),
+            "images must hold at least one",
+        ),
+        (
+            "dit",
+            lambda images, texts, pooled, ids: (images, texts, pooled, ids),
+            "config.model must be told texts, got DiTConfig",
+        ),
+    ],
+)
+def test_bad_calls_are_told(module, name, bad, message):
+    _, batch = batch_of("mmdit" if name == "dit" else name)
+    state, batch = trainer.initial_state(config_of(name)), bad(*(None if each is None else each for each in batch))
+    with jax.enable_x64(True), pytest.raises((TypeError, ValueError), match=message):
+        if module is jax_trainer:
+            state, batch = to_jax(state), to_jax(batch)
+        module.train_step_on_texts(state, *batch, config=config_of(name))
+
+
+def test_a_model_that_is_told_texts_takes_no_classes():
+    _, batch = batch_of("dit")
+    with pytest.raises(ValueError, match=r"config\.model must be told classes, got UNetConfig"):
+        trainer.train_step(trainer.initial_state(config_of("unet")), *batch, config=config_of("unet"))
