@@ -47,9 +47,9 @@ def train_step() -> Contract:
         landmarks=(
             sizes(1, 5, velocity="data - noise", timestep_sampling="logit-normal", label_dropout=0.5),  # no option's default
             sizes(1, 3, label_dropout=1.0, max_gradient_norm=2**-10),  # so small that the 1e-6 of the clipping shows
-            sizes(2, 1, accumulation_steps=2, weight_decay=0.0, label_dropout=0.0, run_seed=2**40 + 5, ema=True),
+            sizes(2, 1, accumulation_steps=2, weight_decay=0.0, label_dropout=0.0, run_seed=2**40 + 5, ema="capped"),
             sizes(2, 4, optimizer="sgd", prediction_type="epsilon", timestep_sampling="mode", min_snr_gamma=0.5),
-            sizes(1, 4, optimizer="adam", prediction_type="sample", timestep_sampling="later", min_snr_gamma=2.0, ema=True),
+            sizes(1, 4, optimizer="adam", prediction_type="sample", timestep_sampling="later", min_snr_gamma=2.0, ema="growing"),
             sizes(1, 4, **USUAL),  # what people train with; none of it is exact in float32
         ),
         factors=FACTORS,
@@ -107,7 +107,8 @@ def train_step() -> Contract:
 OF_MODEL = "input_size patch_size in_channels hidden_size depth num_heads num_classes frequency_embedding_size".split()
 OF_RUN = """optimizer learning_rate beta1 beta2 adam_epsilon momentum weight_decay max_gradient_norm label_dropout prediction_type
     velocity timestep_sampling bias_multiplier min_snr_gamma snr accumulation_steps""".split()
-EMA = EMAConfig(decay=0.75, update_after_step=1, warmup=True)  # so small that an average tells of both its terms
+# what an average keeps of itself: as much as the updates made so far say, and as much as it ever does
+EMAS = {"none": None, "growing": EMAConfig(warmup=True, update_after_step=1), "capped": EMAConfig(decay=0.75)}
 GRADIENT_SIZE = 0.03  # of one element, in the regimes below: moments have it, and adam_epsilon is not far from it
 
 
@@ -139,7 +140,7 @@ def sizes(num_steps: int, batch_size: int, **others: Any) -> dict[str, Any]:
         "label_dropout": 0.3,
         "optimizer": "adamw",
         "momentum": 0.75,
-        "ema": False,
+        "ema": "none",
         "prediction_type": "flow_prediction",
         "velocity": "noise - data",
         "timestep_sampling": "uniform",
@@ -172,7 +173,7 @@ def parameters(draw: st.DrawFn) -> dict[str, Any]:
         velocity=draw(st.sampled_from(["noise - data", "data - noise"])),
         timestep_sampling=draw(st.sampled_from(SAMPLINGS)),
         optimizer=draw(st.sampled_from(OPTIMIZERS)),
-        ema=draw(st.booleans()),
+        ema=draw(st.sampled_from(list(EMAS))),
         prediction_type=draw(st.sampled_from(PREDICTION_TYPES)),
         min_snr_gamma=draw(st.sampled_from([None, 0.5, 5.0])),
         snr=draw(st.sampled_from(["data over noise", "noise over data"])),
@@ -195,7 +196,7 @@ FACTORS = (
     either("velocity", "noise - data", "data - noise"),
     either("timestep_sampling", *SAMPLINGS),
     either("optimizer", *OPTIMIZERS),
-    either("ema", False, True),
+    either("ema", *EMAS),
     either("prediction_type", *PREDICTION_TYPES),
     either("min_snr_gamma", None, 0.5, 5.0),
     either("snr", "data over noise", "noise over data"),
@@ -210,7 +211,7 @@ def model_config(parameters: Parameters) -> DiTConfig:
 
 def config(parameters: Parameters) -> ImageDiffusionConfig:
     """The run that the parameters describe."""
-    ema = EMA if parameters["ema"] else None
+    ema = EMAS[parameters["ema"]]
     of_run = {name: parameters[name] for name in OF_RUN}
     return ImageDiffusionConfig(model_config(parameters), seed=parameters["run_seed"], ema=ema, **of_run)
 
@@ -276,7 +277,7 @@ def under_way(draw: Draw, parameters: Parameters) -> Tensors:
     exp_avg_sq = {name: GRADIENT_SIZE**2 * (0.5 + draw.uniform(*tensor.shape)) for name, tensor in model.items()}
     parts = {"model": model, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq, "momentum_buffer": exp_avg}
     step = int(draw.integers(1, 1000, 1))
-    ema = {"ema": _model(draw, parameters)} if parameters["ema"] else {}
+    ema = {"ema": _model(draw, parameters)} if parameters["ema"] != "none" else {}
     return _state(parts | ema, step, parameters) | _batches(draw, parameters)
 
 
