@@ -1,0 +1,183 @@
+"""SDAR, LLaDA and Dream over ranks: what the conformance suite does not ask of every implementation."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+import torch.distributed as dist
+from on_four_ranks import RANKS, assert_equal_to_rounding, draw, four_ranks, mesh_of
+
+from gaugeblock.optimized import partition_rules
+from gaugeblock.optimized.distributed import decoder_tensor_parallel, tensor_parallel
+from gaugeblock.reference.configs import DreamConfig, LLaDAConfig, SDARConfig, SDARMoEConfig
+from gaugeblock.reference.torch import dream, llada, sdar
+
+on_ranks = pytest.fixture(scope="module")(four_ranks)
+SMALL = {
+    "vocab_size": 20, "hidden_size": 10, "num_hidden_layers": 2, "num_attention_heads": 8, "num_key_value_heads": 4,
+    "head_dim": 6, "rms_norm_eps": 1e-3, "rope_theta": 100.0, "mask_token_id": 19,
+}  # fmt: skip
+DENSE = SDARConfig(**SMALL, intermediate_size=12, block_length=3)
+SPARSE = SDARMoEConfig(**SMALL, moe_intermediate_size=7, block_length=3, num_experts=4, num_experts_per_tok=2)
+LLADA, DREAM = (each(**SMALL, intermediate_size=12) for each in (LLaDAConfig, DreamConfig))
+MASK = torch.tensor([[True, True, False, True, True, True, False], [False, True, True, True, True, False, True]])
+SAMPLES = torch.tensor([[0, 0, 0, 1, 1, 1, -1], [7] * 7])
+REFERENCES: dict[str, Callable] = {
+    "llada": llada.llada, "dream": dream.dream, "sdar": sdar.sdar, "sdar_moe": sdar.sdar_moe, "sdar_cached": sdar.sdar_cached,
+    "sdar_training": sdar.sdar_training,
+}  # fmt: skip
+CALLS = [
+    ("llada", LLADA), ("dream", DREAM), ("sdar", DENSE), ("sdar_moe", SPARSE), ("sdar_cached", DENSE), ("sdar_cached", SPARSE),
+    ("sdar_training", DENSE), ("sdar_training", SPARSE),
+]  # fmt: skip
+
+
+def state_of(config: Any) -> dict[str, torch.Tensor]:
+    module = llada if isinstance(config, LLaDAConfig) else dream if isinstance(config, DreamConfig) else sdar
+    shapes = module.state_shapes(config).items()
+    return {name: draw(*shape, seed=seed) * max(shape) ** -0.5 for seed, (name, shape) in enumerate(shapes)}
+
+
+def arrays_of(operation: str, config: Any, batch_size: int = 2) -> list[torch.Tensor]:
+    ids = torch.stack([torch.arange(7) * 3 % 20, 19 - torch.arange(7)])[:batch_size]
+    past = (config.num_hidden_layers, batch_size, config.num_key_value_heads, 6, config.head_dim)
+    others = {
+        "llada": [MASK], "dream": [MASK], "sdar_cached": [draw(*past, seed=90), draw(*past, seed=91)],
+        "sdar_training": [ids.flip(1), SAMPLES],
+    }  # fmt: skip
+    return [ids, *(each if each.ndim == 5 else each[:batch_size] for each in others.get(operation, []))]
+
+
+def as_tuple(out: Any) -> tuple[torch.Tensor, ...]:
+    return out if isinstance(out, tuple) else (out,)
+
+
+def results(function: Callable, state: dict[str, torch.Tensor], arrays: list[torch.Tensor], **options: Any) -> dict[str, Any]:
+    """Outputs, and the gradients of the state and of what is floating beside it, by name."""
+    leaves = {name: each.clone().requires_grad_() for name, each in state.items()}
+    arrays = [each.clone().requires_grad_() if each.is_floating_point() else each for each in arrays]
+    outs = as_tuple(function(leaves, *arrays, **options))
+    cotangents = [draw(*each.shape, seed=95 + place) for place, each in enumerate(outs)]
+    tracked = leaves | {f"argument {place}": each for place, each in enumerate(arrays) if each.is_floating_point()}
+    gradients = torch.autograd.grad(outs, [*tracked.values()], cotangents)
+    return {f"out {place}": each.detach() for place, each in enumerate(outs)} | dict(zip(tracked, gradients, strict=True))
+
+
+def assert_agree(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert actual.keys() == expected.keys()
+    for name, each in actual.items():
+        if not name.endswith("k_proj.bias"):  # 0 but for rotations, of small terms
+            assert_equal_to_rounding(each, expected[name])
+
+
+def tensor_parallel_of(operation: str, config: Any, ranks: int) -> bool:
+    """Whether ranks that share heads, features, experts and vocabulary give the whole model's results and gradients."""
+    state, arrays = state_of(config), arrays_of(operation, config)
+    expected = results(REFERENCES[operation], state, arrays, config=config)
+    sharded = getattr(decoder_tensor_parallel, operation)
+    assert_agree(results(sharded, state, arrays, config=config, mesh=mesh_of(ranks)), expected)
+    return True
+
+
+@pytest.mark.parametrize(("operation", "config"), CALLS)
+def test_heads_and_features_over_ranks_give_the_reference(on_ranks, operation, config):
+    for ranks in (2, RANKS):
+        assert on_ranks(tensor_parallel_of, operation, config, ranks) == [True] * RANKS
+
+
+def decoded_by_parts() -> bool:
+    """Whether a rank that keeps its parts, and the past of its own heads, decodes as the whole model does."""
+    mesh, state = mesh_of(RANKS), state_of(SPARSE)
+    group, rank = mesh.get_group(), mesh.get_local_rank()
+    with torch.no_grad():
+        parts = tensor_parallel.parts_of_state(state, partition_rules.of_decoder(SPARSE), group)
+    assert sum(each.numel() for each in parts.values()) < 0.5 * sum(each.numel() for each in state.values())
+    ids = torch.stack([torch.arange(9) * 7 % 20, torch.arange(9)])
+    own = [torch.zeros(2, 2, 1, 0, 6, dtype=torch.float64) for _ in range(2)]
+    for first in (0, 3, 6):
+        logits, *more = decoder_tensor_parallel.sdar_cached.of_parts(
+            parts, ids[:, first : first + 3], *own, config=SPARSE, mesh=mesh
+        )
+        own = [torch.cat(each, dim=3) for each in zip(own, more, strict=True)]
+        expected = sdar.sdar_moe(state, ids[:, : first + 3], config=SPARSE)[0][:, first:]
+        assert_equal_to_rounding(logits, expected)
+    nothing = torch.zeros(2, 2, 4, 0, 6, dtype=torch.float64)
+    _, *whole = sdar.sdar_cached(state, ids, nothing, nothing, config=SPARSE)
+    for one, other in zip(own, whole, strict=True):
+        assert_equal_to_rounding(one, other[:, :, rank : rank + 1])
+    return True
+
+
+def test_a_rank_can_keep_its_parts_and_the_past_of_its_heads_alone(on_ranks):
+    assert on_ranks(decoded_by_parts) == [True] * RANKS
+
+
+def exchanges(config: Any) -> list[int]:
+    """How many collectives forward and backward there are more with one layer more."""
+    names, counts = ["all_to_all_single", "all_gather", "all_reduce"], []
+    for layers in (1, 2):
+        changed = replace(config, num_hidden_layers=layers)
+        leaves = {name: each.requires_grad_() for name, each in state_of(changed).items()}
+        with mock.patch.multiple(dist, **{name: mock.Mock(wraps=getattr(dist, name)) for name in names}):
+            (ids,) = arrays_of("sdar", changed)
+            out = decoder_tensor_parallel.sdar(leaves, ids, config=changed, mesh=mesh_of(RANKS))
+            forward = sum(getattr(dist, name).call_count for name in names)
+            out.sum().backward()
+            counts.append([forward, sum(getattr(dist, name).call_count for name in names) - forward])
+    return [more - fewer for fewer, more in zip(*counts, strict=True)]
+
+
+def test_a_layer_has_an_exchange_for_each_branch_and_way(on_ranks):
+    assert on_ranks(exchanges, DENSE) == [[2, 2]] * RANKS
+
+
+def of_no_sequence(operation: str, config: Any) -> bool:
+    state, arrays = state_of(config), [each[:, :0] if each.ndim == 5 else each[:0] for each in arrays_of(operation, config)]
+    expected = results(REFERENCES[operation], state, arrays, config=config)
+    sharded = getattr(decoder_tensor_parallel, operation)
+    assert_agree(results(sharded, state, arrays, config=config, mesh=mesh_of(RANKS)), expected)
+    return True
+
+
+@pytest.mark.parametrize(("operation", "config"), [("dream", DREAM), ("sdar_moe", SPARSE), ("sdar_cached", DENSE)])
+def test_no_sequence_is_a_call(on_ranks, operation, config):
+    assert on_ranks(of_no_sequence, operation, config) == [True] * RANKS
+
+
+def raised_by(change: str) -> str:
+    """Make a call that is bad, some of them on rank 2 alone, then a good one; return what the first raised."""
+    mesh, config = mesh_of(RANKS), replace(DENSE, **{"two heads": {"num_key_value_heads": 2}, "13": {"intermediate_size": 13}}.get(change, {}))  # noqa: E501
+    state, arrays = state_of(config), arrays_of("sdar_cached", config)
+    if mesh.get_local_rank() == 2:
+        arrays = {
+            "ids": [arrays[0] + 1, *arrays[1:]],
+            "a longer past": [arrays[0], *(torch.cat([each, each], dim=3) for each in arrays[1:])],
+            "a past of other heads": [arrays[0], *(each[:, :, :2] for each in arrays[1:])],
+            "no array": [None, *arrays[1:]],
+        }.get(change, arrays)
+    message = "nothing raised"
+    try:
+        decoder_tensor_parallel.sdar_cached(state, *arrays, config=config, mesh=mesh)
+    except (TypeError, ValueError) as error:
+        message = str(error)
+    assert tensor_parallel_of("sdar_cached", DENSE, RANKS)
+    return message
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ("two heads", "num_key_value_heads must be a multiple of the 4 ranks that share it, got 2"),
+        ("13", "intermediate_size must be a multiple of the 4 ranks that share it, got 13"),
+        ("a longer past", "state must have the same num_past_tokens on every rank, got [6, 6, 12, 6]"),
+        ("ids", "input_ids must be in 0..19, got"),
+        ("a past of other heads", "past_keys must be [num_hidden_layers=2, batch_size=2, num_key_value_heads=4, "),
+        ("no array", "input_ids must be"),
+    ],
+)
+def test_a_bad_call_raises_on_every_rank_and_the_next_call_works(on_ranks, change, told):
+    for message in on_ranks(raised_by, change):
+        assert message.startswith(told), message
