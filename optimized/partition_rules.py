@@ -159,10 +159,10 @@ LLADA: Rules = (
     (rf"{LLADA_LAYER}\.(ff|up)_proj\.weight", Cut(0, "intermediate_size")),
     (rf"{LLADA_LAYER}\.ff_out\.weight", Cut(1, "intermediate_size")),
 )
+EXPERTS_OF_DECODER: Rules = (*DECODER_EXPERTS, (r".+", None))
+"""Those of experts alone, where each rank has examples of its own."""
 PAST: Rules = ((r"past_(keys|values)", Cut(2, "num_key_value_heads")),)
 """The keys and values of all layers that a rank keeps: of its own heads."""
-OTHERS_WHOLE: Rules = ((r".+", None),)
-"""What follows rules where all that they do not match is whole on every rank."""
 
 
 def of_decoder(config: LanguageModelConfig) -> Rules:

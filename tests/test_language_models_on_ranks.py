@@ -149,7 +149,10 @@ def test_no_sequence_is_a_call(on_ranks, operation, config):
 
 def raised_by(change: str) -> str:
     """Make a call that is bad, some of them on rank 2 alone, then a good one; return what the first raised."""
-    mesh, config = mesh_of(RANKS), replace(DENSE, **{"two heads": {"num_key_value_heads": 2}, "13": {"intermediate_size": 13}}.get(change, {}))  # noqa: E501
+    mesh, config = (
+        mesh_of(RANKS),
+        replace(DENSE, **{"two heads": {"num_key_value_heads": 2}, "13": {"intermediate_size": 13}}.get(change, {})),
+    )
     state, arrays = state_of(config), arrays_of("sdar_cached", config)
     if mesh.get_local_rank() == 2:
         arrays = {

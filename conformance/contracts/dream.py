@@ -31,7 +31,7 @@ def dream() -> Contract:
         batch="batch_size",
         landmarks=(
             MODEL.sizes(3, 7, MODEL.tiny((3, 1))),
-            MODEL.sizes(1, 9, MODEL.tiny((4, 2), num_hidden_layers=1, rms_norm_eps=1e-2)),
+            MODEL.sizes(1, 9, MODEL.tiny((8, 4), num_hidden_layers=1, rms_norm_eps=1e-2)),
         ),
         factors=language_models.FACTORS,
         build=MODEL.build,
@@ -60,6 +60,8 @@ def dream() -> Contract:
             compiled("torch-library", "dream:dream_by_library", dtypes=("float32", "bfloat16"), **model_states.LIBRARY_PRODUCTS),
             jax("jax-compiled"),
             model_states.fsdp2("dream"),
+            language_models.tensor_parallel("dream"),
+            language_models.jax_sharded("dream"),
         ),
     )
 

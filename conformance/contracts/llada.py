@@ -30,7 +30,7 @@ def llada() -> Contract:
         batch="batch_size",
         landmarks=(
             MODEL.sizes(3, 7, MODEL.tiny((3, 1), hidden_size=24)),
-            MODEL.sizes(1, 9, MODEL.tiny((4, 2), num_hidden_layers=1, rms_norm_eps=1e-2)),
+            MODEL.sizes(1, 9, MODEL.tiny((8, 4), num_hidden_layers=1, rms_norm_eps=1e-2)),
         ),
         factors=language_models.FACTORS,
         build=MODEL.build,
@@ -59,6 +59,8 @@ def llada() -> Contract:
             compiled("torch-library", "llada:llada_by_library", dtypes=("float32", "bfloat16"), **model_states.LIBRARY_PRODUCTS),
             jax("jax-compiled"),
             model_states.fsdp2("llada"),
+            language_models.tensor_parallel("llada"),
+            language_models.jax_sharded("llada"),
         ),
     )
 

@@ -8,7 +8,7 @@ import torch
 from gaugeblock.conformance.contracts import flash_attention, language_models, model_states
 from gaugeblock.conformance.engine.contract import Contract, Input, Output, Rejection, Workload, row
 from gaugeblock.conformance.engine.factors import Factor, Trait, edges, either
-from gaugeblock.conformance.engine.implementation import Implementation, compiled, jax, triton
+from gaugeblock.conformance.engine.implementation import Implementation, compiled, distributed, jax, triton
 from gaugeblock.conformance.engine.inputs.draw import Draw
 from gaugeblock.conformance.engine.vocabulary import Parameters, Tensors
 from gaugeblock.reference.configs import LLADA_PRESETS, SDAR_MOE_PRESETS, SDAR_PRESETS, SDARConfig, SDARMoEConfig
@@ -28,7 +28,7 @@ def sdar() -> Contract:
         inputs=(Input("state", leaves=DENSE.leaves, differentiable=True), IDS),
         outputs=(LOGITS,),
         landmarks=(
-            DENSE.sizes(2, 7, DENSE.tiny((4, 2))),
+            DENSE.sizes(2, 7, DENSE.tiny((8, 4))),
             DENSE.sizes(1, 9, DENSE.tiny((3, 1), num_hidden_layers=1, rms_norm_eps=1e-2, block_length=2)),
         ),
         factors=(*language_models.FACTORS, language_models.BLOCKS),
@@ -37,7 +37,7 @@ def sdar() -> Contract:
             Workload("sdar-8b/prefill-512", DENSE.sizes(1, 512, SDAR_PRESETS["SDAR-8B"]), "JetLM/SDAR-8B-Chat"),
             Workload("two-cores/sdar-64-tokens", DENSE.sizes(1, 64, DENSE.tiny(**FOR_A_CPU)), "a size for a CPU"),
         ),
-        implementations=trained("sdar"),
+        implementations=(*trained("sdar"), language_models.tensor_parallel("sdar"), language_models.jax_sharded("sdar")),
         **of_model(DENSE),
     )
 
@@ -59,7 +59,7 @@ def sdar_moe() -> Contract:
             ),
         ),
         landmarks=(
-            SPARSE.sizes(2, 7, SPARSE.tiny((4, 2))),
+            SPARSE.sizes(2, 7, SPARSE.tiny((8, 4))),
             SPARSE.sizes(1, 9, SPARSE.tiny((3, 1), num_hidden_layers=1, num_experts=16, block_length=2, norm_topk_prob=False)),
         ),
         factors=(
@@ -81,7 +81,18 @@ def sdar_moe() -> Contract:
                 "a size for a CPU",
             ),
         ),
-        implementations=trained("sdar_moe"),
+        implementations=(
+            *trained("sdar_moe"),
+            language_models.tensor_parallel("sdar_moe", "num_experts"),
+            language_models.jax_sharded("sdar_moe", "num_experts"),
+            distributed(
+                "expert-parallel",
+                "decoder_expert_parallel:sdar_moe",
+                sharding="data_parallel",
+                only="num_experts % 4 == 0",
+                **model_states.ON_RANKS,
+            ),
+        ),
         **of_model(SPARSE),
     )
 
@@ -105,7 +116,7 @@ def sdar_cached() -> Contract:
         ),
         outputs=(LOGITS, Output("keys", own, differentiable=True), Output("values", own, differentiable=True)),
         landmarks=(
-            CACHED.sizes(2, 4, CACHED.tiny((4, 2)), num_past_tokens=8),  # a block is denoised
+            CACHED.sizes(2, 4, CACHED.tiny((8, 4)), num_past_tokens=8),  # a block is denoised
             CACHED.sizes(1, 5, CACHED.tiny((3, 1), num_hidden_layers=1, block_length=2), num_past_tokens=0),  # a prompt
         ),
         factors=(*language_models.FACTORS, language_models.BLOCKS, PAST),
@@ -122,7 +133,7 @@ def sdar_cached() -> Contract:
                 "a size for a CPU",
             ),
         ),
-        implementations=ours("sdar_cached"),
+        implementations=(*ours("sdar_cached"), language_models.tensor_parallel("sdar_cached"), model_states.fsdp2("sdar_cached")),
         **of_model(
             CACHED,
             Rejection("a past of no whole blocks", "past_keys", lambda call: {"config": replace(call["config"], block_length=3)}),
@@ -150,7 +161,7 @@ def sdar_training() -> Contract:
         ),
         outputs=(LOGITS,),
         landmarks=(
-            TRAINING.sizes(2, 7, TRAINING.tiny((4, 2), block_length=2)),
+            TRAINING.sizes(2, 7, TRAINING.tiny((8, 4), block_length=2)),
             TRAINING.sizes(1, 9, TRAINING.tiny((3, 1), num_hidden_layers=1, rms_norm_eps=1e-2)),
         ),
         factors=(*language_models.FACTORS, language_models.BLOCKS),
