@@ -13,7 +13,7 @@ from gaugeblock.conformance.engine.factors import Factor, Trait, edges, either
 from gaugeblock.conformance.engine.implementation import Implementation, distributed
 from gaugeblock.conformance.engine.inputs.bad_calls import changed
 from gaugeblock.conformance.engine.inputs.draw import Draw
-from gaugeblock.conformance.engine.vocabulary import Parameters, Tensors
+from gaugeblock.conformance.engine.vocabulary import DType, Parameters, Tensors
 from gaugeblock.reference.configs import LanguageModelConfig, SDARMoEConfig
 
 Make = Callable[[Draw, Parameters], Tensors]
@@ -175,14 +175,22 @@ class Model:
         )
 
 
-def tensor_parallel(operation: str, inner: str = "intermediate_size") -> Implementation:
-    """The row of a model whose ranks share heads, the vocabulary, and what of its feed-forward networks is counted by `inner`."""
+def tensor_parallel(
+    operation: str, inner: str = "intermediate_size", *, dtypes: tuple[DType, ...] = ("float32",)
+) -> Implementation:
+    """The row of a model whose ranks share heads, the vocabulary, and what of its feed-forward networks is counted by `inner`.
+
+    SDAR's is judged in bfloat16, too: what it adds, all share.
+    """
     function, only = f"decoder_tensor_parallel:{operation}", f"{HEADS_FIT} and {inner} % 4 == 0"
-    return distributed("tensor-parallel", function, only=only, **model_states.ON_RANKS)
+    return distributed("tensor-parallel", function, only=only, **model_states.ON_RANKS | {"dtypes": dtypes})
 
 
 def jax_sharded(operation: str, inner: str = "intermediate_size") -> Implementation:
-    """The same in JAX; each number of devices takes a compilation: tests/test_jax_sharded_decoders.py has 1 and 2."""
+    """The same in JAX; each number of devices takes a compilation: tests/test_jax_sharded_decoders.py has 1 and 2.
+
+    It also has the models without such a row, which are the reference's text under the same rules.
+    """
     function, only = f"sharded_decoders:{operation}", f"{HEADS_FIT} and {inner} % 4 == 0"
     return distributed("jax-sharded", function, framework="jax", world_sizes=(4,), only=only)
 

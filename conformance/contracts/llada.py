@@ -60,7 +60,6 @@ def llada() -> Contract:
             jax("jax-compiled"),
             model_states.fsdp2("llada"),
             language_models.tensor_parallel("llada"),
-            language_models.jax_sharded("llada"),
         ),
     )
 

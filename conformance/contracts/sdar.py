@@ -37,7 +37,7 @@ def sdar() -> Contract:
             Workload("sdar-8b/prefill-512", DENSE.sizes(1, 512, SDAR_PRESETS["SDAR-8B"]), "JetLM/SDAR-8B-Chat"),
             Workload("two-cores/sdar-64-tokens", DENSE.sizes(1, 64, DENSE.tiny(**FOR_A_CPU)), "a size for a CPU"),
         ),
-        implementations=(*trained("sdar"), language_models.tensor_parallel("sdar"), language_models.jax_sharded("sdar")),
+        implementations=(*trained("sdar"), language_models.tensor_parallel("sdar", dtypes=("float32", "bfloat16"))),
         **of_model(DENSE),
     )
 
@@ -133,7 +133,7 @@ def sdar_cached() -> Contract:
                 "a size for a CPU",
             ),
         ),
-        implementations=(*ours("sdar_cached"), language_models.tensor_parallel("sdar_cached"), model_states.fsdp2("sdar_cached")),
+        implementations=(*ours("sdar_cached"), language_models.tensor_parallel("sdar_cached")),
         **of_model(
             CACHED,
             Rejection("a past of no whole blocks", "past_keys", lambda call: {"config": replace(call["config"], block_length=3)}),
