@@ -90,7 +90,7 @@ def sdar_moe() -> Contract:
                 "decoder_expert_parallel:sdar_moe",
                 sharding="data_parallel",
                 only="num_experts % 4 == 0",
-                **model_states.ON_RANKS,
+                **model_states.ON_RANKS | {"dtypes": ("float32",)},
             ),
         ),
         **of_model(SPARSE),

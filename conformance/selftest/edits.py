@@ -7,6 +7,7 @@ mask of a store that writes the last row again with the same value, and the key 
 
 import ast
 import importlib
+import re
 import sys
 import tempfile
 from collections.abc import Callable
@@ -20,6 +21,7 @@ from gaugeblock.conformance.engine.registry import find_contract
 from gaugeblock.conformance.selftest.fault import Fault, Kind, plant
 
 OPTIMIZED = "gaugeblock.optimized"
+IMPORTS = re.compile(rf"^from {re.escape(OPTIMIZED)} import (\([^)]*\)|.+)$", re.MULTILINE)
 COMPOSITION = "_composition.py"  # how the modules of OPTIMIZED end that models in torch are composed in: copied beside a realm's
 
 
@@ -61,11 +63,16 @@ def load_mutant(realm: str, function: str, name: str, place: str, old: str, new:
         for name_of_file, file in sources.items():
             stem = name_of_file.removesuffix(".py")
             text = mutated(file.read_text(), inside, old, new) if stem == changed else file.read_text()
-            for each in compositions:
-                imported = f"import {each.removesuffix('.py')}"
-                text = text.replace(f"from {OPTIMIZED} {imported}", f"from {package} {imported}")
+            text = IMPORTS.sub(partial(_with_own_compositions, package), text)
             (folder / name_of_file).write_text(text.replace(original, package))
     return getattr(importlib.import_module(f"{package}.{module}"), attribute)
+
+
+def _with_own_compositions(package: str, statement: re.Match[str]) -> str:
+    """What is imported of OPTIMIZED, one by one, with compositions of a package."""
+    modules = [each.strip() for each in statement[1].strip("()").split(",") if each.strip()]
+    own = {each for each in modules if f"{each.split()[0]}.py".endswith(COMPOSITION)}
+    return "\n".join(f"from {package if each in own else OPTIMIZED} import {each}" for each in modules)
 
 
 @dataclass(frozen=True)
