@@ -11,7 +11,12 @@ import torch.distributed as dist
 from on_four_ranks import RANKS, assert_equal_to_rounding, draw, four_ranks, mesh_of
 
 from gaugeblock.optimized import partition_rules
-from gaugeblock.optimized.distributed import decoder_tensor_parallel, tensor_parallel
+from gaugeblock.optimized.distributed import (
+    decoder_expert_parallel,
+    decoder_tensor_parallel,
+    fully_sharded_models,
+    tensor_parallel,
+)
 from gaugeblock.reference.configs import DreamConfig, LLaDAConfig, SDARConfig, SDARMoEConfig
 from gaugeblock.reference.torch import dream, llada, sdar
 
@@ -34,6 +39,8 @@ CALLS = [
     ("sdar_training", DENSE), ("sdar_training", SPARSE),
 ]  # fmt: skip
 
+WAYS = {"experts": decoder_expert_parallel, "fsdp2": fully_sharded_models}
+
 
 def state_of(config: Any) -> dict[str, torch.Tensor]:
     module = llada if isinstance(config, LLaDAConfig) else dream if isinstance(config, DreamConfig) else sdar
@@ -55,12 +62,27 @@ def as_tuple(out: Any) -> tuple[torch.Tensor, ...]:
     return out if isinstance(out, tuple) else (out,)
 
 
-def results(function: Callable, state: dict[str, torch.Tensor], arrays: list[torch.Tensor], **options: Any) -> dict[str, Any]:
-    """Outputs, and the gradients of the state and of what is floating beside it, by name."""
+def batch_axis(shape: Any) -> int:
+    """Behind the layers, of what has them."""
+    return 1 if len(shape) > 3 else 0
+
+
+def results(
+    function: Callable,
+    state: dict[str, torch.Tensor],
+    arrays: list[torch.Tensor],
+    mine: Callable[[torch.Tensor], torch.Tensor] = lambda each: each,
+    batch_size: int = 2,
+    **options: Any,
+) -> dict[str, Any]:
+    """Outputs, and the gradients of the state and of what is floating beside it, by name; of a rank's examples of a batch."""
     leaves = {name: each.clone().requires_grad_() for name, each in state.items()}
-    arrays = [each.clone().requires_grad_() if each.is_floating_point() else each for each in arrays]
+    arrays = [mine(each).clone().requires_grad_() if each.is_floating_point() else mine(each) for each in arrays]
     outs = as_tuple(function(leaves, *arrays, **options))
-    cotangents = [draw(*each.shape, seed=95 + place) for place, each in enumerate(outs)]
+    shapes = [[*each.shape] for each in outs]
+    for shape in shapes:
+        shape[batch_axis(shape)] = batch_size
+    cotangents = [mine(draw(*shape, seed=95 + place)) for place, shape in enumerate(shapes)]
     tracked = leaves | {f"argument {place}": each for place, each in enumerate(arrays) if each.is_floating_point()}
     gradients = torch.autograd.grad(outs, [*tracked.values()], cotangents)
     return {f"out {place}": each.detach() for place, each in enumerate(outs)} | dict(zip(tracked, gradients, strict=True))
@@ -86,6 +108,51 @@ def tensor_parallel_of(operation: str, config: Any, ranks: int) -> bool:
 def test_heads_and_features_over_ranks_give_the_reference(on_ranks, operation, config):
     for ranks in (2, RANKS):
         assert on_ranks(tensor_parallel_of, operation, config, ranks) == [True] * RANKS
+
+
+def data_parallel_of(way: str, operation: str, config: Any) -> bool:
+    """Whether ranks with examples of their own give the results of these, and the gradients of all; two have none."""
+    mesh, state, arrays = mesh_of(RANKS), state_of(config), arrays_of(operation, config)
+    first, last = ((0, 1), (1, 1), (1, 2), (2, 2))[mesh.get_local_rank()]
+
+    def mine(each: torch.Tensor) -> torch.Tensor:
+        return each.narrow(batch_axis(each.shape), first, last - first)
+
+    expected = results(REFERENCES[operation], state, arrays, config=config)
+    own = {name: mine(each) if name.startswith(("out", "argument")) else each for name, each in expected.items()}
+    assert_agree(results(getattr(WAYS[way], operation), state, arrays, mine, config=config, mesh=mesh), own)
+    return True
+
+
+@pytest.mark.parametrize(
+    ("way", "operation", "config"),
+    [
+        ("experts", "sdar_moe", SPARSE),
+        ("fsdp2", "sdar_cached", DENSE),
+        ("fsdp2", "sdar_training", SPARSE),
+    ],
+)
+def test_ranks_may_have_examples_of_their_own(on_ranks, way, operation, config):
+    assert on_ranks(data_parallel_of, way, operation, config) == [True] * RANKS
+
+
+def experts_kept_alone() -> bool:
+    """Whether a rank that keeps its experts gives what the whole model gives, and the gradients of its experts."""
+    mesh, state, (ids,) = mesh_of(RANKS), state_of(SPARSE), arrays_of("sdar_moe", SPARSE)
+    rules, rank = partition_rules.EXPERTS_OF_DECODER, mesh.get_local_rank()
+    with torch.no_grad():
+        parts = tensor_parallel.parts_of_state(state, rules, mesh.get_group())
+    actual = results(decoder_expert_parallel.sdar_moe_of_parts, parts, [ids], config=SPARSE, mesh=mesh)
+    expected = results(sdar.sdar_moe, state, [ids], config=SPARSE)
+    for name in state:  # every rank has the same two examples: gradients are those of as many
+        whole = RANKS * expected[name]
+        expected[name] = partition_rules.part(whole, partition_rules.cut_of(name, rules), rank=rank, ranks=RANKS)
+    assert_agree(actual, expected)
+    return True
+
+
+def test_a_rank_can_keep_its_experts_alone(on_ranks):
+    assert on_ranks(experts_kept_alone) == [True] * RANKS
 
 
 def decoded_by_parts() -> bool:
@@ -136,9 +203,9 @@ def test_a_layer_has_an_exchange_for_each_branch_and_way(on_ranks):
 
 def of_no_sequence(operation: str, config: Any) -> bool:
     state, arrays = state_of(config), [each[:, :0] if each.ndim == 5 else each[:0] for each in arrays_of(operation, config)]
-    expected = results(REFERENCES[operation], state, arrays, config=config)
+    expected = results(REFERENCES[operation], state, arrays, batch_size=0, config=config)
     sharded = getattr(decoder_tensor_parallel, operation)
-    assert_agree(results(sharded, state, arrays, config=config, mesh=mesh_of(RANKS)), expected)
+    assert_agree(results(sharded, state, arrays, batch_size=0, config=config, mesh=mesh_of(RANKS)), expected)
     return True
 
 
@@ -149,10 +216,8 @@ def test_no_sequence_is_a_call(on_ranks, operation, config):
 
 def raised_by(change: str) -> str:
     """Make a call that is bad, some of them on rank 2 alone, then a good one; return what the first raised."""
-    mesh, config = (
-        mesh_of(RANKS),
-        replace(DENSE, **{"two heads": {"num_key_value_heads": 2}, "13": {"intermediate_size": 13}}.get(change, {})),
-    )
+    mesh, changes = mesh_of(RANKS), {"two heads": {"num_key_value_heads": 2}, "13 features": {"intermediate_size": 13}}
+    config = replace(DENSE, **changes.get(change, {}))
     state, arrays = state_of(config), arrays_of("sdar_cached", config)
     if mesh.get_local_rank() == 2:
         arrays = {
@@ -166,7 +231,9 @@ def raised_by(change: str) -> str:
         decoder_tensor_parallel.sdar_cached(state, *arrays, config=config, mesh=mesh)
     except (TypeError, ValueError) as error:
         message = str(error)
-    assert tensor_parallel_of("sdar_cached", DENSE, RANKS)
+    state, arrays = state_of(DENSE), arrays_of("sdar_cached", DENSE)
+    good = decoder_tensor_parallel.sdar_cached(state, *arrays, config=DENSE, mesh=mesh)
+    assert_equal_to_rounding(good[0], sdar.sdar_cached(state, *arrays, config=DENSE)[0])
     return message
 
 
@@ -174,7 +241,7 @@ def raised_by(change: str) -> str:
     ("change", "told"),
     [
         ("two heads", "num_key_value_heads must be a multiple of the 4 ranks that share it, got 2"),
-        ("13", "intermediate_size must be a multiple of the 4 ranks that share it, got 13"),
+        ("13 features", "intermediate_size must be a multiple of the 4 ranks that share it, got 13"),
         ("a longer past", "state must have the same num_past_tokens on every rank, got [6, 6, 12, 6]"),
         ("ids", "input_ids must be in 0..19, got"),
         ("a past of other heads", "past_keys must be [num_hidden_layers=2, batch_size=2, num_key_value_heads=4, "),

@@ -61,7 +61,6 @@ def dream() -> Contract:
             jax("jax-compiled"),
             model_states.fsdp2("dream"),
             language_models.tensor_parallel("dream"),
-            language_models.jax_sharded("dream"),
         ),
     )
 

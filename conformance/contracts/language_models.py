@@ -175,24 +175,13 @@ class Model:
         )
 
 
-def tensor_parallel(
-    operation: str, inner: str = "intermediate_size", *, dtypes: tuple[DType, ...] = ("float32",)
-) -> Implementation:
-    """The row of a model whose ranks share heads, the vocabulary, and what of its feed-forward networks is counted by `inner`.
+def tensor_parallel(operation: str, only: str = "", dtypes: tuple[DType, ...] = ("float32",)) -> Implementation:
+    """The row of a model whose ranks share heads, hidden features or experts, and the vocabulary.
 
     SDAR's is judged in bfloat16, too: what it adds, all share.
     """
-    function, only = f"decoder_tensor_parallel:{operation}", f"{HEADS_FIT} and {inner} % 4 == 0"
-    return distributed("tensor-parallel", function, only=only, **model_states.ON_RANKS | {"dtypes": dtypes})
-
-
-def jax_sharded(operation: str, inner: str = "intermediate_size") -> Implementation:
-    """The same in JAX; each number of devices takes a compilation: tests/test_jax_sharded_decoders.py has 1 and 2.
-
-    It also has the models without such a row, which are the reference's text under the same rules.
-    """
-    function, only = f"sharded_decoders:{operation}", f"{HEADS_FIT} and {inner} % 4 == 0"
-    return distributed("jax-sharded", function, framework="jax", world_sizes=(4,), only=only)
+    claims = model_states.ON_RANKS | {"dtypes": dtypes, "only": only or f"{HEADS_FIT} and intermediate_size % 4 == 0"}
+    return distributed("tensor-parallel", f"decoder_tensor_parallel:{operation}", **claims)
 
 
 def is_table(name: str) -> bool:

@@ -83,15 +83,11 @@ def sdar_moe() -> Contract:
         ),
         implementations=(
             *trained("sdar_moe"),
-            language_models.tensor_parallel("sdar_moe", "num_experts"),
-            language_models.jax_sharded("sdar_moe", "num_experts"),
-            distributed(
-                "expert-parallel",
-                "decoder_expert_parallel:sdar_moe",
-                sharding="data_parallel",
-                only="num_experts % 4 == 0",
-                **model_states.ON_RANKS | {"dtypes": ("float32",)},
-            ),
+            language_models.tensor_parallel("sdar_moe", EXPERTS_FIT),
+            distributed("expert-parallel", "decoder_expert_parallel:sdar_moe", only="num_experts % 4 == 0", **OWN_EXAMPLES),
+            # each number of devices takes a compilation: tests/test_jax_sharded_decoders.py has 1 and 2, and the other models,
+            # whose text is the reference's
+            distributed("jax-sharded", "sharded_decoders:sdar_moe", framework="jax", world_sizes=(4,), only=EXPERTS_FIT),
         ),
         **of_model(SPARSE),
     )
@@ -171,7 +167,7 @@ def sdar_training() -> Contract:
             Workload("sdar-8b/training-512", TRAINING.sizes(1, 512, SDAR_PRESETS["SDAR-8B"]), "JetAstra/SDAR training"),
             Workload("two-cores/sdar-training-32", TRAINING.sizes(1, 32, TRAINING.tiny(**FOR_A_CPU)), "a size for a CPU"),
         ),
-        implementations=trained("sdar_training"),
+        implementations=ours("sdar_training"),  # over ranks it repeats what sdar has: tests/test_language_models_on_ranks.py
         **of_model(TRAINING),
     )
 
@@ -185,6 +181,8 @@ FORMULA = (
 IDS = Input("input_ids", language_models.IDS, dtype="int64", indexes="vocab_size")
 LOGITS = Output("logits", (*language_models.IDS, "vocab_size"), differentiable=True)
 FOR_A_CPU: dict[str, Any] = {"hidden_size": 256, "head_dim": 64, "intermediate_size": 768, "vocab_size": 2048}
+EXPERTS_FIT = f"{language_models.HEADS_FIT} and num_experts % 4 == 0"
+OWN_EXAMPLES: dict[str, Any] = model_states.ON_RANKS | {"sharding": "data_parallel", "dtypes": ("float32",)}
 PAST = Factor("num_past_blocks", str, values=(0, 1, 3), of=lambda sizes: sizes["num_past_tokens"] // sizes["block_length"])
 
 

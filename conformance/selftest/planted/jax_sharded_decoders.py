@@ -4,10 +4,9 @@ from typing import Any
 
 from gaugeblock.conformance.selftest.edits import mutant
 
-MOE, DREAM = "sdar.sdar_moe", "dream.dream"
+MOE = "sdar.sdar_moe"
 HEADS = "num_key_value_heads % 4 == 0 and vocab_size % 4 == 0"
 ROW: dict[str, Any] = {"implementation": "jax-sharded", "only": f"{HEADS} and num_experts % 4 == 0"}
-DENSE = ROW | {"only": f"{HEADS} and intermediate_size % 4 == 0"}
 
 mutant(
     MOE, "always-renormalized", "Weights of chosen experts sum to 1 whatever the config says.", "sharded_decoders._experts",
@@ -17,8 +16,4 @@ mutant(
     MOE, "full-attention", "Every token sees every token.", "sharded_decoders.sdar_moe_of_placed",
     "block_length=config.block_length", "block_length=input_ids.shape[1]", "parity", "structural",
     "prefill under a full mask", **ROW,
-)  # fmt: skip
-mutant(
-    DREAM, "padding-seen-on-ranks", "The mask does not reach the ranks.", "sharded_decoders.dream",
-    "state, input_ids, attention_mask, config=config", "state, input_ids, None, config=config", "parity", "structural", **DENSE,
 )  # fmt: skip
