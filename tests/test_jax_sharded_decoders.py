@@ -5,6 +5,7 @@ from dataclasses import replace
 import jax
 import pytest
 import torch
+from agreement import assert_agree
 from on_jax_ranks import assert_is_reference, exchanges_of, parts_of
 from test_jax_sharded_dit import mesh_of, to_jax
 from test_language_models_on_ranks import CALLS, DENSE, LLADA, REFERENCES, SPARSE, arrays_of, state_of
@@ -39,14 +40,16 @@ def test_a_rank_holds_its_part():
 
 
 def test_logits_and_what_is_kept_stay_where_they_were_made():
-    config, mesh = DENSE, mesh_of(4)
-    state = {name: each.float() for name, each in state_of(config).items()}
-    placed = sharded_models.shard_state(to_jax(state), partition_rules.of_decoder(config), mesh)
-    ids, *past = arrays_of("sdar_cached", config)
-    out = sharded_decoders.sdar_cached_of_placed(
-        placed, *to_jax([ids, *(each.float() for each in past)]), config=config, mesh=mesh
-    )
-    assert [each.addressable_shards[3].data.shape for each in out] == [(2, 7, 5), (2, 2, 1, 7, 6), (2, 2, 1, 7, 6)]
+    config, mesh, (ids, *past) = DENSE, mesh_of(4), arrays_of("sdar_cached", DENSE)
+    with jax.enable_x64(True):
+        placed = sharded_models.shard_state(to_jax(state_of(config)), partition_rules.of_decoder(config), mesh)
+        nothing = to_jax([each[:, :, :, :0] for each in past])
+        _, *kept = sharded_decoders.sdar_cached_of_placed(placed, to_jax(ids[:, :6]), *nothing, config=config, mesh=mesh)
+        logits, *own = sharded_decoders.sdar_cached_of_placed(placed, to_jax(ids[:, 6:]), *kept, config=config, mesh=mesh)
+    assert [each.addressable_shards[3].data.shape for each in kept] == [(2, 2, 1, 6, 6)] * 2
+    assert [each.addressable_shards[3].data.shape for each in (logits, *own)] == [(2, 1, 5), (2, 2, 1, 1, 6), (2, 2, 1, 1, 6)]
+    whole = REFERENCES["sdar"](state_of(config), ids, config=config)
+    assert_agree({"logits": logits}, {"logits": whole[:, 6:]})
 
 
 @pytest.mark.parametrize(

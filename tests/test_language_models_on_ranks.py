@@ -237,6 +237,24 @@ def raised_by(change: str) -> str:
     return message
 
 
+def raised_by_experts(change: str) -> str:
+    """The same with examples of each rank's own, of which the next call has none on rank 2."""
+    mesh, config = mesh_of(RANKS), replace(SPARSE, num_experts=6) if change == "six experts" else SPARSE
+    state, (ids,) = state_of(config), arrays_of("sdar_moe", config)
+    is_mine, message = mesh.get_local_rank() == 2, "nothing raised"
+    if is_mine and change == "a state without a head":
+        state.pop("lm_head.weight")
+    try:
+        decoder_expert_parallel.sdar_moe(state, ids + 1 if is_mine and change == "ids" else ids, config=config, mesh=mesh)
+    except ValueError as error:
+        message = str(error)
+    state, mine = state_of(SPARSE), ids[:0] if is_mine else ids
+    good = decoder_expert_parallel.sdar_moe(state, mine, config=SPARSE, mesh=mesh)
+    for one, other in zip(good, sdar.sdar_moe(state, mine, config=SPARSE), strict=True):
+        assert_equal_to_rounding(one, other)
+    return message
+
+
 @pytest.mark.parametrize(
     ("change", "told"),
     [
@@ -250,4 +268,17 @@ def raised_by(change: str) -> str:
 )
 def test_a_bad_call_raises_on_every_rank_and_the_next_call_works(on_ranks, change, told):
     for message in on_ranks(raised_by, change):
+        assert message.startswith(told), message
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ("six experts", "num_experts must be a multiple of the 4 ranks that share it, got 6"),
+        ("ids", "input_ids must be in 0..19, got"),
+        ("a state without a head", "state must have lm_head.weight, got none"),
+    ],
+)
+def test_a_bad_call_of_experts_raises_on_every_rank_and_the_next_call_works(on_ranks, change, told):
+    for message in on_ranks(raised_by_experts, change):
         assert message.startswith(told), message
