@@ -217,10 +217,12 @@ def test_no_sequence_is_a_call(on_ranks, operation, config):
 def raised_by(change: str) -> str:
     """Make a call that is bad, some of them on rank 2 alone, then a good one; return what the first raised."""
     mesh, changes = mesh_of(RANKS), {"two heads": {"num_key_value_heads": 2}, "13 features": {"intermediate_size": 13}}
-    config = replace(DENSE, **changes.get(change, {}))
+    is_mine = mesh.get_local_rank() == 2
+    config = replace(DENSE, **(changes | ({"one layer": {"num_hidden_layers": 1}} if is_mine else {})).get(change, {}))
     state, arrays = state_of(config), arrays_of("sdar_cached", config)
-    if mesh.get_local_rank() == 2:
+    if is_mine:
         arrays = {
+            "fewer tokens": [arrays[0][:, :5], *arrays[1:]],
             "ids": [arrays[0] + 1, *arrays[1:]],
             "a longer past": [arrays[0], *(torch.cat([each, each], dim=3) for each in arrays[1:])],
             "a past of other heads": [arrays[0], *(each[:, :, :2] for each in arrays[1:])],
@@ -260,6 +262,8 @@ def raised_by_experts(change: str) -> str:
     [
         ("two heads", "num_key_value_heads must be a multiple of the 4 ranks that share it, got 2"),
         ("13 features", "intermediate_size must be a multiple of the 4 ranks that share it, got 13"),
+        ("one layer", "state must have the same num_hidden_layers on every rank, got [2, 2, 1, 2]"),
+        ("fewer tokens", "state must have the same num_tokens on every rank, got [7, 7, 5, 7]"),
         ("a longer past", "state must have the same num_past_tokens on every rank, got [6, 6, 12, 6]"),
         ("ids", "input_ids must be in 0..19, got"),
         ("a past of other heads", "past_keys must be [num_hidden_layers=2, batch_size=2, num_key_value_heads=4, "),
