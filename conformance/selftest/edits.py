@@ -14,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
 from importlib.resources import files
+from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Any
 
@@ -56,16 +57,25 @@ def load_mutant(realm: str, function: str, name: str, place: str, old: str, new:
     folder = _folder() / package
     if not folder.exists():
         folder.mkdir()
-        changed, _, inside = place.partition(".")
-        compositions = {each.name: each for each in files(OPTIMIZED).iterdir() if each.name.endswith(COMPOSITION)}
-        # a realm may have a composition of its own, as JAX has
-        sources = compositions | {each.name: each for each in files(original).iterdir() if each.name.endswith(".py")}
-        for name_of_file, file in sources.items():
-            stem = name_of_file.removesuffix(".py")
-            text = mutated(file.read_text(), inside, old, new) if stem == changed else file.read_text()
+        texts = {name_of_file: file.read_text() for name_of_file, file in _sources(realm).items()} | _change(
+            realm, place, old, new
+        )
+        for name_of_file, text in texts.items():
             text = IMPORTS.sub(partial(_with_own_compositions, package), text)
             (folder / name_of_file).write_text(text.replace(original, package))
     return getattr(importlib.import_module(f"{package}.{module}"), attribute)
+
+
+def _sources(realm: str) -> dict[str, Traversable]:
+    """What a realm is made of, by names of files; it may have a composition of its own, as JAX has."""
+    compositions = {each.name: each for each in files(OPTIMIZED).iterdir() if each.name.endswith(COMPOSITION)}
+    return compositions | {each.name: each for each in files(f"{OPTIMIZED}.{realm}").iterdir() if each.name.endswith(".py")}
+
+
+def _change(realm: str, place: str, old: str, new: str) -> dict[str, str]:
+    """The one file that is changed, by its name."""
+    module, _, inside = place.partition(".")
+    return {f"{module}.py": mutated(_sources(realm)[f"{module}.py"].read_text(), inside, old, new)}
 
 
 def _with_own_compositions(package: str, statement: re.Match[str]) -> str:
@@ -85,6 +95,9 @@ class OfRanks:
     place: str
     old: str
     new: str
+
+    def __post_init__(self) -> None:
+        _change(self.realm, self.place, self.old, self.new)  # a place that is gone is told here, not taken for a bug in ranks
 
     def __call__(self, *inputs: Any, **options: Any) -> Any:
         return load_mutant(**vars(self))(*inputs, **options)
