@@ -27,6 +27,16 @@ from gaugeblock.reference.torch.decoder import Decoded, Heads, places_from
 from gaugeblock.reference.torch.rotary import rotary_table
 
 
+def rows_of_table(table: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """Return the row of each id."""
+    return table[ids.long()]
+
+
+def unchanged(tokens: torch.Tensor) -> torch.Tensor:
+    """Return tokens."""
+    return tokens
+
+
 @dataclass(frozen=True, kw_only=True)
 class DecoderParts:
     """Functions with the signatures of those of their names in `gaugeblock.reference.torch`."""
@@ -43,6 +53,12 @@ class DecoderParts:
     """What becomes of a whole layer: its parameters are gathered, or it stays as it is."""
     reject: Callable[[str, torch.Tensor], None]
     """Raise TypeError where the tensor of that name has a dtype that these functions do not take."""
+    embed: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = rows_of_table
+    """Returns of a table the rows of ids."""
+    entering: Callable[[torch.Tensor], torch.Tensor] = unchanged
+    """What becomes of normalized tokens before attention, a gated network or the head."""
+    last_linear: Callable[[State, str, torch.Tensor], torch.Tensor] = linear
+    """Applies the last linear layer of a branch, by its name."""
 
 
 def llada(
@@ -151,6 +167,19 @@ def sdar_cached(
     validation.language_model_config(config, SDARConfig, SDARMoEConfig)
     validation.sdar_cached(state, input_ids, past_keys, past_values, config, sdar_reference.state_shapes(config))
     parts.reject("state", past_keys)
+    return unchecked_sdar_cached(parts, state, input_ids, past_keys, past_values, config=config)
+
+
+def unchecked_sdar_cached(
+    parts: DecoderParts,
+    state: State,
+    input_ids: torch.Tensor,
+    past_keys: torch.Tensor,
+    past_values: torch.Tensor,
+    *,
+    config: SDARConfig | SDARMoEConfig,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """As `sdar_cached`, of a call that is known to be good."""
     decoded = _block_causal(parts, state, input_ids, (past_keys, past_values), config)
     return linear(state, "lm_head", decoded.hidden_states), decoded.keys, decoded.values
 
@@ -218,7 +247,7 @@ def decode(
 
     Parameters of layers are by their own names, LLaDA's or transformers', by default those of the state.
     """
-    hidden_BSD = state["model.embed_tokens.weight"][input_ids.long()]
+    hidden_BSD = parts.embed(state["model.embed_tokens.weight"], input_ids)
     dtype = torch.promote_types(hidden_BSD.dtype, torch.float32)
     features = (config.head_dim,)
     angles_NR = rotary_table(places.flatten()[:, None], features=features, theta=config.rope_theta, dtype=dtype)
@@ -231,7 +260,7 @@ def decode(
         all_keys.append(key_BKSF)
         all_values.append(value_BKSF)
         router_logits.extend(logits_NE)
-    hidden_BSD = norm(parts, state, "model.norm", hidden_BSD, config)
+    hidden_BSD = parts.entering(norm(parts, state, "model.norm", hidden_BSD, config))
     return Decoded(hidden_BSD, torch.stack(all_keys), torch.stack(all_values), tuple(router_logits))
 
 
@@ -265,7 +294,7 @@ def attend(
     config: LanguageModelConfig,
 ) -> Heads:
     """Add attention to [B, S, D]; return it, and the tokens' keys and values."""
-    normalized_BSD = norm(parts, state, "input_layernorm", hidden_BSD, config)
+    normalized_BSD = parts.entering(norm(parts, state, "input_layernorm", hidden_BSD, config))
     query_BASF, key_BKSF = turned(parts, states.part(state, "self_attn"), normalized_BSD, cos_NR, sin_NR, config)
     value_BKSF = split_heads(linear(state, "self_attn.v_proj", normalized_BSD), config.num_key_value_heads)
     key_BKTF = key_BKSF if past is None else torch.cat([past[0], key_BKSF], dim=2)
@@ -273,7 +302,7 @@ def attend(
     attended_BASF = functional.scaled_dot_product_attention(
         query_BASF, key_BKTF, value_BKTF, attn_mask=mask_BAST, enable_gqa=True
     )
-    return hidden_BSD + linear(state, "self_attn.o_proj", join_heads(attended_BASF)), key_BKSF, value_BKSF
+    return hidden_BSD + parts.last_linear(state, "self_attn.o_proj", join_heads(attended_BASF)), key_BKSF, value_BKSF
 
 
 def turned(
@@ -301,9 +330,9 @@ def turned(
 
 def feed_forward(parts: DecoderParts, state: State, hidden_BSD: torch.Tensor, config: LanguageModelConfig) -> torch.Tensor:
     """Add a gated network to [B, S, D]."""
-    normalized_BSD = norm(parts, state, "post_attention_layernorm", hidden_BSD, config)
+    normalized_BSD = parts.entering(norm(parts, state, "post_attention_layernorm", hidden_BSD, config))
     gate_BSI, up_BSI = (linear(state, f"mlp.{name}", normalized_BSD) for name in ("gate_proj", "up_proj"))
-    return hidden_BSD + linear(state, "mlp.down_proj", parts.swiglu(gate_BSI, up_BSI))
+    return hidden_BSD + parts.last_linear(state, "mlp.down_proj", parts.swiglu(gate_BSI, up_BSI))
 
 
 def experts(
