@@ -12,6 +12,7 @@ import pytest
 import torch
 from transformers import TopKLogitsWarper, TopPLogitsWarper
 
+from gaugeblock.optimized.compiled import token_choices as optimized_token_choices
 from gaugeblock.reference.jax import token_choices as jax_token_choices
 from gaugeblock.reference.torch import random, token_choices
 
@@ -155,3 +156,29 @@ def test_bad_calls_are_told(change: dict, message: str) -> None:
     call = good | change
     with pytest.raises(ValueError, match=message):
         token_choices.draw_tokens(call.pop("logits"), call.pop("uniforms"), **call)
+
+
+@pytest.mark.parametrize("kind", ["random", "ties", "forbidden", "nan"])
+def test_counting_keeps_what_sorting_keeps(kind: str) -> None:
+    draw = np.random.default_rng(3)
+    for number in range(150):
+        size = int(draw.integers(1, 40))
+        logits = torch.from_numpy(draw.normal(size=(3, size)) * 3)
+        if kind == "ties":
+            logits = (logits * 2).round() / 4
+        if kind in ("forbidden", "nan"):
+            logits[torch.from_numpy(draw.uniform(size=(3, size)) < 0.3)] = -math.inf
+            logits[:, 0] = 0.0
+        if kind == "nan":
+            logits[1, -1] = math.nan
+        options = {
+            "temperature": (0.5, 1.0, 2.0)[number % 3],
+            "top_k": int(draw.integers(0, size + 1)),
+            "top_p": float(draw.choice([0.125, 0.5, 0.9, 1.0])),
+            "top_k_first": bool(draw.integers(2)),
+        }
+        filtered, kept = optimized_token_choices.filter_logits(logits, **options)
+        known, known_kept = token_choices.filter_logits(logits, **options)
+        is_near = (token_choices.probability_before(logits, **options) - options["top_p"]).abs() < 1e-12
+        assert torch.equal(kept | is_near, known_kept | is_near), options
+        assert torch.equal(filtered.masked_fill(is_near, 0), known.masked_fill(is_near, 0)), options

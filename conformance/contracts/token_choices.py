@@ -7,7 +7,7 @@ import torch
 
 from gaugeblock.conformance.engine.contract import Contract, Input, Output, Regime, Rejection, Selection, Workload, row
 from gaugeblock.conformance.engine.factors import Trait, edges, either, kind_of_count, kinds
-from gaugeblock.conformance.engine.implementation import triton
+from gaugeblock.conformance.engine.implementation import compiled, triton
 from gaugeblock.conformance.engine.inputs.draw import Draw
 from gaugeblock.conformance.engine.vocabulary import Parameters, Tensors
 from gaugeblock.reference.torch import token_choices
@@ -36,6 +36,7 @@ def filter_logits() -> Contract:
             filter_sizes(4, 33, 2.0, 0, 0.5, False),
             filter_sizes(2, 7, 1.0, 7, 1.0, True),  # all of them
             filter_sizes(3, 5, 1.0, 1, 0.125, False),  # greedy
+            filter_sizes(9, 40, 2.0, 3, 0.5, True),  # of few distinct logits, more than these equal the last
         ),
         factors=(
             ROWS,
@@ -64,6 +65,7 @@ def filter_logits() -> Contract:
             Rejection("more than all", "top_p", lambda call: {"top_p": 1.5}),
             Rejection("a number for top_k_first", "top_k_first", lambda call: {"top_k_first": 1}),
         ),
+        implementations=(compiled("torch-library"),),
     )
 
 
