@@ -1,10 +1,15 @@
 """Which masks a step decides: quotas and strategies by hand, the bugs of public loops that are not here, and the twins."""
 
+import os
+
+os.environ.setdefault("TRITON_INTERPRET", "1")  # read when kernels are decorated
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
 
+from gaugeblock.optimized.triton import unmasking as triton_unmasking
 from gaugeblock.reference.configs import DreamDecodingConfig
 from gaugeblock.reference.jax import unmasking as jax_unmasking
 from gaugeblock.reference.torch import random, unmasking
@@ -20,6 +25,18 @@ def chosen(confidence: list, is_masked: list, count: int, strategy: str, bound: 
     other = jax_unmasking.choose_places(*map(jnp.asarray, arrays), strategy=strategy, bound=bound)  # type: ignore[arg-type]
     assert one.tolist() == np.asarray(other).tolist()
     return [place for place, accepted in enumerate(one[0].tolist()) if accepted]
+
+
+@pytest.mark.parametrize("shape", [(0, 5), (2, 0), (2, 7)])
+def test_a_kernel_takes_none_and_more_places_than_comparisons_at_a_time(
+    shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(triton_unmasking, "TILE", 4)
+    confidence = -torch.rand(shape, generator=torch.Generator().manual_seed(0))
+    arrays = confidence, confidence < -0.25, torch.full(shape[:1], 3)
+    for strategy, bound in (("static", 0.0), ("entropy_bounded", 1.5)):
+        places = triton_unmasking.choose_places(*arrays, strategy=strategy, bound=bound)  # type: ignore[arg-type]
+        assert torch.equal(places, unmasking.choose_places(*arrays, strategy=strategy, bound=bound))  # type: ignore[arg-type]
 
 
 def test_quotas_are_equal_but_for_one_more_at_first() -> None:
