@@ -35,12 +35,12 @@ def choose_places() -> Contract:
         options=("strategy", "bound"),
         batch="batch_size",
         landmarks=(
+            sizes(7, 5, "entropy_bounded", 0.125),  # one at least, beside lanes that are masked
             sizes(5, 32, "static", 0.0),
             sizes(4, 32, "dynamic", 0.75),
-            sizes(3, 33, "entropy_bounded", 0.75),
             sizes(3, 8, "sequential", 0.0),
             sizes(17, 4, "dynamic", 0.85),  # SDAR
-            sizes(7, 4, "entropy_bounded", 0.35),
+            sizes(3, 33, "entropy_bounded", 0.75),
             sizes(2, 130, "static", 0.0),
         ),
         factors=(

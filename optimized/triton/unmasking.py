@@ -49,7 +49,7 @@ def _choose_places(
             ahead = (theirs > confidence) | ((theirs == confidence) & ahead)
         ahead &= others_masked
         ranks += tl.sum(ahead.to(tl.int32), axis=1)[:, None]
-        if STRATEGY == "entropy_bounded":
+        if STRATEGY == "entropy_bounded":  # others have no use for them
             sums += tl.sum(tl.where(ahead, -theirs, 0.0), axis=1)[:, None]
 
     count = tl.load(counts_ptr + row * counts_stride)
