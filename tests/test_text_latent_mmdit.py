@@ -1,8 +1,11 @@
 """The text-latent MMDiT against PyPI's mmdit, against its twin, and by itself."""
 
 import functools
+import os
 import re
 from dataclasses import replace
+
+os.environ.setdefault("TRITON_INTERPRET", "1")  # read when kernels are decorated
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +17,7 @@ from agreement import assert_agree
 from test_references import random
 from wide_floats import float32_is_float64
 
+from gaugeblock.optimized.triton.hyper_connections import hyper_connection
 from gaugeblock.reference import states
 from gaugeblock.reference.configs import TEXT_LATENT_MMDIT_PRESETS, TextLatentMMDiTConfig
 from gaugeblock.reference.jax import text_latent_mmdit as jax_model
@@ -178,6 +182,25 @@ def test_streams_that_are_zero_have_finite_gradients(module):
         out = out.detach()
     np.testing.assert_allclose(np.asarray(out), [[0.0] * 6, [1.0] * 6], rtol=1e-6)
     np.testing.assert_allclose(np.asarray(gradient)[0], 6**0.5 * 1e12, rtol=1e-6)
+
+
+@pytest.mark.parametrize("hidden_size", range(2, 12))
+def test_a_kernel_has_the_gradient_of_streams_shorter_than_the_least_norm(hidden_size):
+    """Where what they are divided by does not depend on them, however the least norm is rounded."""
+    config = replace(SMALL, hidden_size=hidden_size)
+    shapes = model.connection_shapes(config)
+    state = {name: random(*shape, seed=seed, dtype=torch.float32) for seed, (name, shape) in enumerate(shapes.items())}
+    streams = random(1, 2, config.num_residual_streams, hidden_size, seed=99, dtype=torch.float32)
+    streams[:, 1] *= 0.9e-12 / streams[:, 1].norm(dim=-1, keepdim=True)
+
+    def gradient(function, dtype):
+        leaf = streams.to(dtype).requires_grad_()
+        read, *_ = function({name: each.to(dtype) for name, each in state.items()}, leaf)
+        return torch.autograd.grad(read.sum(), leaf)[0].double()
+
+    expected = gradient(model.hyper_connection, torch.float64)
+    actual = gradient(hyper_connection, torch.float32)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-4 * float(expected.abs().max()))
 
 
 @EACH_CONFIG

@@ -112,6 +112,22 @@ def test_what_is_no_mask_stays_and_no_mask_is_chosen(count: int, strategy: str, 
     assert torch.equal(new[ids != MASK], ids[ids != MASK]) and not accepted[ids != MASK].any()
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_the_other_steps_too_leave_what_is_no_mask(temperature: float) -> None:
+    logits, ids = example()
+    uniforms, places = torch.full(logits.shape, 0.5), torch.tensor([[0.9, 0.1, 0.5, 0.8, 0.3]])
+    options = {"mask_id": MASK, "temperature": temperature}
+    for made in (
+        unmasking.llada_step(logits, ids.int(), torch.tensor([2]), uniforms, None, **options),  # type: ignore[arg-type]
+        unmasking.dream_step(  # type: ignore[arg-type]
+            logits, ids.int(), uniforms, places, rate=0.7, top_k=0, top_p=1.0, algorithm="entropy", alg_temp=0.0, **options
+        ),
+    ):
+        new, accepted = made
+        assert new.dtype == torch.int32 and accepted.sum() == 2
+        assert torch.equal(new == MASK, (ids == MASK) & ~accepted) and torch.equal(new[ids != MASK], ids.int()[ids != MASK])
+
+
 @pytest.mark.parametrize("strategy", ["static", "dynamic", "sequential", "entropy_bounded"])
 def test_no_step_waits_for_the_device(strategy: str) -> None:
     logits, ids = example()
