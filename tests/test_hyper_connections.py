@@ -86,6 +86,24 @@ def test_streams_that_are_zero_have_finite_gradients(module):
     np.testing.assert_allclose(np.asarray(gradient)[0], 6**0.5 * 1e12, rtol=1e-6)
 
 
+@pytest.mark.parametrize("hidden_size", range(2, 12))
+def test_a_kernel_has_the_gradient_of_streams_shorter_than_the_least_norm(hidden_size):
+    """Where what they are divided by does not depend on them, however the least norm is rounded."""
+    shapes = enumerate(states.connection_shapes(4, hidden_size).items())
+    state = {name: random(*shape, seed=seed, dtype=torch.float32) for seed, (name, shape) in shapes}
+    streams = random(1, 2, 4, hidden_size, seed=99, dtype=torch.float32)
+    streams[:, 1] *= 0.9e-12 / streams[:, 1].norm(dim=-1, keepdim=True)
+
+    def gradient(function, dtype):
+        leaf = streams.to(dtype).requires_grad_()
+        read, *_ = function({name: each.to(dtype) for name, each in state.items()}, leaf)
+        return torch.autograd.grad(read.sum(), leaf)[0].double()
+
+    expected = gradient(model.hyper_connection, torch.float64)
+    actual = gradient(triton_model.hyper_connection, torch.float32)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-4 * float(expected.abs().max()))
+
+
 @EACH
 def test_a_stream_that_is_zero_is_read_as_zero_in_half_precision(module):
     state = {name: (each + 0.5).half() for name, each in nothing(2, 4).items()}

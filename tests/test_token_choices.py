@@ -6,6 +6,7 @@ os.environ.setdefault("TRITON_INTERPRET", "1")  # transformers imports triton, w
 
 import math
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -60,10 +61,13 @@ def test_filters_are_those_of_transformers(temperature: float, top_k: int, top_p
 
 
 def test_the_token_with_which_top_p_is_exceeded_is_kept_and_one_where_it_is_just_reached_too() -> None:
-    probabilities = torch.tensor([[0.5, 0.25, 0.125, 0.125]], dtype=torch.float64)
+    logits = torch.tensor([[0.5, 0.25, 0.125, 0.125]], dtype=torch.float64).log()
     for top_p, count in ((0.25, 1), (0.5, 2), (0.6, 2), (0.75, 3), (0.8, 3), (0.99, 4), (1.0, 4)):
-        _, kept = token_choices.filter_logits(probabilities.log(), temperature=1, top_k=0, top_p=top_p, top_k_first=True)
-        assert kept[0].tolist() == [True] * count + [False] * (4 - count), top_p
+        options = {"temperature": 1, "top_k": 0, "top_p": top_p, "top_k_first": True}
+        with jax.enable_x64(True):
+            _, in_jax = jax_token_choices.filter_logits(jnp.asarray(logits.numpy()), **options)
+        for kept in (token_choices.filter_logits(logits, **options)[1], in_jax):
+            assert kept[0].tolist() == [True] * count + [False] * (4 - count), top_p
 
 
 def test_equal_logits_at_the_end_of_top_k_are_all_kept_and_of_top_p_the_lowest_ids() -> None:
@@ -100,6 +104,7 @@ def test_confidences_of_a_worked_row() -> None:
     for kind, value in expected.items():
         ids, confidence = token_choices.draw_tokens(logits, None, temperature=0, confidence=kind)  # type: ignore[arg-type]
         assert ids.tolist() == [0] and confidence.item() == pytest.approx(value, abs=1e-15)
+        assert torch.equal(token_choices.token_confidence(logits, ids.int(), confidence=kind), confidence)  # type: ignore[arg-type]
 
 
 def test_confidence_knows_neither_temperature_nor_noise() -> None:

@@ -131,7 +131,7 @@ def sdar_cached() -> Contract:
         implementations=(*model_states.on_one_device("sdar", "sdar_cached"), language_models.tensor_parallel("sdar_cached")),
         **of_model(
             CACHED,
-            Rejection("a past of no whole blocks", "past_keys", lambda call: {"config": replace(call["config"], block_length=3)}),
+            Rejection("a past of no whole blocks", "past_keys", _a_token_more),
         ),
     )
 
@@ -222,6 +222,12 @@ def past(draw: Draw, parameters: Parameters) -> Tensors:
     heads = parameters["num_hidden_layers"], parameters["batch_size"], parameters["num_key_value_heads"]
     shape = *heads, parameters["num_past_tokens"], parameters["head_dim"]
     return {"past_keys": draw.normal(*shape), "past_values": draw.normal(*shape)}
+
+
+def _a_token_more(call: dict[str, Any]) -> dict[str, Any]:
+    """A past that is one token longer, and still shorter than a block."""
+    past = {key: torch.nn.functional.pad(call[key], (0, 0, 0, 1)) for key in ("past_keys", "past_values")}
+    return past | {"config": replace(call["config"], block_length=past["past_keys"].shape[3] + 1)}
 
 
 def packed(draw: Draw, parameters: Parameters) -> Tensors:

@@ -92,7 +92,7 @@ def draw_tokens() -> Contract:
             draw_sizes(5, 40, 0.7, "probability"),
             draw_sizes(4, 300, 0.0, "probability"),  # ids above 255
             draw_sizes(3, 33, 1.0, "margin"),
-            draw_sizes(3, 4130, 2.0, "negative_entropy"),  # more than a tile
+            draw_sizes(3, 8200, 2.0, "negative_entropy"),  # more than a tile, and not 2, 4, 8, ... of them
             draw_sizes(3, 8200, 1.0, "margin"),
             draw_sizes(3, 4130, 0.5, "probability"),
             draw_sizes(2, 2, 0.0, "margin"),
@@ -185,9 +185,11 @@ def _shape(parameters: Parameters) -> tuple[int, int]:
 
 
 def dithered(draw: Draw, parameters: Parameters) -> Tensors:
-    """Random logits; each row has its own scale, from flat to peaked."""
+    """Random logits; each row has its own scale, from flat to peaked, and of every third all are negative."""
     rows, tokens = _shape(parameters)
-    return {"logits": draw.normal(rows, tokens) * 4 * draw.uniform(rows, 1)}
+    logits = draw.normal(rows, tokens) * 4 * draw.uniform(rows, 1)
+    logits[2::3] -= 40
+    return {"logits": logits}
 
 
 def tied(draw: Draw, parameters: Parameters) -> Tensors:

@@ -178,7 +178,7 @@ def _backward_kernel(
         of_normalized += (scale * of_score)[:, :, None] * weight[None, None, :]
         projection += scale * of_score * product
     # a vector shorter than the least norm is multiplied by what does not depend on it
-    is_free = rstd * rstd * SMALLEST_SQUARES < root * root
+    is_free = tl.sum(x * x, axis=2) > SMALLEST_SQUARES
     projection = tl.where(is_free, projection, 0.0) / (root * root)
     normalized = x * rstd[:, :, None]
     of_x += rstd[:, :, None] * (of_normalized - normalized * projection[:, :, None])

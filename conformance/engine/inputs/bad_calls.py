@@ -111,7 +111,9 @@ def _first(tensor: torch.Tensor, dim: int) -> torch.Tensor:
 
 
 def _one_more(tensor: torch.Tensor, dim: int) -> torch.Tensor:
-    return torch.cat([tensor, tensor.narrow(dim, 0, 1)], dim)
+    shape = [*tensor.shape]
+    shape[dim] = 1  # of what is empty there is no first to repeat
+    return torch.cat([tensor, tensor.narrow(dim, 0, 1) if tensor.shape[dim] else tensor.new_zeros(shape)], dim)
 
 
 def _one_less(tensor: torch.Tensor, dim: int) -> torch.Tensor:
