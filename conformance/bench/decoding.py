@@ -26,7 +26,7 @@ from gaugeblock.reference.configs import PlaceStrategy, SDARDecodingConfig
 
 STRATEGIES: tuple[PlaceStrategy, ...] = ("static", "dynamic", "entropy_bounded")
 BLOCKS = 4  # after the prompt
-SHARPNESS = 8.0  # of the head: a model of random weights is then sure of some tokens, as a trained one is, and not of others
+SHARPNESS = 32.0  # of the head: a model of random weights is then sure of some tokens, as a trained one is, and not of others
 HEADERS = ("implementation", "strategy", "prefill ms", "pass ms", "block ms", "tokens a pass", "passes a block", "")
 COLUMNS = ("left", "left", *["right"] * 5, "left")
 
