@@ -22,9 +22,9 @@ import torch
 from safetensors.torch import load_file
 from train_text import MODEL, SEED
 
+from gaugeblock.optimized.jax import sdar as jax_sdar
 from gaugeblock.reference.configs import DreamDecodingConfig, LLaDADecodingConfig, SDARDecodingConfig
 from gaugeblock.reference.jax import decoding as jax_decoding
-from gaugeblock.reference.jax import sdar as jax_sdar
 from gaugeblock.reference.torch import decoding, sdar
 
 FILE = Path(__file__).parent / "text_model.safetensors"

@@ -68,7 +68,7 @@ def test_who_cannot_take_part_says_why():
     reasons = {row.implementation: row.reason for row in rows}
     assert {row.status for row in rows} == {"absent"}
     assert reasons["absent"] == "not installed: No module named 'absent'" and "as the contract says" in reasons["other"]
-    assert "compiles for most of a minute" in reasons["slow"] and "interpreter" in reasons["kernel"]
+    assert "compiles a whole model" in reasons["slow"] and "interpreter" in reasons["kernel"]
 
 
 def test_the_head_alone_is_made_sharper():

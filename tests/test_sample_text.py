@@ -97,17 +97,26 @@ def test_jax_writes_the_same_from_the_same_draws(demo, parameters, held_out, nam
     assert made.tolist() == expected.tolist() and as_many == passes
 
 
-def test_both_frameworks_learn_along_the_same_curve(demo, monkeypatch):
+def test_both_frameworks_learn_along_the_same_curve_and_leave_a_model(demo, monkeypatch, tmp_path, capsys):
     """A few steps of a smaller model: float32's rounding errors have not grown by then."""
     import train_text
 
     smaller = demo.replace(demo.MODEL, hidden_size=32, intermediate_size=64, num_hidden_layers=2, head_dim=8)
     monkeypatch.setattr(train_text, "MODEL", smaller)
     monkeypatch.setattr(train_text, "BATCH_SIZE", 8)
+    monkeypatch.setattr(train_text, "LENGTH", 32)
     in_torch, in_jax = (train(40, lambda loss: None) for train in (train_text.train_torch, train_text.train_jax))
     np.testing.assert_allclose(in_jax.losses, in_torch.losses, rtol=1e-3)
     assert in_torch.losses[:5].mean() > 4 and in_torch.losses[-10:].mean() < 3.6
     assert in_torch.state.keys() == in_jax.state.keys() and int(in_torch.state["step"]) == int(in_jax.state["step"]) == 40
+
+    assert train_text.finish({"PyTorch": in_torch, "JAX": in_jax}, 1e-3 * in_jax.losses, tmp_path, 40) == 0
+    assert "curves: within" in capsys.readouterr().out
+    assert (tmp_path / "text_loss.png").read_bytes().startswith(b"\x89PNG")
+    for name, each in demo.load(tmp_path / "text_model.safetensors").items():
+        torch.testing.assert_close(each, in_torch.state[f"model.{name}"], rtol=1e-3, atol=1e-6)
+    beyond = {"PyTorch": in_torch, "JAX": demo.replace(in_jax, losses=in_jax.losses * 1.01)}
+    assert train_text.finish(beyond, 1e-3 * in_jax.losses, tmp_path, 40) == 1
 
 
 LEAST_KNOWN = 0.6  # of what is three characters long in samples

@@ -31,7 +31,7 @@ class Competitor:
     on_ranks: Implementation | None = None
     """If it runs in several processes, of which it is only counted what they send each other."""
     compiles: bool = False
-    """It compiles a whole model, for which a CPU needs the better part of a minute."""
+    """It compiles a whole model at every size: of two layers, for a CPU, some ten seconds."""
     function: Callable[[Problem], tuple[Callable[..., Any], Framework]] | None = None
     """Returns what `prepare` calls, and whose arrays it takes; None of what is not called as its contract says."""
 

@@ -6,7 +6,7 @@ probable ones, without draws.
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib import import_module
@@ -53,6 +53,9 @@ class DecodingRow:
     reason: str = ""
 
 
+Rows = dict[tuple[str, str], DecodingRow]  # by competitor and strategy
+
+
 @dataclass(frozen=True)
 class Decoder:
     """A competitor, ready to decode."""
@@ -77,14 +80,14 @@ class Decoder:
 
 
 def decode(
-    contract: Contract, workload: Workload, competing: Iterable[Competitor], machine: Machine, effort: Effort
+    contract: Contract, workload: Workload, competing: Sequence[Competitor], machine: Machine, effort: Effort
 ) -> list[DecodingRow]:
     """Lets all competitors decode after a prompt of `num_past_tokens`, and times in turn those that are right.
 
     Returns:
         A row for each competitor and strategy.
     """
-    rows = {(each.name, name): DecodingRow(workload.name, each.name, name) for each in competing for name in STRATEGIES}
+    rows: Rows = {(each.name, name): DecodingRow(workload.name, each.name, name) for each in competing for name in STRATEGIES}
     if machine.device == "cpu" and not fits(contract, workload, FULL, machine.dtype):
         absent = Unavailable("a problem on a CPU is smaller")
         return [replace(row, **why_not(absent)) for row in rows.values()]
@@ -153,7 +156,7 @@ def prepared(
     competitor: Competitor,
     problem: Problem,
     expected: Mapping[PlaceStrategy, torch.Tensor],
-    rows: dict[tuple[str, str], DecodingRow],
+    rows: Rows,
 ) -> Calls:
     """Counts a competitor's passes in its rows, and returns its calls that are to be timed.
 
@@ -194,7 +197,7 @@ def timed(row: DecodingRow, seconds: Mapping[str, float]) -> DecodingRow:
 
 def render(rows: Iterable[DecodingRow]) -> str:
     """The table as text, the fastest first."""
-    fastest_first = sorted(rows, key=lambda row: (STRATEGIES.index(row.strategy), row.block or math.inf))  # type: ignore[arg-type]
+    fastest_first = sorted(rows, key=lambda row: (STRATEGIES.index(row.strategy), row.block or math.inf))
     table = [
         [
             row.implementation,

@@ -21,7 +21,7 @@ LONGEST_REASON = 100  # characters
 # operations alone would take so many times the roofline time (of the rows that we know at most 1.7, or 32).
 HOPELESS, HOPELESS_PROGRAM = 20, 10
 NOT_HOPELESS = 1.0  # seconds
-COMPILES = "compiles for most of a minute, which `gaugeblock bench` has and asv has not"
+COMPILES = "compiles a whole model for a CPU, for which asv and counters do not wait"
 
 Call = Callable[[], Results]
 
