@@ -1,10 +1,10 @@
 """Let the small SDAR of `train_text.py` write, by each way to decode it.
 
-    python demo/sample_text.py [--prompt "Return the shape of every "]
+    python demo/sample_text.py [--new-tokens 48]
 
 SDAR's loops keep finished blocks in a cache. LLaDA's and Dream's pass over the whole sequence, of which each token sees its block
-and those before it, so that they too go block by block. Prints a sample of each, how many characters it decided in a pass, and
-which share of its words and of all that is three characters long stand in the text that was trained on.
+and those before it, so that they too go block by block. Prints a sample of each, how many characters a pass decided, and which
+share of twelve samples' words and of all that is three characters long stand in the text that was trained on.
 """
 
 import argparse
@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import texts
 import torch
 from safetensors.torch import load_file
-from train_text import MODEL, SEED
+from train_text import LENGTH, MODEL, SEED
 
 from gaugeblock.optimized.jax import sdar as jax_sdar
 from gaugeblock.reference.configs import DreamDecodingConfig, LLaDADecodingConfig, SDARDecodingConfig
@@ -31,7 +31,9 @@ FILE = Path(__file__).parent / "text_model.safetensors"
 SIZE = MODEL.block_length
 TEMPERATURE = 0.6
 COMMON: dict[str, Any] = {"mask_id": texts.MASK_ID, "temperature": TEMPERATURE}
-OF_SDAR = SDARDecodingConfig(**COMMON, block_length=SIZE, steps=SIZE)
+OF_SDAR = SDARDecodingConfig(  # a model of characters is seldom as sure as one of words
+    **COMMON, block_length=SIZE, steps=SIZE, threshold=0.5, entropy_bound=1.0
+)
 OF_DREAM = DreamDecodingConfig(**COMMON, new_tokens=SIZE, steps=SIZE, algorithm="entropy")
 HALF = SIZE // 2  # passes of what decides two characters in each
 
@@ -108,26 +110,26 @@ def sample(
 
 
 def prompts_of(text: str, count: int, length: int) -> torch.Tensor:
-    """The first characters of as many stretches of a text, [count, length]."""
-    starts = range(0, len(text) - length, texts.STRETCH)
-    return torch.stack([texts.encode(text[start : start + length]) for start in starts[:count]])
+    """How as many paragraphs of a text begin, [count, length]; of the first one the beginning may be missing."""
+    paragraphs = [each for each in text.split("\n\n")[1:] if len(each) >= length]
+    return torch.stack([texts.encode(each[:length]) for each in paragraphs[:count]])
 
 
 def main(arguments: list[str]) -> int:
     """Samples, and says how good they are."""
     parser = argparse.ArgumentParser(description="Let the small SDAR write.")
     parser.add_argument("--model", type=Path, default=FILE, help="the parameters (default: text_model.safetensors here)")
-    parser.add_argument("--new-tokens", type=int, default=96, help="characters of a sample, a multiple of 4 (default: 96)")
+    parser.add_argument("--new-tokens", type=int, default=48, help="characters of a sample, a multiple of 4 (default: 48)")
     options = parser.parse_args(arguments)
-    parameters, prompts = load(options.model), prompts_of(texts.texts()[1], 12, 32)
-    print(f"{len(prompts)} samples at a time, the first after {texts.decode(prompts[0])!r}:")
+    parameters, prompts = load(options.model), prompts_of(texts.texts()[1], 12, LENGTH - 48)
+    print(f"after {texts.decode(prompts[0])!r}:")
     for name, how in ways(options.new_tokens).items():
-        ids, passes = sample(parameters, prompts, options.new_tokens, how)
-        samples = [texts.decode(row) for row in ids]
-        known_words, known_parts = texts.likeness(samples)
+        ids, _ = sample(parameters, prompts, options.new_tokens, how)
+        alone, passes = sample(parameters, prompts[:1], options.new_tokens, how)  # together, all wait for the least sure
+        known_words, known_parts = texts.likeness([texts.decode(row) for row in ids])
         of_text = f"{known_words:.0%} of words and {known_parts:.0%} of three characters are the text's"
         print(f"{name}: {options.new_tokens / passes:.1f} characters a pass; {of_text}")
-        print(f"    {samples[0]!r}")
+        print(f"    {texts.decode(alone[0])!r}")
     return 0
 
 

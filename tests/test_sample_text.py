@@ -62,7 +62,7 @@ def test_the_model_knows_held_out_text_far_better_than_how_often_characters_stan
 
 
 def test_samples_of_every_way_are_like_the_text(demo, parameters, held_out):
-    prompts = demo.prompts_of(held_out, 6, 32)
+    prompts = demo.prompts_of(held_out, 6, 16)
     seen = {}
     for name, how in demo.ways(32).items():
         ids, passes = demo.sample(parameters, prompts, 32, how)
@@ -119,4 +119,4 @@ def test_both_frameworks_learn_along_the_same_curve_and_leave_a_model(demo, monk
     assert train_text.finish(beyond, 1e-3 * in_jax.losses, tmp_path, 40) == 1
 
 
-LEAST_KNOWN = 0.6  # of what is three characters long in samples
+LEAST_KNOWN = 0.7  # of what is three characters long in samples
