@@ -24,6 +24,7 @@ MASK_ID = len(ALPHABET)  # the token after all characters
 STRETCH, HELD_OUT = 1024, 16
 SMALLEST_SHARE = 1e-3  # of masks, so that no weight is above 1000
 PLACES = 2**32 - 4  # the purpose of draws of where a sequence begins, which no trainer has
+Batch = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 SPELLED = str.maketrans({"–": "-", "×": "x", "→": "->", "·": "*", "σ": "sigma", "Σ": "sum", "µ": "u"})
 
 
@@ -65,9 +66,6 @@ def texts() -> tuple[str, str]:
     stretches = [text[start : start + STRETCH] for start in range(0, len(text), STRETCH)]
     held_out = stretches[HELD_OUT - 1 :: HELD_OUT]
     return "".join(each for place, each in enumerate(stretches) if place % HELD_OUT != HELD_OUT - 1), "".join(held_out)
-
-
-Batch = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 def batches(num_steps: int, batch_size: int, length: int, block_length: int, seed: int) -> Iterator[Batch]:

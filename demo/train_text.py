@@ -9,7 +9,7 @@ by `train_digits.py`. Writes text_loss.png, and the PyTorch run's model, in half
 import argparse
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -54,7 +54,7 @@ def optimizer(step: int, num_steps: int) -> AdamW:
     return replace(AdamW(), learning_rate=AdamW.learning_rate * factor)
 
 
-def batches(num_steps: int):
+def batches(num_steps: int) -> Iterator[texts.Batch]:
     """Of this run."""
     return texts.batches(num_steps, BATCH_SIZE, LENGTH, MODEL.block_length, SEED)
 
