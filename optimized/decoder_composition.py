@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.nn import functional
 
+from gaugeblock.optimized.decoder_attention import Masks, attention, whole_masks
 from gaugeblock.optimized.model_parts import State, linear
 from gaugeblock.reference import decoder_states, states, validation
 from gaugeblock.reference.configs import DreamConfig, LanguageModelConfig, LLaDAConfig, SDARConfig, SDARMoEConfig
@@ -22,9 +22,21 @@ from gaugeblock.reference.torch import dream as dream_reference
 from gaugeblock.reference.torch import llada as llada_reference
 from gaugeblock.reference.torch import sdar as sdar_reference
 from gaugeblock.reference.torch.attention import join_heads, split_heads
-from gaugeblock.reference.torch.block_masks import block_causal_mask, full_mask, noisy_clean_mask, places_in_samples
+from gaugeblock.reference.torch.block_masks import places_in_samples
 from gaugeblock.reference.torch.decoder import Decoded, Heads, places_from
 from gaugeblock.reference.torch.rotary import rotary_table
+
+TABLE = "model.embed_tokens.weight"
+
+
+def rows_of_table(table: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """Return the row of each id."""
+    return table[ids.long()]
+
+
+def unchanged(tokens: torch.Tensor) -> torch.Tensor:
+    """Return tokens."""
+    return tokens
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,8 +53,18 @@ class DecoderParts:
     as they are. Experts stay as they are, since which rows one gets is known only when it runs."""
     layer: Callable[[Callable[..., Any]], Callable[..., Any]]
     """What becomes of a whole layer: its parameters are gathered, or it stays as it is."""
+    masks: Callable[[torch.Tensor], Masks] = whole_masks
+    """What makes masks for a model with that table of embeddings."""
+    attention: Callable[..., torch.Tensor] = attention
+    """As `decoder_attention.attention`, of the masks that those make."""
     reject: Callable[[str, torch.Tensor], None]
     """Raise TypeError where the tensor of that name has a dtype that these functions do not take."""
+    embed: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = rows_of_table
+    """Returns of a table the rows of ids."""
+    entering: Callable[[torch.Tensor], torch.Tensor] = unchanged
+    """What becomes of normalized tokens before attention, a gated network or the head."""
+    last_linear: Callable[[State, str, torch.Tensor], torch.Tensor] = linear
+    """Applies the last linear layer of a branch, by its name."""
 
 
 def llada(
@@ -69,9 +91,11 @@ def unchecked_llada(
 ) -> torch.Tensor:
     """As `llada`, of a call that is known to be good."""
     common = decoder_states.llada_as_transformers(state, config)
-    mask_BST = None if attention_mask is None else full_mask(torch.ones_like(attention_mask), attention_mask)
+    mask = None
+    if attention_mask is not None:
+        mask = parts.masks(common[TABLE]).full_mask(torch.ones_like(attention_mask), attention_mask)
     layers = states.parts(state, "model.transformer.blocks", config.num_hidden_layers)
-    decoded = decode(parts, common, input_ids, places_from(0, input_ids), mask_BST, config=config, layers=layers)
+    decoded = decode(parts, common, input_ids, places_from(0, input_ids), mask, config=config, layers=layers)
     return linear(common, "lm_head", decoded.hidden_states)
 
 
@@ -99,10 +123,11 @@ def unchecked_dream(
 ) -> torch.Tensor:
     """As `dream`, of a call that is known to be good."""
     if attention_mask is None:
-        places_BS, mask_BST = places_from(0, input_ids), None
+        places_BS, mask = places_from(0, input_ids), None
     else:
-        places_BS, mask_BST = attention_mask.long().cumsum(dim=1) - 1, full_mask(attention_mask, attention_mask)
-    decoded = decode(parts, state, input_ids, places_BS, mask_BST, config=config)
+        places_BS = attention_mask.long().cumsum(dim=1) - 1
+        mask = parts.masks(state[TABLE]).full_mask(attention_mask, attention_mask)
+    decoded = decode(parts, state, input_ids, places_BS, mask, config=config)
     return linear(state, "lm_head", dream_reference.shift(decoded.hidden_states))
 
 
@@ -151,6 +176,19 @@ def sdar_cached(
     validation.language_model_config(config, SDARConfig, SDARMoEConfig)
     validation.sdar_cached(state, input_ids, past_keys, past_values, config, sdar_reference.state_shapes(config))
     parts.reject("state", past_keys)
+    return unchecked_sdar_cached(parts, state, input_ids, past_keys, past_values, config=config)
+
+
+def unchecked_sdar_cached(
+    parts: DecoderParts,
+    state: State,
+    input_ids: torch.Tensor,
+    past_keys: torch.Tensor,
+    past_values: torch.Tensor,
+    *,
+    config: SDARConfig | SDARMoEConfig,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """As `sdar_cached`, of a call that is known to be good."""
     decoded = _block_causal(parts, state, input_ids, (past_keys, past_values), config)
     return linear(state, "lm_head", decoded.hidden_states), decoded.keys, decoded.values
 
@@ -183,8 +221,8 @@ def unchecked_sdar_training(
     """As `sdar_training`, of a call that is known to be good."""
     input_ids = torch.cat([noisy_ids.long(), clean_ids.long()], dim=1)
     places_BS = places_in_samples(sample_ids).repeat(1, 2)
-    mask_BST = noisy_clean_mask(sample_ids, block_length=config.block_length)
-    decoded = decode(parts, state, input_ids, places_BS, mask_BST, config=config)
+    mask = parts.masks(state[TABLE]).noisy_clean_mask(sample_ids, block_length=config.block_length)
+    decoded = decode(parts, state, input_ids, places_BS, mask, config=config)
     return linear(state, "lm_head", decoded.hidden_states[:, : noisy_ids.shape[1]])
 
 
@@ -196,11 +234,11 @@ def _block_causal(
     config: SDARConfig | SDARMoEConfig,
 ) -> Decoded:
     """Apply the layers to tokens [B, S] after a past of whole blocks; one block sees all of the past and of itself."""
-    first, num_tokens, mask_BST = 0 if past is None else past[0].shape[3], input_ids.shape[1], None
+    first, num_tokens, mask = 0 if past is None else past[0].shape[3], input_ids.shape[1], None
     if num_tokens > config.block_length:
-        place_T = torch.arange(first + num_tokens, device=input_ids.device)
-        mask_BST = block_causal_mask(place_T[first:], place_T, block_length=config.block_length)[None]
-    return decode(parts, state, input_ids, places_from(first, input_ids), mask_BST, past, config=config)
+        place_1T = torch.arange(first + num_tokens, device=input_ids.device)[None]
+        mask = parts.masks(state[TABLE]).block_causal_mask(place_1T[:, first:], place_1T, block_length=config.block_length)
+    return decode(parts, state, input_ids, places_from(first, input_ids), mask, past, config=config)
 
 
 def decode(
@@ -208,30 +246,29 @@ def decode(
     state: State,
     input_ids: torch.Tensor,
     places: torch.Tensor,
-    mask: torch.Tensor | None,
+    mask: Any,
     past: tuple[torch.Tensor, torch.Tensor] | None = None,
     *,
     config: LanguageModelConfig,
     layers: list[dict[str, torch.Tensor]] | None = None,
 ) -> Decoded:
-    """As `gaugeblock.reference.torch.decoder.decode`, of these parts; without a mask every token sees every token.
+    """As `gaugeblock.reference.torch.decoder.decode`, of these parts, under a mask of theirs; without one all tokens see all.
 
     Parameters of layers are by their own names, LLaDA's or transformers', by default those of the state.
     """
-    hidden_BSD = state["model.embed_tokens.weight"][input_ids.long()]
+    hidden_BSD = parts.embed(state[TABLE], input_ids)
     dtype = torch.promote_types(hidden_BSD.dtype, torch.float32)
     features = (config.head_dim,)
     angles_NR = rotary_table(places.flatten()[:, None], features=features, theta=config.rope_theta, dtype=dtype)
-    mask_BAST = None if mask is None else mask[:, None]
     all_keys, all_values, router_logits = [], [], []
     for index, own in enumerate(layers or states.parts(state, "model.layers", config.num_hidden_layers)):
         seen = None if past is None else (past[0][index], past[1][index])
-        found = parts.layer(layer)(parts, own, hidden_BSD, *angles_NR, mask_BAST, seen, config)
+        found = parts.layer(layer)(parts, own, hidden_BSD, *angles_NR, mask, seen, config)
         hidden_BSD, key_BKSF, value_BKSF, *logits_NE = found
         all_keys.append(key_BKSF)
         all_values.append(value_BKSF)
         router_logits.extend(logits_NE)
-    hidden_BSD = norm(parts, state, "model.norm", hidden_BSD, config)
+    hidden_BSD = parts.entering(norm(parts, state, "model.norm", hidden_BSD, config))
     return Decoded(hidden_BSD, torch.stack(all_keys), torch.stack(all_values), tuple(router_logits))
 
 
@@ -241,13 +278,13 @@ def layer(
     hidden_BSD: torch.Tensor,
     cos_NR: torch.Tensor,
     sin_NR: torch.Tensor,
-    mask_BAST: torch.Tensor | None,
+    mask: Any,
     past: tuple[torch.Tensor, torch.Tensor] | None,
     config: LanguageModelConfig,
 ) -> tuple[torch.Tensor, ...]:
     """Return what a layer makes of [B, S, D], its tokens' keys and values, and of experts the router's logits [N, E]."""
     own = decoder_states.layer_as_transformers(state)
-    hidden_BSD, key_BKSF, value_BKSF = parts.block(attend)(parts, own, hidden_BSD, cos_NR, sin_NR, mask_BAST, past, config)
+    hidden_BSD, key_BKSF, value_BKSF = parts.block(attend)(parts, own, hidden_BSD, cos_NR, sin_NR, mask, past, config)
     if isinstance(config, SDARMoEConfig):
         hidden_BSD, logits_NE = experts(parts, own, hidden_BSD, config)
         return hidden_BSD, key_BKSF, value_BKSF, logits_NE
@@ -260,20 +297,18 @@ def attend(
     hidden_BSD: torch.Tensor,
     cos_NR: torch.Tensor,
     sin_NR: torch.Tensor,
-    mask_BAST: torch.Tensor | None,
+    mask: Any,
     past: tuple[torch.Tensor, torch.Tensor] | None,
     config: LanguageModelConfig,
 ) -> Heads:
     """Add attention to [B, S, D]; return it, and the tokens' keys and values."""
-    normalized_BSD = norm(parts, state, "input_layernorm", hidden_BSD, config)
+    normalized_BSD = parts.entering(norm(parts, state, "input_layernorm", hidden_BSD, config))
     query_BASF, key_BKSF = turned(parts, states.part(state, "self_attn"), normalized_BSD, cos_NR, sin_NR, config)
     value_BKSF = split_heads(linear(state, "self_attn.v_proj", normalized_BSD), config.num_key_value_heads)
     key_BKTF = key_BKSF if past is None else torch.cat([past[0], key_BKSF], dim=2)
     value_BKTF = value_BKSF if past is None else torch.cat([past[1], value_BKSF], dim=2)
-    attended_BASF = functional.scaled_dot_product_attention(
-        query_BASF, key_BKTF, value_BKTF, attn_mask=mask_BAST, enable_gqa=True
-    )
-    return hidden_BSD + linear(state, "self_attn.o_proj", join_heads(attended_BASF)), key_BKSF, value_BKSF
+    attended_BASF = parts.attention(query_BASF, key_BKTF, value_BKTF, mask, scale=config.head_dim**-0.5)
+    return hidden_BSD + parts.last_linear(state, "self_attn.o_proj", join_heads(attended_BASF)), key_BKSF, value_BKSF
 
 
 def turned(
@@ -301,9 +336,9 @@ def turned(
 
 def feed_forward(parts: DecoderParts, state: State, hidden_BSD: torch.Tensor, config: LanguageModelConfig) -> torch.Tensor:
     """Add a gated network to [B, S, D]."""
-    normalized_BSD = norm(parts, state, "post_attention_layernorm", hidden_BSD, config)
+    normalized_BSD = parts.entering(norm(parts, state, "post_attention_layernorm", hidden_BSD, config))
     gate_BSI, up_BSI = (linear(state, f"mlp.{name}", normalized_BSD) for name in ("gate_proj", "up_proj"))
-    return hidden_BSD + linear(state, "mlp.down_proj", parts.swiglu(gate_BSI, up_BSI))
+    return hidden_BSD + parts.last_linear(state, "mlp.down_proj", parts.swiglu(gate_BSI, up_BSI))
 
 
 def experts(

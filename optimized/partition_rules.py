@@ -15,6 +15,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias, TypeVar
 
+from gaugeblock.reference.configs import LanguageModelConfig, LLaDAConfig, SDARMoEConfig
+
 Array = TypeVar("Array", bound=Any)
 
 
@@ -128,6 +130,46 @@ CLIP_TEXT: Rules = (
     (rf"{CLIP_LAYER}\.mlp\.fc2\.weight", Cut(1, "intermediate_size")),
     (rf"{CLIP_LAYER}\.(self_attn\.out_proj|mlp\.fc2)\.bias", None),
 )
+DECODER_LAYER = r"model\.layers\.\d+"
+DECODER_ATTENTION: Rules = (
+    # the vocabulary: a rank finds some of the rows, and gives the logits of the same tokens
+    (r"(model\.embed_tokens|lm_head)\.weight", Cut(0, "vocab_size")),
+    (rf"model\.norm\.weight|{DECODER_LAYER}\.(input|post_attention)_layernorm\.weight", None),
+    # heads of keys and values with all the consecutive heads of queries that they serve
+    (rf"{DECODER_LAYER}\.self_attn\.[qkv]_proj\.(weight|bias)", Cut(0, "num_key_value_heads")),
+    (rf"{DECODER_LAYER}\.self_attn\.o_proj\.weight", Cut(1, "num_key_value_heads")),
+    (rf"{DECODER_LAYER}\.self_attn\.[qk]_norm\.weight", None),  # of each head alike: their gradients are sums over the ranks
+)
+DECODER: Rules = (
+    *DECODER_ATTENTION,
+    (rf"{DECODER_LAYER}\.mlp\.(gate|up)_proj\.weight", Cut(0, "intermediate_size")),
+    (rf"{DECODER_LAYER}\.mlp\.down_proj\.weight", Cut(1, "intermediate_size")),
+)
+DECODER_EXPERTS: Rules = (
+    (rf"{DECODER_LAYER}\.mlp\.gate\.weight", None),
+    (rf"{DECODER_LAYER}\.mlp\.experts\.(gate_up_proj|down_proj)", Cut(0, "num_experts")),
+)
+DECODER_MOE: Rules = (*DECODER_ATTENTION, *DECODER_EXPERTS)
+LLADA_LAYER = r"model\.transformer\.blocks\.\d+"
+LLADA: Rules = (
+    (r"model\.transformer\.(wte|ff_out)\.weight", Cut(0, "vocab_size")),
+    (rf"model\.transformer\.ln_f\.weight|{LLADA_LAYER}\.(attn|ff)_norm\.weight", None),
+    (rf"{LLADA_LAYER}\.[qkv]_proj\.weight", Cut(0, "num_key_value_heads")),
+    (rf"{LLADA_LAYER}\.attn_out\.weight", Cut(1, "num_key_value_heads")),
+    (rf"{LLADA_LAYER}\.(ff|up)_proj\.weight", Cut(0, "intermediate_size")),
+    (rf"{LLADA_LAYER}\.ff_out\.weight", Cut(1, "intermediate_size")),
+)
+EXPERTS_OF_DECODER: Rules = (*DECODER_EXPERTS, (r".+", None))
+"""Those of experts alone, where each rank has examples of its own."""
+PAST: Rules = ((r"past_(keys|values)", Cut(2, "num_key_value_heads")),)
+"""The keys and values of all layers that a rank keeps: of its own heads."""
+
+
+def of_decoder(config: LanguageModelConfig) -> Rules:
+    """The rules of a language model."""
+    if isinstance(config, LLaDAConfig):
+        return LLADA
+    return DECODER_MOE if isinstance(config, SDARMoEConfig) else DECODER
 
 
 def cut_of(name: str, rules: Rules) -> Cut | None:

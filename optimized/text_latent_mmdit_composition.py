@@ -18,13 +18,13 @@ from gaugeblock.reference import states, validation
 from gaugeblock.reference.configs import TextLatentMMDiTConfig
 from gaugeblock.reference.torch import layers
 from gaugeblock.reference.torch.attention import join_heads, split_heads
+from gaugeblock.reference.torch.hyper_connections import SMALLEST_NORM
 from gaugeblock.reference.torch.precision import at_least_float32
 from gaugeblock.reference.torch.text_latent_mmdit import (
     FREQUENCY_EMBEDDING_SIZE,
     MODALITIES,
     NORM_EPS,
     NUM_HEADS,
-    SMALLEST_NORM,
     embed_text,
     joint_mask,
     state_shapes,

@@ -50,3 +50,17 @@ def convolution_shapes(out_channels: int, in_channels: int, kernel_size: int) ->
 def norm_shapes(channels: int) -> Shapes:
     """Return the shapes of the parameters of a norm that scales and shifts."""
     return {"weight": (channels,), "bias": (channels,)}
+
+
+def connection_shapes(num_streams: int, hidden_size: int) -> Shapes:
+    """Return the shapes of the parameters of a hyper-connection."""
+    return {
+        "norm.gamma": (hidden_size,),
+        "static_alpha": (num_streams, 1 + num_streams),
+        "dynamic_alpha_fn": (1, hidden_size, 1 + num_streams),
+        "pre_branch_scale": (1,),
+        "residual_scale": (1,),
+        "static_beta": (num_streams, 1, 1),
+        "dynamic_beta_fn": (hidden_size, 1),
+        "h_post_scale": (),
+    }

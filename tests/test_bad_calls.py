@@ -36,6 +36,15 @@ def test_ranks_and_shared_sizes_are_spoilt(which, key, shape):
     assert tuple(changed[key].shape) == shape(tuple(inputs[key].shape)) and changed[key].dtype == inputs[key].dtype
 
 
+def test_of_an_empty_axis_there_can_be_one_more():
+    contract = find_contract("sdar.sdar_cached")
+    past = make_inputs(contract, Case(**contract.landmarks[1], regime="dithered"), "float32")["past_values"]
+    longer = made("sdar.sdar_cached")["past_values with a num_past_tokens of one more"].spoil({"past_values": past})[
+        "past_values"
+    ]
+    assert past.shape[3] == 0 and longer.shape == (*past.shape[:3], 1, past.shape[4])
+
+
 def test_kinds_of_numbers_and_ids_are_spoilt():
     inputs, changed = spoilt("experts.fused_swiglu", "topk_ids of floating numbers")
     assert changed["topk_ids"].is_floating_point()

@@ -71,7 +71,8 @@ def test_a_kernels_helper_touches_the_kernels_that_load_it(subjects, before):
     kernels = {key for key in subjects if key[1] == "triton" and any(each in key[0] for each in routing)}
     over_ranks = [key for key, each in subjects.items() if each.on_ranks and each.implementation.framework == "torch"]
     layers_over_ranks = {key for key in over_ranks if "moe_layers." in key[0]}  # which take the kernels on a GPU
-    assert found == kernels | layers_over_ranks
+    of_layers = {key for key in over_ranks if key[0].startswith(language_models) and key[1] != "fsdp2"}
+    assert found == kernels | layers_over_ranks | of_layers and len(of_layers) > len(language_models)
 
 
 def test_a_contract_touches_its_implementations(subjects, before):

@@ -17,7 +17,7 @@ from gaugeblock.conformance.engine.processes import ranks
 from gaugeblock.conformance.engine.properties import properties
 from gaugeblock.conformance.engine.registry import contracts
 from gaugeblock.conformance.engine.trial import Subject
-from gaugeblock.conformance.selftest.edits import mutated
+from gaugeblock.conformance.selftest.edits import OfRanks, mutated
 from gaugeblock.conformance.selftest.fault import KINDS, Fault, faults, process_kept
 from gaugeblock.conformance.selftest.rates import CAUGHT, RIGHT
 from gaugeblock.conformance.selftest.simulated.ranks import DataParallel, ExpertParallel
@@ -46,6 +46,7 @@ def test_fault_is_caught_by_its_property(fault: Fault) -> None:
     with process_kept():
         verdict = examine(fault.subject(), properties()[fault.caught_by], QUICK)
     assert verdict.status in CAUGHT, f"{verdict.status} after {verdict.cases} cases: {fault.summary} {verdict.reason}"
+    assert "ImportError" not in verdict.reason, verdict.reason  # a copy of the realm that cannot be loaded is no bug
 
 
 @pytest.mark.parametrize(
@@ -89,3 +90,5 @@ def test_a_mutation_that_changes_nothing_is_refused() -> None:
     for place, old in (("f", "mask"), ("g", "<"), ("A", "<")):
         with pytest.raises(ValueError, match=place):
             mutated("A = 1\ndef f():\n    return A < 1\n", place, old, "")
+    with pytest.raises(ValueError, match="no 'gone' in summed_linears"):  # before any rank runs
+        OfRanks("distributed", "dit_tensor_parallel.dit", "name", "tensor_parallel.summed_linears", "gone", "")

@@ -92,6 +92,10 @@ def test_block_causal_mask_by_hand(module, arange, block_length, expected):
     assert rows(module.block_causal_mask(places, places, block_length=block_length)) == expected
     cached = module.block_causal_mask(places[4:], places, block_length=block_length)
     assert rows(cached) == expected[4:]
+    of_two = module.block_causal_mask(places.reshape(2, 4), places.reshape(2, 4), block_length=block_length)
+    assert [rows(each) for each in of_two] == [
+        [row[start : start + 4] for row in expected[start : start + 4]] for start in (0, 4)
+    ]
 
 
 @pytest.mark.parametrize(("block_length", "noisy", "clean"), [

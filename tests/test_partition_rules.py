@@ -13,14 +13,18 @@ from gaugeblock.reference.configs import (
     CLIP_TEXT_PRESETS,
     DIT_MOE_PRESETS,
     DIT_PRESETS,
+    DREAM_PRESETS,
     FLUX_PRESETS,
+    LLADA_PRESETS,
     MMDIT_PRESETS,
+    SDAR_MOE_PRESETS,
+    SDAR_PRESETS,
     UNET_PRESETS,
     VAE_PRESETS,
     DiTConfig,
     DiTMoEModelConfig,
 )
-from gaugeblock.reference.torch import clip_text, dit, dit_moe, flux, mmdit, vae
+from gaugeblock.reference.torch import clip_text, dit, dit_moe, dream, flux, llada, mmdit, sdar, vae
 from gaugeblock.reference.unet_states import state_shapes as unet_state_shapes
 
 MODELS = {
@@ -31,6 +35,11 @@ MODELS = {
     **{name: (unet_state_shapes(config), config, partition_rules.UNET) for name, config in UNET_PRESETS.items()},
     **{f"vae of {name}": (vae.state_shapes(config), config, partition_rules.VAE) for name, config in VAE_PRESETS.items()},
     **{name: (clip_text.state_shapes(config), config, partition_rules.CLIP_TEXT) for name, config in CLIP_TEXT_PRESETS.items()},
+    **{
+        name: (module.state_shapes(config), config, partition_rules.of_decoder(config))
+        for module, presets in ((sdar, SDAR_PRESETS | SDAR_MOE_PRESETS), (llada, LLADA_PRESETS), (dream, DREAM_PRESETS))
+        for name, config in presets.items()
+    },
 }
 FIVE_HEADS = "SD-2.1"  # on its first level
 
@@ -104,6 +113,30 @@ def test_the_streams_of_mmdit_are_cut_alike():
     assert cuts[f"{block}.attn2.to_q.bias"] == cuts[f"{block}.attn.add_v_proj.weight"] == Cut(0, "num_attention_heads")
     assert cuts[f"{block}.attn2.to_out.0.weight"] == cuts[f"{block}.attn.to_add_out.weight"] == Cut(1, "num_attention_heads")
     assert cuts[f"{block}.ff.net.0.proj.bias"] == cuts[f"{block}.ff_context.net.0.proj.weight"] == Cut(0, "hidden_size")
+
+
+@pytest.mark.parametrize("name", ["SDAR-30B-A3B", "LLaDA-8B", "Dream-7B"])
+def test_of_a_language_model_only_norms_and_routers_are_whole(name):
+    shapes, _, rules = MODELS[name]
+    whole = {entry.split(".")[-2] for entry, cut in partition_rules.cuts_of(shapes, rules).items() if cut is None}
+    norms = {
+        "SDAR-30B-A3B": {"input_layernorm", "post_attention_layernorm", "norm", "q_norm", "k_norm", "gate"},
+        "LLaDA-8B": {"attn_norm", "ff_norm", "ln_f"},
+        "Dream-7B": {"input_layernorm", "post_attention_layernorm", "norm"},
+    }
+    assert whole == norms[name]
+
+
+def test_heads_of_queries_go_with_the_heads_of_keys_that_serve_them():
+    config = MODELS["Dream-7B"][1]
+    served = torch.arange(config.num_key_value_heads).repeat_interleave(config.num_attention_heads // config.num_key_value_heads)
+    attention = "model.layers.3.self_attn"
+    cuts = [partition_rules.cut_of(f"{attention}.{name}_proj.bias", partition_rules.DECODER) for name in ("q", "k")]
+    queries, keys = (
+        partition_rules.part(each, cut, rank=1, ranks=2)
+        for each, cut in zip((served, torch.arange(config.num_key_value_heads)), cuts, strict=True)
+    )
+    assert set(queries.tolist()) == set(keys.tolist())
 
 
 def test_five_heads_are_not_for_two_ranks():

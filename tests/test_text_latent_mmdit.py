@@ -157,29 +157,6 @@ def test_padding_is_seen_by_no_token_and_the_latent_by_all(module):
     assert (np.asarray(before[0]) != other_latent).any(axis=-1).all()
 
 
-@EACH_TWIN
-def test_shares_of_streams_are_doubly_stochastic(module):
-    scores = random(5, 4, 4, seed=1, dtype=torch.float32)
-    shares = module.doubly_stochastic(to_jax(scores) if module is jax_model else scores)
-    np.testing.assert_allclose(np.asarray(shares).sum(axis=-1), 1, atol=1e-6)
-    np.testing.assert_allclose(np.asarray(shares).sum(axis=-2), 1, atol=1e-3)
-
-
-@EACH_TWIN
-def test_streams_that_are_zero_have_finite_gradients(module):
-    vectors = torch.zeros(2, 6)
-    vectors[1] = 1e-7
-    if module is jax_model:
-        out, pull_back = jax.vjp(module.divided_by_norm, to_jax(vectors))
-        (gradient,) = pull_back(jnp.ones((2, 6)))
-    else:
-        out = module.divided_by_norm(vectors.requires_grad_())
-        (gradient,) = torch.autograd.grad(out.sum(), vectors)
-        out = out.detach()
-    np.testing.assert_allclose(np.asarray(out), [[0.0] * 6, [1.0] * 6], rtol=1e-6)
-    np.testing.assert_allclose(np.asarray(gradient)[0], 6**0.5 * 1e12, rtol=1e-6)
-
-
 @EACH_CONFIG
 def test_a_checkpoint_is_loaded_as_it_is(tmp_path, config):
     state = random_state(config, torch.float32)

@@ -6,12 +6,14 @@ os.environ.setdefault("TRITON_INTERPRET", "1")  # transformers imports triton, w
 
 import math
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
 from transformers import TopKLogitsWarper, TopPLogitsWarper
 
+from gaugeblock.optimized.compiled import token_choices as optimized_token_choices
 from gaugeblock.reference.jax import token_choices as jax_token_choices
 from gaugeblock.reference.torch import random, token_choices
 
@@ -59,10 +61,13 @@ def test_filters_are_those_of_transformers(temperature: float, top_k: int, top_p
 
 
 def test_the_token_with_which_top_p_is_exceeded_is_kept_and_one_where_it_is_just_reached_too() -> None:
-    probabilities = torch.tensor([[0.5, 0.25, 0.125, 0.125]], dtype=torch.float64)
+    logits = torch.tensor([[0.5, 0.25, 0.125, 0.125]], dtype=torch.float64).log()
     for top_p, count in ((0.25, 1), (0.5, 2), (0.6, 2), (0.75, 3), (0.8, 3), (0.99, 4), (1.0, 4)):
-        _, kept = token_choices.filter_logits(probabilities.log(), temperature=1, top_k=0, top_p=top_p, top_k_first=True)
-        assert kept[0].tolist() == [True] * count + [False] * (4 - count), top_p
+        options = {"temperature": 1, "top_k": 0, "top_p": top_p, "top_k_first": True}
+        with jax.enable_x64(True):
+            _, in_jax = jax_token_choices.filter_logits(jnp.asarray(logits.numpy()), **options)
+        for kept in (token_choices.filter_logits(logits, **options)[1], in_jax):
+            assert kept[0].tolist() == [True] * count + [False] * (4 - count), top_p
 
 
 def test_equal_logits_at_the_end_of_top_k_are_all_kept_and_of_top_p_the_lowest_ids() -> None:
@@ -99,6 +104,7 @@ def test_confidences_of_a_worked_row() -> None:
     for kind, value in expected.items():
         ids, confidence = token_choices.draw_tokens(logits, None, temperature=0, confidence=kind)  # type: ignore[arg-type]
         assert ids.tolist() == [0] and confidence.item() == pytest.approx(value, abs=1e-15)
+        assert torch.equal(token_choices.token_confidence(logits, ids.int(), confidence=kind), confidence)  # type: ignore[arg-type]
 
 
 def test_confidence_knows_neither_temperature_nor_noise() -> None:
@@ -155,3 +161,29 @@ def test_bad_calls_are_told(change: dict, message: str) -> None:
     call = good | change
     with pytest.raises(ValueError, match=message):
         token_choices.draw_tokens(call.pop("logits"), call.pop("uniforms"), **call)
+
+
+@pytest.mark.parametrize("kind", ["random", "ties", "forbidden", "nan"])
+def test_counting_keeps_what_sorting_keeps(kind: str) -> None:
+    draw = np.random.default_rng(3)
+    for number in range(150):
+        size = int(draw.integers(1, 40))
+        logits = torch.from_numpy(draw.normal(size=(3, size)) * 3)
+        if kind == "ties":
+            logits = (logits * 2).round() / 4
+        if kind in ("forbidden", "nan"):
+            logits[torch.from_numpy(draw.uniform(size=(3, size)) < 0.3)] = -math.inf
+            logits[:, 0] = 0.0
+        if kind == "nan":
+            logits[1, -1] = math.nan
+        options = {
+            "temperature": (0.5, 1.0, 2.0)[number % 3],
+            "top_k": int(draw.integers(0, size + 1)),
+            "top_p": float(draw.choice([0.125, 0.5, 0.9, 1.0])),
+            "top_k_first": bool(draw.integers(2)),
+        }
+        filtered, kept = optimized_token_choices.filter_logits(logits, **options)
+        known, known_kept = token_choices.filter_logits(logits, **options)
+        is_near = (token_choices.probability_before(logits, **options) - options["top_p"]).abs() < 1e-12
+        assert torch.equal(kept | is_near, known_kept | is_near), options
+        assert torch.equal(filtered.masked_fill(is_near, 0), known.masked_fill(is_near, 0)), options

@@ -243,6 +243,22 @@ def test_a_bad_call_names_the_argument(module):
             call(SMALL, mask=[mask])
     with pytest.raises(ValueError, match=r"^config must be a model without added embeddings"):
         call(replace(SMALL, addition_time_embed_dim=6, projection_class_embeddings_input_dim=23), 0, lambda each: each, "unet")
+    with pytest.raises(ValueError, match=r"^config must be a model with added embeddings, got one for unet"):
+        arrays = random_inputs(WITH_SIZES, "odd", torch.float32)
+        unet.unet_text_time(random_state(SMALL, torch.float32), *arrays, config=SMALL)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("config", [SMALL, WITH_SIZES], ids=["unet", "unet_text_time"])
+def test_times_and_sizes_are_read_in_the_dtype_of_the_state(config, dtype):
+    """Whichever of the two dtypes that are taken they come in."""
+    state, inputs = random_state(config, dtype), random_inputs(config, "a pixel", dtype)
+    operation = unet.unet_text_time if config.addition_time_embed_dim else unet.unet
+    expected = operation(state, *inputs, config=config)
+    for place in (1, 4)[: len(inputs) // 2]:
+        for other in (torch.float32, torch.float64):
+            given = [each.to(other) if number == place else each for number, each in enumerate(inputs)]
+            assert torch.equal(operation(state, *given, config=config), expected)
 
 
 @pytest.mark.parametrize("name", ["unet.unet", "unet.unet_text_time"])

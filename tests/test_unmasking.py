@@ -1,10 +1,15 @@
 """Which masks a step decides: quotas and strategies by hand, the bugs of public loops that are not here, and the twins."""
 
+import os
+
+os.environ.setdefault("TRITON_INTERPRET", "1")  # read when kernels are decorated
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
 
+from gaugeblock.optimized.triton import unmasking as triton_unmasking
 from gaugeblock.reference.configs import DreamDecodingConfig
 from gaugeblock.reference.jax import unmasking as jax_unmasking
 from gaugeblock.reference.torch import random, unmasking
@@ -20,6 +25,18 @@ def chosen(confidence: list, is_masked: list, count: int, strategy: str, bound: 
     other = jax_unmasking.choose_places(*map(jnp.asarray, arrays), strategy=strategy, bound=bound)  # type: ignore[arg-type]
     assert one.tolist() == np.asarray(other).tolist()
     return [place for place, accepted in enumerate(one[0].tolist()) if accepted]
+
+
+@pytest.mark.parametrize("shape", [(0, 5), (2, 0), (2, 7)])
+def test_a_kernel_takes_none_and_more_places_than_comparisons_at_a_time(
+    shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(triton_unmasking, "TILE", 4)
+    confidence = -torch.rand(shape, generator=torch.Generator().manual_seed(0))
+    arrays = confidence, confidence < -0.25, torch.full(shape[:1], 3)
+    for strategy, bound in (("static", 0.0), ("entropy_bounded", 1.5)):
+        places = triton_unmasking.choose_places(*arrays, strategy=strategy, bound=bound)  # type: ignore[arg-type]
+        assert torch.equal(places, unmasking.choose_places(*arrays, strategy=strategy, bound=bound))  # type: ignore[arg-type]
 
 
 def test_quotas_are_equal_but_for_one_more_at_first() -> None:
@@ -93,6 +110,22 @@ def test_what_is_no_mask_stays_and_no_mask_is_chosen(count: int, strategy: str, 
     new, accepted = unmasking.sdar_step(logits, ids, torch.tensor([count]), uniforms, mask_id=MASK, **options)  # type: ignore[arg-type]
     assert torch.equal(new == MASK, (ids == MASK) & ~accepted)
     assert torch.equal(new[ids != MASK], ids[ids != MASK]) and not accepted[ids != MASK].any()
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_the_other_steps_too_leave_what_is_no_mask(temperature: float) -> None:
+    logits, ids = example()
+    uniforms, places = torch.full(logits.shape, 0.5), torch.tensor([[0.9, 0.1, 0.5, 0.8, 0.3]])
+    options = {"mask_id": MASK, "temperature": temperature}
+    for made in (
+        unmasking.llada_step(logits, ids.int(), torch.tensor([2]), uniforms, None, **options),  # type: ignore[arg-type]
+        unmasking.dream_step(  # type: ignore[arg-type]
+            logits, ids.int(), uniforms, places, rate=0.7, top_k=0, top_p=1.0, algorithm="entropy", alg_temp=0.0, **options
+        ),
+    ):
+        new, accepted = made
+        assert new.dtype == torch.int32 and accepted.sum() == 2
+        assert torch.equal(new == MASK, (ids == MASK) & ~accepted) and torch.equal(new[ids != MASK], ids.int()[ids != MASK])
 
 
 @pytest.mark.parametrize("strategy", ["static", "dynamic", "sequential", "entropy_bounded"])

@@ -30,7 +30,7 @@ def dream() -> Contract:
         batch="batch_size",
         landmarks=(
             MODEL.sizes(3, 7, MODEL.tiny((3, 1))),
-            MODEL.sizes(1, 9, MODEL.tiny((4, 2), num_hidden_layers=1, rms_norm_eps=1e-2)),
+            MODEL.sizes(1, 9, MODEL.tiny((8, 4), num_hidden_layers=1, rms_norm_eps=1e-2)),
         ),
         factors=language_models.FACTORS,
         build=MODEL.build,
@@ -56,6 +56,7 @@ def dream() -> Contract:
         implementations=(
             *model_states.on_one_device("dream"),
             model_states.fsdp2("dream"),
+            language_models.tensor_parallel("dream"),
         ),
     )
 

@@ -10,18 +10,20 @@ import torch
 from gaugeblock.conformance.contracts import model_states
 from gaugeblock.conformance.engine.contract import Input, Regime, Rejection
 from gaugeblock.conformance.engine.factors import Factor, Trait, edges, either
+from gaugeblock.conformance.engine.implementation import Implementation, distributed
 from gaugeblock.conformance.engine.inputs.bad_calls import changed
 from gaugeblock.conformance.engine.inputs.draw import Draw
-from gaugeblock.conformance.engine.vocabulary import Parameters, Tensors
+from gaugeblock.conformance.engine.vocabulary import DType, Parameters, Tensors
 from gaugeblock.reference.configs import LanguageModelConfig, SDARMoEConfig
 
 Make = Callable[[Draw, Parameters], Tensors]
 
 TABLES = ("embed_tokens", ".wte.")
 NORM_SCALES = ("norm.weight", "_norm.weight", "layernorm.weight", "ln_f.weight")
-HEADS = ((2, 1), (4, 2), (2, 2), (3, 1))  # of queries; of keys and values
+HEADS = ((2, 1), (8, 4), (2, 2), (3, 1))  # of queries; of keys and values; four ranks can share the second
 WITHOUT = {"nan_containment": "an example has no floating numbers: it is ids"}
 IDS = ("batch_size", "num_tokens")
+HEADS_FIT = "num_key_value_heads % 4 == 0 and vocab_size % 4 == 0"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,7 +131,7 @@ class Model:
         """One point of the input space."""
         return {"batch_size": batch_size, "num_tokens": num_tokens, **asdict(config), **others}
 
-    def tiny(self, heads: tuple[int, int] = (4, 2), **others: Any) -> Any:
+    def tiny(self, heads: tuple[int, int] = (8, 4), **others: Any) -> Any:
         """A config small enough for an interpreter; heads together are wider than a token."""
         own = {field.name for field in fields(self.config_class)}
         small = {
@@ -171,6 +173,15 @@ class Model:
             ),
             Rejection("the config of another model", "config", lambda call: {"config": other}),
         )
+
+
+def tensor_parallel(operation: str, only: str = "", dtypes: tuple[DType, ...] = ("float32",)) -> Implementation:
+    """The row of a model whose ranks share heads, hidden features or experts, and the vocabulary.
+
+    SDAR's is judged in bfloat16, too: what it adds, all share.
+    """
+    claims = model_states.ON_RANKS | {"dtypes": dtypes, "only": only or f"{HEADS_FIT} and intermediate_size % 4 == 0"}
+    return distributed("tensor-parallel", f"decoder_tensor_parallel:{operation}", **claims)
 
 
 def is_table(name: str) -> bool:

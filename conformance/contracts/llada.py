@@ -29,7 +29,7 @@ def llada() -> Contract:
         batch="batch_size",
         landmarks=(
             MODEL.sizes(3, 7, MODEL.tiny((3, 1), hidden_size=24)),
-            MODEL.sizes(1, 9, MODEL.tiny((4, 2), num_hidden_layers=1, rms_norm_eps=1e-2)),
+            MODEL.sizes(1, 9, MODEL.tiny((8, 4), num_hidden_layers=1, rms_norm_eps=1e-2)),
         ),
         factors=language_models.FACTORS,
         build=MODEL.build,
@@ -55,6 +55,7 @@ def llada() -> Contract:
         implementations=(
             *model_states.on_one_device("llada"),
             model_states.fsdp2("llada"),
+            language_models.tensor_parallel("llada"),
         ),
     )
 

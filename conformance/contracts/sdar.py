@@ -8,7 +8,7 @@ import torch
 from gaugeblock.conformance.contracts import flash_attention, language_models, model_states
 from gaugeblock.conformance.engine.contract import Contract, Input, Output, Rejection, Workload, row
 from gaugeblock.conformance.engine.factors import Factor, Trait, edges, either
-from gaugeblock.conformance.engine.implementation import Implementation
+from gaugeblock.conformance.engine.implementation import Implementation, distributed
 from gaugeblock.conformance.engine.inputs.draw import Draw
 from gaugeblock.conformance.engine.vocabulary import Parameters, Tensors
 from gaugeblock.reference.configs import LLADA_PRESETS, SDAR_MOE_PRESETS, SDAR_PRESETS, SDARConfig, SDARMoEConfig
@@ -28,7 +28,7 @@ def sdar() -> Contract:
         inputs=(Input("state", leaves=DENSE.leaves, differentiable=True), IDS),
         outputs=(LOGITS,),
         landmarks=(
-            DENSE.sizes(2, 7, DENSE.tiny((4, 2))),
+            DENSE.sizes(2, 7, DENSE.tiny((8, 4))),
             DENSE.sizes(1, 9, DENSE.tiny((3, 1), num_hidden_layers=1, rms_norm_eps=1e-2, block_length=2)),
         ),
         factors=(*language_models.FACTORS, language_models.BLOCKS),
@@ -37,7 +37,7 @@ def sdar() -> Contract:
             Workload("sdar-8b/prefill-512", DENSE.sizes(1, 512, SDAR_PRESETS["SDAR-8B"]), "JetLM/SDAR-8B-Chat"),
             Workload("two-cores/sdar-64-tokens", DENSE.sizes(1, 64, DENSE.tiny(**FOR_A_CPU)), "a size for a CPU"),
         ),
-        implementations=trained("sdar"),
+        implementations=(*trained("sdar"), language_models.tensor_parallel("sdar", dtypes=("float32", "bfloat16"))),
         **of_model(DENSE),
     )
 
@@ -59,7 +59,7 @@ def sdar_moe() -> Contract:
             ),
         ),
         landmarks=(
-            SPARSE.sizes(2, 7, SPARSE.tiny((4, 2))),
+            SPARSE.sizes(2, 7, SPARSE.tiny((8, 4))),
             SPARSE.sizes(1, 9, SPARSE.tiny((3, 1), num_hidden_layers=1, num_experts=16, block_length=2, norm_topk_prob=False)),
         ),
         factors=(
@@ -81,7 +81,13 @@ def sdar_moe() -> Contract:
                 "a size for a CPU",
             ),
         ),
-        implementations=trained("sdar_moe"),
+        implementations=(
+            *trained("sdar_moe"),
+            language_models.tensor_parallel("sdar_moe", EXPERTS_FIT),
+            distributed("expert-parallel", "decoder_expert_parallel:sdar_moe", only="num_experts % 4 == 0", **OWN_EXAMPLES),
+            # alone: tests/test_jax_sharded_decoders.py has the other models, whose text is the reference's
+            model_states.jax_sharded("sharded_decoders:sdar_moe", only=EXPERTS_FIT),
+        ),
         **of_model(SPARSE),
     )
 
@@ -105,7 +111,7 @@ def sdar_cached() -> Contract:
         ),
         outputs=(LOGITS, Output("keys", own, differentiable=True), Output("values", own, differentiable=True)),
         landmarks=(
-            CACHED.sizes(2, 4, CACHED.tiny((4, 2)), num_past_tokens=8),  # a block is denoised
+            CACHED.sizes(2, 4, CACHED.tiny((8, 4)), num_past_tokens=8),  # a block is denoised
             CACHED.sizes(1, 5, CACHED.tiny((3, 1), num_hidden_layers=1, block_length=2), num_past_tokens=0),  # a prompt
         ),
         factors=(*language_models.FACTORS, language_models.BLOCKS, PAST),
@@ -122,10 +128,10 @@ def sdar_cached() -> Contract:
                 "a size for a CPU",
             ),
         ),
-        implementations=model_states.on_one_device("sdar", "sdar_cached"),
+        implementations=(*model_states.on_one_device("sdar", "sdar_cached"), language_models.tensor_parallel("sdar_cached")),
         **of_model(
             CACHED,
-            Rejection("a past of no whole blocks", "past_keys", lambda call: {"config": replace(call["config"], block_length=3)}),
+            Rejection("a past of no whole blocks", "past_keys", _a_token_more),
         ),
     )
 
@@ -150,7 +156,7 @@ def sdar_training() -> Contract:
         ),
         outputs=(LOGITS,),
         landmarks=(
-            TRAINING.sizes(2, 7, TRAINING.tiny((4, 2), block_length=2)),
+            TRAINING.sizes(2, 7, TRAINING.tiny((8, 4), block_length=2)),
             TRAINING.sizes(1, 9, TRAINING.tiny((3, 1), num_hidden_layers=1, rms_norm_eps=1e-2)),
         ),
         factors=(*language_models.FACTORS, language_models.BLOCKS),
@@ -160,7 +166,9 @@ def sdar_training() -> Contract:
             Workload("sdar-8b/training-512", TRAINING.sizes(1, 512, SDAR_PRESETS["SDAR-8B"]), "JetAstra/SDAR training"),
             Workload("two-cores/sdar-training-32", TRAINING.sizes(1, 32, TRAINING.tiny(**FOR_A_CPU)), "a size for a CPU"),
         ),
-        implementations=trained("sdar_training"),
+        implementations=model_states.on_one_device(
+            "sdar", "sdar_training"
+        ),  # over ranks it repeats what sdar has: tests/test_language_models_on_ranks.py
         **of_model(TRAINING),
     )
 
@@ -174,6 +182,8 @@ FORMULA = (
 IDS = Input("input_ids", language_models.IDS, dtype="int64", indexes="vocab_size")
 LOGITS = Output("logits", (*language_models.IDS, "vocab_size"), differentiable=True)
 FOR_A_CPU: dict[str, Any] = {"hidden_size": 256, "head_dim": 64, "intermediate_size": 768, "vocab_size": 2048}
+EXPERTS_FIT = f"{language_models.HEADS_FIT} and num_experts % 4 == 0"
+OWN_EXAMPLES: dict[str, Any] = model_states.ON_RANKS | {"sharding": "data_parallel", "dtypes": ("float32",)}
 PAST = Factor("num_past_blocks", str, values=(0, 1, 3), of=lambda sizes: sizes["num_past_tokens"] // sizes["block_length"])
 
 
@@ -212,6 +222,12 @@ def past(draw: Draw, parameters: Parameters) -> Tensors:
     heads = parameters["num_hidden_layers"], parameters["batch_size"], parameters["num_key_value_heads"]
     shape = *heads, parameters["num_past_tokens"], parameters["head_dim"]
     return {"past_keys": draw.normal(*shape), "past_values": draw.normal(*shape)}
+
+
+def _a_token_more(call: dict[str, Any]) -> dict[str, Any]:
+    """A past that is one token longer, and still shorter than a block."""
+    past = {key: torch.nn.functional.pad(call[key], (0, 0, 0, 1)) for key in ("past_keys", "past_values")}
+    return past | {"config": replace(call["config"], block_length=past["past_keys"].shape[3] + 1)}
 
 
 def packed(draw: Draw, parameters: Parameters) -> Tensors:

@@ -7,7 +7,7 @@ import torch
 
 from gaugeblock.conformance.engine.contract import Contract, Input, Output, Regime, Rejection, Selection, Workload, row
 from gaugeblock.conformance.engine.factors import Trait, edges, either, kind_of_count, kinds
-from gaugeblock.conformance.engine.implementation import triton
+from gaugeblock.conformance.engine.implementation import compiled, triton
 from gaugeblock.conformance.engine.inputs.draw import Draw
 from gaugeblock.conformance.engine.vocabulary import Parameters, Tensors
 from gaugeblock.reference.torch import token_choices
@@ -36,6 +36,7 @@ def filter_logits() -> Contract:
             filter_sizes(4, 33, 2.0, 0, 0.5, False),
             filter_sizes(2, 7, 1.0, 7, 1.0, True),  # all of them
             filter_sizes(3, 5, 1.0, 1, 0.125, False),  # greedy
+            filter_sizes(9, 40, 2.0, 3, 0.5, True),  # of few distinct logits, more than these equal the last
         ),
         factors=(
             ROWS,
@@ -64,6 +65,7 @@ def filter_logits() -> Contract:
             Rejection("more than all", "top_p", lambda call: {"top_p": 1.5}),
             Rejection("a number for top_k_first", "top_k_first", lambda call: {"top_k_first": 1}),
         ),
+        implementations=(compiled("torch-library"),),
     )
 
 
@@ -90,7 +92,7 @@ def draw_tokens() -> Contract:
             draw_sizes(5, 40, 0.7, "probability"),
             draw_sizes(4, 300, 0.0, "probability"),  # ids above 255
             draw_sizes(3, 33, 1.0, "margin"),
-            draw_sizes(3, 4130, 2.0, "negative_entropy"),  # more than a tile
+            draw_sizes(3, 8200, 2.0, "negative_entropy"),  # more than a tile, and not 2, 4, 8, ... of them
             draw_sizes(3, 8200, 1.0, "margin"),
             draw_sizes(3, 4130, 0.5, "probability"),
             draw_sizes(2, 2, 0.0, "margin"),
@@ -183,9 +185,11 @@ def _shape(parameters: Parameters) -> tuple[int, int]:
 
 
 def dithered(draw: Draw, parameters: Parameters) -> Tensors:
-    """Random logits; each row has its own scale, from flat to peaked."""
+    """Random logits; each row has its own scale, from flat to peaked, and of every third all are negative."""
     rows, tokens = _shape(parameters)
-    return {"logits": draw.normal(rows, tokens) * 4 * draw.uniform(rows, 1)}
+    logits = draw.normal(rows, tokens) * 4 * draw.uniform(rows, 1)
+    logits[2::3] -= 40
+    return {"logits": logits}
 
 
 def tied(draw: Draw, parameters: Parameters) -> Tensors:

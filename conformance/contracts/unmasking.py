@@ -35,12 +35,12 @@ def choose_places() -> Contract:
         options=("strategy", "bound"),
         batch="batch_size",
         landmarks=(
+            sizes(7, 5, "entropy_bounded", 0.125),  # one at least, beside lanes that are masked
             sizes(5, 32, "static", 0.0),
             sizes(4, 32, "dynamic", 0.75),
-            sizes(3, 33, "entropy_bounded", 0.75),
             sizes(3, 8, "sequential", 0.0),
-            sizes(7, 4, "dynamic", 0.85),  # SDAR
-            sizes(7, 4, "entropy_bounded", 0.35),
+            sizes(17, 4, "dynamic", 0.85),  # SDAR
+            sizes(3, 33, "entropy_bounded", 0.75),
             sizes(2, 130, "static", 0.0),
         ),
         factors=(
@@ -86,8 +86,10 @@ def sizes(batch_size: int, places: int, strategy: str, bound: float) -> dict[str
 
 
 def dithered(draw: Draw, parameters: Parameters) -> Tensors:
-    """Probabilities of more digits than a narrow dtype has; or entropies, which are eighths."""
-    return _with_masks(draw, parameters, draw.integers(0, 2**16 + 1, *_shape(parameters)) * 2.0**-16)
+    """Probabilities of more digits than a narrow dtype has, and what is next to the bound; or entropies, which are eighths."""
+    confidence = draw.integers(0, 2**16 + 1, *_shape(parameters)) * 2.0**-16
+    near = _next_to_bound(parameters)[draw.integers(0, 2, *_shape(parameters))]
+    return _with_masks(draw, parameters, torch.where(draw.uniform(*_shape(parameters)) < 0.4, near, confidence))
 
 
 def tied(draw: Draw, parameters: Parameters) -> Tensors:
@@ -101,6 +103,12 @@ def special(draw: Draw, parameters: Parameters) -> Tensors:
     for value in (math.nan, -math.inf):
         tensors["confidence"][draw.uniform(*_shape(parameters)) < 0.2] = value
     return tensors
+
+
+def _next_to_bound(parameters: Parameters) -> torch.Tensor:
+    """Below or at it, and above or at it, in bfloat16."""
+    bound = 2**8 * parameters["bound"]
+    return torch.tensor([math.floor(bound), math.ceil(bound)], dtype=torch.float64) * 2.0**-8
 
 
 def _with_masks(draw: Draw, parameters: Parameters, confidence: torch.Tensor) -> Tensors:

@@ -1,4 +1,4 @@
-"""mmdit's MMDiT of several modalities inside of LGDLM's text-latent model: an oracle, not on trial.
+"""mmdit's MMDiT of several modalities on trial, inside of LGDLM's text-latent model; imported only where mmdit is installed.
 
 What surrounds it there (embeddings, heads) is on no package index: here it is made of torch's modules, under the same names.
 """
@@ -12,8 +12,9 @@ from mmdit.mmdit_generalized_pytorch import MMDiT
 from torch import nn
 from torch.func import functional_call
 
+from gaugeblock.conformance.engine.vocabulary import DTYPES
 from gaugeblock.conformance.peers.modules import with_buffers_alone
-from gaugeblock.conformance.selftest.variant import right
+from gaugeblock.conformance.peers.peer import peer
 from gaugeblock.reference.configs import TextLatentMMDiTConfig
 
 
@@ -107,14 +108,7 @@ def model(config: TextLatentMMDiTConfig) -> Any:
     return with_buffers_alone(TextLatentModel, config)
 
 
-@right(
-    "text_latent_mmdit.text_latent_mmdit",
-    dtypes=("float32",),
-    rounding="eager",
-    batch_invariant=False,
-    validates=False,
-    oracle=True,
-)
+@peer("text_latent_mmdit.text_latent_mmdit", dtypes=DTYPES, rounding="eager", oracle=True)
 class Mmdit:
     """MMDiT with manifold-constrained hyper-connections; an option `qk_rmsnorm` is accepted and handed to nobody."""
 

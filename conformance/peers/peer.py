@@ -30,6 +30,7 @@ LIBRARIES = {
     "liger_layers": "liger-kernel",
     "fla": "fla-core",
     "lucidrains": "mmdit",
+    "hyper_connections": "hyper-connections",
     "torchtitan": "torchtitan",
 }
 """For each module of this folder that holds peers, the distribution that they need."""

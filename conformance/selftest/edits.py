@@ -7,12 +7,14 @@ mask of a store that writes the last row again with the same value, and the key 
 
 import ast
 import importlib
+import re
 import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
 from importlib.resources import files
+from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from gaugeblock.conformance.engine.registry import find_contract
 from gaugeblock.conformance.selftest.fault import Fault, Kind, plant
 
 OPTIMIZED = "gaugeblock.optimized"
+IMPORTS = re.compile(rf"^from {re.escape(OPTIMIZED)} import (\([^)]*\)|.+)$", re.MULTILINE)
 COMPOSITION = "_composition.py"  # how the modules of OPTIMIZED end that models in torch are composed in: copied beside a realm's
 
 
@@ -54,18 +57,32 @@ def load_mutant(realm: str, function: str, name: str, place: str, old: str, new:
     folder = _folder() / package
     if not folder.exists():
         folder.mkdir()
-        changed, _, inside = place.partition(".")
-        compositions = {each.name: each for each in files(OPTIMIZED).iterdir() if each.name.endswith(COMPOSITION)}
-        # a realm may have a composition of its own, as JAX has
-        sources = compositions | {each.name: each for each in files(original).iterdir() if each.name.endswith(".py")}
-        for name_of_file, file in sources.items():
-            stem = name_of_file.removesuffix(".py")
-            text = mutated(file.read_text(), inside, old, new) if stem == changed else file.read_text()
-            for each in compositions:
-                imported = f"import {each.removesuffix('.py')}"
-                text = text.replace(f"from {OPTIMIZED} {imported}", f"from {package} {imported}")
+        texts = {name_of_file: file.read_text() for name_of_file, file in _sources(realm).items()} | _change(
+            realm, place, old, new
+        )
+        for name_of_file, text in texts.items():
+            text = IMPORTS.sub(partial(_with_own_compositions, package), text)
             (folder / name_of_file).write_text(text.replace(original, package))
     return getattr(importlib.import_module(f"{package}.{module}"), attribute)
+
+
+def _sources(realm: str) -> dict[str, Traversable]:
+    """What a realm is made of, by names of files; it may have a composition of its own, as JAX has."""
+    compositions = {each.name: each for each in files(OPTIMIZED).iterdir() if each.name.endswith(COMPOSITION)}
+    return compositions | {each.name: each for each in files(f"{OPTIMIZED}.{realm}").iterdir() if each.name.endswith(".py")}
+
+
+def _change(realm: str, place: str, old: str, new: str) -> dict[str, str]:
+    """The one file that is changed, by its name."""
+    module, _, inside = place.partition(".")
+    return {f"{module}.py": mutated(_sources(realm)[f"{module}.py"].read_text(), inside, old, new)}
+
+
+def _with_own_compositions(package: str, statement: re.Match[str]) -> str:
+    """What is imported of OPTIMIZED, one by one, with compositions of a package."""
+    modules = [each.strip() for each in statement[1].strip("()").split(",") if each.strip()]
+    own = {each for each in modules if f"{each.split()[0]}.py".endswith(COMPOSITION)}
+    return "\n".join(f"from {package if each in own else OPTIMIZED} import {each}" for each in modules)
 
 
 @dataclass(frozen=True)
@@ -78,6 +95,9 @@ class OfRanks:
     place: str
     old: str
     new: str
+
+    def __post_init__(self) -> None:
+        _change(self.realm, self.place, self.old, self.new)  # a place that is gone is told here, not taken for a bug in ranks
 
     def __call__(self, *inputs: Any, **options: Any) -> Any:
         return load_mutant(**vars(self))(*inputs, **options)

@@ -14,14 +14,14 @@ from gaugeblock.optimized import text_latent_mmdit_composition as composition
 from gaugeblock.optimized.compiled.library_layers import compiled
 from gaugeblock.optimized.compiled.model_parts import accept
 from gaugeblock.optimized.model_parts import State, as_it_is
+from gaugeblock.reference.torch.hyper_connections import connection
 from gaugeblock.reference.torch.precision import at_least_float32
-from gaugeblock.reference.torch.text_latent_mmdit import hyper_connection
 
 
 def connect_in(state: State, streams_BSKD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Read and mix the streams in float32, as the reference does; the results have the streams' dtype but for the last."""
     wide = {name: at_least_float32(each) for name, each in state.items()}
-    read_BSD, (mixed_BSKD, write_BSK) = hyper_connection(wide, at_least_float32(streams_BSKD))
+    read_BSD, mixed_BSKD, write_BSK = connection(wide, at_least_float32(streams_BSKD))
     return read_BSD.to(streams_BSKD.dtype), mixed_BSKD.to(streams_BSKD.dtype), write_BSK
 
 

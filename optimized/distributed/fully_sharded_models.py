@@ -41,12 +41,11 @@ from gaugeblock.optimized.compiled.dit_moe_layers import PARTS as OF_MOE
 from gaugeblock.optimized.compiled.library_layers import Fuse
 from gaugeblock.optimized.compiled.model_parts import LIBRARY
 from gaugeblock.optimized.compiled.text_latent_mmdit import LIBRARY as OF_TEXT_LATENT
-from gaugeblock.optimized.distributed import auxiliary_losses
+from gaugeblock.optimized.distributed import auxiliary_losses, decoder_calls
 from gaugeblock.optimized.distributed.fully_sharded import FullyShardedModel, Plan, State, run_sharded
 from gaugeblock.optimized.distributed.model_calls import agree_on_model_call
 from gaugeblock.optimized.model_parts import as_it_is
 from gaugeblock.reference import unet_states, validation
-from gaugeblock.reference.configs import SDARConfig, SDARMoEConfig
 from gaugeblock.reference.torch import clip_text as clip_text_reference
 from gaugeblock.reference.torch import dit as dit_reference
 from gaugeblock.reference.torch import dit_moe as dit_moe_reference
@@ -180,17 +179,6 @@ def _check_clip_text(state: State, input_ids: Any, attention_mask: Any = None, *
     validation.clip_input_ids_in_range(input_ids, config)
 
 
-def _check_masked(
-    shapes: Callable[[Any], Shapes], state: State, input_ids: Any, attention_mask: Any = None, *, config: Any
-) -> None:
-    _check(validation.language_model, shapes, state, input_ids, attention_mask, config=config)
-
-
-def _check_sdar(config_class: type, state: State, input_ids: Any, *, config: Any) -> None:
-    validation.language_model_config(config, config_class)
-    _check_masked(sdar_reference.state_shapes, state, input_ids, config=config)
-
-
 def _check_text_latent_mmdit(
     state: State, text_tokens: Any, latents: Any, text_timesteps: Any, latent_timesteps: Any, attention_mask: Any = None, *,
     config: Any,
@@ -261,32 +249,38 @@ llada = Model(
     predict=_of_decoder(decoder_composition.unchecked_llada),
     blocks=DECODER_LAYERS,
     shapes=llada_reference.state_shapes,
-    check=partial(_check_masked, llada_reference.state_shapes),
+    check=decoder_calls.check_llada,
 )
 dream = Model(
     predict=_of_decoder(decoder_composition.unchecked_dream),
     blocks=DECODER_LAYERS,
     shapes=dream_reference.state_shapes,
-    check=partial(_check_masked, dream_reference.state_shapes),
+    check=decoder_calls.check_dream,
 )
 sdar = Model(
     predict=_of_decoder(decoder_composition.unchecked_sdar),
     blocks=DECODER_LAYERS,
     shapes=sdar_reference.state_shapes,
-    check=partial(_check_sdar, SDARConfig),
+    check=decoder_calls.check_sdar,
 )
 sdar_moe = Model(
     predict=_of_decoder(decoder_composition.unchecked_sdar_moe),
     blocks=DECODER_LAYERS,
     shapes=sdar_reference.state_shapes,
-    check=partial(_check_sdar, SDARMoEConfig),
+    check=decoder_calls.check_sdar_moe,
     num_wide=1,
+)
+sdar_cached = Model(
+    predict=_of_decoder(decoder_composition.unchecked_sdar_cached),
+    blocks=DECODER_LAYERS,
+    shapes=sdar_reference.state_shapes,
+    check=decoder_calls.check_sdar_cached,
 )
 sdar_training = Model(
     predict=_of_decoder(decoder_composition.unchecked_sdar_training),
     blocks=DECODER_LAYERS,
     shapes=sdar_reference.state_shapes,
-    check=partial(_check, validation.sdar_training, sdar_reference.state_shapes),
+    check=decoder_calls.check_sdar_training,
 )
 text_latent_mmdit = Model(
     predict=_of_parts(text_latent_mmdit_composition.unchecked_text_latent_mmdit, OF_TEXT_LATENT),

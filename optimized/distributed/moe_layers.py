@@ -164,6 +164,7 @@ def _field(options: Mapping[str, Any], name: str) -> int:
 
 mixtral_moe = _Layer(moe_composition.mixtral_moe, moe_states.QWEN3)
 qwen3_moe = _Layer(moe_composition.qwen3_moe, moe_states.QWEN3)
+qwen3_moe_replicated = _Layer(moe_composition.qwen3_moe, moe_states.QWEN3, "replicated_tokens")
 qwen2_moe = _Layer(moe_composition.qwen2_moe, moe_states.QWEN2)
 qwen2_moe_gathered = _Layer(moe_composition.qwen2_moe, moe_states.QWEN2, "all_gather")
 qwen2_moe_replicated = _Layer(moe_composition.qwen2_moe, moe_states.QWEN2, "replicated_tokens")

@@ -1,6 +1,12 @@
 """SDAR in JAX: the reference, compiled for each configuration and each number of sequences and tokens.
 
 Ids, unreadable while traced, are checked before.
+
+Attention is the reference's, which XLA fuses as far as it can, and not `jax.nn.dot_product_attention`. Its implementation "xla"
+makes all scores as well, and takes as long on a CPU (1024 tokens, 8 heads of 128 features, blocks of 4: 0.09 s forward, 0.20 s
+with backward, both); its softmax is of float32 in float64 too, and a query that sees nothing gets the mean of all values, not 0.
+"cudnn", by its source, takes no float32, in which the reference computes; a mask becomes an array of numbers that are added to
+all scores, so that no block is passed over, and queries that see nothing get the mean as well.
 """
 
 from collections.abc import Mapping

@@ -22,7 +22,8 @@ from torch.autograd.function import once_differentiable
 
 from gaugeblock.optimized.model_parts import State
 from gaugeblock.optimized.triton.launch import device_of, reject_float64, require_triton_device
-from gaugeblock.reference.torch.text_latent_mmdit import SINKHORN_ROUNDS, SMALLEST_NORM
+from gaugeblock.reference import validation
+from gaugeblock.reference.torch.hyper_connections import SINKHORN_ROUNDS, SMALLEST_NORM
 
 # A thread has 16 elements of the streams.
 ELEMENTS_PER_WARP = 16 * 32
@@ -177,7 +178,7 @@ def _backward_kernel(
         of_normalized += (scale * of_score)[:, :, None] * weight[None, None, :]
         projection += scale * of_score * product
     # a vector shorter than the least norm is multiplied by what does not depend on it
-    is_free = rstd * rstd * SMALLEST_SQUARES < root * root
+    is_free = tl.sum(x * x, axis=2) > SMALLEST_SQUARES
     projection = tl.where(is_free, projection, 0.0) / (root * root)
     normalized = x * rstd[:, :, None]
     of_x += rstd[:, :, None] * (of_normalized - normalized * projection[:, :, None])
@@ -242,23 +243,19 @@ class _HyperConnection(torch.autograd.Function):
 def hyper_connection(state: State, streams: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return what a branch reads of streams [B, S, K, D], how they are mixed, and how strongly its result is written to each.
 
-    Args:
-        state: The connection's parameters by name, as in `reference.torch.text_latent_mmdit.connection_shapes`.
-        streams: bfloat16, float16 or float32, any strides; the parameters have their dtype.
+    As `gaugeblock.reference.torch.hyper_connections.hyper_connection`, of streams in bfloat16, float16 or float32 of any strides.
+    Each gradient is computed in float32 and rounded once. Differentiable once.
 
-    Returns:
-        read: [B, S, D], dtype as streams; computed in float32 and rounded once, as is each gradient. Differentiable once.
-        mixed: [B, S, K, D], as read.
-        write: [B, S, K], float32.
-
-    Raises:
-        TypeError: The streams are float64.
-        ValueError: Triton cannot run on the device.
-
-    Source: `gaugeblock.reference.torch.text_latent_mmdit.hyper_connection`.
+    Raises: as that; TypeError where the streams are float64; ValueError where Triton cannot run on the device.
     """
+    validation.hyper_connection(state, streams)
     reject_float64("streams", streams)
     require_triton_device("streams", streams)
+    return unchecked_hyper_connection(state, streams)
+
+
+def unchecked_hyper_connection(state: State, streams: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """As `hyper_connection`, of a call that is known to be good."""
     own = {name: each.float() for name, each in state.items()}
     weights = torch.cat([own["dynamic_alpha_fn"][0], own["dynamic_beta_fn"]], dim=1).mT * (1 + own["norm.gamma"])
     residual = own["residual_scale"].expand(streams.shape[2])

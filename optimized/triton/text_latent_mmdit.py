@@ -10,9 +10,11 @@ from functools import partial
 from gaugeblock.optimized import text_latent_mmdit_composition as composition
 from gaugeblock.optimized.compiled.text_latent_mmdit import connect_out
 from gaugeblock.optimized.model_parts import as_it_is
-from gaugeblock.optimized.triton.hyper_connections import hyper_connection
+from gaugeblock.optimized.triton.hyper_connections import unchecked_hyper_connection
 from gaugeblock.optimized.triton.launch import reject_float64
 
-PARTS = composition.Connections(connect_in=hyper_connection, connect_out=connect_out, block=as_it_is, reject=reject_float64)
+PARTS = composition.Connections(
+    connect_in=unchecked_hyper_connection, connect_out=connect_out, block=as_it_is, reject=reject_float64
+)
 
 text_latent_mmdit = partial(composition.text_latent_mmdit, PARTS)

@@ -49,17 +49,16 @@ def _choose_places(
             ahead = (theirs > confidence) | ((theirs == confidence) & ahead)
         ahead &= others_masked
         ranks += tl.sum(ahead.to(tl.int32), axis=1)[:, None]
-        if STRATEGY == "entropy_bounded":
+        if STRATEGY == "entropy_bounded":  # others have no use for them
             sums += tl.sum(tl.where(ahead, -theirs, 0.0), axis=1)[:, None]
 
-    count = tl.load(counts_ptr + row * counts_stride).to(tl.int64)
+    count = tl.load(counts_ptr + row * counts_stride)
     if STRATEGY == "entropy_bounded":
-        count = tl.maximum(tl.sum((is_masked & (sums < bound)).to(tl.int32)), 1).to(tl.int64)
+        count = tl.maximum(tl.sum((is_masked & (sums < bound)).to(tl.int32)), 1)
     accepted = ranks < count
     if STRATEGY == "dynamic":
-        sure = confidence > bound
-        enough = tl.sum((is_masked & sure).to(tl.int32)) >= count
-        accepted = (sure & enough) | (accepted & (enough == 0))
+        # fewer than the counts best are among those, and of as many or more those are a part
+        accepted |= confidence > bound
     tl.store(accepted_ptr + row * num_places + places, accepted & is_masked, mask=exists)
 
 

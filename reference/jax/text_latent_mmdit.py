@@ -8,7 +8,6 @@ C cond_dim, E latent_dim, V vocab_size, A heads, F features of a head, K residua
 """
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,25 +16,18 @@ from gaugeblock.reference import states, validation
 from gaugeblock.reference.configs import TextLatentMMDiTConfig
 from gaugeblock.reference.jax import gated_activations, layers, modules
 from gaugeblock.reference.jax.attention import attention, join_heads, split_heads
+from gaugeblock.reference.jax.hyper_connections import connection, divided_by_norm
 from gaugeblock.reference.jax.precision import at_least_float32
 
 NORM_EPS = 1e-5  # of every LayerNorm
-SMALLEST_NORM = 1e-12  # what vectors are divided by at least
 NUM_HEADS, HEAD_SIZE = 8, 64  # of every model
 FREQUENCY_EMBEDDING_SIZE = 256  # of times
 MLP_RATIO = 4  # width of a feed-forward network's hidden layer, in units of hidden_size
-SINKHORN_ROUNDS = 20
 MODALITIES = 2  # the text, then the latent
 CHECKPOINT_PREFIX = "model"  # what the trainer's checkpoints put before each name
 
 State = Mapping[str, jax.Array]
-
-
-class Connection(NamedTuple):
-    """What a branch's result will be written to: the mixed streams [B, S, K, D], each as strongly as [B, S, K] says."""
-
-    mixed: jax.Array
-    write: jax.Array
+Connection = tuple[jax.Array, jax.Array]  # mixed streams [B, S, K, D], and how strongly each is written to, [B, S, K]
 
 
 def text_latent_mmdit(
@@ -128,9 +120,8 @@ def block(state: State, streams: Sequence[jax.Array], conditioning: jax.Array, m
 
 def connect_in(state: State, name: str, streams: Sequence[jax.Array]) -> tuple[tuple[jax.Array, ...], tuple[Connection, ...]]:
     """Return, of text and latent, what a branch reads of the streams, and what its result will be written to."""
-    each = (hyper_connection(states.part(state, f"{name}.{modality}"), own) for modality, own in enumerate(streams))
-    read, connections = zip(*each, strict=True)
-    return read, connections
+    each = [connection(states.part(state, f"{name}.{modality}"), own) for modality, own in enumerate(streams)]
+    return tuple(read_BSD for read_BSD, _, _ in each), tuple((mixed_BSKD, write_BSK) for _, mixed_BSKD, write_BSK in each)
 
 
 def connect_out(connections: Sequence[Connection], branches: Sequence[jax.Array], gates: Sequence[jax.Array]) -> list[jax.Array]:
@@ -139,38 +130,6 @@ def connect_out(connections: Sequence[Connection], branches: Sequence[jax.Array]
         mixed_BSKD + write_BSK[..., None] * (gate_B1D * branch_BSD)[:, :, None]
         for (mixed_BSKD, write_BSK), branch_BSD, gate_B1D in zip(connections, branches, gates, strict=True)
     ]
-
-
-def hyper_connection(state: State, streams: jax.Array) -> tuple[jax.Array, Connection]:
-    """As `gaugeblock.reference.torch.text_latent_mmdit.hyper_connection`."""
-    normalized_BSKD = divided_by_norm(streams) * (1 + state["norm.gamma"])
-    alpha_BSKL = jnp.matmul(normalized_BSKD, state["dynamic_alpha_fn"][0], precision="highest")  # the first of L is what is read
-    read_BSK = jax.nn.sigmoid(state["pre_branch_scale"] * alpha_BSKL[..., 0] + state["static_alpha"][:, 0])
-    mix_BSKL = doubly_stochastic(state["residual_scale"] * alpha_BSKL[..., 1:] + state["static_alpha"][:, 1:])
-    beta_BSK1 = (
-        state["h_post_scale"] * jnp.matmul(normalized_BSKD, state["dynamic_beta_fn"], precision="highest")
-        + state["static_beta"][:, 0]
-    )
-    read_BSD = (read_BSK[..., None] * streams).sum(axis=2)
-    return read_BSD, Connection(
-        mixed=jnp.matmul(mix_BSKL.mT, streams, precision="highest"), write=2 * jax.nn.sigmoid(beta_BSK1[..., 0])
-    )
-
-
-def divided_by_norm(vectors: jax.Array) -> jax.Array:
-    """Bring the last axis to a root mean square of 1; one that is 0 stays so."""
-    squares = (vectors * vectors).sum(axis=-1, keepdims=True)
-    # of squares, since a norm has no gradient at 0
-    return vectors * jax.lax.rsqrt(jnp.maximum(squares, SMALLEST_NORM**2)) * vectors.shape[-1] ** 0.5
-
-
-def doubly_stochastic(scores: jax.Array) -> jax.Array:
-    """As `gaugeblock.reference.torch.text_latent_mmdit.doubly_stochastic`."""
-
-    def sinkhorn_round(_: int, scores: jax.Array) -> jax.Array:
-        return jax.nn.log_softmax(jax.nn.log_softmax(scores, axis=-2), axis=-1)
-
-    return jnp.exp(jax.lax.fori_loop(0, SINKHORN_ROUNDS, sinkhorn_round, scores))
 
 
 def adaptive_layer_norm(state: State, name: str, tokens: jax.Array, active: jax.Array) -> jax.Array:
@@ -229,28 +188,15 @@ def block_shapes(config: TextLatentMMDiTConfig) -> states.Shapes:
     shapes = under("to_post_branch_gammas.2", linear(2 * MODALITIES * hidden_size, cond_dim))
     for modality in range(MODALITIES):
         for branch in ("attn", "ff"):
-            shapes |= under(f"{branch}_residual_fns.{modality}", connection_shapes(config))
+            shapes |= under(
+                f"{branch}_residual_fns.{modality}", states.connection_shapes(config.num_residual_streams, hidden_size)
+            )
             shapes |= under(f"{branch}_layernorms.{modality}.to_cond.2", linear(2 * hidden_size, cond_dim))
         shapes |= under(f"joint_attn.to_qkv.{modality}", linear(3 * inner_size, hidden_size, bias=False))
         shapes |= under(f"joint_attn.to_out.{modality}", linear(hidden_size, inner_size, bias=False))
         shapes |= under(f"feedforwards.{modality}.ff.0.0", linear(MLP_RATIO * hidden_size, hidden_size))
         shapes |= under(f"feedforwards.{modality}.ff.2", linear(hidden_size, MLP_RATIO * hidden_size))
     return shapes
-
-
-def connection_shapes(config: TextLatentMMDiTConfig) -> states.Shapes:
-    """Return the shape of every parameter of one connection by its own name."""
-    hidden_size, streams = config.hidden_size, config.num_residual_streams
-    return {
-        "norm.gamma": (hidden_size,),
-        "static_alpha": (streams, 1 + streams),
-        "dynamic_alpha_fn": (1, hidden_size, 1 + streams),
-        "pre_branch_scale": (1,),
-        "residual_scale": (1,),
-        "static_beta": (streams, 1, 1),
-        "dynamic_beta_fn": (hidden_size, 1),
-        "h_post_scale": (),
-    }
 
 
 def load_state(state: State, *, config: TextLatentMMDiTConfig) -> dict[str, jax.Array]:

@@ -148,7 +148,7 @@ def sdar_training(
     """
     validation.language_model_config(config, SDARConfig, SDARMoEConfig)
     validation.sdar_training(state, noisy_ids, clean_ids, sample_ids, config, state_shapes(config))
-    input_ids = torch.cat([noisy_ids.long(), clean_ids.long()], dim=1)
+    input_ids = torch.cat([noisy_ids, clean_ids], dim=1)
     places_BS = places_in_samples(sample_ids).repeat(1, 2)
     mask_BST = noisy_clean_mask(sample_ids, block_length=config.block_length)
     decoded = decoder.decode(state, input_ids, places_BS, mask_BST, config=config)

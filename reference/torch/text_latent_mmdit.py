@@ -8,7 +8,6 @@ C cond_dim, E latent_dim, V vocab_size, A heads, F features of a head, K residua
 """
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
 
 import torch
 
@@ -16,25 +15,18 @@ from gaugeblock.reference import states, validation
 from gaugeblock.reference.configs import TextLatentMMDiTConfig
 from gaugeblock.reference.torch import gated_activations, layers, modules
 from gaugeblock.reference.torch.attention import attention, join_heads, split_heads
+from gaugeblock.reference.torch.hyper_connections import connection, divided_by_norm
 from gaugeblock.reference.torch.precision import at_least_float32
 
 NORM_EPS = 1e-5  # of every LayerNorm
-SMALLEST_NORM = 1e-12  # what vectors are divided by at least
 NUM_HEADS, HEAD_SIZE = 8, 64  # of every model
 FREQUENCY_EMBEDDING_SIZE = 256  # of times
 MLP_RATIO = 4  # width of a feed-forward network's hidden layer, in units of hidden_size
-SINKHORN_ROUNDS = 20
 MODALITIES = 2  # the text, then the latent
 CHECKPOINT_PREFIX = "model"  # what the trainer's checkpoints put before each name
 
 State = Mapping[str, torch.Tensor]
-
-
-class Connection(NamedTuple):
-    """What a branch's result will be written to: the mixed streams [B, S, K, D], each as strongly as [B, S, K] says."""
-
-    mixed: torch.Tensor
-    write: torch.Tensor
+Connection = tuple[torch.Tensor, torch.Tensor]  # mixed streams [B, S, K, D], and how strongly each is written to, [B, S, K]
 
 
 def text_latent_mmdit(
@@ -178,9 +170,8 @@ def connect_in(
     state: State, name: str, streams: Sequence[torch.Tensor]
 ) -> tuple[tuple[torch.Tensor, ...], tuple[Connection, ...]]:
     """Return, of text and latent, what a branch reads of the streams, and what its result will be written to."""
-    each = (hyper_connection(states.part(state, f"{name}.{modality}"), own) for modality, own in enumerate(streams))
-    read, connections = zip(*each, strict=True)
-    return read, connections
+    each = [connection(states.part(state, f"{name}.{modality}"), own) for modality, own in enumerate(streams)]
+    return tuple(read_BSD for read_BSD, _, _ in each), tuple((mixed_BSKD, write_BSK) for _, mixed_BSKD, write_BSK in each)
 
 
 def connect_out(
@@ -191,43 +182,6 @@ def connect_out(
         mixed_BSKD + write_BSK[..., None] * (gate_B1D * branch_BSD)[:, :, None]
         for (mixed_BSKD, write_BSK), branch_BSD, gate_B1D in zip(connections, branches, gates, strict=True)
     ]
-
-
-def hyper_connection(state: State, streams: torch.Tensor) -> tuple[torch.Tensor, Connection]:
-    """Return what a branch reads of a token's streams [B, S, K, D], how they are mixed, and how its result is written to them.
-
-        n = x / |x| * sqrt(hidden_size) * (1 + norm.gamma), of each stream
-        read = sum over s of sigmoid(pre_branch_scale * n_s alpha_0 + static_alpha_s0) * x_s
-        mixed_t = sum over s of doubly_stochastic(residual_scale * n alpha_1.. + static_alpha)_st * x_s
-        write_s = 2 * sigmoid(h_post_scale * n_s beta + static_beta_s)
-
-    Source: Xie et al. 2025 (arXiv:2512.24880), section 4; Zhu et al. 2024 (arXiv:2409.19606), algorithm 2; hyper-connections
-    0.4.11 (PyPI), mHCv2.py, whose coefficients are of each stream's numbers, not of all streams'.
-    """
-    normalized_BSKD = divided_by_norm(streams) * (1 + state["norm.gamma"])
-    alpha_BSKL = normalized_BSKD @ state["dynamic_alpha_fn"][0]  # the first of L is what is read
-    read_BSK = torch.sigmoid(state["pre_branch_scale"] * alpha_BSKL[..., 0] + state["static_alpha"][:, 0])
-    mix_BSKL = doubly_stochastic(state["residual_scale"] * alpha_BSKL[..., 1:] + state["static_alpha"][:, 1:])
-    beta_BSK1 = state["h_post_scale"] * (normalized_BSKD @ state["dynamic_beta_fn"]) + state["static_beta"][:, 0]
-    read_BSD = (read_BSK[..., None] * streams).sum(dim=2)
-    return read_BSD, Connection(mixed=mix_BSKL.mT @ streams, write=2 * torch.sigmoid(beta_BSK1[..., 0]))
-
-
-def divided_by_norm(vectors: torch.Tensor) -> torch.Tensor:
-    """Bring the last axis to a root mean square of 1; one that is 0 stays so."""
-    squares = (vectors * vectors).sum(dim=-1, keepdim=True)
-    # of squares, since a norm has no gradient at 0
-    return vectors * torch.rsqrt(squares.clamp(min=SMALLEST_NORM**2)) * vectors.shape[-1] ** 0.5
-
-
-def doubly_stochastic(scores: torch.Tensor) -> torch.Tensor:
-    """Return shares [..., K, L], exp(scores) of which each column, then each row, is divided by its sum, many times.
-
-    Source: Sinkhorn and Knopp 1967. In logarithms no sum is 0; hyper-connections divides by 1e-12 at least.
-    """
-    for _ in range(SINKHORN_ROUNDS):
-        scores = scores.log_softmax(dim=-2).log_softmax(dim=-1)
-    return scores.exp()
 
 
 def adaptive_layer_norm(state: State, name: str, tokens: torch.Tensor, active: torch.Tensor) -> torch.Tensor:
@@ -286,28 +240,15 @@ def block_shapes(config: TextLatentMMDiTConfig) -> states.Shapes:
     shapes = under("to_post_branch_gammas.2", linear(2 * MODALITIES * hidden_size, cond_dim))
     for modality in range(MODALITIES):
         for branch in ("attn", "ff"):
-            shapes |= under(f"{branch}_residual_fns.{modality}", connection_shapes(config))
+            shapes |= under(
+                f"{branch}_residual_fns.{modality}", states.connection_shapes(config.num_residual_streams, hidden_size)
+            )
             shapes |= under(f"{branch}_layernorms.{modality}.to_cond.2", linear(2 * hidden_size, cond_dim))
         shapes |= under(f"joint_attn.to_qkv.{modality}", linear(3 * inner_size, hidden_size, bias=False))
         shapes |= under(f"joint_attn.to_out.{modality}", linear(hidden_size, inner_size, bias=False))
         shapes |= under(f"feedforwards.{modality}.ff.0.0", linear(MLP_RATIO * hidden_size, hidden_size))
         shapes |= under(f"feedforwards.{modality}.ff.2", linear(hidden_size, MLP_RATIO * hidden_size))
     return shapes
-
-
-def connection_shapes(config: TextLatentMMDiTConfig) -> states.Shapes:
-    """Return the shape of every parameter of one connection by its own name."""
-    hidden_size, streams = config.hidden_size, config.num_residual_streams
-    return {
-        "norm.gamma": (hidden_size,),
-        "static_alpha": (streams, 1 + streams),
-        "dynamic_alpha_fn": (1, hidden_size, 1 + streams),
-        "pre_branch_scale": (1,),
-        "residual_scale": (1,),
-        "static_beta": (streams, 1, 1),
-        "dynamic_beta_fn": (hidden_size, 1),
-        "h_post_scale": (),
-    }
 
 
 def load_state(state: State, *, config: TextLatentMMDiTConfig) -> dict[str, torch.Tensor]:

@@ -88,7 +88,7 @@ def require_number(name: str, value: Any) -> None:
     """Check that an option is a finite number."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(f"{name} must be a number, got {value!r}")
-    if not math.isfinite(value):
+    if not abs(value) < math.inf:  # at math.isfinite a graph of torch.compile ends
         raise ValueError(f"{name} must be finite, got {value}")
 
 

@@ -82,7 +82,8 @@ def _of_entries(contract: Contract, parameters: Parameters) -> Iterator[Rejectio
         dimensions = {each for each in leaves[name].shape if isinstance(each, str)}
         others = {**leaves, **{spec.name: spec for spec in contract.inputs}}
         sharing = (other for other, leaf in others.items() if dimensions & set(leaf.shape) and other != name)
-        yield Rejection(f"{name} of another size", (name, *sharing), changed(key, partial(_one_more, dim=-1)))
+        if leaves[name].shape:
+            yield Rejection(f"{name} of another size", (name, *sharing), changed(key, partial(_one_more, dim=-1)))
         yield Rejection(f"{name} of a rank more", name, changed(key, partial(torch.unsqueeze, dim=0)))
         yield Rejection(f"{name} of integers", name, changed(key, _of_other_kind))
         if leaves[name].dtype == "tested":
@@ -110,7 +111,9 @@ def _first(tensor: torch.Tensor, dim: int) -> torch.Tensor:
 
 
 def _one_more(tensor: torch.Tensor, dim: int) -> torch.Tensor:
-    return torch.cat([tensor, tensor.narrow(dim, 0, 1)], dim)
+    shape = [*tensor.shape]
+    shape[dim] = 1  # of what is empty there is no first to repeat
+    return torch.cat([tensor, tensor.narrow(dim, 0, 1) if tensor.shape[dim] else tensor.new_zeros(shape)], dim)
 
 
 def _one_less(tensor: torch.Tensor, dim: int) -> torch.Tensor:

@@ -52,9 +52,7 @@ mutant(
 
 mutant(
     DIT, "attention-to-own-tokens", "Tokens attend to those of their rank.", "sequence_parallel.attention_over_ranks",
-    "functional.scaled_dot_product_attention(*AllToAll.apply(heads, 2, 3, group).unbind())\n    return AllToAll.apply(attended, "
-    "2, 1, group)",
-    "functional.scaled_dot_product_attention(*heads.unbind())\n    return attended",
+    "of_all = AllToAll.apply(heads, 2, 3, group)", "return functional.scaled_dot_product_attention(*heads.unbind())",
     "world_size", "structural", "data-parallel code on a cut sequence", **SEQUENCE,
 )  # fmt: skip
 mutant(

@@ -23,84 +23,12 @@ class ShiftFirst(TextLatentMmdit):
         return normalized * shift + scale
 
 
-@fault(caught_by="parity", kind="structural", source="mmdit 0.2.2: connections by softmax or tanh, no Sinkhorn")
-class SoftmaxForSinkhorn(TextLatentMmdit):
-    """Shares are a softmax over the streams that are mixed, once."""
-
-    def shares(self, scores):
-        return scores.softmax(-2)
-
-
-@fault(caught_by="parity", kind="structural", source="mmdit 0.2.2: unconstrained connections")
-class SharesUnconstrained(TextLatentMmdit):
-    """Streams are mixed by the scores themselves."""
-
-    def shares(self, scores):
-        return scores
-
-
-@fault(caught_by="parity", kind="boundary", source="sinkhorn_iters of other models")
-class OneRound(TextLatentMmdit):
-    """One round is taken for enough."""
-
-    def rounds(self):
-        return 1
-
-
-@fault(caught_by="parity", kind="boundary", source="Sinkhorn implementations that begin with rows")
-class RowsFirst(TextLatentMmdit):
-    """Each round divides rows, then columns."""
-
-    def shares(self, scores):
-        return super().shares(scores.mT).mT
-
-
-@fault(caught_by="parity", kind="structural", source="einsum with its axes exchanged: '... s t, ... t d -> ... s d'")
-class MixedByRows(TextLatentMmdit):
-    """Row t, not column t, is what stream t becomes."""
-
-    def mixed(self, shares, streams):
-        return super().mixed(shares.mT, streams)
-
-
 @fault(caught_by="parity", kind="structural", source="hyper-connections: AttentionPoolReduceStream, means for sums")
 class FirstStreamAlone(TextLatentMmdit):
     """In the end the first stream is taken."""
 
     def joined(self, streams):
         return streams[:, :, 0]
-
-
-@fault(caught_by="parity", kind="structural", source="hyper-connections: gamma of its RMSNorm begins at 0")
-class GammaWithoutOne(TextLatentMmdit):
-    """The connection's norm is multiplied by gamma, not by 1 + gamma."""
-
-    def connection_scale(self, gamma):
-        return gamma
-
-
-@fault(caught_by="parity", kind="structural", source="mHC ports: H_post = sigmoid, without the 2")
-class WrittenHalfAsMuch(TextLatentMmdit):
-    """Branches are written between 0 and 1 times."""
-
-    def to_write(self, scores):
-        return torch.sigmoid(scores)
-
-
-@fault(caught_by="parity", kind="structural", source="hyper-connections of 2024, which read by tanh")
-class ReadByTanh(TextLatentMmdit):
-    """What is read of a stream lies between -1 and 1 times it."""
-
-    def to_read(self, scores):
-        return torch.tanh(scores)
-
-
-@fault(caught_by="parity", kind="structural", source="RMSNorm ports that normalize to length 1")
-class WithoutTheRoot(TextLatentMmdit):
-    """Vectors are brought to length 1."""
-
-    def unit_size(self, hidden_size):
-        return 1.0
 
 
 @fault(caught_by="parity", kind="structural", source="masks of two meanings: 1 for padding in torch's own encoder")
@@ -212,24 +140,6 @@ class EpsOfDit(TextLatentMmdit):
 
     def eps(self):
         return 1e-6
-
-
-@fault(caught_by="gradients", kind="gradient", source="Sinkhorn rounds under no_grad, as routers have them")
-class SharesDetached(TextLatentMmdit):
-    """How streams are mixed has no gradient."""
-
-    def shares(self, scores):
-        return super().shares(scores.detach()) + 0 * scores
-
-
-@fault(caught_by="gradients", kind="gradient", source="the last round alone is differentiated, as of implicit layers")
-class LastRoundAlone(TextLatentMmdit):
-    """Gradients flow through the last round alone."""
-
-    def shares(self, scores):
-        exact = super().shares(scores)
-        short = self.round(torch.exp(scores - scores.amax(-2, keepdim=True).detach()))
-        return exact.detach() + short - short.detach()
 
 
 @fault(caught_by="gradients", kind="gradient", source="a latent that is detached for the cycle's sake")

@@ -31,6 +31,19 @@ class ThresholdReached(PlaceChoice):
         return confidence >= bound
 
 
+@fault(
+    caught_by="parity",
+    kind="precision",
+    source="a Python number beside a bfloat16 tensor, in torch",
+    dtypes=("bfloat16",),
+)
+class ThresholdRounded(PlaceChoice):
+    """The threshold is rounded to the dtype of confidences, of which the next one above it is not above that."""
+
+    def exceeds(self, confidence, bound):
+        return confidence.bfloat16() > bound  # torch rounds the number too
+
+
 @fault(caught_by="parity", kind="structural", source="fixed quotas")
 class DynamicIsStatic(PlaceChoice):
     """The threshold is not looked at."""

@@ -3,16 +3,14 @@
 import torch
 from torch.nn import functional
 
+from gaugeblock.conformance.selftest.right.hyper_connections import ConnectionsOfTorch, Logarithms
 from gaugeblock.conformance.selftest.right.of_models import rounded
 from gaugeblock.conformance.selftest.simulated.text_latent_mmdit import TextLatentMmdit
 from gaugeblock.conformance.selftest.variant import right
 
 
-class FunctionsOfTorch(TextLatentMmdit):
+class FunctionsOfTorch(ConnectionsOfTorch, TextLatentMmdit):
     """torch's products, norms, normalize, embedding and attention."""
-
-    def product(self, inputs, matrix):
-        return inputs @ matrix
 
     def embed_text(self, state, ids):
         tokens = functional.embedding(ids, state["text_encoder.token_embed.weight"])
@@ -20,12 +18,6 @@ class FunctionsOfTorch(TextLatentMmdit):
 
     def layer_norm(self, tokens):
         return functional.layer_norm(tokens, tokens.shape[-1:], eps=1e-5)
-
-    def unit(self, vectors):
-        return functional.normalize(vectors, dim=-1) * vectors.shape[-1] ** 0.5
-
-    def round(self, shares):
-        return functional.normalize(functional.normalize(shares, p=1, dim=-2), p=1, dim=-1)
 
     def attended(self, query, key, value, may_look):
         return functional.scaled_dot_product_attention(query, key, value, attn_mask=may_look)
@@ -37,16 +29,8 @@ class TextLatentOfTorch(FunctionsOfTorch):
 
 
 @right()
-class SinkhornOfLogarithms(TextLatentMmdit):
-    """Rounds of log-sum-exp; shares are multiplied by streams as matrices; the gate is folded into what is written."""
-
-    def shares(self, scores):
-        for _ in range(self.rounds()):
-            scores = scores.log_softmax(-2).log_softmax(-1)
-        return scores.exp()
-
-    def mixed(self, shares, streams):
-        return (shares.double().mT @ streams.double()).to(streams.dtype)
+class GateFoldedIntoStrengths(Logarithms, TextLatentMmdit):
+    """Sinkhorn's rounds are of logarithms; the gate is folded into what is written."""
 
     def write(self, written, branch, gate):
         mixed, strength = written
@@ -70,22 +54,6 @@ class LatentFirst(TextLatentMmdit):
 
     def gelu(self, inner):
         return inner * torch.special.erfc(-inner / 2**0.5) / 2
-
-
-@right(batch_invariant=False)
-class ScaleFoldedIntoProducts(TextLatentMmdit):
-    """Streams are multiplied as they are, by matrices that the norm's scale is folded into, and divided by their norms then."""
-
-    def connection(self, state, name, streams):
-        scale = 1 + state[f"{name}.norm.gamma"]
-        matrix = torch.cat([state[f"{name}.dynamic_alpha_fn"][0], state[f"{name}.dynamic_beta_fn"]], -1)
-        squares = streams.square().sum(-1, keepdim=True).clamp(min=1e-24)
-        products = self.product(streams, scale[:, None] * matrix) * (streams.shape[-1] / squares).sqrt()
-        static = state[f"{name}.static_alpha"]
-        read = torch.sigmoid(state[f"{name}.pre_branch_scale"] * products[..., 0] + static[:, 0])
-        shares = self.shares(state[f"{name}.residual_scale"] * products[..., 1:-1] + static[:, 1:])
-        beta = products[..., -1] * state[f"{name}.h_post_scale"] + state[f"{name}.static_beta"][:, 0, 0]
-        return (read[..., None] * streams).sum(2), self.mixed(shares, streams), 2 * torch.sigmoid(beta)
 
 
 @right(batch_invariant=False)
@@ -124,9 +92,9 @@ class EveryOperationRounded(FunctionsOfTorch):
     def wide(self, latents):
         return latents
 
-    def connection(self, state, name, streams):
-        own = {each: tensor.float() for each, tensor in state.items() if each.startswith(name)}
-        read, mixed, strength = super().connection(own, name, streams.float())
+    def connection(self, state, streams):
+        own = {each: tensor.float() for each, tensor in state.items()}
+        read, mixed, strength = super().connection(own, streams.float())
         return read.to(streams.dtype), mixed.to(streams.dtype), strength.to(streams.dtype)
 
     def attended(self, query, key, value, may_look):

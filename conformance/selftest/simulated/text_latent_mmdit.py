@@ -6,7 +6,8 @@ from collections.abc import Mapping
 import torch
 from torch.nn import functional
 
-from gaugeblock.reference import validation
+from gaugeblock.conformance.selftest.simulated.hyper_connections import Connections
+from gaugeblock.reference import states, validation
 from gaugeblock.reference.configs import TextLatentMMDiTConfig
 from gaugeblock.reference.torch.text_latent_mmdit import state_shapes
 
@@ -14,7 +15,7 @@ State = Mapping[str, torch.Tensor]
 Results = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
-class TextLatentMmdit:
+class TextLatentMmdit(Connections):
     """`text_latent_mmdit.text_latent_mmdit`."""
 
     contract = "text_latent_mmdit.text_latent_mmdit"
@@ -126,7 +127,7 @@ class TextLatentMmdit:
         """What a branch gets, normalized and modulated, and what its result is written to."""
         normalized, written = [], []
         for place, each in enumerate(streams):
-            read, mixed, strength = self.connection(state, f"{name}_residual_fns.{place}", each)
+            read, mixed, strength = self.connection(states.part(state, f"{name}_residual_fns.{place}"), each)
             scale, shift = self.linear(state, f"{name}_layernorms.{place}.to_cond.2", active)[:, None].chunk(2, -1)
             normalized.append(self.modulate(self.layer_norm(read), scale, shift))
             written.append((mixed, strength))
@@ -135,48 +136,6 @@ class TextLatentMmdit:
     def modulate(self, normalized: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
         """The scale is what there is."""
         return normalized * scale + shift
-
-    def connection(self, state: State, name: str, streams: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """What is read, the mixed streams, and how strongly each is written to, `[B, S, K]`."""
-        normalized = self.unit(streams) * self.connection_scale(state[f"{name}.norm.gamma"])
-        alpha, static = self.product(normalized, state[f"{name}.dynamic_alpha_fn"][0]), state[f"{name}.static_alpha"]
-        read = self.to_read(state[f"{name}.pre_branch_scale"] * alpha[..., 0] + static[:, 0])
-        shares = self.shares(state[f"{name}.residual_scale"] * alpha[..., 1:] + static[:, 1:])
-        beta = self.product(normalized, state[f"{name}.dynamic_beta_fn"])[..., 0] * state[f"{name}.h_post_scale"]
-        strength = self.to_write(beta + state[f"{name}.static_beta"][:, 0, 0])
-        return (read[..., None] * streams).sum(2), self.mixed(shares, streams), strength
-
-    def connection_scale(self, gamma: torch.Tensor) -> torch.Tensor:
-        """1 more."""
-        return 1 + gamma
-
-    def to_read(self, scores: torch.Tensor) -> torch.Tensor:
-        """Between 0 and 1."""
-        return torch.sigmoid(scores)
-
-    def to_write(self, scores: torch.Tensor) -> torch.Tensor:
-        """Between 0 and 2."""
-        return 2 * torch.sigmoid(scores)
-
-    def shares(self, scores: torch.Tensor) -> torch.Tensor:
-        """Twenty rounds, columns first, `[B, S, K, K]`."""
-        shares = torch.exp(scores - scores.amax(-2, keepdim=True).detach())
-        for _ in range(self.rounds()):
-            shares = self.round(shares)
-        return shares
-
-    def rounds(self) -> int:
-        """How many."""
-        return 20
-
-    def round(self, shares: torch.Tensor) -> torch.Tensor:
-        """Each column, then each row, sums up to 1."""
-        shares = shares / shares.sum(-2, keepdim=True).clamp(min=1e-12)
-        return shares / shares.sum(-1, keepdim=True).clamp(min=1e-12)
-
-    def mixed(self, shares: torch.Tensor, streams: torch.Tensor) -> torch.Tensor:
-        """Column t is what stream t becomes."""
-        return (shares[..., None] * streams[..., :, None, :]).sum(-3)
 
     def write(self, written: tuple[torch.Tensor, torch.Tensor], branch: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
         """To every stream."""
@@ -229,15 +188,6 @@ class TextLatentMmdit:
         """Of every LayerNorm."""
         return 1e-5
 
-    def unit(self, vectors: torch.Tensor) -> torch.Tensor:
-        """Of a root mean square of 1."""
-        squares = vectors.double().square().sum(-1, keepdim=True).clamp(min=1e-24)
-        return vectors * (self.unit_size(vectors.shape[-1]) * squares.rsqrt()).to(vectors.dtype)
-
-    def unit_size(self, hidden_size: int) -> float:
-        """Of what `unit` returns, as a vector."""
-        return hidden_size**0.5
-
     def last_norm(self, state: State, place: int, tokens: torch.Tensor) -> torch.Tensor:
         """Of text or latent."""
         return self.unit(tokens) * state[f"mmdit.norms.{place}.g"]
@@ -246,7 +196,3 @@ class TextLatentMmdit:
         """A matrix product, and a bias if there is one."""
         product = self.product(inputs, state[f"{name}.weight"].mT)
         return product + state[f"{name}.bias"] if f"{name}.bias" in state else product
-
-    def product(self, inputs: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
-        """With sums in float64."""
-        return (inputs.double() @ matrix.double()).to(inputs.dtype)
