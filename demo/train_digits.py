@@ -21,7 +21,8 @@ from digits import accuracy, batches
 
 from gaugeblock.optimized.jax import train_image_diffusion as jax_step
 from gaugeblock.reference.configs import DiTConfig, ImageDiffusionConfig
-from gaugeblock.reference.torch import dit, samplers, train_image_diffusion, training
+from gaugeblock.reference.torch import dit, samplers, train_image_diffusion
+from gaugeblock.reference.torch import training as trainer
 
 MODEL = DiTConfig(
     input_size=8, patch_size=2, in_channels=1, hidden_size=64, depth=3, num_heads=4, num_classes=10, learn_sigma=False
@@ -66,7 +67,7 @@ def sample(run: training.Run) -> np.ndarray:
     """Samples, [10, SAMPLES_PER_DIGIT, 8, 8] in [-1, 1], a row for each digit."""
     labels = torch.arange(10).repeat_interleave(SAMPLES_PER_DIGIT)
     noise = samplers.starting_noise(torch.arange(len(labels)), shape=(1, 8, 8), seed=RUN.seed)
-    parameters = training.part_of_state(run.state, "model")
+    parameters = trainer.part_of_state(run.state, "model")
     with torch.no_grad():
         images = samplers.euler_sample(
             partial(dit.dit, parameters, config=MODEL), noise, labels, null_label=MODEL.num_classes,

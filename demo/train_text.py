@@ -10,7 +10,7 @@ import argparse
 import math
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -22,36 +22,26 @@ import torch
 import training
 from safetensors.torch import save_file
 
-from gaugeblock.reference.configs import SDARConfig
+from gaugeblock.reference.configs import SDARConfig, TrainingConfig
 from gaugeblock.reference.jax import sdar as jax_sdar
-from gaugeblock.reference.jax import train_image_diffusion as jax_trainer
-from gaugeblock.reference.torch import sdar, train_image_diffusion
+from gaugeblock.reference.jax import training as jax_trainer
+from gaugeblock.reference.torch import sdar
+from gaugeblock.reference.torch import training as trainer
 
 MODEL = SDARConfig(
     vocab_size=texts.MASK_ID + 1, hidden_size=96, intermediate_size=256, num_hidden_layers=4, num_attention_heads=4,
     num_key_value_heads=2, head_dim=24, rms_norm_eps=1e-6, rope_theta=1e4, mask_token_id=texts.MASK_ID, block_length=4,
 )  # fmt: skip
 SEED, BATCH_SIZE, LENGTH, STEPS = 3, 16, 64, 1500
+OPTIMIZER = TrainingConfig(learning_rate=3e-3, beta2=0.99, weight_decay=0.01)
 STATED_LOSS = 1.95  # nats for each character: the mean over the last tenth of STEPS steps; the first is 4.8
 
 
-@dataclass(frozen=True)
-class AdamW:
-    """What the trainers' `adamw_update` reads of a run."""
-
-    learning_rate: float = 3e-3
-    beta1: float = 0.9
-    beta2: float = 0.99
-    adam_epsilon: float = 1e-8
-    weight_decay: float = 0.01
-    max_gradient_norm: float = 1.0
-
-
-def optimizer(step: int, num_steps: int) -> AdamW:
+def optimizer(step: int, num_steps: int) -> TrainingConfig:
     """The learning rate is raised and lowered in few stages, since JAX compiles the update for each."""
     stages = ((0.02, 0.2), (0.6, 1.0), (0.85, 0.3), (1.0, 0.1))
     factor = next(factor for end, factor in stages if step < end * num_steps or end == 1.0)
-    return replace(AdamW(), learning_rate=AdamW.learning_rate * factor)
+    return replace(OPTIMIZER, learning_rate=OPTIMIZER.learning_rate * factor)
 
 
 def batches(num_steps: int) -> Iterator[texts.Batch]:
@@ -62,8 +52,7 @@ def batches(num_steps: int) -> Iterator[texts.Batch]:
 def initial_state() -> dict[str, torch.Tensor]:
     """New parameters, moments of 0, step 0."""
     parameters = training.initial_parameters(sdar.state_shapes(MODEL), SEED)
-    zeros = {name: torch.zeros_like(each) for name, each in parameters.items()}
-    return train_image_diffusion.join_state(parameters, zeros, zeros, torch.tensor(0))
+    return trainer.initial_state(parameters, config=OPTIMIZER)
 
 
 def loss_of(parameters: dict, noisy: torch.Tensor, clean: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
@@ -71,6 +60,11 @@ def loss_of(parameters: dict, noisy: torch.Tensor, clean: torch.Tensor, weights:
     logits_BSV = sdar.sdar_training(parameters, noisy, clean, torch.zeros_like(clean), config=MODEL)
     losses_BS = torch.nn.functional.cross_entropy(logits_BSV.mT, clean, reduction="none")
     return (losses_BS * weights).mean()
+
+
+def share_of_loss(parameters: dict, *batch: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Of the whole batch, which is one microbatch."""
+    return {"loss": loss_of(parameters, *batch)}
 
 
 def jax_loss_of(parameters: dict, noisy: jax.Array, clean: jax.Array, weights: jax.Array) -> jax.Array:
@@ -84,24 +78,21 @@ def train_torch(num_steps: int, advance: Callable[[float], None]) -> training.Ru
     """Train with the PyTorch reference."""
     state, losses = initial_state(), []
     for step, batch in enumerate(batches(num_steps)):
-        parameters = train_image_diffusion.part_of_state(state, "model")
-        parameters = {name: each.requires_grad_() for name, each in parameters.items()}
-        loss = loss_of(parameters, *batch)
-        gradients = dict(zip(parameters, torch.autograd.grad(loss, [*parameters.values()]), strict=True))
-        norm = train_image_diffusion.global_norm(gradients)
-        train_image_diffusion.require_finite(state["step"], loss.detach(), gradients, norm)
-        state = train_image_diffusion.adamw_update(state, gradients, norm, config=optimizer(step, num_steps))
-        losses.append(loss.item())
+        found, gradients = trainer.add_up(share_of_loss, state, batch, config=OPTIMIZER)
+        state, _ = trainer.finish(state, found, gradients, config=optimizer(step, num_steps))
+        losses.append(float(found["loss"]))
         advance(losses[-1])
     return training.Run(np.array(losses), state)
 
 
 @partial(jax.jit, static_argnames="config")
-def jax_step(state: dict, noisy: jax.Array, clean: jax.Array, weights: jax.Array, *, config: AdamW) -> tuple[dict, jax.Array]:
+def jax_step(
+    state: dict, noisy: jax.Array, clean: jax.Array, weights: jax.Array, *, config: TrainingConfig
+) -> tuple[dict, jax.Array]:
     """One update, and the loss before it."""
     parameters = jax_trainer.part_of_state(state, "model")
     loss, gradients = jax.value_and_grad(jax_loss_of)(parameters, noisy, clean, weights)
-    return jax_trainer.adamw_update(state, gradients, jax_trainer.global_norm(gradients), config=config), loss
+    return jax_trainer.update(state, gradients, jax_trainer.global_norm(gradients), config=config), loss
 
 
 def train_jax(num_steps: int, advance: Callable[[float], None], disturbed_by: int | None = None) -> training.Run:
@@ -140,7 +131,7 @@ def main(arguments: list[str]) -> int:
 def finish(runs: dict[str, training.Run], allowed: np.ndarray, folder: Path, num_steps: int) -> int:
     """Write what two runs left, say how good it is, and return the exit status."""
     training.draw_losses(runs, allowed, folder / "text_loss.png")
-    model = train_image_diffusion.part_of_state(runs["PyTorch"].state, "model")
+    model = trainer.part_of_state(runs["PyTorch"].state, "model")
     save_file({name: each.half().contiguous() for name, each in model.items()}, folder / "text_model.safetensors")
     is_right = training.report(runs, allowed, STATED_LOSS, num_steps >= STEPS)
     held_out = texts.texts()[1]

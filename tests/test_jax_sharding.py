@@ -321,9 +321,10 @@ def test_each_rank_holds_a_part_of_the_state_and_the_next_step_copies_none():
 def test_parameters_are_gathered_and_each_rank_has_its_part_of_the_batch():
     state, batch = state_and_batch()
     mesh = mesh_of_ranks(mesh_of(4))
-    batch = [jnp.resize(each, (8, *each.shape[1:])) for each in (*to_jax(batch), jnp.ones(8, bool))]
-    batch = jax.device_put(batch, NamedSharding(mesh, PartitionSpec("ranks")))
-    lowered = sharded.sharded_step.lower(sharded.shard_state(to_jax(state), mesh), *batch, config=CONFIG, mesh=mesh)
+    images, labels, ids, counts = (jnp.resize(each, (8, *each.shape[1:])) for each in (*to_jax(batch), jnp.ones(8, bool)))
+    of_batch = (images, labels, None, None, ids), counts
+    placed = jax.device_put(of_batch, NamedSharding(mesh, PartitionSpec("ranks")))
+    lowered = sharded.sharded_step.lower(sharded.shard_state(to_jax(state), mesh), *placed, config=CONFIG, mesh=mesh)
     text = lowered.compile().as_text()
     assert " all-gather(" in text and "f64[16,16]{1,0} all-gather(" in text
     assert any(" all-reduce(" in line and "transpose(jvp())" in line for line in text.splitlines())

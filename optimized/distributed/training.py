@@ -123,7 +123,7 @@ class ShardedRun:
         """Let this rank's parts be updated, in place."""
         local = {part: {name: local_part(each) for name, each in shards.items()} for part, shards in self.shards.items()}
         clipped = reference.clipped(gradients, gradient_norm, config=self.config)
-        reference.step_in_place(local, clipped, int(self.updates), config=self.config)
+        reference.optimizer_step(local, clipped, int(self.updates), config=self.config)
         self.updates += 1
         if self.config.ema is not None:
             averages = reference.average(local["ema"], local["model"], int(self.updates), config=self.config.ema)

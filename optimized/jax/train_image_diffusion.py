@@ -118,7 +118,7 @@ def sharded_step(
     """Make the update on a batch that divides by the ranks and microbatches, without looking at values.
 
     Args: as of the steps, and
-        batch: As of `reference.losses_and_gradients`.
+        batch: As of the reference's `losses_and_gradients`.
         counts: [batch_size], bool: whether an example is one, not padding.
 
     Returns:

@@ -78,6 +78,7 @@ def latents(
 
 
 def _step(state: Mapping[str, jax.Array], batch: tuple[Any, ...], config: ImageDiffusionConfig) -> tuple[Tensors, Metrics]:
+    """Make the update of a batch that is known to be good; one as of `losses_and_gradients`."""
     losses, gradients = losses_and_gradients(dict(state), batch, config=config)
     new_state, gradient_norm = training.finish(state, losses, gradients, config=config)
     return new_state, Metrics(**losses, gradient_norm=gradient_norm)
@@ -87,11 +88,7 @@ def _step(state: Mapping[str, jax.Array], batch: tuple[Any, ...], config: ImageD
 def losses_and_gradients(
     state: Mapping[str, jax.Array], batch: tuple[Any, ...], *, config: ImageDiffusionConfig
 ) -> tuple[Tensors, Tensors]:
-    """Return the losses of a batch, by the names of `Metrics`, and the gradients of their sum.
-
-    A batch is images, labels, encoder_hidden_states, pooled_projections and example_ids, as of the steps, None for what a model
-    is not told.
-    """
+    """As `gaugeblock.reference.torch.train_image_diffusion.losses_and_gradients`."""
     of_batch = partial(shares, batch_size=len(batch[0]), step=state["step"], config=config)
     return training.add_up(of_batch, state, batch, config=config)
 
@@ -116,10 +113,7 @@ def example_losses(
     step: jax.Array,
     config: ImageDiffusionConfig,
 ) -> tuple[jax.Array, jax.Array]:
-    """Return the loss of each example, [batch_size], at what is drawn for it in this step, and the model's auxiliary loss, [].
-
-    `model` takes arrays, as of `image_models.predict`; the other arguments are as of the steps.
-    """
+    """As `gaugeblock.reference.torch.train_image_diffusion.example_losses`."""
     noise_BCHW, times_B, is_dropped_B = draws(images, example_ids, step, config=config)
     labels, *texts = image_models.drop(labels, encoder_hidden_states, pooled_projections, is_dropped_B, config=config.model)
     texts = [None if each is None else training.in_compute_dtype(each, config) for each in texts]

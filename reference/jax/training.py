@@ -1,6 +1,15 @@
 """What the training steps of all models share: gradients of microbatches, clipping, the optimizer, an average, saved runs.
 
-The state of a run is a flat dict of arrays, as in `gaugeblock.reference.torch.training`.
+The state of a run is a flat dict of tensors:
+
+    model.<name>              the parameters, and what is frozen among them, which has none of the following but the last
+    exp_avg.<name>            the average of their gradients that AdamW and Adam keep
+    exp_avg_sq.<name>         their average of squared gradients
+    momentum_buffer.<name>    in place of both, what SGD keeps
+    ema.<name>                the moving average of the parameters, where the config asks for one
+    step                      the number of updates made so far
+
+What a run depends on is in it and in the config: what is random is drawn by (seed, step, example id, purpose).
 """
 
 from collections.abc import Callable, Container, Iterable, Mapping
@@ -71,18 +80,18 @@ def finish(
     return update(state, gradients, gradient_norm, config=config), gradient_norm
 
 
-def in_compute_dtype(array: jax.Array, config: TrainingConfig) -> jax.Array:
+def in_compute_dtype(tensor: jax.Array, config: TrainingConfig) -> jax.Array:
     """As `gaugeblock.reference.torch.training.in_compute_dtype`."""
-    return array if config.compute_dtype is None else array.astype(config.compute_dtype)
+    return tensor if config.compute_dtype is None else tensor.astype(config.compute_dtype)
 
 
 def global_norm(tensors: Mapping[str, jax.Array]) -> jax.Array:
-    """Return the norm of all arrays together, []."""
+    """Return the norm of all tensors together, []."""
     return jnp.sqrt(jnp.stack([jnp.square(tensor).sum() for tensor in tensors.values()]).sum())
 
 
 def require_finite(step: jax.Array, losses: Tensors, gradients: Tensors, gradient_norm: jax.Array) -> None:
-    """Raise FloatingPointError with the step and the first array that is not finite, if there is one."""
+    """Raise FloatingPointError with the step and the first tensor that is not finite, if there is one."""
     if jnp.isfinite(jnp.stack([*losses.values(), gradient_norm])).all():
         return
     tensors = losses | {f"gradient of {name}": each for name, each in gradients.items()} | {"gradient_norm": gradient_norm}
@@ -94,34 +103,38 @@ def require_finite(step: jax.Array, losses: Tensors, gradients: Tensors, gradien
 @partial(jax.jit, static_argnames="config")
 def update(state: Mapping[str, jax.Array], gradients: Tensors, gradient_norm: jax.Array, *, config: TrainingConfig) -> Tensors:
     """As `gaugeblock.reference.torch.training.update`, but by optax."""
-    clipping_factor = jnp.minimum(config.max_gradient_norm / (gradient_norm + CLIPPING_EPSILON), 1)
-    model = part_of_state(state, "model")
-    clipped = {name: gradients[name] * clipping_factor for name in trained_names(state, config)}
-    trained = {name: model[name] for name in clipped}
-    moments = {OPTAX_MOMENTS[part]: part_of_state(state, part) for part in config.moments}
-    optimizer = optimizer_of(config)
-    counted = {} if config.optimizer == "sgd" else {"count": state["step"]}
-    kept = optax.tree_utils.tree_set(optimizer.init(trained), **counted, **moments)
-    with jax.enable_x64(True):  # optax's 1 - beta2**step: float32 would leave it four digits at step 1, and torch has sixteen
-        updates, kept = optimizer.update(clipped, kept, trained)
-    parts = {"model": model | optax.apply_updates(trained, updates)}
-    parts |= {part: optax.tree_utils.tree_get(kept, OPTAX_MOMENTS[part]) for part in config.moments}
+    parts = {part: part_of_state(state, part) for part in config.parts}
+    parts = optimizer_step(parts, clipped(gradients, gradient_norm, config=config), state["step"], config=config)
     if config.ema is not None:
-        parts["ema"] = average(part_of_state(state, "ema"), parts["model"], state["step"] + 1, config=config.ema)
+        parts["ema"] = average(parts["ema"], parts["model"], state["step"] + 1, config=config.ema)
     return join_state(parts, state["step"] + 1)
 
 
-def optimizer_of(config: TrainingConfig) -> optax.GradientTransformation:
-    """Return the optimizer of a run; clipping is before it."""
+def clipped(gradients: Tensors, gradient_norm: jax.Array, *, config: TrainingConfig) -> Tensors:
+    """Return gradients whose norm is `max_gradient_norm` at most, of such whose norm is given."""
+    factor = jnp.minimum(config.max_gradient_norm / (gradient_norm + CLIPPING_EPSILON), 1)
+    return {name: gradient * factor for name, gradient in gradients.items()}
+
+
+def optimizer_step(
+    parts: Mapping[str, Tensors], gradients: Tensors, step: jax.Array, *, config: TrainingConfig
+) -> dict[str, Tensors]:
+    """As `gaugeblock.reference.torch.training.optimizer_step`, but of optax's, and nothing is written to."""
+    adam = {"b1": config.beta1, "b2": config.beta2, "eps": config.adam_epsilon}
     if config.optimizer == "adamw":
-        return optax.adamw(
-            config.learning_rate, b1=config.beta1, b2=config.beta2, eps=config.adam_epsilon, weight_decay=config.weight_decay
-        )
-    if config.optimizer == "adam":
-        plain = optax.adam(config.learning_rate, b1=config.beta1, b2=config.beta2, eps=config.adam_epsilon)
+        optimizer = optax.adamw(config.learning_rate, weight_decay=config.weight_decay, **adam)
     else:
-        plain = optax.sgd(config.learning_rate, momentum=config.momentum)
-    return optax.chain(optax.add_decayed_weights(config.weight_decay), plain)
+        is_sgd = config.optimizer == "sgd"
+        plain = optax.sgd(config.learning_rate, config.momentum) if is_sgd else optax.adam(config.learning_rate, **adam)
+        optimizer = optax.chain(optax.add_decayed_weights(config.weight_decay), plain)
+    trained = {name: parts["model"][name] for name in gradients}
+    counted = {} if config.optimizer == "sgd" else {"count": step}
+    moments = {OPTAX_MOMENTS[part]: parts[part] for part in config.moments}
+    kept = optax.tree_utils.tree_set(optimizer.init(trained), **counted, **moments)
+    with jax.enable_x64(True):  # optax's 1 - beta2**step: float32 would leave it four digits at step 1, and torch has sixteen
+        updates, kept = optimizer.update(gradients, kept, trained)
+    new_moments = {part: optax.tree_utils.tree_get(kept, OPTAX_MOMENTS[part]) for part in config.moments}
+    return {**parts, **new_moments, "model": parts["model"] | optax.apply_updates(trained, updates)}
 
 
 def average(averages: Tensors, parameters: Tensors, step: jax.Array, *, config: EMAConfig) -> Tensors:
@@ -139,7 +152,7 @@ def decay_of(step: jax.Array, config: EMAConfig) -> jax.Array:
 
 
 def part_of_state(state: Mapping[str, jax.Array], part: str) -> Tensors:
-    """Return the arrays of a state whose names begin with `part` and a dot, without that beginning."""
+    """Return the tensors of a state whose names begin with `part` and a dot, without that beginning."""
     return {name.removeprefix(f"{part}."): tensor for name, tensor in state.items() if name.startswith(f"{part}.")}
 
 

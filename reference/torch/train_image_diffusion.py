@@ -142,6 +142,7 @@ def latents(
 
 
 def _step(state: Mapping[str, torch.Tensor], batch: tuple[Any, ...], config: ImageDiffusionConfig) -> tuple[Tensors, Metrics]:
+    """Make the update of a batch that is known to be good; one as of `losses_and_gradients`."""
     losses, gradients = losses_and_gradients(state, batch, config=config)
     new_state, gradient_norm = training.finish(state, losses, gradients, config=config)
     return new_state, Metrics(**losses, gradient_norm=gradient_norm)

@@ -156,7 +156,7 @@ def update(
     parts = {
         part: {name: tensor.detach().clone() for name, tensor in part_of_state(state, part).items()} for part in config.parts
     }
-    step_in_place(parts, clipped(gradients, gradient_norm, config=config), int(state["step"]), config=config)
+    parts = optimizer_step(parts, clipped(gradients, gradient_norm, config=config), int(state["step"]), config=config)
     if config.ema is not None:
         parts["ema"] = average(parts["ema"], parts["model"], int(state["step"]) + 1, config=config.ema)
     return join_state(parts, state["step"] + 1)
@@ -168,8 +168,8 @@ def clipped(gradients: Tensors, gradient_norm: torch.Tensor, *, config: Training
     return {name: gradient * factor for name, gradient in gradients.items()}
 
 
-def step_in_place(parts: Mapping[str, Tensors], gradients: Tensors, step: int, *, config: TrainingConfig) -> None:
-    """Let torch's optimizer write to what has gradients and to its moments, of which `step` updates have been made."""
+def optimizer_step(parts: Mapping[str, Tensors], gradients: Tensors, step: int, *, config: TrainingConfig) -> dict[str, Tensors]:
+    """Return the parts of a state after one step of torch's optimizer, which writes to them; `step` have been made before."""
     moments = [parts[part] for part in config.moments]
     lists: list[Any] = [[each[name] for name in gradients] for each in (parts["model"], gradients, *moments)]
     common: dict[str, Any] = {
@@ -181,7 +181,7 @@ def step_in_place(parts: Mapping[str, Tensors], gradients: Tensors, step: int, *
     if config.optimizer == "sgd":
         # what torch.optim.SGD begins with is the first gradient: as much as a buffer of 0 and no dampening
         sgd(*lists, momentum=config.momentum, dampening=0.0, nesterov=False, **common)
-        return
+        return dict(parts)
     run = adamw if config.optimizer == "adamw" else adam
     steps = [torch.tensor(float(step), dtype=torch.float64, device="cpu") for _ in gradients]
     run(
@@ -192,6 +192,7 @@ def step_in_place(parts: Mapping[str, Tensors], gradients: Tensors, step: int, *
         eps=config.adam_epsilon,
         **common,
     )
+    return dict(parts)
 
 
 def average(averages: Tensors, parameters: Tensors, step: int, *, config: EMAConfig) -> Tensors:
