@@ -1,14 +1,18 @@
 """Between a call of our Triton kernels and its result nothing waits for the device, forward or backward: CUDA graphs capture it.
+What decodes language models waits only to ask whether a block is done.
 
 On a CPU nothing waits: here what would is refused, outside of the launches that the interpreter carries out on the host.
 """
 
+import math
 import os
 
 os.environ.setdefault("TRITON_INTERPRET", "1")  # read when kernels are decorated
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -22,7 +26,10 @@ from gaugeblock.conformance.engine.frameworks import Call, call_torch
 from gaugeblock.conformance.engine.implementation import Implementation
 from gaugeblock.conformance.engine.inputs.cases import Case, make_inputs, options
 from gaugeblock.conformance.engine.registry import contracts, implementations, load
+from gaugeblock.optimized.compiled import sdar as compiled_sdar
 from gaugeblock.reference import validation
+from gaugeblock.reference.configs import DreamDecodingConfig, LLaDADecodingConfig, SDARConfig, SDARDecodingConfig
+from gaugeblock.reference.torch import decoding, sdar
 from gaugeblock.reference.validation import arrays
 
 TRITON = [each for name in contracts() for each in implementations(name) if each.kind == "triton"]
@@ -45,6 +52,8 @@ ON_THE_HOST = {
     torch.Tensor.item,
     torch.Tensor.__bool__,
     torch.Tensor.__int__,
+    torch.tensor,  # the other way: what is made of a list is copied to the device, and the host waits
+    torch.from_numpy,
 }
 
 
@@ -52,33 +61,47 @@ class HostRead(Exception):
     """What waits for the device."""
 
 
+def refuse(name: str) -> None:
+    raise HostRead(name)
+
+
 class _Operations(TorchDispatchMode):
+    def __init__(self, tell: Callable[[str], None]) -> None:
+        super().__init__()
+        self.tell = tell
+
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         name = func._schema.name.split("::")[1]
         counts = name == "repeat_interleave" and "output_size" not in (kwargs or {})
         masks = name == "index" and any(each is not None and each.dtype == torch.bool for each in args[1])
         if name in WAITING or counts or masks:
-            raise HostRead(name)
+            self.tell(name)
         return func(*args, **(kwargs or {}))
 
 
 class _Methods(TorchFunctionMode):
+    def __init__(self, tell: Callable[[str], None]) -> None:
+        super().__init__()
+        self.tell = tell
+
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         if func in ON_THE_HOST:
-            raise HostRead(func.__name__)
+            self.tell(func.__name__)
+            with torch._C.DisableTorchFunction(), _disable_current_modes():  # told once
+                return func(*args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
 
 
 @contextmanager
-def no_host_reads() -> Iterator[None]:
-    """Refuses what waits for the device; tensors are taken for a GPU's, whose values no check reads."""
+def no_host_reads(tell: Callable[[str], None] = refuse) -> Iterator[None]:
+    """Refuses what waits for the device, or tells of it; tensors are taken for a GPU's, whose values no check reads."""
     run = interpreter.GridExecutor.__call__
 
     def launch(self: Any, *args: Any, **kwargs: Any) -> None:
         with torch._C.DisableTorchFunction(), _disable_current_modes():
             run(self, *args, **kwargs)
 
-    with pytest.MonkeyPatch.context() as patch, _Methods(), _Operations():
+    with pytest.MonkeyPatch.context() as patch, _Methods(tell), _Operations(tell):
         patch.setattr(interpreter.GridExecutor, "__call__", launch)
         patch.setattr(arrays, "_is_readable", lambda array: False)
         yield
@@ -107,11 +130,53 @@ def test_a_call_waits_for_nothing(implementation: Implementation) -> None:
         lambda tensor: tensor.unique(),
         lambda tensor: torch.repeat_interleave(tensor, torch.tensor([1, 2, 0])),
         lambda tensor: torch.zeros(5)[: int(tensor.max())],
+        lambda tensor: tensor + torch.tensor([1, 2, 3]),
     ],
 )
 def test_what_waits_is_refused(read: Any) -> None:
     with pytest.raises(HostRead), no_host_reads():
         read(torch.tensor([1, 0, 2]))
+
+
+MODEL = SDARConfig(
+    vocab_size=12, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1,
+    head_dim=4, rms_norm_eps=1e-6, rope_theta=1e4, mask_token_id=11, block_length=4,
+)  # fmt: skip
+STATE = {name: torch.linspace(-1, 1, math.prod(each)).reshape(each) for name, each in sdar.state_shapes(MODEL).items()}
+PROMPTS, EXAMPLES = torch.tensor([[1, 2, 3, 4, 5, 6, 7, 8], [8, 7, 6, 5, 4, 3, 2, 1]]), torch.tensor([0, 9])
+DRAWN = {"mask_id": MODEL.mask_token_id, "new_tokens": 8, "temperature": 0.7}
+
+
+@pytest.mark.parametrize("strategy", ["static", "dynamic", "sequential", "entropy_bounded"])
+@pytest.mark.parametrize("sdar_cached", [sdar.sdar_cached, compiled_sdar.sdar_cached_by_library], ids=["reference", "library"])
+def test_sdar_waits_to_ask_whether_a_block_is_done_and_for_nothing_else(sdar_cached: Any, strategy: Any) -> None:
+    config = SDARDecodingConfig(**DRAWN, block_length=4, steps=2, top_k=5, top_p=0.9, strategy=strategy, forbidden_ids=(0,))
+    model, asked, passes = decoding.with_cache(sdar_cached, STATE, config=MODEL), list[str](), list[str]()
+
+    def denoise(*arguments: Any) -> torch.Tensor:
+        passes.append("pass")
+        return model.denoise(*arguments)
+
+    with no_host_reads(asked.append), torch.no_grad():
+        decoding.sdar_generate(replace(model, denoise=denoise), PROMPTS, EXAMPLES, config=config, seed=0)
+    # once before each pass; once more that says a block is done, if it was not out of passes; once whether a row goes on
+    blocks = config.new_tokens // config.block_length
+    assert set(asked) == {"__bool__"} and len(passes) + blocks <= len(asked) <= len(passes) + 2 * blocks
+
+
+@pytest.mark.parametrize(
+    ("loop", "config"),
+    [
+        (decoding.llada_generate, LLaDADecodingConfig(**DRAWN, block_length=4, steps=4, cfg_scale=0.5)),
+        (decoding.llada_generate, LLaDADecodingConfig(**DRAWN, block_length=4, steps=4, remasking="random", late_ids=(0,))),
+        (decoding.dream_generate, DreamDecodingConfig(**DRAWN, steps=3)),
+        (decoding.dream_generate, DreamDecodingConfig(**DRAWN, steps=3, algorithm="entropy", alg_temp=0.3, top_p=0.9)),
+    ],
+    ids=["llada", "llada, random", "dream, origin", "dream, entropy"],
+)
+def test_loops_of_given_length_wait_for_nothing(loop: Any, config: Any) -> None:
+    with no_host_reads(), torch.no_grad():
+        loop(partial(sdar.sdar, STATE, config=MODEL), PROMPTS, EXAMPLES, config=config, seed=0)
 
 
 class OnGpu(torch.Tensor):

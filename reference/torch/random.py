@@ -124,7 +124,9 @@ def _blocks(shape: tuple[int, ...], seed: int, step: int, example: int | torch.T
     block = torch.arange(-(-math.prod(shape) // 4), device=examples.device)
     steps, purposes = torch.full_like(block, step), torch.full_like(block, purpose)
     counter = torch.stack(torch.broadcast_tensors(block, steps, examples, purposes), dim=-1)
-    return philox_4x32(counter, torch.tensor([seed & WORD, seed >> 32], device=examples.device))
+    # filled on the device: what is made of a list is copied there, and the host waits for it
+    key = torch.stack([torch.full((), word, device=examples.device) for word in (seed & WORD, seed >> 32)])
+    return philox_4x32(counter, key)
 
 
 def _draw(blocks: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
