@@ -5,7 +5,6 @@ from functools import partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
@@ -26,24 +25,9 @@ SDAR_DECODING = SDARDecodingConfig(
 )
 
 
-def cached(module: Any, state: Any, config: Any, xp: Any) -> Any:
-    """What the loops ask of a model with a cache, of `sdar_cached`."""
-
-    def run(cache: tuple[Any, Any], ids: Any) -> tuple[Any, tuple[Any, Any]]:
-        logits, *own = module.sdar_cached(state, ids, *cache, config=config)
-        return logits, tuple(xp.concatenate([past, new], 3) for past, new in zip(cache, own, strict=True))
-
-    def prefill(ids: Any) -> tuple[Any, Any]:
-        shape = config.num_hidden_layers, len(ids), config.num_key_value_heads, 0, config.head_dim
-        nothing = xp.zeros(shape, dtype=next(iter(state.values())).dtype)
-        return run((nothing, nothing), ids)[1] if ids.shape[1] else (nothing, nothing)
-
-    return {"prefill": prefill, "denoise": lambda cache, ids: run(cache, ids)[0], "store": lambda cache, ids: run(cache, ids)[1]}
-
-
 @pytest.mark.parametrize("config", [DENSE, SPARSE], ids=["dense", "moe"])
 def test_sdar_decodes_with_a_cache_as_without(config):
-    with_cache = decoding.CachedModel(**cached(sdar, parameters(config), config, torch))
+    with_cache = decoding.with_cache(sdar.sdar_cached, parameters(config), config=config)
 
     def whole(cache: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
         return predict(config, torch.cat([cache, ids], dim=1))[:, -ids.shape[1] :]
@@ -58,7 +42,7 @@ def test_sdar_decodes_with_a_cache_as_without(config):
     assert torch.equal(made[:, :4], PROMPTS) and not bool((made == MASK).any())
 
     with jax.enable_x64(True):
-        in_jax = jax_decoding.CachedModel(**cached(jax_sdar, to_jax(parameters(config)), config, jnp))
+        in_jax = jax_decoding.with_cache(jax_sdar.sdar_cached, to_jax(parameters(config)), config=config)
         twin = jax_decoding.sdar_generate(in_jax, *to_jax([PROMPTS, EXAMPLES]), config=SDAR_DECODING, seed=1)
     assert np.asarray(twin).tolist() == made.tolist()
 

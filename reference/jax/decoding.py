@@ -6,7 +6,7 @@ A model is a function from ids [batch_size, length] to logits [batch_size, lengt
 Shapes: B batch_size, L length of prompt and new tokens, S places of a block.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,11 +14,12 @@ import jax
 import jax.numpy as jnp
 
 from gaugeblock.reference import purposes, validation
-from gaugeblock.reference.configs import DreamDecodingConfig, LLaDADecodingConfig, SDARDecodingConfig
+from gaugeblock.reference.configs import DreamDecodingConfig, LLaDADecodingConfig, SDARConfig, SDARDecodingConfig, SDARMoEConfig
 from gaugeblock.reference.jax import random, unmasking
 from gaugeblock.reference.jax.token_choices import guided_logits
 
 Model = Callable[[jax.Array], jax.Array]
+Cache = tuple[jax.Array, jax.Array]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +29,26 @@ class CachedModel:
     prefill: Callable[[jax.Array], Any]
     denoise: Callable[[Any, jax.Array], jax.Array]
     store: Callable[[Any, jax.Array], Any]
+
+
+def with_cache(
+    sdar_cached: Callable[..., Any], state: Mapping[str, jax.Array], *, config: SDARConfig | SDARMoEConfig
+) -> CachedModel:
+    """As `gaugeblock.reference.torch.decoding.with_cache`."""
+
+    def denoise(cache: Cache, ids: jax.Array) -> jax.Array:
+        return sdar_cached(state, ids, *cache, config=config)[0]
+
+    def store(cache: Cache, ids: jax.Array) -> Cache:
+        _, keys, values = sdar_cached(state, ids, *cache, config=config)
+        return jnp.concatenate([cache[0], keys], axis=3), jnp.concatenate([cache[1], values], axis=3)
+
+    def prefill(ids: jax.Array) -> Cache:
+        shape = config.num_hidden_layers, ids.shape[0], config.num_key_value_heads, 0, config.head_dim
+        nothing = jnp.zeros(shape, dtype=state["lm_head.weight"].dtype)
+        return store((nothing, nothing), ids) if ids.shape[1] else (nothing, nothing)
+
+    return CachedModel(prefill=prefill, denoise=denoise, store=store)
 
 
 def llada_generate(

@@ -6,18 +6,19 @@ A model is a function from ids [batch_size, length] to logits [batch_size, lengt
 Shapes: B batch_size, L length of prompt and new tokens, S places of a block.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from gaugeblock.reference import purposes, validation
-from gaugeblock.reference.configs import DreamDecodingConfig, LLaDADecodingConfig, SDARDecodingConfig
+from gaugeblock.reference.configs import DreamDecodingConfig, LLaDADecodingConfig, SDARConfig, SDARDecodingConfig, SDARMoEConfig
 from gaugeblock.reference.torch import random, unmasking
 from gaugeblock.reference.torch.token_choices import guided_logits
 
 Model = Callable[[torch.Tensor], torch.Tensor]
+Cache = tuple[torch.Tensor, torch.Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +34,32 @@ class CachedModel:
     prefill: Callable[[torch.Tensor], Any]
     denoise: Callable[[Any, torch.Tensor], torch.Tensor]
     store: Callable[[Any, torch.Tensor], Any]
+
+
+def with_cache(
+    sdar_cached: Callable[..., Any], state: Mapping[str, torch.Tensor], *, config: SDARConfig | SDARMoEConfig
+) -> CachedModel:
+    """Return SDAR with the keys and values of finished blocks for a cache.
+
+    Args:
+        sdar_cached: `sdar.sdar_cached`, or another implementation of it.
+        state: Its parameters.
+        config: The model.
+    """
+
+    def denoise(cache: Cache, ids: torch.Tensor) -> torch.Tensor:
+        return sdar_cached(state, ids, *cache, config=config)[0]
+
+    def store(cache: Cache, ids: torch.Tensor) -> Cache:
+        _, keys, values = sdar_cached(state, ids, *cache, config=config)
+        return torch.cat([cache[0], keys], dim=3), torch.cat([cache[1], values], dim=3)
+
+    def prefill(ids: torch.Tensor) -> Cache:
+        shape = config.num_hidden_layers, ids.shape[0], config.num_key_value_heads, 0, config.head_dim
+        nothing = torch.zeros(shape, dtype=state["lm_head.weight"].dtype, device=ids.device)
+        return store((nothing, nothing), ids) if ids.shape[1] else (nothing, nothing)
+
+    return CachedModel(prefill=prefill, denoise=denoise, store=store)
 
 
 def llada_generate(
