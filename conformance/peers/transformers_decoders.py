@@ -39,10 +39,18 @@ def their_config(config: LanguageModelConfig) -> Any:
     return CLASSES[type(config)][0](**sizes, rope_parameters=rope, **special, **implementations)
 
 
+@torch.compiler.disable  # what is compiled gets the module as it is made once
 @functools.cache
 def model(config: LanguageModelConfig, dtype_of_waves: torch.dtype) -> Any:
-    """Of any parameters; the waves of the rotary embedding are made with the module, in that dtype."""
-    return with_buffers_alone(CLASSES[type(config)][1], their_config(config))
+    """Of any parameters; the waves of the rotary embedding are made with the module, in that dtype.
+
+    What it attends to is 0 where its buffer `sees` is False, [B or 1, S, 1].
+    """
+    theirs = with_buffers_alone(CLASSES[type(config)][1], their_config(config))
+    theirs.register_buffer("sees", None)
+    for layer in theirs.layers:
+        layer.self_attn.o_proj.register_forward_pre_hook(lambda module, inputs: (inputs[0] * theirs.sees,))
+    return theirs
 
 
 def hidden_states(
@@ -59,16 +67,8 @@ def hidden_states(
     is_lost = ~mask.any(-1, keepdim=True)
     additive = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~(mask | is_lost), -torch.inf)[:, None]
     parameters = {name.removeprefix("model."): each for name, each in state.items() if name.startswith("model.")}
-    nothing_seen = [
-        layer.self_attn.o_proj.register_forward_pre_hook(lambda module, inputs: (inputs[0] * ~is_lost,))
-        for layer in theirs.layers
-    ]
     arguments = {"input_ids": input_ids.long(), "attention_mask": additive, "position_ids": places, **options}
-    try:
-        return functional_call(theirs, parameters, (), arguments)
-    finally:
-        for each in nothing_seen:
-            each.remove()
+    return functional_call(theirs, parameters | {"sees": ~is_lost}, (), arguments)
 
 
 def logits(state: Mapping[str, torch.Tensor], hidden: torch.Tensor) -> torch.Tensor:
