@@ -17,3 +17,7 @@ class Accuracy(history.Accuracy, family="sdar"):
 
 class Determinism(history.Determinism, family="sdar"):
     """Distinct bit patterns over several runs of one input: 1 is right."""
+
+
+class Decoding(history.Decoding, family="sdar"):
+    """Seconds and passes of a block by each strategy, after a prompt."""

@@ -27,7 +27,7 @@ from gaugeblock.conformance.engine.budget.oracle import GRADIENT
 from gaugeblock.conformance.engine.contract import Contract, Cost, Workload
 from gaugeblock.conformance.engine.frameworks import call_torch
 from gaugeblock.conformance.engine.registry import RegistrationError, contracts, find_contract
-from gaugeblock.conformance.peers.competitors import OUTSIDERS, peer_module
+from gaugeblock.conformance.peers.competitors import OUTSIDERS, PeerModel
 
 MACHINE = Machine("a machine", "cpu", "float32", flops=1e11, bytes=1e10)
 BRIEF = Effort(QUICK, seconds=0.01)
@@ -264,10 +264,9 @@ def test_a_model_keeps_its_widths_and_has_a_workload_for_a_cpu(contract):
 def test_every_model_of_a_library_is_there():
     for outsiders in OUTSIDERS.values():
         for each in outsiders.values():
-            if getattr(each, "func", None) is peer_module:
-                module, peer, _ = each.args
-                text = Path(find_spec(f"gaugeblock.conformance.peers.{module}").origin).read_text()
-                assert f"\nclass {peer}:" in text
+            if isinstance(each, PeerModel):
+                text = Path(find_spec(f"gaugeblock.conformance.peers.{each.module}").origin).read_text()
+                assert f"\nclass {each.peer}:" in text
 
 
 def test_an_unknown_name_is_answered_with_the_nearest():

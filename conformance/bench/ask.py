@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 HISTORY, COUNTERS = "gaugeblock.conformance.bench.history", "gaugeblock.conformance.bench.counters"
-TIMED = "Cost"  # nothing watches kernels then; in all else they are interpreted alike in every tree
+TIMED = ("Cost", "Decoding")  # nothing watches kernels then; in all else they are interpreted alike in every tree
 LONGEST_FIRST = ("experts", "dit", "moe_layers", "routers")
 
 _own = threading.local()  # a thread's process

@@ -68,8 +68,10 @@ def measure_earlier(options: argparse.Namespace) -> int:
     """
     if options.history < 1:
         raise ValueError(f"--history must be a number of commits, 1 or more, got {options.history}")
-    if ask.TIMED in options.question or not untimed(options):
-        raise ValueError(f"--history: {ask.TIMED} is timed, and times of another day's machine compare with nothing")
+    if set(ask.TIMED) & set(options.question) or not untimed(options):
+        raise ValueError(
+            f"--history: {' and '.join(ask.TIMED)} are timed, and times of another day's machine compare with nothing"
+        )
     head()
     folder = options.asv / kind()
     for commit in _git("log", "--first-parent", f"-{options.history}", "--format=%H", "--", *OPERATIONS).split():
@@ -162,7 +164,7 @@ def chosen(options: argparse.Namespace) -> list[str]:
 
 def untimed(options: argparse.Namespace) -> list[str]:
     """Those of them whose answers are the same on every machine of a kind."""
-    return [name for name in chosen(options) if name != ask.TIMED]
+    return [name for name in chosen(options) if name not in ask.TIMED]
 
 
 def families_of(options: argparse.Namespace) -> list[str]:

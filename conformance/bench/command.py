@@ -10,7 +10,9 @@ from fnmatch import fnmatch
 
 from tabulate import tabulate
 
+from gaugeblock.conformance.bench import decoding
 from gaugeblock.conformance.bench.competitors import Competitor, competitors
+from gaugeblock.conformance.bench.history import DECODED
 from gaugeblock.conformance.bench.problem import FULL, QUICK, Direction, directions
 from gaugeblock.conformance.bench.roofline import this_machine
 from gaugeblock.conformance.bench.rows import CounterRow, Effort, Row, bench, count_calls
@@ -80,6 +82,7 @@ def main(options: argparse.Namespace) -> int:
         print("malloc keeps freed memory: page faults of fresh memory are not timed")
 
     rows: list[Row] = []
+    decoded: list[decoding.DecodingRow] = []
     counted: dict[tuple[str, Direction], list[CounterRow]] = {}
     asked = [(each, workload, direction) for each, workload in selected for direction in DIRECTIONS[options.direction]]
     for number, (contract, workload, direction) in enumerate(asked):
@@ -93,6 +96,11 @@ def main(options: argparse.Namespace) -> int:
         if told := beside_peers(contract, table):
             print(told)
         rows += table
+        if contract.name == DECODED and direction == "forward":
+            told_by_passes = decoding.decode(contract, workload, competing, machine, effort)
+            print(f"\n{contract.name}, {workload.name}, decoding: {decoding.BLOCKS} blocks after the past")
+            print(decoding.render(told_by_passes))
+            decoded += told_by_passes
         if options.counters and (contract.name, direction) not in counted:
             counted[contract.name, direction] = count_calls(contract, direction, competing, machine, until)
             print(f"\n{contract.name}, first landmark, {TITLES[direction]}")
@@ -101,10 +109,11 @@ def main(options: argparse.Namespace) -> int:
         document = {
             "machines": [asdict(each) for each in set(machines.values())],
             "rows": [asdict(row) for row in rows],
+            "decoding": [asdict(row) for row in decoded],
             "counters": [row.to_json() for table in counted.values() for row in table],
         }
         options.json.write_text(json.dumps(document, indent=1))
-    return exit_status(rows, (row for table in counted.values() for row in table))
+    return exit_status([*rows, *decoded], (row for table in counted.values() for row in table))
 
 
 def select(contract_names: Sequence[str], workload_names: Sequence[str]) -> Iterator[tuple[Contract, Workload]]:
@@ -135,7 +144,7 @@ def chosen(contract: Contract, patterns: Sequence[str]) -> Iterator[Competitor]:
     return (each for each in competitors(contract) if not patterns or any(fnmatch(each.name, name) for name in patterns))
 
 
-def exit_status(rows: Iterable[Row], counted: Iterable[CounterRow] = ()) -> int:
+def exit_status(rows: Iterable[Row | decoding.DecodingRow], counted: Iterable[CounterRow] = ()) -> int:
     """0 if all that was measured was right."""
     statuses = {row.status for row in rows}
     if "wrong" in statuses:

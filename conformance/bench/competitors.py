@@ -14,7 +14,8 @@ from gaugeblock.conformance.engine.contract import Contract
 from gaugeblock.conformance.engine.frameworks import call_torch
 from gaugeblock.conformance.engine.implementation import Implementation
 from gaugeblock.conformance.engine.registry import implementations, load
-from gaugeblock.conformance.peers.competitors import OUTSIDERS
+from gaugeblock.conformance.engine.vocabulary import Framework
+from gaugeblock.conformance.peers.competitors import OUTSIDERS, PeerModel
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,10 @@ class Competitor:
     """On a CPU it runs in an interpreter, whose time says nothing."""
     on_ranks: Implementation | None = None
     """If it runs in several processes, of which it is only counted what they send each other."""
+    compiles: bool = False
+    """It compiles a whole model at every size: of two layers, for a CPU, some ten seconds."""
+    function: Callable[[Problem], tuple[Callable[..., Any], Framework]] | None = None
+    """Returns what `prepare` calls, and whose arrays it takes; None of what is not called as its contract says."""
 
 
 @dataclass(frozen=True)
@@ -63,14 +68,31 @@ def competitors(contract: Contract) -> list[Competitor]:
             partial(_registered, each),
             interpreted=each.kind == "triton",
             on_ranks=each if each.world_sizes and each.framework == "torch" else None,
+            function=partial(_function, each),
         )
         for each in implementations(contract.name)
     ]
-    others = [Competitor(name, prepare) for name, prepare in OUTSIDERS.get(contract.name, {}).items()]
+    others = [
+        Competitor(name, prepare, compiles=prepare.is_compiled, function=partial(_of_torch, prepare.function))
+        if isinstance(prepare, PeerModel)
+        else Competitor(name, prepare)
+        for name, prepare in OUTSIDERS.get(contract.name, {}).items()
+    ]
     return ours + others
 
 
 def _registered(implementation: Implementation, problem: Problem) -> Callable[[], Results]:
+    function, framework = _function(implementation, problem)
+    if framework == "jax":
+        return _jax_call(problem, function, whole=implementation.kind == "reference")
+    return partial(call_torch, problem.contract, function, problem.call)
+
+
+def _of_torch(function: Callable[[Problem], Callable[..., Any]], problem: Problem) -> tuple[Callable[..., Any], Framework]:
+    return function(problem), "torch"
+
+
+def _function(implementation: Implementation, problem: Problem) -> tuple[Callable[..., Any], Framework]:
     device, dtype = problem.machine.device, problem.machine.dtype
     if implementation.world_sizes:
         raise Unavailable("runs on several ranks, a bench in one process")
@@ -78,10 +100,7 @@ def _registered(implementation: Implementation, problem: Problem) -> Callable[[]
         raise Unavailable(f"does not claim {dtype} on {device}")
     if problem.call.cotangents is not None and not implementation.differentiable:
         raise Unavailable("claims no gradients")
-    function = load(implementation)
-    if implementation.framework == "jax":
-        return _jax_call(problem, function, whole=implementation.kind == "reference")
-    return partial(call_torch, problem.contract, function, problem.call)
+    return load(implementation), implementation.framework
 
 
 def _jax_call(problem: Problem, function: Callable[..., Any], *, whole: bool) -> JaxCall:
@@ -104,13 +123,13 @@ def _jax_call(problem: Problem, function: Callable[..., Any], *, whole: bool) ->
         _, pull_back, outputs = jax.vjp(flowing, wanted, has_aux=True)
         return outputs | {gradient_key(key): each for key, each in pull_back(cotangents)[0].items()}
 
-    arrays = {key: _to_jax(tensor) for key, tensor in call.inputs.items()}
-    cotangents = {key: _to_jax(tensor) for key, tensor in (call.cotangents or {}).items()}
+    arrays = {key: to_jax(tensor) for key, tensor in call.inputs.items()}
+    cotangents = {key: to_jax(tensor) for key, tensor in (call.cotangents or {}).items()}
     prepared = JaxCall(both if cotangents else forward, arrays, is_one_program=contract.recurrence is None)
     return replace(prepared, program=prepared.compiled()) if whole else prepared
 
 
-def _to_jax(tensor: torch.Tensor) -> Any:
+def to_jax(tensor: torch.Tensor) -> Any:
     """The same values as a jax array; int64 as int32."""
     import jax
 

@@ -1,5 +1,5 @@
 """The questions whose answers asv keeps: cost at published sizes, counters, accuracy, determinism; asked of every contract of a
-family.
+family. And of language models, how they decode.
 
 asv takes a larger number for a worse one, so throughput is kept as time over roofline time. A file of `benchmarks/` asks the
 questions about one family; `gaugeblock bench --asv` asks them on a machine that has no asv. Both read what is asked from the
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from gaugeblock.conformance.engine.registry import Implementation
 
 CPU = "two-cores/"  # how the names of workloads begin that are made for a CPU
+DECODED = "sdar.sdar_cached"  # the contract whose implementations decode
 SECONDS = 0.2  # for each competitor on each workload
 
 Point = tuple[str, ...]  # a value of each parameter
@@ -61,6 +62,11 @@ class Question(ABC):
             own = FunctionType(cls.setup_cache.__code__, globals(), "setup_cache")
             own.__module__ = cls.__module__
             cls.setup_cache = own  # type: ignore[method-assign]
+
+    @classmethod
+    def is_about(cls, asked: list[Contract]) -> bool:
+        """Whether there is anything to ask about these."""
+        return True
 
     @classmethod
     @abstractmethod
@@ -222,13 +228,58 @@ class Determinism(AtLandmark):
         return self.ask(bit_patterns)
 
 
-QUESTIONS: tuple[type[Question], ...] = (Cost, Counters, Accuracy, Determinism)
+class Decoding(Question):
+    """How fast each implementation decodes a block after a prompt, and in how many passes; by each strategy."""
+
+    param_names: ClassVar[list[str]] = ["workload", "strategy", "implementation"]
+    metrics: ClassVar[dict[str, str]] = {"block": "seconds", "passes_per_block": "passes", "passes_per_token": "passes"}
+    track_block = _tracker("block", "seconds")
+    track_passes_per_block = _tracker("passes_per_block", "passes")
+    track_passes_per_token = _tracker("passes_per_token", "passes")
+
+    @classmethod
+    def is_about(cls, asked: list[Contract]) -> bool:
+        """Of what is told a past, one is decoded."""
+        return any(contract.name == DECODED for contract in asked)
+
+    @classmethod
+    def points(cls, asked: list[Contract]) -> list[list[str]]:
+        """All workloads, strategies and competitors."""
+        from gaugeblock.conformance.bench.decoding import STRATEGIES
+
+        decoded = [contract for contract in asked if contract.name == DECODED]
+        workloads = [workload.name for contract in decoded for workload in contract.workloads]
+        return [workloads, list(STRATEGIES), _all_competitors(decoded)]
+
+    def setup_cache(self) -> Answers:
+        """Competitors in turn, workload by workload."""
+        from gaugeblock.conformance.bench.competitors import competitors
+        from gaugeblock.conformance.bench.decoding import decode
+        from gaugeblock.conformance.bench.roofline import this_machine
+        from gaugeblock.conformance.bench.rows import Effort
+
+        found: Answers = {}
+        contract = contracts()[DECODED]
+        machine, effort = this_machine(contract.dtypes, quick=True), Effort(FULL, SECONDS, thrifty=True)
+        for workload in contract.workloads if machine.device == "cuda" else for_cpu(contract, machine.dtype):
+            for row in decode(contract, workload, competitors(contract), machine, effort):
+                point = (workload.name, row.strategy, row.implementation)
+                if row.status in ("failed", "wrong"):
+                    found[point] = row.reason
+                elif row.tokens_per_pass is not None and row.passes_per_block is not None:
+                    block = math.nan if row.block is None else row.block
+                    passes = {"passes_per_block": row.passes_per_block, "passes_per_token": 1 / row.tokens_per_pass}
+                    found[point] = {"block": block, **passes}
+        return found
+
+
+QUESTIONS: tuple[type[Question], ...] = (Cost, Counters, Accuracy, Determinism, Decoding)
 
 
 def benchmarks() -> Iterator[tuple[str, type[Question]]]:
     """Every question about every family, with the name that asv gives its class."""
-    for family in families():
-        for question in QUESTIONS:
+    for family, asked in families().items():
+        for question in (each for each in QUESTIONS if each.is_about(asked)):
             yield f"{family}.{question.__name__}", type(question.__name__, (question,), {}, family=family)
 
 

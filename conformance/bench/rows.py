@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict
 
 import torch
 
@@ -21,11 +21,19 @@ LONGEST_REASON = 100  # characters
 # operations alone would take so many times the roofline time (of the rows that we know at most 1.7, or 32).
 HOPELESS, HOPELESS_PROGRAM = 20, 10
 NOT_HOPELESS = 1.0  # seconds
+COMPILES = "compiles a whole model for a CPU, for which asv and counters do not wait"
 
 Call = Callable[[], Results]
 
 # absent: it cannot or does not claim to take part here; late: the time was up; failed: it raised; wrong: its results are
 Status = Literal["measured", "absent", "late", "failed", "wrong"]
+
+
+class WhyNot(TypedDict):
+    """Fields of a row."""
+
+    status: Status
+    reason: str
 
 
 class Late(Exception):
@@ -46,7 +54,8 @@ class Effort:
     until: float = math.inf
     """The end of all the time, as `time.monotonic` counts."""
     thrifty: bool = False
-    """A program that is hopeless by its operations is not called at all, and none is compiled to learn its memory."""
+    """A program that is hopeless by its operations is not called at all, none is compiled to learn its memory, and no whole model
+    for a CPU."""
 
 
 @dataclass(frozen=True)
@@ -113,10 +122,10 @@ def bench(
         try:
             parameters, scale = scaled(contract, workload, effort.limits, machine.dtype)
         except Unavailable as reason:
-            return [_without(Row(contract.name, workload.name, scale, direction, name), reason) for name in named]
+            return [replace(Row(contract.name, workload.name, scale, direction, name), **why_not(reason)) for name in named]
     rows = {name: Row(contract.name, workload.name, scale, direction, name) for name in named}
     if time.monotonic() >= effort.until:
-        return [_without(row, Late()) for row in rows.values()]
+        return [replace(row, **why_not(Late())) for row in rows.values()]
     race = _Race(make_problem(contract, parameters, direction, machine), effort, rows)
     calls = race.prepare(named)
     hopeless = {name for name, call in calls.items() if race.least_ratio(call) > HOPELESS_PROGRAM}
@@ -138,8 +147,7 @@ class _Race:
         calls: dict[str, Call] = {}
         for name, each in competing.items():
             with self._fills(name):
-                if each.interpreted and self.machine.device == "cpu":
-                    raise Unavailable("needs a GPU: the interpreter's time says nothing")
+                require_worth_while(each, self.machine, self.effort)
                 self._need_time()
                 call = each.prepare(self.problem)
                 if self.effort.thrifty and (ratio := self.least_ratio(call)) > HOPELESS_PROGRAM:
@@ -228,7 +236,7 @@ class _Race:
         try:
             yield
         except Exception as error:
-            self.rows[name] = replace(self.rows[name], status=_status(error), reason=_one_line(error))
+            self.rows[name] = replace(self.rows[name], **why_not(error))
 
 
 def count_calls(
@@ -242,13 +250,15 @@ def count_calls(
         try:
             if time.monotonic() >= until:
                 raise Late
+            if each.compiles and machine.device == "cpu":
+                raise Unavailable(COMPILES)
             if each.on_ranks:
                 counters = count_on_ranks(each.on_ranks, contract, direction, machine)
             else:
                 counters = count(each.prepare(problem), machine.device)
             rows.append(replace(row, counters=counters))
         except Exception as error:
-            rows.append(replace(row, status=_status(error), reason=_one_line(error)))
+            rows.append(replace(row, **why_not(error)))
     return rows
 
 
@@ -257,9 +267,17 @@ def _tolerated(machine: Machine) -> float:
     return math.sqrt(torch.finfo(getattr(torch, machine.dtype)).eps)
 
 
-def _without(row: Row, error: Exception) -> Row:
-    """The row of a competitor that was not measured."""
-    return replace(row, status=_status(error), reason=_one_line(error))
+def require_worth_while(competitor: Competitor, machine: Machine, effort: Effort) -> None:
+    """Raise Unavailable where a CPU would take long to say little."""
+    if machine.device == "cpu" and competitor.interpreted:
+        raise Unavailable("needs a GPU: the interpreter's time says nothing")
+    if machine.device == "cpu" and competitor.compiles and effort.thrifty:
+        raise Unavailable(COMPILES)
+
+
+def why_not(error: Exception) -> WhyNot:
+    """What the row says of a competitor that was not measured."""
+    return {"status": _status(error), "reason": _one_line(error)}
 
 
 def _status(error: Exception) -> Status:
