@@ -31,9 +31,11 @@ lint: setup  ## ruff, mypy, and the direction of imports
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-demo: setup  ## train tiny models on digits, in PyTorch and in JAX, and sample with every sampler (ten minutes): demo/*.png
+demo: setup  ## train tiny models on digits and text, in PyTorch and in JAX, and sample in every way (twenty minutes): demo/*.png
 	OMP_NUM_THREADS=2 $(BIN)/python demo/train_digits.py
 	OMP_NUM_THREADS=2 $(BIN)/python demo/sample_digits.py --train
+	OMP_NUM_THREADS=2 $(BIN)/python demo/train_text.py
+	OMP_NUM_THREADS=2 $(BIN)/python demo/sample_text.py
 
 dashboard: setup  ## measure this commit, and a page of all commits' results that needs no internet: .asv/html (six minutes)
 	$(BIN)/gaugeblock bench --asv benchmarks/results; \

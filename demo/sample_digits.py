@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from digits import accuracy, batches, digits, distances
 from safetensors.torch import load_file, save_file
+from training import initial_parameters
 
 from gaugeblock.reference import states
 from gaugeblock.reference.configs import (
@@ -47,7 +48,7 @@ SEED, BATCH_SIZE, KL_WEIGHT = 11, 128, 1e-3
 STEPS = {"vae": 1000, "dit": 1500, "unet": 2000}
 SAMPLING_STEPS, GUIDANCE_SCALE = 24, 1.5
 TEXT = "text"  # the table that stands for a text encoder: a token for each digit, and one for none
-INITIAL, TRAINING = 2**32 - 2, 2**32 - 3  # purposes of draws, which no trainer has
+TRAINING = 2**32 - 3  # the purpose of draws, with the two below it, which no trainer has
 
 State = dict[str, torch.Tensor]
 Loss = Callable[[State, torch.Tensor, torch.Tensor, Callable[..., torch.Tensor]], torch.Tensor]
@@ -61,19 +62,6 @@ class Models:
     dit: State
     unet: State
     scale: float
-
-
-def initial_state(shapes: Mapping[str, tuple[int, ...]]) -> State:
-    """Weights are uniform, of variance 1 / (3 fan-in); norms begin as such, and the last convolution at 0."""
-    state = {}
-    for place, (name, shape) in enumerate(shapes.items()):
-        if len(shape) == 1:
-            state[name] = torch.full(shape, float("norm" in name and name.endswith("weight")))
-        else:
-            bound = 0.0 if name == "conv_out.weight" else math.prod(shape[1:]) ** -0.5
-            drawn = random.uniform(shape, seed=SEED, step=0, example=place, purpose=INITIAL)
-            state[name] = bound * (2 * drawn - 1)
-    return state
 
 
 def train(name: str, state: State, loss_of: Loss, learning_rate: float) -> State:
@@ -139,12 +127,12 @@ def predict_noise(state: State, x: torch.Tensor, timesteps: torch.Tensor, labels
 
 def trained() -> Models:
     """Train all three."""
-    autoencoder = train("vae", initial_state(vae.state_shapes(VAE)), vae_loss, 3e-3)
+    autoencoder = train("vae", initial_parameters(vae.state_shapes(VAE), SEED), vae_loss, 3e-3)
     with torch.no_grad():
         scale = 1 / vae.encode(autoencoder, digits()[0], config=VAE)[0].std().item()
     transformer = train("dit", dit.initial_state(DIT, seed=SEED), partial(dit_loss, autoencoder, scale), 2e-3)
     convolutional = train(
-        "unet", initial_state({**unet_shapes(UNET), TEXT: (NO_DIGIT + 1, UNET.cross_attention_dim)}), unet_loss, 2e-3
+        "unet", initial_parameters({**unet_shapes(UNET), TEXT: (NO_DIGIT + 1, UNET.cross_attention_dim)}, SEED), unet_loss, 2e-3
     )
     return Models(autoencoder, transformer, convolutional, scale)
 
