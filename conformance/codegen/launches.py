@@ -7,12 +7,14 @@ kernels may depend on the batch, the even landmark with the most examples too. `
 the time: each contract's first landmark, laid out badly, in the last dtype, the even one in the first, and so its last workload.
 """
 
+import inspect
 import math
 from collections.abc import Callable, Iterator
 from functools import partial
 from operator import itemgetter
 
 import torch
+from triton.runtime.jit import JITFunction
 
 from gaugeblock.conformance.engine.budget.oracle import rounded_cotangents
 from gaugeblock.conformance.engine.contract import Contract
@@ -58,11 +60,20 @@ def _cases(contract: Contract, implementation: Implementation) -> Iterator[tuple
             yield workload.name, Case(**parameters, regime=regime)
 
 
+def _has_kernels(implementation: Implementation) -> bool:
+    """Whether an operation with a state has kernels of its own.
+
+    Layers and models are composed of other contracts' kernels, and look at what those computed, which here is nothing.
+    """
+    function = load(implementation)
+    own = vars(inspect.getmodule(function)) if inspect.isfunction(function) else {}
+    return any(isinstance(each, JITFunction) and each.__module__ == function.__module__ for each in own.values())
+
+
 def _launches(*, sample: bool = False) -> Iterator[Launch]:
     for contract in contracts().values():
-        # layers and models are composed of other contracts' kernels, and look at what those computed, which here is nothing
-        for implementation in () if contract.state else builtin_implementations(contract):
-            if implementation.kind == "triton":
+        for implementation in builtin_implementations(contract):
+            if implementation.kind == "triton" and (contract.state is None or _has_kernels(implementation)):
                 dtypes, all_cases = implementation.dtypes, list(_cases(contract, implementation))
                 pairs = [(case, dtype) for case in all_cases for dtype in dtypes]
                 if sample:
