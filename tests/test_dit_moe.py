@@ -341,6 +341,16 @@ def test_a_block_computes_in_float32_and_rounds_once(module):
     assert bool((actual == (expected.astype(jnp.bfloat16) if module is jax_dit_moe else expected.bfloat16())).all())
 
 
+@pytest.mark.parametrize("module", [dit_moe, jax_dit_moe])
+@pytest.mark.parametrize(("argument", "shape"), [("hidden_states", (2, 9, 19)), ("conditioning", (2, 1, 20))])
+def test_a_bad_call_of_a_block_names_the_argument(module, argument, shape):
+    zeros = torch.zeros if module is dit_moe else jnp.zeros
+    state = {name: zeros(each) for name, each in dit_moe.block_shapes(FLASH).items()}
+    arrays = {"hidden_states": zeros((2, 9, 20)), "conditioning": zeros((2, 20))} | {argument: zeros(shape)}
+    with pytest.raises(ValueError, match=f"^{argument} must "):
+        module.block(state, **arrays, config=FLASH)
+
+
 def test_an_empty_batch_has_no_loss():
     for batch_size in (0, 1):
         state = dit_moe.load_state(public_checkpoint(SMALL), config=SMALL)

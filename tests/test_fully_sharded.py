@@ -6,8 +6,8 @@ from on_four_ranks import RANKS, assert_equal_to_rounding, draw, four_ranks, mes
 from torch.distributed.tensor import DTensor
 
 from gaugeblock.optimized.distributed import fully_sharded_models as models
-from gaugeblock.reference.configs import CLIPTextConfig, UNetConfig
-from gaugeblock.reference.torch import clip_text, unet
+from gaugeblock.reference.configs import CLIPTextConfig, SDARMoEConfig, UNetConfig
+from gaugeblock.reference.torch import clip_text, sdar, unet
 from gaugeblock.reference.unet_states import state_shapes
 
 on_ranks = pytest.fixture(scope="module")(four_ranks)
@@ -18,6 +18,12 @@ UNET = UNetConfig(
 CLIP = CLIPTextConfig(
     vocab_size=11, hidden_size=12, intermediate_size=20, projection_dim=None, num_hidden_layers=2, num_attention_heads=3,
     max_position_embeddings=7, eos_token_id=10,
+)  # fmt: skip
+
+SDAR = SDARMoEConfig(
+    vocab_size=11, hidden_size=12, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, head_dim=6,
+    moe_intermediate_size=7, block_length=3, num_experts=5, num_experts_per_tok=2, mask_token_id=10,
+    rms_norm_eps=1e-6, rope_theta=1e4,
 )  # fmt: skip
 
 
@@ -96,3 +102,19 @@ def raised_by(change: str) -> str:
 def test_a_bad_call_raises_on_every_rank_and_the_next_call_works(on_ranks, change, told):
     for message in on_ranks(raised_by, change):
         assert message.startswith(told), message
+
+
+def narrow() -> list[torch.dtype]:
+    """A model in bfloat16 of which one result is not rounded, on examples of which some ranks have none; its results' dtypes."""
+    mesh, state = mesh_of(RANKS), {name: each.bfloat16() for name, each in state_of(sdar.state_shapes(SDAR)).items()}
+    ids = torch.tensor([[1, 10, 3, 3], [4, 5, 10, 10]])
+    rank = mesh.get_local_rank()
+    logits, router_logits = models.sdar_moe(state, ids[rank : rank + 1], config=SDAR, mesh=mesh)
+    wide = {name: each.float() for name, each in state.items()}
+    for one, other in zip((logits, router_logits), sdar.sdar_moe(wide, ids[rank : rank + 1], config=SDAR), strict=True):
+        torch.testing.assert_close(one, other.to(one.dtype), rtol=1e-2 if one.dtype == torch.bfloat16 else 1e-5, atol=1e-6)
+    return [logits.dtype, router_logits.dtype]
+
+
+def test_what_is_not_rounded_stays_wide(on_ranks):
+    assert on_ranks(narrow) == [[torch.bfloat16, torch.float32]] * RANKS

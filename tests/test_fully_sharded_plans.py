@@ -17,11 +17,13 @@ from gaugeblock.conformance.engine.registry import builtin_implementations, cont
 from gaugeblock.optimized.distributed import fully_sharded_models as models
 from gaugeblock.reference.torch import dit_moe_layers
 
+WITHOUT_A_ROW = {"sdar.sdar_cached": "sdar_cached", "sdar.sdar_training": "sdar_training"}  # they would repeat sdar's
+
 
 def rows() -> dict[str, str]:
     """Of each contract that is computed so, the name of the model."""
     functions = [(each, str(row.function)) for each, contract in contracts().items() for row in builtin_implementations(contract)]
-    return {
+    return WITHOUT_A_ROW | {
         each: function.partition("fully_sharded_models:")[2]
         for each, function in functions
         if "fully_sharded_models:" in function

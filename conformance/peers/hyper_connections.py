@@ -30,9 +30,9 @@ def module(num_streams: int, hidden_size: int) -> Any:
     return without_parameters(WidthConnection, num_streams, hidden_size)
 
 
-@peer("hyper_connections.hyper_connection", dtypes=DTYPES, rounding="eager", oracle=True)
+@peer("hyper_connections.hyper_connection", dtypes=DTYPES, right_in=("float32", "bfloat16"), rounding="eager", oracle=True)
 class HyperConnectionsWidth:
-    """ManifoldConstrainedHyperConnections.width_connection."""
+    """ManifoldConstrainedHyperConnections.width_connection; in float16 a stream that is 0 is NaN."""
 
     def __call__(self, state, streams):
         parameters = {f"theirs.{name}": each for name, each in state.items()}
