@@ -8,25 +8,26 @@ past, attention gets no mask, and a GPU's kernel reads each head of keys once.
 Shapes: as in `reference.torch.decoder`.
 """
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from functools import partial, wraps
+from typing import Any, TypeVar
 
 import torch
 
 from gaugeblock.optimized.decoder_attention import Masks, attention, whole_masks
 from gaugeblock.optimized.model_parts import State, linear
-from gaugeblock.reference import decoder_states, states, validation
+from gaugeblock.reference import decoder_states, states
 from gaugeblock.reference.configs import DreamConfig, LanguageModelConfig, LLaDAConfig, SDARConfig, SDARMoEConfig
 from gaugeblock.reference.torch import dream as dream_reference
-from gaugeblock.reference.torch import llada as llada_reference
-from gaugeblock.reference.torch import sdar as sdar_reference
 from gaugeblock.reference.torch.attention import join_heads, split_heads
 from gaugeblock.reference.torch.block_masks import places_in_samples
 from gaugeblock.reference.torch.decoder import Decoded, Heads, places_from
 from gaugeblock.reference.torch.rotary import rotary_table
 
 TABLE = "model.embed_tokens.weight"
+Outputs = TypeVar("Outputs")
 
 
 def rows_of_table(table: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
@@ -67,6 +68,25 @@ class DecoderParts:
     """Applies the last linear layer of a branch, by its name."""
 
 
+def checked(operation: Callable[..., Outputs], check: Callable[..., None], parts: DecoderParts) -> Callable[..., Outputs]:
+    """Return one of the operations below, of these parts, that raises what the reference of its name does.
+
+    Args:
+        operation: Which takes the call to be good.
+        check: Of `validation`, with the operation's arguments but the parts.
+        parts: What it is composed of.
+    """
+
+    @wraps(operation)
+    def run(state: State, *arrays: torch.Tensor | None, **others: Any) -> Outputs:
+        check(state, *arrays, **others)
+        parts.reject("state", next(iter(state.values())))
+        return operation(parts, state, *arrays, **others)
+
+    vars(run)["__signature__"] = inspect.signature(partial(operation, parts))
+    return run
+
+
 def llada(
     parts: DecoderParts,
     state: State,
@@ -76,20 +96,6 @@ def llada(
     config: LLaDAConfig,
 ) -> torch.Tensor:
     """As `gaugeblock.reference.torch.llada.llada`, of these parts."""
-    validation.language_model(state, input_ids, attention_mask, config, llada_reference.state_shapes(config))
-    parts.reject("state", next(iter(state.values())))
-    return unchecked_llada(parts, state, input_ids, attention_mask, config=config)
-
-
-def unchecked_llada(
-    parts: DecoderParts,
-    state: State,
-    input_ids: torch.Tensor,
-    attention_mask: torch.Tensor | None = None,
-    *,
-    config: LLaDAConfig,
-) -> torch.Tensor:
-    """As `llada`, of a call that is known to be good."""
     common = decoder_states.llada_as_transformers(state, config)
     mask = None
     if attention_mask is not None:
@@ -108,20 +114,6 @@ def dream(
     config: DreamConfig,
 ) -> torch.Tensor:
     """As `gaugeblock.reference.torch.dream.dream`, of these parts."""
-    validation.language_model(state, input_ids, attention_mask, config, dream_reference.state_shapes(config))
-    parts.reject("state", next(iter(state.values())))
-    return unchecked_dream(parts, state, input_ids, attention_mask, config=config)
-
-
-def unchecked_dream(
-    parts: DecoderParts,
-    state: State,
-    input_ids: torch.Tensor,
-    attention_mask: torch.Tensor | None = None,
-    *,
-    config: DreamConfig,
-) -> torch.Tensor:
-    """As `dream`, of a call that is known to be good."""
     if attention_mask is None:
         places_BS, mask = places_from(0, input_ids), None
     else:
@@ -133,14 +125,6 @@ def unchecked_dream(
 
 def sdar(parts: DecoderParts, state: State, input_ids: torch.Tensor, *, config: SDARConfig) -> torch.Tensor:
     """As `gaugeblock.reference.torch.sdar.sdar`, of these parts."""
-    validation.language_model_config(config, SDARConfig)
-    validation.language_model(state, input_ids, None, config, sdar_reference.state_shapes(config))
-    parts.reject("state", next(iter(state.values())))
-    return unchecked_sdar(parts, state, input_ids, config=config)
-
-
-def unchecked_sdar(parts: DecoderParts, state: State, input_ids: torch.Tensor, *, config: SDARConfig) -> torch.Tensor:
-    """As `sdar`, of a call that is known to be good."""
     return linear(state, "lm_head", _block_causal(parts, state, input_ids, None, config).hidden_states)
 
 
@@ -148,16 +132,6 @@ def sdar_moe(
     parts: DecoderParts, state: State, input_ids: torch.Tensor, *, config: SDARMoEConfig
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """As `gaugeblock.reference.torch.sdar.sdar_moe`, of these parts."""
-    validation.language_model_config(config, SDARMoEConfig)
-    validation.language_model(state, input_ids, None, config, sdar_reference.state_shapes(config))
-    parts.reject("state", next(iter(state.values())))
-    return unchecked_sdar_moe(parts, state, input_ids, config=config)
-
-
-def unchecked_sdar_moe(
-    parts: DecoderParts, state: State, input_ids: torch.Tensor, *, config: SDARMoEConfig
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """As `sdar_moe`, of a call that is known to be good."""
     decoded = _block_causal(parts, state, input_ids, None, config)
     router_logits_LBSE = torch.stack(decoded.router_logits).unflatten(1, input_ids.shape)
     return linear(state, "lm_head", decoded.hidden_states), router_logits_LBSE
@@ -173,22 +147,6 @@ def sdar_cached(
     config: SDARConfig | SDARMoEConfig,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """As `gaugeblock.reference.torch.sdar.sdar_cached`, of these parts."""
-    validation.language_model_config(config, SDARConfig, SDARMoEConfig)
-    validation.sdar_cached(state, input_ids, past_keys, past_values, config, sdar_reference.state_shapes(config))
-    parts.reject("state", past_keys)
-    return unchecked_sdar_cached(parts, state, input_ids, past_keys, past_values, config=config)
-
-
-def unchecked_sdar_cached(
-    parts: DecoderParts,
-    state: State,
-    input_ids: torch.Tensor,
-    past_keys: torch.Tensor,
-    past_values: torch.Tensor,
-    *,
-    config: SDARConfig | SDARMoEConfig,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """As `sdar_cached`, of a call that is known to be good."""
     decoded = _block_causal(parts, state, input_ids, (past_keys, past_values), config)
     return linear(state, "lm_head", decoded.hidden_states), decoded.keys, decoded.values
 
@@ -203,22 +161,6 @@ def sdar_training(
     config: SDARConfig | SDARMoEConfig,
 ) -> torch.Tensor:
     """As `gaugeblock.reference.torch.sdar.sdar_training`, of these parts."""
-    validation.language_model_config(config, SDARConfig, SDARMoEConfig)
-    validation.sdar_training(state, noisy_ids, clean_ids, sample_ids, config, sdar_reference.state_shapes(config))
-    parts.reject("state", next(iter(state.values())))
-    return unchecked_sdar_training(parts, state, noisy_ids, clean_ids, sample_ids, config=config)
-
-
-def unchecked_sdar_training(
-    parts: DecoderParts,
-    state: State,
-    noisy_ids: torch.Tensor,
-    clean_ids: torch.Tensor,
-    sample_ids: torch.Tensor,
-    *,
-    config: SDARConfig | SDARMoEConfig,
-) -> torch.Tensor:
-    """As `sdar_training`, of a call that is known to be good."""
     input_ids = torch.cat([noisy_ids.long(), clean_ids.long()], dim=1)
     places_BS = places_in_samples(sample_ids).repeat(1, 2)
     mask = parts.masks(state[TABLE]).noisy_clean_mask(sample_ids, block_length=config.block_length)

@@ -11,7 +11,9 @@ from test_references import random
 from gaugeblock.optimized import decoder_attention, decoder_composition
 from gaugeblock.optimized.compiled import block_attention
 from gaugeblock.optimized.compiled.decoder_parts import LIBRARY, PARTS
+from gaugeblock.optimized.decoder_composition import checked
 from gaugeblock.optimized.model_parts import as_it_is
+from gaugeblock.reference import validation
 from gaugeblock.reference.configs import DreamConfig, LLaDAConfig, SDARConfig, SDARMoEConfig
 from gaugeblock.reference.torch import block_masks, dream, llada, sdar
 from gaugeblock.reference.torch.attention import attention
@@ -132,26 +134,27 @@ IDS = (random(3, NUM_TOKENS, seed=7).abs() * 16).long().clamp(max=38)
 NOISY = torch.where(random(3, NUM_TOKENS, seed=8) > 0, IDS, 39)
 PAST = tuple(random(2, 3, KEY_HEADS, 270, FEATURES, seed=10 + place) for place in range(2))
 MODELS = {
-    "llada": (llada.llada, decoder_composition.llada, LLaDAConfig, (NOISY, IS_REAL)),
-    "dream": (dream.dream, decoder_composition.dream, DreamConfig, (NOISY, IS_REAL)),
-    "sdar": (sdar.sdar, decoder_composition.sdar, SDARConfig, (NOISY,)),
-    "moe": (sdar.sdar_moe, decoder_composition.sdar_moe, SDARMoEConfig, (NOISY,)),
-    "cached": (sdar.sdar_cached, decoder_composition.sdar_cached, SDARConfig, (NOISY, *PAST)),
-    "training": (sdar.sdar_training, decoder_composition.sdar_training, SDARConfig, (NOISY, IDS, SAMPLES)),
+    "llada": (llada.llada, LLaDAConfig, (NOISY, IS_REAL)),
+    "dream": (dream.dream, DreamConfig, (NOISY, IS_REAL)),
+    "sdar": (sdar.sdar, SDARConfig, (NOISY,)),
+    "moe": (sdar.sdar_moe, SDARMoEConfig, (NOISY,)),
+    "cached": (sdar.sdar_cached, SDARConfig, (NOISY, *PAST)),
+    "training": (sdar.sdar_training, SDARConfig, (NOISY, IDS, SAMPLES)),
 }
 
 
 @pytest.mark.parametrize("parts", [FLEX, PIECES], ids=["flex", "pieces"])
 @pytest.mark.parametrize("name", MODELS)
 def test_models_agree_with_the_reference(name, parts, uncompiled):
-    reference, ours, config_class, arrays = MODELS[name]
+    reference, config_class, arrays = MODELS[name]
+    ours = checked(getattr(decoder_composition, reference.__name__), getattr(validation, reference.__name__), parts)
     config, state = model(config_class)
     with torch.no_grad():
-        outs = [reference(state, *arrays, config=config), ours(parts, state, *arrays, config=config)]
+        outs = [reference(state, *arrays, config=config), ours(state, *arrays, config=config)]
         known, found = (each if isinstance(each, tuple) else (each,) for each in outs)
         assert_agree(*({str(place): each for place, each in enumerate(out)} for out in (found, known)))
         none = [each[:, :0] if each.ndim == 5 else each[:0] for each in arrays]
-        assert len(torch.atleast_1d(as_first(ours(parts, state, *none, config=config)))) == 0
+        assert len(torch.atleast_1d(as_first(ours(state, *none, config=config)))) == 0
 
 
 def as_first(out) -> torch.Tensor:

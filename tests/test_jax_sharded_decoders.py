@@ -24,7 +24,7 @@ def test_models_over_ranks_are_the_reference(operation, config):
 
 @pytest.mark.parametrize(("operation", "config"), [("llada", LLADA), ("sdar_moe", SPARSE), ("sdar_cached", DENSE)])
 def test_a_branch_has_a_sum_and_so_has_the_embedding_and_nothing_else_moves(operation, config):
-    of_placed = getattr(sharded_decoders, f"{operation}_of_placed")
+    of_placed = getattr(sharded_decoders, operation).of_placed
     rules, arrays = partition_rules.of_decoder(config), arrays_of(operation, config)
     moved = exchanges_of(of_placed, rules, state_of(config), arrays, config=config)
     assert moved == {"all-reduce": 2 * config.num_hidden_layers + 1}
@@ -44,8 +44,8 @@ def test_logits_and_what_is_kept_stay_where_they_were_made():
     with jax.enable_x64(True):
         placed = sharded_models.shard_state(to_jax(state_of(config)), partition_rules.of_decoder(config), mesh)
         nothing = to_jax([each[:, :, :, :0] for each in past])
-        _, *kept = sharded_decoders.sdar_cached_of_placed(placed, to_jax(ids[:, :6]), *nothing, config=config, mesh=mesh)
-        logits, *own = sharded_decoders.sdar_cached_of_placed(placed, to_jax(ids[:, 6:]), *kept, config=config, mesh=mesh)
+        _, *kept = sharded_decoders.sdar_cached.of_placed(placed, to_jax(ids[:, :6]), *nothing, config=config, mesh=mesh)
+        logits, *own = sharded_decoders.sdar_cached.of_placed(placed, to_jax(ids[:, 6:]), *kept, config=config, mesh=mesh)
     assert [each.addressable_shards[3].data.shape for each in kept] == [(2, 2, 1, 6, 6)] * 2
     assert [each.addressable_shards[3].data.shape for each in (logits, *own)] == [(2, 1, 5), (2, 2, 1, 1, 6), (2, 2, 1, 1, 6)]
     whole = REFERENCES["sdar"](state_of(config), ids, config=config)

@@ -1,6 +1,6 @@
 """The contract of CLIP's text encoder."""
 
-from dataclasses import asdict, fields, replace
+from dataclasses import fields, replace
 from typing import Any
 
 import torch
@@ -118,7 +118,7 @@ def moved(parameters: Parameters, itemsize: int) -> float:
 
 def sizes(batch_size: int, num_tokens: int, config: CLIPTextConfig) -> dict[str, Any]:
     """One point of the input space."""
-    return {"batch_size": batch_size, "num_tokens": num_tokens, **asdict(config), "pooled_size": config.pooled_size}
+    return {"batch_size": batch_size, "num_tokens": num_tokens, **vars(config), "pooled_size": config.pooled_size}
 
 
 def tiny_model(hidden_size: int = 32, num_attention_heads: int = 4, **others: Any) -> CLIPTextConfig:

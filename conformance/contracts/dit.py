@@ -1,7 +1,7 @@
 """The contract of DiT."""
 
 from collections.abc import Callable
-from dataclasses import asdict, fields
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -121,7 +121,7 @@ def moved_by(config: Any, shapes: Callable[[Any], model_states.Shapes], batch_si
 
 def sizes(batch_size: int, config: DiTConfig) -> dict[str, Any]:
     """One point of the input space."""
-    return {"batch_size": batch_size, **asdict(config), "out_channels": config.out_channels}
+    return {"batch_size": batch_size, **vars(config), "out_channels": config.out_channels}
 
 
 def tiny_model(

@@ -1,6 +1,6 @@
 """The contract of DiT-MoE."""
 
-from dataclasses import asdict, fields
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -103,8 +103,8 @@ def state_leaves(parameters: Parameters) -> dict[str, Input]:
 
 def sizes(batch_size: int, config: DiTMoEModelConfig) -> dict[str, Any]:
     """One point of the input space."""
-    of_config = asdict(config)
-    return {"batch_size": batch_size, **of_config.pop("moe"), **of_config, "out_channels": config.out_channels}
+    of_model = {name: getattr(config, name) for name in OF_MODEL}
+    return {"batch_size": batch_size, **vars(config.moe), **of_model, "out_channels": config.out_channels}
 
 
 def tiny_model(

@@ -1,7 +1,7 @@
 """The contract of the MoE layer of DiT-MoE."""
 
 from collections.abc import Callable
-from dataclasses import asdict, fields, replace
+from dataclasses import fields, replace
 from typing import Any
 
 import torch
@@ -104,7 +104,7 @@ def sizes(shape: tuple[int, int, int, int, int], shared_intermediate_size: int, 
     """One point of the input space: [batch_size, num_tokens, hidden_size, intermediate_size, num_experts]."""
     batch_size, num_tokens, hidden_size, intermediate_size, num_experts = shape
     of_routed = of_experts.sizes(num_tokens, hidden_size, intermediate_size, num_experts, config.top_k)
-    return {"batch_size": batch_size, **of_routed, "shared_intermediate_size": shared_intermediate_size, **asdict(config)}
+    return {"batch_size": batch_size, **of_routed, "shared_intermediate_size": shared_intermediate_size, **vars(config)}
 
 
 def point(batch_size: int, shared_intermediate_size: int, num_groups: int, topk_groups: int, **values: Any) -> Any:

@@ -1,7 +1,7 @@
 """The contract of Flux."""
 
 from collections.abc import Callable
-from dataclasses import asdict, fields
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -138,7 +138,7 @@ def sizes(batch_size: int, num_image_tokens: int, num_text_tokens: int, config: 
     """One point of the input space."""
     tokens = {"num_image_tokens": num_image_tokens, "num_text_tokens": num_text_tokens}
     own = {"out_features": config.out_features, "num_axes": len(config.axes_dims_rope)}
-    return {"batch_size": batch_size, **tokens, **asdict(config), **own}
+    return {"batch_size": batch_size, **tokens, **vars(config), **own}
 
 
 def tiny_model(num_attention_heads: int = 2, axes_dims_rope: tuple[int, ...] = (2, 6, 8), **others: Any) -> FluxConfig:

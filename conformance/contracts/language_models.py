@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -129,7 +129,7 @@ class Model:
 
     def sizes(self, batch_size: int, num_tokens: int, config: Any, **others: int) -> dict[str, Any]:
         """One point of the input space."""
-        return {"batch_size": batch_size, "num_tokens": num_tokens, **asdict(config), **others}
+        return {"batch_size": batch_size, "num_tokens": num_tokens, **vars(config), **others}
 
     def tiny(self, heads: tuple[int, int] = (8, 4), **others: Any) -> Any:
         """A config small enough for an interpreter; heads together are wider than a token."""

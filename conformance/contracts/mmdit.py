@@ -1,7 +1,7 @@
 """The contract of MMDiT."""
 
 from collections.abc import Callable
-from dataclasses import asdict, fields, replace
+from dataclasses import fields, replace
 from typing import Any
 
 import torch
@@ -135,7 +135,7 @@ def sizes(batch_size: int, num_text_tokens: int, patches: tuple[int, int], confi
     """One point of the input space, with so many rows and columns of patches."""
     height, width = (number * config.patch_size for number in patches)
     call = {"batch_size": batch_size, "num_text_tokens": num_text_tokens, "height": height, "width": width}
-    return call | asdict(config)
+    return call | vars(config)
 
 
 def tiny_model(attention_head_dim: int, num_attention_heads: int, num_layers: int, **others: Any) -> MMDiTConfig:

@@ -1,6 +1,6 @@
 """The contract of the text-latent MMDiT."""
 
-from dataclasses import asdict, fields, replace
+from dataclasses import fields, replace
 from typing import Any
 
 import torch
@@ -128,7 +128,7 @@ def moved(parameters: Parameters, itemsize: int) -> float:
 def sizes(batch_size: int, num_tokens: int, config: TextLatentMMDiTConfig) -> dict[str, Any]:
     """One point of the input space."""
     others = {"cluster_logits_size": config.cluster_logits_size}
-    return {"batch_size": batch_size, "num_tokens": num_tokens, **asdict(config), **others}
+    return {"batch_size": batch_size, "num_tokens": num_tokens, **vars(config), **others}
 
 
 def tiny_model(hidden_size: int = 24, **others: Any) -> TextLatentMMDiTConfig:

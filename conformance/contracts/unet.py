@@ -1,6 +1,6 @@
 """The contracts of the UNets of Stable Diffusion: 1 and 2, and XL, which is steered by sizes and a pooled text as well."""
 
-from dataclasses import asdict, fields, replace
+from dataclasses import fields, replace
 from typing import Any
 
 import torch
@@ -169,7 +169,7 @@ def configuration(parameters: Parameters) -> UNetConfig:
 def sizes(batch_size: int, height: int, width: int, text_length: int, config: UNetConfig) -> dict[str, Any]:
     """One point of the input space."""
     image = {"height": height, "width": width}
-    return {"batch_size": batch_size, **image, "text_length": text_length, **asdict(config), "gcd_of_heads": config.gcd_of_heads}
+    return {"batch_size": batch_size, **image, "text_length": text_length, **vars(config), "gcd_of_heads": config.gcd_of_heads}
 
 
 def levels_of(config: UNetConfig) -> tuple[Any, ...]:

@@ -1,6 +1,6 @@
 """The contracts of AutoencoderKL: its encoder and its decoder."""
 
-from dataclasses import asdict, fields
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -203,7 +203,7 @@ def moved(shapes: model_states.Shapes, parameters: Parameters, itemsize: int, la
 def of_images(batch_size: int, height: int, width: int, config: VAEConfig) -> dict[str, Any]:
     """One point of the encoder's input space."""
     latents = {"latent_height": height // config.downsampling, "latent_width": width // config.downsampling}
-    return {"batch_size": batch_size, **asdict(config), "height": height, "width": width, **latents}
+    return {"batch_size": batch_size, **vars(config), "height": height, "width": width, **latents}
 
 
 def of_latents(batch_size: int, height: int, width: int, config: VAEConfig) -> dict[str, Any]:
@@ -271,7 +271,7 @@ def encoder_parameters(draw: st.DrawFn) -> dict[str, Any]:
     sizes = draw(decoder_parameters())
     config = configuration(sizes)
     rest = [draw(st.integers(0, config.downsampling - 1)) for _ in range(2)]
-    config = tiny_model(**{**asdict(config), "use_quant_conv": draw(st.booleans())})
+    config = tiny_model(**{**vars(config), "use_quant_conv": draw(st.booleans())})
     return of_images(sizes["batch_size"], sizes["height"] + rest[0], sizes["width"] + rest[1], config)
 
 

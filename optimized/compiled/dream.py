@@ -5,10 +5,10 @@ It is the operation of its name in `gaugeblock.reference.torch`.
 Differentiable once, by what is floating.
 """
 
-from functools import partial
-
 from gaugeblock.optimized import decoder_composition
 from gaugeblock.optimized.compiled.decoder_parts import LIBRARY, PARTS
+from gaugeblock.optimized.decoder_composition import checked
+from gaugeblock.reference import validation
 
-dream = partial(decoder_composition.dream, PARTS)
-dream_by_library = partial(decoder_composition.dream, LIBRARY)
+dream = checked(decoder_composition.dream, validation.dream, PARTS)
+dream_by_library = checked(decoder_composition.dream, validation.dream, LIBRARY)

@@ -23,6 +23,7 @@ from gaugeblock.optimized.compiled.decoder_parts import LIBRARY
 from gaugeblock.optimized.distributed import decoder_calls, moe_layers
 from gaugeblock.optimized.distributed.tensor_parallel import gradients_summed, parts_of_state
 from gaugeblock.optimized.model_parts import State
+from gaugeblock.reference import validation
 from gaugeblock.reference.configs import SDARMoEConfig
 
 
@@ -70,9 +71,9 @@ def sdar_moe_of_parts(
     summed = gradients_summed(mesh.get_group(), *(parts[name] for name in names))
     experts: Callable[..., Any] = partial(moe_layers.qwen3_moe, mesh=mesh)
     of_ranks = {**parts, **dict(zip(names, summed, strict=True))}
-    return decoder_composition.unchecked_sdar_moe(replace(LIBRARY, qwen3_moe=experts), of_ranks, input_ids, config=config)
+    return decoder_composition.sdar_moe(replace(LIBRARY, qwen3_moe=experts), of_ranks, input_ids, config=config)
 
 
 def _check(state: State, input_ids: torch.Tensor, *, config: SDARMoEConfig, num_ranks: int) -> None:
-    decoder_calls.check_sdar_moe(state, input_ids, config=config)
+    validation.sdar_moe(state, input_ids, config=config)
     partition_rules.require_divisible(config, partition_rules.EXPERTS_OF_DECODER, num_ranks)

@@ -40,6 +40,7 @@ from gaugeblock.optimized.distributed import decoder_calls, moe_layers
 from gaugeblock.optimized.distributed.collectives import GatherParts, SumOverRanks
 from gaugeblock.optimized.distributed.tensor_parallel import gradients_summed, parts_of_state, summed_linear
 from gaugeblock.optimized.model_parts import State
+from gaugeblock.reference import validation
 from gaugeblock.reference.torch.precision import at_least_float32
 from gaugeblock.reference.torch.rotary import qk_norm_rotary
 
@@ -141,9 +142,9 @@ def _embed(table: torch.Tensor, ids: torch.Tensor, group: dist.ProcessGroup) -> 
     return SumOverRanks.apply(rows_BSD.flatten(0, 1), group).view(rows_BSD.shape)
 
 
-llada = Model(predict=decoder_composition.unchecked_llada, check=decoder_calls.check_llada)
-dream = Model(predict=decoder_composition.unchecked_dream, check=decoder_calls.check_dream)
-sdar = Model(predict=decoder_composition.unchecked_sdar, check=decoder_calls.check_sdar)
-sdar_moe = Model(predict=decoder_composition.unchecked_sdar_moe, check=decoder_calls.check_sdar_moe)
-sdar_cached = Model(predict=decoder_composition.unchecked_sdar_cached, check=decoder_calls.check_sdar_cached, takes_past=True)
-sdar_training = Model(predict=decoder_composition.unchecked_sdar_training, check=decoder_calls.check_sdar_training)
+llada = Model(predict=decoder_composition.llada, check=validation.llada)
+dream = Model(predict=decoder_composition.dream, check=validation.dream)
+sdar = Model(predict=decoder_composition.sdar, check=validation.sdar)
+sdar_moe = Model(predict=decoder_composition.sdar_moe, check=validation.sdar_moe)
+sdar_cached = Model(predict=decoder_composition.sdar_cached, check=validation.sdar_cached, takes_past=True)
+sdar_training = Model(predict=decoder_composition.sdar_training, check=validation.sdar_training)

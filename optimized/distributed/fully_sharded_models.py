@@ -41,7 +41,7 @@ from gaugeblock.optimized.compiled.dit_moe_layers import PARTS as OF_MOE
 from gaugeblock.optimized.compiled.library_layers import Fuse
 from gaugeblock.optimized.compiled.model_parts import LIBRARY
 from gaugeblock.optimized.compiled.text_latent_mmdit import LIBRARY as OF_TEXT_LATENT
-from gaugeblock.optimized.distributed import auxiliary_losses, decoder_calls
+from gaugeblock.optimized.distributed import auxiliary_losses
 from gaugeblock.optimized.distributed.fully_sharded import FullyShardedModel, Plan, State, run_sharded
 from gaugeblock.optimized.distributed.model_calls import agree_on_model_call
 from gaugeblock.optimized.model_parts import as_it_is
@@ -246,41 +246,41 @@ clip_text = Model(
     check=_check_clip_text,
 )
 llada = Model(
-    predict=_of_decoder(decoder_composition.unchecked_llada),
+    predict=_of_decoder(decoder_composition.llada),
     blocks=DECODER_LAYERS,
     shapes=llada_reference.state_shapes,
-    check=decoder_calls.check_llada,
+    check=validation.llada,
 )
 dream = Model(
-    predict=_of_decoder(decoder_composition.unchecked_dream),
+    predict=_of_decoder(decoder_composition.dream),
     blocks=DECODER_LAYERS,
     shapes=dream_reference.state_shapes,
-    check=decoder_calls.check_dream,
+    check=validation.dream,
 )
 sdar = Model(
-    predict=_of_decoder(decoder_composition.unchecked_sdar),
+    predict=_of_decoder(decoder_composition.sdar),
     blocks=DECODER_LAYERS,
     shapes=sdar_reference.state_shapes,
-    check=decoder_calls.check_sdar,
+    check=validation.sdar,
 )
 sdar_moe = Model(
-    predict=_of_decoder(decoder_composition.unchecked_sdar_moe),
+    predict=_of_decoder(decoder_composition.sdar_moe),
     blocks=DECODER_LAYERS,
     shapes=sdar_reference.state_shapes,
-    check=decoder_calls.check_sdar_moe,
+    check=validation.sdar_moe,
     num_wide=1,
 )
 sdar_cached = Model(
-    predict=_of_decoder(decoder_composition.unchecked_sdar_cached),
+    predict=_of_decoder(decoder_composition.sdar_cached),
     blocks=DECODER_LAYERS,
     shapes=sdar_reference.state_shapes,
-    check=decoder_calls.check_sdar_cached,
+    check=validation.sdar_cached,
 )
 sdar_training = Model(
-    predict=_of_decoder(decoder_composition.unchecked_sdar_training),
+    predict=_of_decoder(decoder_composition.sdar_training),
     blocks=DECODER_LAYERS,
     shapes=sdar_reference.state_shapes,
-    check=decoder_calls.check_sdar_training,
+    check=validation.sdar_training,
 )
 text_latent_mmdit = Model(
     predict=_of_parts(text_latent_mmdit_composition.unchecked_text_latent_mmdit, OF_TEXT_LATENT),

@@ -16,7 +16,7 @@ State = Mapping[str, jax.Array]
 
 def dream(state: State, input_ids: jax.Array, attention_mask: jax.Array | None = None, *, config: DreamConfig) -> jax.Array:
     """Return `gaugeblock.reference.jax.dream.dream`, compiled."""
-    validation.language_model(state, input_ids, attention_mask, config, reference.state_shapes(config))
+    validation.dream(state, input_ids, attention_mask, config=config)
     return _dream(dict(state), input_ids, attention_mask, config=config)
 
 

@@ -16,7 +16,7 @@ State = Mapping[str, jax.Array]
 
 def llada(state: State, input_ids: jax.Array, attention_mask: jax.Array | None = None, *, config: LLaDAConfig) -> jax.Array:
     """Return `gaugeblock.reference.jax.llada.llada`, compiled."""
-    validation.language_model(state, input_ids, attention_mask, config, reference.state_shapes(config))
+    validation.llada(state, input_ids, attention_mask, config=config)
     return _llada(dict(state), input_ids, attention_mask, config=config)
 
 

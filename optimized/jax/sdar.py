@@ -22,15 +22,13 @@ State = Mapping[str, jax.Array]
 
 def sdar(state: State, input_ids: jax.Array, *, config: SDARConfig) -> jax.Array:
     """Return `gaugeblock.reference.jax.sdar.sdar`, compiled."""
-    validation.language_model_config(config, SDARConfig)
-    validation.language_model(state, input_ids, None, config, reference.state_shapes(config))
+    validation.sdar(state, input_ids, config=config)
     return _sdar(dict(state), input_ids, config=config)
 
 
 def sdar_moe(state: State, input_ids: jax.Array, *, config: SDARMoEConfig) -> tuple[jax.Array, jax.Array]:
     """Return `gaugeblock.reference.jax.sdar.sdar_moe`, compiled."""
-    validation.language_model_config(config, SDARMoEConfig)
-    validation.language_model(state, input_ids, None, config, reference.state_shapes(config))
+    validation.sdar_moe(state, input_ids, config=config)
     return _sdar_moe(dict(state), input_ids, config=config)
 
 
@@ -38,8 +36,7 @@ def sdar_cached(
     state: State, input_ids: jax.Array, past_keys: jax.Array, past_values: jax.Array, *, config: SDARConfig | SDARMoEConfig
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Return `gaugeblock.reference.jax.sdar.sdar_cached`, compiled, for each number of past tokens too."""
-    validation.language_model_config(config, SDARConfig, SDARMoEConfig)
-    validation.sdar_cached(state, input_ids, past_keys, past_values, config, reference.state_shapes(config))
+    validation.sdar_cached(state, input_ids, past_keys, past_values, config=config)
     return _sdar_cached(dict(state), input_ids, past_keys, past_values, config=config)
 
 
@@ -47,8 +44,7 @@ def sdar_training(
     state: State, noisy_ids: jax.Array, clean_ids: jax.Array, sample_ids: jax.Array, *, config: SDARConfig | SDARMoEConfig
 ) -> jax.Array:
     """Return `gaugeblock.reference.jax.sdar.sdar_training`, compiled."""
-    validation.language_model_config(config, SDARConfig, SDARMoEConfig)
-    validation.sdar_training(state, noisy_ids, clean_ids, sample_ids, config, reference.state_shapes(config))
+    validation.sdar_training(state, noisy_ids, clean_ids, sample_ids, config=config)
     return _sdar_training(dict(state), noisy_ids, clean_ids, sample_ids, config=config)
 
 

@@ -15,12 +15,15 @@ does not lie on the mesh is brought there. Beside what the operation raises:
         intermediate_size or num_experts.
 
     placed = shard_state(state, partition_rules.of_decoder(config), mesh)       once
-    logits = sdar_of_placed(placed, input_ids, config=config, mesh=mesh)
+    logits = sdar.of_placed(placed, input_ids, config=config, mesh=mesh)
 
 Source: gaugeblock.reference.jax; Shoeybi et al. 2019 (arXiv:1909.08053), section 3.
 """
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -31,7 +34,7 @@ from gaugeblock.optimized.jax import expert_calls
 from gaugeblock.optimized.jax.sharded_experts import sum_replicated_tokens
 from gaugeblock.optimized.jax.sharded_models import run_on_ranks
 from gaugeblock.reference import states, validation
-from gaugeblock.reference.configs import DreamConfig, LLaDAConfig, SDARConfig, SDARMoEConfig
+from gaugeblock.reference.configs import SDARMoEConfig
 from gaugeblock.reference.jax import decoder, modules
 from gaugeblock.reference.jax import dream as dream_reference
 from gaugeblock.reference.jax import llada as llada_reference
@@ -44,63 +47,44 @@ from gaugeblock.reference.jax.rotary import rotary_table
 from gaugeblock.reference.jax.routers import softmax_topk
 
 
-def llada(
-    state: State, input_ids: jax.Array, attention_mask: jax.Array | None = None, *, config: LLaDAConfig, mesh: Mesh
-) -> jax.Array:
-    """As `gaugeblock.reference.jax.llada.llada`."""
-    validation.language_model(state, input_ids, attention_mask, config, llada_reference.state_shapes(config))
-    rules = partition_rules.of_decoder(config)
-    return run_on_ranks(llada_of_placed, rules, state, input_ids, attention_mask, config=config, mesh=mesh)
+@dataclass(frozen=True, eq=False)
+class Model:
+    """An operation over the ranks of a mesh."""
+
+    check: Callable[..., None]
+    """Of `validation`."""
+    predict: Callable[..., Any]
+    """Does what the operation does with a state as `shard_state` places it, of arrays, config and mesh."""
+
+    def __call__(self, state: State, *arrays: jax.Array | None, config: Any, mesh: Mesh) -> Any:
+        """Run the operation, as the module says."""
+        self.check(state, *arrays, config=config)
+        return run_on_ranks(self.of_placed, partition_rules.of_decoder(config), state, *arrays, config=config, mesh=mesh)
+
+    def of_placed(self, placed: State, *arrays: jax.Array | None, config: Any, mesh: Mesh) -> Any:
+        """Run it with a state as `shard_state` places it by `partition_rules.of_decoder`; values are not checked.
+
+        A past may lie on all ranks, or by heads of keys on the ranks that have them, as what `sdar_cached` returns does.
+        """
+        return _predict(self.predict, placed, *arrays, config=config, mesh=mesh)
 
 
-@partial(jax.jit, static_argnames=("config", "mesh"))
-def llada_of_placed(
-    placed: State, input_ids: jax.Array, attention_mask: jax.Array | None = None, *, config: LLaDAConfig, mesh: Mesh
-) -> jax.Array:
-    """Do what `llada` does with a state as `shard_state` places it; values are not checked."""
-    return llada_reference.llada(placed, input_ids, attention_mask, config=config)
+@partial(jax.jit, static_argnums=0, static_argnames=("config", "mesh"))
+def _predict(predict: Callable[..., Any], placed: State, *arrays: jax.Array | None, config: Any, mesh: Mesh) -> Any:
+    return predict(placed, *arrays, config=config, mesh=mesh)
 
 
-def dream(
-    state: State, input_ids: jax.Array, attention_mask: jax.Array | None = None, *, config: DreamConfig, mesh: Mesh
-) -> jax.Array:
-    """As `gaugeblock.reference.jax.dream.dream`."""
-    validation.language_model(state, input_ids, attention_mask, config, dream_reference.state_shapes(config))
-    rules = partition_rules.of_decoder(config)
-    return run_on_ranks(dream_of_placed, rules, state, input_ids, attention_mask, config=config, mesh=mesh)
+def _as_it_stands(reference: Callable[..., Any]) -> Callable[..., Any]:
+    """Return what predicts by a reference's own text, which XLA cuts as the state is cut."""
+
+    def predict(placed: State, *arrays: jax.Array | None, config: Any, mesh: Mesh) -> Any:
+        return reference(placed, *arrays, config=config)
+
+    return predict
 
 
-@partial(jax.jit, static_argnames=("config", "mesh"))
-def dream_of_placed(
-    placed: State, input_ids: jax.Array, attention_mask: jax.Array | None = None, *, config: DreamConfig, mesh: Mesh
-) -> jax.Array:
-    """Do what `dream` does with a state as `shard_state` places it; values are not checked."""
-    return dream_reference.dream(placed, input_ids, attention_mask, config=config)
-
-
-def sdar(state: State, input_ids: jax.Array, *, config: SDARConfig, mesh: Mesh) -> jax.Array:
-    """As `gaugeblock.reference.jax.sdar.sdar`."""
-    validation.language_model_config(config, SDARConfig)
-    validation.language_model(state, input_ids, None, config, sdar_reference.state_shapes(config))
-    return run_on_ranks(sdar_of_placed, partition_rules.of_decoder(config), state, input_ids, config=config, mesh=mesh)
-
-
-@partial(jax.jit, static_argnames=("config", "mesh"))
-def sdar_of_placed(placed: State, input_ids: jax.Array, *, config: SDARConfig, mesh: Mesh) -> jax.Array:
-    """Do what `sdar` does with a state as `shard_state` places it; values are not checked."""
-    return sdar_reference.sdar(placed, input_ids, config=config)
-
-
-def sdar_moe(state: State, input_ids: jax.Array, *, config: SDARMoEConfig, mesh: Mesh) -> tuple[jax.Array, jax.Array]:
-    """As `gaugeblock.reference.jax.sdar.sdar_moe`."""
-    validation.language_model_config(config, SDARMoEConfig)
-    validation.language_model(state, input_ids, None, config, sdar_reference.state_shapes(config))
-    return run_on_ranks(sdar_moe_of_placed, partition_rules.of_decoder(config), state, input_ids, config=config, mesh=mesh)
-
-
-@partial(jax.jit, static_argnames=("config", "mesh"))
-def sdar_moe_of_placed(placed: State, input_ids: jax.Array, *, config: SDARMoEConfig, mesh: Mesh) -> tuple[jax.Array, jax.Array]:
-    """Do what `sdar_moe` does with a state as `shard_state` places it; nothing is checked."""
+def _sdar_moe(placed: State, input_ids: jax.Array, *, config: SDARMoEConfig, mesh: Mesh) -> tuple[jax.Array, jax.Array]:
+    """Do what `sdar_moe` does with a state as `shard_state` places it."""
     state = {name: at_least_float32(parameter) for name, parameter in placed.items()}
     hidden_BSD = state["model.embed_tokens.weight"][input_ids]
     place_S = jnp.arange(input_ids.shape[1])
@@ -129,64 +113,9 @@ def _experts(state: State, hidden_BSD: jax.Array, config: SDARMoEConfig, mesh: M
     return hidden_BSD + out_ND.reshape(hidden_BSD.shape), logits_NE.reshape(batch_size, num_tokens, config.num_experts)
 
 
-def sdar_cached(
-    state: State,
-    input_ids: jax.Array,
-    past_keys: jax.Array,
-    past_values: jax.Array,
-    *,
-    config: SDARConfig | SDARMoEConfig,
-    mesh: Mesh,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """As `gaugeblock.reference.jax.sdar.sdar_cached`."""
-    validation.language_model_config(config, SDARConfig, SDARMoEConfig)
-    validation.sdar_cached(state, input_ids, past_keys, past_values, config, sdar_reference.state_shapes(config))
-    rules = partition_rules.of_decoder(config)
-    return run_on_ranks(sdar_cached_of_placed, rules, state, input_ids, past_keys, past_values, config=config, mesh=mesh)
-
-
-@partial(jax.jit, static_argnames=("config", "mesh"))
-def sdar_cached_of_placed(
-    placed: State,
-    input_ids: jax.Array,
-    past_keys: jax.Array,
-    past_values: jax.Array,
-    *,
-    config: SDARConfig | SDARMoEConfig,
-    mesh: Mesh,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Do what `sdar_cached` does with a state as `shard_state` places it; values are not checked.
-
-    A past may lie on all ranks, or by heads of keys on the ranks that have them, as what this returns does.
-    """
-    return sdar_reference.sdar_cached(placed, input_ids, past_keys, past_values, config=config)
-
-
-def sdar_training(
-    state: State,
-    noisy_ids: jax.Array,
-    clean_ids: jax.Array,
-    sample_ids: jax.Array,
-    *,
-    config: SDARConfig | SDARMoEConfig,
-    mesh: Mesh,
-) -> jax.Array:
-    """As `gaugeblock.reference.jax.sdar.sdar_training`."""
-    validation.language_model_config(config, SDARConfig, SDARMoEConfig)
-    validation.sdar_training(state, noisy_ids, clean_ids, sample_ids, config, sdar_reference.state_shapes(config))
-    rules = partition_rules.of_decoder(config)
-    return run_on_ranks(sdar_training_of_placed, rules, state, noisy_ids, clean_ids, sample_ids, config=config, mesh=mesh)
-
-
-@partial(jax.jit, static_argnames=("config", "mesh"))
-def sdar_training_of_placed(
-    placed: State,
-    noisy_ids: jax.Array,
-    clean_ids: jax.Array,
-    sample_ids: jax.Array,
-    *,
-    config: SDARConfig | SDARMoEConfig,
-    mesh: Mesh,
-) -> jax.Array:
-    """Do what `sdar_training` does with a state as `shard_state` places it; values are not checked."""
-    return sdar_reference.sdar_training(placed, noisy_ids, clean_ids, sample_ids, config=config)
+llada = Model(validation.llada, _as_it_stands(llada_reference.llada))
+dream = Model(validation.dream, _as_it_stands(dream_reference.dream))
+sdar = Model(validation.sdar, _as_it_stands(sdar_reference.sdar))
+sdar_moe = Model(validation.sdar_moe, _sdar_moe)
+sdar_cached = Model(validation.sdar_cached, _as_it_stands(sdar_reference.sdar_cached))
+sdar_training = Model(validation.sdar_training, _as_it_stands(sdar_reference.sdar_training))

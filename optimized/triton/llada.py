@@ -4,9 +4,9 @@ It is the operation of its name in `gaugeblock.reference.torch`, in bfloat16, fl
 floating.
 """
 
-from functools import partial
-
 from gaugeblock.optimized import decoder_composition
+from gaugeblock.optimized.decoder_composition import checked
 from gaugeblock.optimized.triton.decoder_parts import PARTS
+from gaugeblock.reference import validation
 
-llada = partial(decoder_composition.llada, PARTS)
+llada = checked(decoder_composition.llada, validation.llada, PARTS)

@@ -4,12 +4,12 @@ Each is the operation of its name in `gaugeblock.reference.torch`, in bfloat16, 
 is floating.
 """
 
-from functools import partial
-
 from gaugeblock.optimized import decoder_composition
+from gaugeblock.optimized.decoder_composition import checked
 from gaugeblock.optimized.triton.decoder_parts import PARTS
+from gaugeblock.reference import validation
 
-sdar = partial(decoder_composition.sdar, PARTS)
-sdar_moe = partial(decoder_composition.sdar_moe, PARTS)
-sdar_cached = partial(decoder_composition.sdar_cached, PARTS)
-sdar_training = partial(decoder_composition.sdar_training, PARTS)
+sdar = checked(decoder_composition.sdar, validation.sdar, PARTS)
+sdar_moe = checked(decoder_composition.sdar_moe, validation.sdar_moe, PARTS)
+sdar_cached = checked(decoder_composition.sdar_cached, validation.sdar_cached, PARTS)
+sdar_training = checked(decoder_composition.sdar_training, validation.sdar_training, PARTS)

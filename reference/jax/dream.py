@@ -19,7 +19,7 @@ State = Mapping[str, jax.Array]
 
 def dream(state: State, input_ids: jax.Array, attention_mask: jax.Array | None = None, *, config: DreamConfig) -> jax.Array:
     """As `gaugeblock.reference.torch.dream.dream`."""
-    validation.language_model(state, input_ids, attention_mask, config, state_shapes(config))
+    validation.dream(state, input_ids, attention_mask, config=config)
     is_real_BS = jnp.ones_like(input_ids, dtype=bool) if attention_mask is None else attention_mask
     places_BS = is_real_BS.astype(jnp.int32).cumsum(axis=1) - 1
     decoded = decoder.decode(state, input_ids, places_BS, full_mask(is_real_BS, is_real_BS), config=config)

@@ -18,7 +18,7 @@ State = Mapping[str, jax.Array]
 
 def llada(state: State, input_ids: jax.Array, attention_mask: jax.Array | None = None, *, config: LLaDAConfig) -> jax.Array:
     """As `gaugeblock.reference.torch.llada.llada`."""
-    validation.language_model(state, input_ids, attention_mask, config, state_shapes(config))
+    validation.llada(state, input_ids, attention_mask, config=config)
     common = decoder_states.llada_as_transformers(state, config)
     is_real_BS = jnp.ones_like(input_ids, dtype=bool) if attention_mask is None else attention_mask
     mask_BST = full_mask(jnp.ones_like(is_real_BS), is_real_BS)

@@ -20,16 +20,14 @@ State = Mapping[str, jax.Array]
 
 def sdar(state: State, input_ids: jax.Array, *, config: SDARConfig) -> jax.Array:
     """As `gaugeblock.reference.torch.sdar.sdar`."""
-    validation.language_model_config(config, SDARConfig)
-    validation.language_model(state, input_ids, None, config, state_shapes(config))
+    validation.sdar(state, input_ids, config=config)
     logits_BSV = decoder.logits(state, _block_causal(state, input_ids, config), input_ids.shape[1])
     return logits_BSV.astype(state["lm_head.weight"].dtype)
 
 
 def sdar_moe(state: State, input_ids: jax.Array, *, config: SDARMoEConfig) -> tuple[jax.Array, jax.Array]:
     """As `gaugeblock.reference.torch.sdar.sdar_moe`."""
-    validation.language_model_config(config, SDARMoEConfig)
-    validation.language_model(state, input_ids, None, config, state_shapes(config))
+    validation.sdar_moe(state, input_ids, config=config)
     decoded = _block_causal(state, input_ids, config)
     logits_BSV = decoder.logits(state, decoded, input_ids.shape[1])
     router_logits_LBSE = jnp.stack(decoded.router_logits).reshape(config.num_hidden_layers, *input_ids.shape, config.num_experts)
@@ -45,8 +43,7 @@ def sdar_cached(
     config: SDARConfig | SDARMoEConfig,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """As `gaugeblock.reference.torch.sdar.sdar_cached`."""
-    validation.language_model_config(config, SDARConfig, SDARMoEConfig)
-    validation.sdar_cached(state, input_ids, past_keys, past_values, config, state_shapes(config))
+    validation.sdar_cached(state, input_ids, past_keys, past_values, config=config)
     first, num_tokens = past_keys.shape[3], input_ids.shape[1]
     places_BS = decoder.places_from(first, input_ids)
     key_places_T = jnp.arange(first + num_tokens)
@@ -65,8 +62,7 @@ def sdar_training(
     config: SDARConfig | SDARMoEConfig,
 ) -> jax.Array:
     """As `gaugeblock.reference.torch.sdar.sdar_training`."""
-    validation.language_model_config(config, SDARConfig, SDARMoEConfig)
-    validation.sdar_training(state, noisy_ids, clean_ids, sample_ids, config, state_shapes(config))
+    validation.sdar_training(state, noisy_ids, clean_ids, sample_ids, config=config)
     input_ids = jnp.concatenate([noisy_ids, clean_ids], axis=1)
     places_BS = jnp.tile(places_in_samples(sample_ids), (1, 2))
     mask_BST = noisy_clean_mask(sample_ids, block_length=config.block_length)

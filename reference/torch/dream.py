@@ -44,7 +44,7 @@ def dream(
 
     Source: Ye et al. 2025 (arXiv:2508.15487), section 3; the shift: HKUNLP/Dream, `diffusion_generate`.
     """
-    validation.language_model(state, input_ids, attention_mask, config, state_shapes(config))
+    validation.dream(state, input_ids, attention_mask, config=config)
     is_real_BS = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask
     places_BS = is_real_BS.long().cumsum(dim=1) - 1
     decoded = decoder.decode(state, input_ids, places_BS, full_mask(is_real_BS, is_real_BS), config=config)

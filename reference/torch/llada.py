@@ -43,7 +43,7 @@ def llada(
 
     Source: Nie et al. 2025 (arXiv:2502.09992), section 2; ML-GSAI/LLaDA. Copies of its first model file ignore attention_mask.
     """
-    validation.language_model(state, input_ids, attention_mask, config, state_shapes(config))
+    validation.llada(state, input_ids, attention_mask, config=config)
     common = decoder_states.llada_as_transformers(state, config)
     is_real_BS = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask
     mask_BST = full_mask(torch.ones_like(is_real_BS), is_real_BS)

@@ -42,8 +42,7 @@ def sdar(state: State, input_ids: torch.Tensor, *, config: SDARConfig) -> torch.
 
     Source: Cheng et al. 2025 (arXiv:2510.06303); JetAstra/SDAR generate.py.
     """
-    validation.language_model_config(config, SDARConfig)
-    validation.language_model(state, input_ids, None, config, state_shapes(config))
+    validation.sdar(state, input_ids, config=config)
     logits_BSV = decoder.logits(state, _block_causal(state, input_ids, config), input_ids.shape[1])
     return logits_BSV.to(state["lm_head.weight"].dtype)
 
@@ -64,8 +63,7 @@ def sdar_moe(state: State, input_ids: torch.Tensor, *, config: SDARMoEConfig) ->
 
     Source: as of `sdar`; its MoE models have the layers of Qwen3-MoE (arXiv:2505.09388).
     """
-    validation.language_model_config(config, SDARMoEConfig)
-    validation.language_model(state, input_ids, None, config, state_shapes(config))
+    validation.sdar_moe(state, input_ids, config=config)
     decoded = _block_causal(state, input_ids, config)
     logits_BSV = decoder.logits(state, decoded, input_ids.shape[1])
     router_logits_LBSE = torch.stack(decoded.router_logits).unflatten(1, input_ids.shape)
@@ -105,8 +103,7 @@ def sdar_cached(
 
     Source: JetAstra/SDAR generate.py, `block_diffusion_generate`.
     """
-    validation.language_model_config(config, SDARConfig, SDARMoEConfig)
-    validation.sdar_cached(state, input_ids, past_keys, past_values, config, state_shapes(config))
+    validation.sdar_cached(state, input_ids, past_keys, past_values, config=config)
     first, num_tokens = past_keys.shape[3], input_ids.shape[1]
     places_BS = decoder.places_from(first, input_ids)
     key_places_T = torch.arange(first + num_tokens, device=input_ids.device)
@@ -146,8 +143,7 @@ def sdar_training(
     Source: Arriola et al. 2025 (arXiv:2503.09573), section 3.2; Cheng et al. 2025 (arXiv:2510.06303). SDAR's code packs noisy and
     clean copies in turns, sample by sample, which is the same rows in another order.
     """
-    validation.language_model_config(config, SDARConfig, SDARMoEConfig)
-    validation.sdar_training(state, noisy_ids, clean_ids, sample_ids, config, state_shapes(config))
+    validation.sdar_training(state, noisy_ids, clean_ids, sample_ids, config=config)
     input_ids = torch.cat([noisy_ids, clean_ids], dim=1)
     places_BS = places_in_samples(sample_ids).repeat(1, 2)
     mask_BST = noisy_clean_mask(sample_ids, block_length=config.block_length)

@@ -47,7 +47,15 @@ from gaugeblock.reference.validation.gated_activations import geglu, swiglu
 from gaugeblock.reference.validation.grouped_moe_layers import deepseek_v2_moe, deepseek_v3_moe
 from gaugeblock.reference.validation.hyper_connections import hyper_connection
 from gaugeblock.reference.validation.input_scaled_moe_layers import llama4_moe
-from gaugeblock.reference.validation.language_models import language_model, language_model_config, sdar_cached, sdar_training
+from gaugeblock.reference.validation.language_models import (
+    dream,
+    language_model_config,
+    llada,
+    sdar,
+    sdar_cached,
+    sdar_moe,
+    sdar_training,
+)
 from gaugeblock.reference.validation.layers import (
     gated_residual,
     gated_residual_layer_norm_modulate,

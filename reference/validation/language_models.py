@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
+from gaugeblock.reference import decoder_states
+from gaugeblock.reference.configs import DreamConfig, LLaDAConfig, SDARConfig, SDARMoEConfig
 from gaugeblock.reference.validation.arrays import (
     require_dtype,
     require_like,
@@ -22,21 +24,35 @@ def language_model_config(config: Any, *classes: type) -> None:
         raise TypeError(f"config must be {names}, got {type(config).__name__}")
 
 
-def language_model(state: Any, input_ids: Any, attention_mask: Any, config: Any, shapes: Shapes) -> None:
-    """Check the arguments of `sdar.sdar`, `llada.llada` and `dream.dream`, whose parameters have these shapes."""
-    _ids("input_ids", input_ids)
-    batch_size, num_tokens = input_ids.shape
-    if attention_mask is not None:
-        require_dtype("attention_mask", attention_mask, ("bool",))
-        require_shape("attention_mask", attention_mask, batch_size=batch_size, num_tokens=num_tokens)
-        require_same_device("attention_mask", attention_mask, "input_ids", input_ids)
-    state_of_one_dtype(state, shapes, "input_ids", input_ids)
-    require_values("input_ids", input_ids, config.vocab_size - 1)
+def llada(state: Any, input_ids: Any, attention_mask: Any = None, *, config: Any) -> None:
+    """Check the arguments of `llada.llada`."""
+    language_model_config(config, LLaDAConfig)
+    _masked(state, input_ids, attention_mask, config, decoder_states.llada_shapes(config))
 
 
-def sdar_cached(state: Any, input_ids: Any, past_keys: Any, past_values: Any, config: Any, shapes: Shapes) -> None:
+def dream(state: Any, input_ids: Any, attention_mask: Any = None, *, config: Any) -> None:
+    """Check the arguments of `dream.dream`."""
+    language_model_config(config, DreamConfig)
+    _masked(state, input_ids, attention_mask, config, decoder_states.state_shapes(config))
+
+
+def sdar(state: Any, input_ids: Any, *, config: Any) -> None:
+    """Check the arguments of `sdar.sdar`."""
+    language_model_config(config, SDARConfig)
+    _masked(state, input_ids, None, config, decoder_states.state_shapes(config))
+
+
+def sdar_moe(state: Any, input_ids: Any, *, config: Any) -> None:
+    """Check the arguments of `sdar.sdar_moe`."""
+    language_model_config(config, SDARMoEConfig)
+    _masked(state, input_ids, None, config, decoder_states.state_shapes(config))
+
+
+def sdar_cached(state: Any, input_ids: Any, past_keys: Any, past_values: Any, *, config: Any) -> None:
     """Check the arguments of `sdar.sdar_cached`."""
-    language_model(state, input_ids, None, config, shapes)
+    language_model_config(config, SDARConfig, SDARMoEConfig)
+    shapes = decoder_states.state_shapes(config)
+    _masked(state, input_ids, None, config, shapes)
     sizes = {
         "num_hidden_layers": config.num_hidden_layers,
         "batch_size": input_ids.shape[0],
@@ -53,17 +69,29 @@ def sdar_cached(state: Any, input_ids: Any, past_keys: Any, past_values: Any, co
     require_like("past_values", past_values, "past_keys", past_keys, **sizes | {"num_past_tokens": num_past_tokens})
 
 
-def sdar_training(state: Any, noisy_ids: Any, clean_ids: Any, sample_ids: Any, config: Any, shapes: Shapes) -> None:
+def sdar_training(state: Any, noisy_ids: Any, clean_ids: Any, sample_ids: Any, *, config: Any) -> None:
     """Check the arguments of `sdar.sdar_training`."""
+    language_model_config(config, SDARConfig, SDARMoEConfig)
     _ids("noisy_ids", noisy_ids)
     batch_size, num_tokens = noisy_ids.shape
     for name, ids in (("clean_ids", clean_ids), ("sample_ids", sample_ids)):
         require_dtype(name, ids, ("int32", "int64"))
         require_shape(name, ids, batch_size=batch_size, num_tokens=num_tokens)
         require_same_device(name, ids, "noisy_ids", noisy_ids)
-    state_of_one_dtype(state, shapes, "noisy_ids", noisy_ids)
+    state_of_one_dtype(state, decoder_states.state_shapes(config), "noisy_ids", noisy_ids)
     for name, ids in (("noisy_ids", noisy_ids), ("clean_ids", clean_ids)):
         require_values(name, ids, config.vocab_size - 1)
+
+
+def _masked(state: Any, input_ids: Any, attention_mask: Any, config: Any, shapes: Shapes) -> None:
+    _ids("input_ids", input_ids)
+    batch_size, num_tokens = input_ids.shape
+    if attention_mask is not None:
+        require_dtype("attention_mask", attention_mask, ("bool",))
+        require_shape("attention_mask", attention_mask, batch_size=batch_size, num_tokens=num_tokens)
+        require_same_device("attention_mask", attention_mask, "input_ids", input_ids)
+    state_of_one_dtype(state, shapes, "input_ids", input_ids)
+    require_values("input_ids", input_ids, config.vocab_size - 1)
 
 
 def _ids(name: str, ids: Any) -> None:

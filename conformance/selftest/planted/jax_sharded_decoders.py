@@ -13,7 +13,7 @@ mutant(
     "renormalize=config.norm_topk_prob", "renormalize=True", "parity", "structural", "OLMoE's norm_topk_prob ignored", **ROW,
 )  # fmt: skip
 mutant(
-    MOE, "full-attention", "Every token sees every token.", "sharded_decoders.sdar_moe_of_placed",
+    MOE, "full-attention", "Every token sees every token.", "sharded_decoders._sdar_moe",
     "block_length=config.block_length", "block_length=input_ids.shape[1]", "parity", "structural",
     "prefill under a full mask", **ROW,
 )  # fmt: skip

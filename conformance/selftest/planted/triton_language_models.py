@@ -35,19 +35,19 @@ mutant(
 )  # fmt: skip
 mutant(
     TRAINING, "logits-of-clean-tokens", "Logits are those of the clean tokens.",
-    "decoder_composition.unchecked_sdar_training", ": noisy_ids.shape[1]]", "noisy_ids.shape[1] :]", "parity", "structural",
+    "decoder_composition.sdar_training", ": noisy_ids.shape[1]]", "noisy_ids.shape[1] :]", "parity", "structural",
 )  # fmt: skip
 mutant(
-    LLADA, "mask-ignored", "The mask is accepted and ignored.", "decoder_composition.unchecked_llada",
-    "None if attention_mask is None else", "None if attention_mask is not None else", "parity", "structural",
+    LLADA, "mask-ignored", "The mask is accepted and ignored.", "decoder_composition.llada",
+    "attention_mask)\n", "torch.ones_like(attention_mask))\n", "parity", "structural",
     "LLaDA's first model file",
 )  # fmt: skip
 mutant(
-    DREAM, "not-shifted", "Logits stay where they are.", "decoder_composition.unchecked_dream",
+    DREAM, "not-shifted", "Logits stay where they are.", "decoder_composition.dream",
     "dream_reference.shift(decoded.hidden_states)", "decoded.hidden_states", "parity", "structural",
     "ports of Dream as if it were LLaDA",
 )  # fmt: skip
 mutant(
-    DREAM, "places-with-padding", "Padding has places too.", "decoder_composition.unchecked_dream",
+    DREAM, "places-with-padding", "Padding has places too.", "decoder_composition.dream",
     "attention_mask.long().cumsum(dim=1) - 1", "places_from(0, input_ids)", "parity", "structural",
 )  # fmt: skip

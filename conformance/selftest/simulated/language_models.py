@@ -8,7 +8,6 @@ from torch.nn import functional
 
 from gaugeblock.reference import validation
 from gaugeblock.reference.configs import DreamConfig, LanguageModelConfig, LLaDAConfig, SDARConfig, SDARMoEConfig
-from gaugeblock.reference.torch import dream, llada, sdar
 
 State = Mapping[str, torch.Tensor]
 Tensors = tuple[torch.Tensor, ...]
@@ -196,7 +195,7 @@ class Llada(Decoder):
     def __call__(
         self, state: State, input_ids: torch.Tensor, attention_mask: torch.Tensor, *, config: LLaDAConfig
     ) -> torch.Tensor:
-        validation.language_model(state, input_ids, attention_mask, config, llada.state_shapes(config))
+        validation.llada(state, input_ids, attention_mask, config=config)
         dtype = next(iter(state.values())).dtype
         common = self.parameters(self.renamed(state))
         places = self.places(input_ids, attention_mask)
@@ -230,7 +229,7 @@ class Dream(Decoder):
     def __call__(
         self, state: State, input_ids: torch.Tensor, attention_mask: torch.Tensor, *, config: DreamConfig
     ) -> torch.Tensor:
-        validation.language_model(state, input_ids, attention_mask, config, dream.state_shapes(config))
+        validation.dream(state, input_ids, attention_mask, config=config)
         places, may_look = self.places(attention_mask), self.may_look(attention_mask)
         logits = self.decode(self.parameters(state), input_ids, places, may_look, config)[0]
         return self.shifted(logits).to(next(iter(state.values())).dtype)
@@ -269,15 +268,14 @@ class Sdar(BlockCausal):
     """`sdar.sdar`."""
 
     contract = "sdar.sdar"
-    config_class: type = SDARConfig
+    check = staticmethod(validation.sdar)
 
     def __call__(self, state: State, input_ids: torch.Tensor, *, config: SDARConfig) -> torch.Tensor:
         return self.predicted(state, input_ids, config)[0].to(next(iter(state.values())).dtype)
 
     def predicted(self, state: State, ids: torch.Tensor, config: SDARConfig | SDARMoEConfig) -> tuple:
         """As `decode`, of whole sequences."""
-        validation.language_model_config(config, self.config_class)
-        validation.language_model(state, ids, None, config, sdar.state_shapes(config))
+        self.check(state, ids, config=config)
         may_look = self.may_look(ids.shape[1], 0, config).expand(len(ids), -1, -1)
         return self.decode(self.parameters(state), ids, self.places(ids, 0), may_look, config)
 
@@ -286,7 +284,7 @@ class SdarMoe(Sdar):
     """`sdar.sdar_moe`."""
 
     contract = "sdar.sdar_moe"
-    config_class = SDARMoEConfig
+    check = staticmethod(validation.sdar_moe)
 
     def __call__(self, state: State, input_ids: torch.Tensor, *, config: SDARMoEConfig) -> Tensors:
         logits, _, _, routers = self.predicted(state, input_ids, config)
@@ -307,8 +305,7 @@ class SdarCached(BlockCausal):
         *,
         config: SDARConfig,
     ) -> Tensors:
-        validation.language_model_config(config, SDARConfig)
-        validation.sdar_cached(state, input_ids, past_keys, past_values, config, sdar.state_shapes(config))
+        validation.sdar_cached(state, input_ids, past_keys, past_values, config=config)
         num_past = past_keys.shape[3]
         may_look = self.may_look(input_ids.shape[1], num_past, config).expand(len(input_ids), -1, -1)
         parameters = self.parameters(state)
@@ -332,8 +329,7 @@ class SdarTraining(BlockCausal):
         *,
         config: SDARConfig,
     ) -> torch.Tensor:
-        validation.language_model_config(config, SDARConfig)
-        validation.sdar_training(state, noisy_ids, clean_ids, sample_ids, config, sdar.state_shapes(config))
+        validation.sdar_training(state, noisy_ids, clean_ids, sample_ids, config=config)
         ids, num_tokens = torch.cat([noisy_ids.long(), clean_ids.long()], 1), noisy_ids.shape[1]
         places, may_look = self.both_places(sample_ids), self.both_look(sample_ids, config)
         logits = self.decode(self.parameters(state), ids, places, may_look, config)[0]
