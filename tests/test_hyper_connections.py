@@ -18,6 +18,9 @@ from gaugeblock.reference import states
 from gaugeblock.reference.jax import hyper_connections as jax_model
 from gaugeblock.reference.torch import hyper_connections as model
 
+ROUNDED = 8 * 2.0**-23  # some operations of float32
+CONVERGED = 1e-3  # of columns, after 20 rounds that end with rows: how far they go depends on the scores
+
 EACH_TWIN = pytest.mark.parametrize("module", [model, jax_model], ids=["torch", "jax"])
 EACH = pytest.mark.parametrize("module", [model, jax_model, triton_model], ids=["torch", "jax", "triton"])
 
@@ -40,8 +43,8 @@ def nothing(num_streams: int, hidden_size: int) -> dict[str, torch.Tensor]:
 def test_without_parameters_all_streams_are_averaged(module):
     streams = random(2, 3, 4, 5, seed=1, dtype=torch.float32)
     read, mixed, write = call(module, nothing(4, 5), streams)
-    np.testing.assert_allclose(read, streams.sum(dim=2) / 2, rtol=1e-6)
-    np.testing.assert_allclose(mixed, streams.mean(dim=2, keepdim=True).expand_as(streams), atol=1e-6)
+    np.testing.assert_allclose(read, streams.sum(dim=2) / 2, rtol=ROUNDED)
+    np.testing.assert_allclose(mixed, streams.mean(dim=2, keepdim=True).expand_as(streams), atol=ROUNDED)
     np.testing.assert_array_equal(write, np.ones((2, 3, 4)))
 
 
@@ -58,17 +61,17 @@ def test_a_worked_example(module):
     streams = torch.tensor([[[[3.0, 4.0], [0.0, 2.0]]]])
     read, mixed, write = call(module, state, streams)
     first, second = (1 / (1 + math.exp(-each)) for each in (1.6, 2.0))
-    np.testing.assert_allclose(read[0, 0], [3 * first, 4 * first + 2 * second], rtol=1e-6)
-    np.testing.assert_allclose(mixed[0, 0], [[2, 10 / 3], [1, 8 / 3]], rtol=1e-5)
-    np.testing.assert_allclose(write[0, 0], [2 / (1 + math.exp(-1.2)), 1], rtol=1e-6)
+    np.testing.assert_allclose(read[0, 0], [3 * first, 4 * first + 2 * second], rtol=ROUNDED)
+    np.testing.assert_allclose(mixed[0, 0], [[2, 10 / 3], [1, 8 / 3]], rtol=20 * ROUNDED)
+    np.testing.assert_allclose(write[0, 0], [2 / (1 + math.exp(-1.2)), 1], rtol=ROUNDED)
 
 
 @EACH_TWIN
 def test_shares_of_streams_are_doubly_stochastic(module):
     scores = random(5, 4, 4, seed=1, dtype=torch.float32)
     shares = module.doubly_stochastic(to_jax(scores) if module is jax_model else scores)
-    np.testing.assert_allclose(np.asarray(shares).sum(axis=-1), 1, atol=1e-6)
-    np.testing.assert_allclose(np.asarray(shares).sum(axis=-2), 1, atol=1e-3)
+    np.testing.assert_allclose(np.asarray(shares).sum(axis=-1), 1, atol=ROUNDED)
+    np.testing.assert_allclose(np.asarray(shares).sum(axis=-2), 1, atol=CONVERGED)
 
 
 @EACH_TWIN
@@ -82,8 +85,8 @@ def test_streams_that_are_zero_have_finite_gradients(module):
         out = module.divided_by_norm(vectors.requires_grad_())
         (gradient,) = torch.autograd.grad(out.sum(), vectors)
         out = out.detach()
-    np.testing.assert_allclose(np.asarray(out), [[0.0] * 6, [1.0] * 6], rtol=1e-6)
-    np.testing.assert_allclose(np.asarray(gradient)[0], 6**0.5 * 1e12, rtol=1e-6)
+    np.testing.assert_allclose(np.asarray(out), [[0.0] * 6, [1.0] * 6], rtol=ROUNDED)
+    np.testing.assert_allclose(np.asarray(gradient)[0], 6**0.5 * 1e12, rtol=ROUNDED)
 
 
 @pytest.mark.parametrize("hidden_size", [*range(2, 12), 1100])
