@@ -112,7 +112,7 @@ def test_who_is_said_to_choose_must_decide_something():
 
 
 def test_every_contract_whose_reference_takes_indices_says_so():
-    """But one that returns nothing else than what it chooses: its choices are judged, and its cases are such that all are certain."""
+    """But one that returns nothing else than what it chooses: that is judged, in cases that leave no doubt."""
     for contract in contracts().values():
         returns_numbers = any(each.dtype not in ("bool", "int64") for each in contract.outputs)
         if contract.selection is None and not contract.chooses_inside and returns_numbers:
