@@ -41,6 +41,11 @@ MATRIX_PRODUCTS = {"mm": 0, "bmm": 0, "mv": 0, "dot": 0, "addmm": 1, "addmv": 1,
 CONVOLUTIONS = {"convolution": 2, "convolution_backward": 3}  # and how many of the first arguments are multiplied with each other
 ADDITIONS = {"add", "add_", "sub", "sub_"}
 SUMS = {"sum", "mean", "cumsum"}
+COMPOSED: dict[str, Callable[..., Any]] = {  # of steps, each of which may be rounded: where they cancel, it shows
+    "lerp": lambda start, end, weight: start + weight * (end - start),
+    "addcmul": lambda start, left, right, value=1: start + value * (left * right),
+    "addcdiv": lambda start, left, right, value=1: start + value * (left / right),
+}
 SCATTERED_SUMS = {"index_add": 3, "index_add_": 3, "scatter_add": 3, "scatter_add_": 3, "index_put": 2, "index_put_": 2}
 
 
@@ -131,6 +136,8 @@ class RoundingNoise(Watching):
             return self._matrix_product(func, MATRIX_PRODUCTS[name], args, kwargs)
         if name in CONVOLUTIONS:
             return self._convolution(func, CONVOLUTIONS[name], args, kwargs)
+        if name.removesuffix("_") in COMPOSED and self.result_dtype is torch.float32 and _is_float64(args[0]):
+            return self._composed(func, args, kwargs)
         if name == "_to_copy" and kwargs.get("dtype") is torch.float8_e4m3fn:  # near a tie it may go either way
             return self._held(self._round(self._values(args[0]), torch.float8_e4m3fn), writable=True)
         adds = name in SCATTERED_SUMS and (not name.startswith("index_put") or (len(args) > 3 and bool(args[3])))
@@ -163,9 +170,23 @@ class RoundingNoise(Watching):
         """The operation itself, in each run."""
         if self.runs is None:
             return func(*args, **kwargs)
-        if func._schema.is_mutable and not isinstance(args[0], Runs) and _is_float64(args[0]):
-            raise RunsDiffer(f"{func} writes to what all runs share")
+        self._require_own(func, args)
         return perform(func, args, kwargs, self.runs)
+
+    def _require_own(self, func: Any, args: tuple) -> None:
+        if self.runs is not None and func._schema.is_mutable and not isinstance(args[0], Runs) and _is_float64(args[0]):
+            raise RunsDiffer(f"{func} writes to what all runs share")
+
+    def _composed(self, func: Any, args: tuple, kwargs: dict) -> torch.Tensor:
+        """An operation of several steps, disturbed in each."""
+        self._require_own(func, args)
+        with self:
+            result = COMPOSED[func.overloadpacket.__name__.removesuffix("_")](*args, **kwargs)
+        if not func._schema.is_mutable:
+            return result
+        self._values(args[0]).copy_(self._values(result))
+        self.terms.pop(args[0], None)
+        return args[0]
 
     def _values(self, value: Any) -> Any:
         """What is disturbed of a tensor: its values in all runs."""
