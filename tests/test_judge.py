@@ -9,7 +9,7 @@ import torch
 from hypothesis import strategies as st
 
 from gaugeblock.conformance.engine.budget.oracle import budgets, rounded_cotangents
-from gaugeblock.conformance.engine.contract import Contract, Input, Output, Regime
+from gaugeblock.conformance.engine.contract import Contract, Input, Output, Recurrence, Regime
 from gaugeblock.conformance.engine.frameworks import BadResult, Call, call_jax, call_torch
 from gaugeblock.conformance.engine.inputs.cases import Case, cotangents, make_inputs, options
 from gaugeblock.conformance.engine.inputs.draw import Draw
@@ -232,6 +232,30 @@ def test_what_is_no_result_is_named(function, message):
     with pytest.raises(BadResult) as error:
         results_of(PRODUCT, NORMAL, function=function, gradients=True)
     assert str(error.value) == message
+
+
+STEPS = replace(
+    PRODUCT,
+    name="tests.steps",
+    inputs=(Input("x", ("rows", "inner")), Input("state", leaves=lambda parameters: {"w": Input("w", ("inner",))})),
+    outputs=(Output("new_state", leaves=lambda parameters: {"w": Input("w", ("inner",))}), Output("y", ("rows", "inner"))),
+    recurrence=Recurrence(steps="rows", carried={"state": "new_state"}),
+)
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        (lambda x, state: (state, {f"at {x[0]:.0f}": x}), "step 1 lacks y/at 0, other than the first"),
+        (lambda x, state: (state, 1.0), "of a step, a result is a float, expected a torch.Tensor"),
+        (lambda x, state: ({}, x), "step 0 lacks new_state, other than the first"),
+        (lambda x, state: (state, x[: 2 + int(x[0])]), "of one result, steps return shapes and dtypes "),
+    ],
+)
+def test_steps_that_return_no_results_are_named(function, message):
+    with pytest.raises(BadResult) as error:
+        call_torch(STEPS, function, Call({"x": torch.arange(2.0)[:, None].expand(2, 4), "state/w": torch.ones(4)}, {}, None))
+    assert str(error.value).startswith(message)
 
 
 @pytest.mark.parametrize("gradients", [False, True])

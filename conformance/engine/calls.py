@@ -30,7 +30,7 @@ def nest(tensors: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class ResultCount(TypeError):
-    """A function returned more or fewer results than its contract has."""
+    """A function returned more or fewer results than its contract has, or not the same ones in each step."""
 
 
 def flatten(result: Any, names: Sequence[str]) -> dict[str, Any]:
@@ -72,7 +72,7 @@ def apply(
         Flat outputs.
 
     Raises:
-        ResultCount: If the number of results is not that of the contract's outputs.
+        ResultCount: If the number of results is not that of the contract's outputs, or a step lacks what another has.
     """
     names = [spec.name for spec in contract.outputs]
     given = nest(inputs)
@@ -84,6 +84,9 @@ def apply(
         now = given | {name: given[name][step] for name in stepped}
         results.append(flatten(function(*(now[spec.name] for spec in contract.inputs), **options), names))
         returned = nest(results[-1])
+        due = {*results[0], *contract.recurrence.carried.values()}
+        if other := due - {*results[-1], *returned} or {*results[-1]} - due:
+            raise ResultCount(f"step {step} {'lacks' if other <= due else 'has'} {min(other)}, other than the first")
         given |= {name: returned[output] for name, output in contract.recurrence.carried.items()}
     last, carried = results[-1], contract.recurrence.carried.values()
     return {key: last[key] if argument_of(key) in carried else stack([each[key] for each in results]) for key in last}

@@ -208,13 +208,25 @@ def _returned(
         with candidates_own():
             return function(*arguments, **options)
 
+    def stacked(steps: list[Any]) -> Any:
+        for each in steps:
+            require_kind("of a step, a result", each)
+        if len({(tuple(each.shape), each.dtype) for each in steps}) > 1:
+            raise BadResult(
+                f"of one result, steps return shapes and dtypes {[(tuple(each.shape), each.dtype) for each in steps]}"
+            )
+        return stack(steps)
+
+    def require_kind(name: str, value: Any) -> None:
+        if not isinstance(value, kind):
+            raise BadResult(f"{name} is a {type(value).__name__}, expected a {kind.__module__}.{kind.__name__}")
+
     try:
-        outputs = apply(contract, guarded, inputs, call.options, stack)
+        outputs = apply(contract, guarded, inputs, call.options, stacked)
     except ResultCount as error:
         raise BadResult(str(error)) from None
     for key, value in outputs.items():
-        if not isinstance(value, kind):
-            raise BadResult(f"{key} is a {type(value).__name__}, expected a {kind.__module__}.{kind.__name__}")
+        require_kind(key, value)
     return outputs
 
 
