@@ -68,7 +68,13 @@ def train_step_on_texts(
 
 
 def latents(
-    state: Mapping[str, jax.Array], images: jax.Array, example_ids: jax.Array, step: int, *, seed: int, config: VAEConfig
+    state: Mapping[str, jax.Array],
+    images: jax.Array,
+    example_ids: jax.Array,
+    step: int | jax.Array,
+    *,
+    seed: int,
+    config: VAEConfig,
 ) -> jax.Array:
     """As `gaugeblock.reference.torch.train_image_diffusion.latents`."""
     mean_BCHW, logvar_BCHW = vae.encode(state, images, config=config)
