@@ -50,7 +50,7 @@ def of_diffusers(config: StableDiffusionConfig) -> DDPMScheduler:
 
 
 def loss_of_the_example(parameters, frozen, batch, config: StableDiffusionConfig, step: int = 7) -> torch.Tensor:
-    """The loss as train_text_to_image.py and train_text_to_image_sdxl.py compute it, of all draws of a step."""
+    """The loss as the examples of diffusers compute it, of all draws of a step."""
     images, input_ids, time_ids, ids = batch
     mean, logvar = vae.encode(states.part(frozen, "vae"), images, config=VAE)
     drawn = trainer.encode_images(frozen, images, ids, step, config=config)
