@@ -42,8 +42,8 @@ def train_step() -> Contract:
             "train_image_diffusion.train_step"
         ),
         source=(
-            "Rombach et al. 2022 (arXiv:2112.10752) section 3.3; Podell et al. 2023 (arXiv:2307.01952) section 2; Hang et al. 2023 "
-            "(arXiv:2303.09556) section 3.4"
+            "Rombach et al. 2022 (arXiv:2112.10752) section 3.3; Podell et al. 2023 (arXiv:2307.01952) section 2; Hang et al. "
+            "2023 (arXiv:2303.09556) section 3.4"
         ),
         reference=train_stable_diffusion.train_step,
         inputs=(
