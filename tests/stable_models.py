@@ -3,6 +3,7 @@
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 from trained_models import draws
 
@@ -11,6 +12,7 @@ from gaugeblock.conformance.contracts import unet as of_unet
 from gaugeblock.reference.configs import DIFFUSION_SCHEDULE_PRESETS, EMAConfig, StableDiffusionConfig, VAEConfig
 from gaugeblock.reference.torch import train_stable_diffusion as trainer
 
+EPS = np.finfo(np.float64).eps
 VAE = VAEConfig(
     in_channels=1, latent_channels=2, block_out_channels=(4, 4), layers_per_block=1, norm_num_groups=2,
     mid_block_add_attention=False, scaling_factor=0.5,
@@ -77,3 +79,14 @@ def batch_of(config: StableDiffusionConfig, size: int = 5) -> tuple[torch.Tensor
     example_ids[-1] = example_ids[0]
     time_ids = torch.randint(0, 1025, (size, config.num_time_ids), generator=generator).double()
     return draws(size, 1, 4, 4), input_ids, time_ids, example_ids
+
+
+def assert_same_to_rounding(actual, expected, units: int) -> None:
+    """Differ by no more than so many roundings of the largest number of each tensor, or of 1e-6 where that is less.
+
+    What is 0 but for rounding, such as the gradient of a bias of keys, has no large numbers.
+    """
+    assert set(actual) == set(expected)
+    for name, each in expected.items():
+        largest = max(np.abs(np.asarray(each)).max(initial=0), 1e-6)
+        assert np.abs(np.asarray(actual[name]) - np.asarray(each)).max(initial=0) <= units * EPS * largest, name

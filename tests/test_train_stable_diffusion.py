@@ -10,7 +10,7 @@ import pytest
 import torch
 from diffusers import DDPMScheduler
 from diffusers.training_utils import compute_snr
-from stable_models import KINDS, SCHEDULES, UNET, VAE, XL, batch_of, config_of, frozen_of, state_of
+from stable_models import KINDS, SCHEDULES, UNET, VAE, XL, assert_same_to_rounding, batch_of, config_of, frozen_of, state_of
 from trained_models import draws, to_jax
 
 from gaugeblock.reference import states
@@ -22,17 +22,6 @@ from gaugeblock.reference.torch import train_stable_diffusion as trainer
 
 EPS = np.finfo(np.float64).eps
 EACH = pytest.mark.parametrize("kind", KINDS)
-
-
-def assert_same_to_rounding(actual, expected, units: int) -> None:
-    """Differ by no more than so many roundings of the largest number of each tensor, or of 1e-6 where that is less.
-
-    What is 0 but for rounding, such as the gradient of a bias of keys, has no large numbers.
-    """
-    assert set(actual) == set(expected)
-    for name, each in expected.items():
-        largest = max(np.abs(np.asarray(each)).max(initial=0), 1e-6)
-        assert np.abs(np.asarray(actual[name]) - np.asarray(each)).max(initial=0) <= units * EPS * largest, name
 
 
 def same_bits(actual, expected) -> bool:
