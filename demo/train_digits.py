@@ -20,6 +20,7 @@ import training
 from digits import accuracy, batches
 
 from gaugeblock.optimized.jax import train_image_diffusion as jax_step
+from gaugeblock.optimized.jax.training import shard_state
 from gaugeblock.reference.configs import DiTConfig, ImageDiffusionConfig
 from gaugeblock.reference.torch import dit, samplers, train_image_diffusion
 from gaugeblock.reference.torch import training as trainer
@@ -52,7 +53,7 @@ def train_jax(num_steps: int, advance: Callable[[float], None], disturbed_by: in
     """
     mesh = jax.sharding.Mesh(jax.devices()[:1], ("ranks",))
     initial = train_image_diffusion.initial_state(RUN)
-    state = jax_step.shard_state({name: training.to_jax(tensor) for name, tensor in initial.items()}, mesh)
+    state = shard_state({name: training.to_jax(tensor) for name, tensor in initial.items()}, mesh)
     losses = []
     for step, batch in enumerate(batches(num_steps, BATCH_SIZE, RUN.seed)):
         state, metrics = jax_step.train_step(state, *map(training.to_jax, batch), config=RUN, mesh=mesh)

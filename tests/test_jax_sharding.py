@@ -27,7 +27,7 @@ from test_references import (
     value_and_grads,
 )
 
-from gaugeblock.optimized.jax import expert_parallel, sharded_experts
+from gaugeblock.optimized.jax import expert_parallel, sharded_experts, training
 from gaugeblock.optimized.jax import train_image_diffusion as sharded
 from gaugeblock.optimized.jax.mesh import mesh_of_layout, mesh_of_ranks
 from gaugeblock.optimized.parallel_layout import ParallelLayout
@@ -297,14 +297,14 @@ def assert_same_step(actual, expected) -> None:
 def test_batches_of_any_size_are_trained_on_four_ranks_by_one_compilation():
     state, batch = state_and_batch()
     mesh = mesh_of(4)
-    jax_state = sharded.shard_state(to_jax(state), mesh)
-    compilations = sharded.sharded_step._cache_size()
+    jax_state = training.shard_state(to_jax(state), mesh)
+    compilations = training.sharded_step._cache_size()
     for batch_size in (6, 5, 6):  # padded to the same size
         expected = trainer.train_step(state, *(each[:batch_size] for each in batch), config=CONFIG)
         actual = sharded.train_step(jax_state, *to_jax([each[:batch_size] for each in batch]), config=CONFIG, mesh=mesh)
         assert_same_step(actual, expected)
         (state, _), (jax_state, _) = expected, actual
-    assert sharded.sharded_step._cache_size() == compilations + 1
+    assert training.sharded_step._cache_size() == compilations + 1
 
 
 def test_each_rank_holds_a_part_of_the_state_and_the_next_step_copies_none():
@@ -314,7 +314,7 @@ def test_each_rank_holds_a_part_of_the_state_and_the_next_step_copies_none():
     assert parts["model.blocks.0.attn.qkv.weight"] == parts["exp_avg.blocks.0.attn.qkv.weight"] == (12, 16)
     assert parts["exp_avg_sq.blocks.0.mlp.fc2.weight"] == (16, 16)  # of (16, 64)
     assert parts["model.y_embedder.embedding_table.weight"] == (6, 4)  # 4 do not divide the 5 classes and the dropped label
-    again = sharded.shard_state(state, mesh_of(4))
+    again = training.shard_state(state, mesh_of(4))
     assert all(again[name] is array for name, array in state.items())
 
 
@@ -324,7 +324,8 @@ def test_parameters_are_gathered_and_each_rank_has_its_part_of_the_batch():
     images, labels, ids, counts = (jnp.resize(each, (8, *each.shape[1:])) for each in (*to_jax(batch), jnp.ones(8, bool)))
     of_batch = (images, labels, None, None, ids), counts
     placed = jax.device_put(of_batch, NamedSharding(mesh, PartitionSpec("ranks")))
-    lowered = sharded.sharded_step.lower(sharded.shard_state(to_jax(state), mesh), *placed, config=CONFIG, mesh=mesh)
+    of_trainer = {"shares": sharded.shares, "names": sharded.LOSSES, "config": CONFIG, "mesh": mesh}
+    lowered = training.sharded_step.lower(training.shard_state(to_jax(state), mesh), *placed, **of_trainer)
     text = lowered.compile().as_text()
     assert " all-gather(" in text and "f64[16,16]{1,0} all-gather(" in text
     assert any(" all-reduce(" in line and "transpose(jvp())" in line for line in text.splitlines())

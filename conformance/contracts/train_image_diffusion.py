@@ -327,7 +327,7 @@ def converged(draw: Draw, parameters: Parameters) -> Tensors:
     return tensors
 
 
-def _one(value: float) -> Callable[[torch.Tensor], torch.Tensor]:
+def one_element(value: float) -> Callable[[torch.Tensor], torch.Tensor]:
     """With one element, the last, of that value."""
 
     def change(tensor: torch.Tensor) -> torch.Tensor:
@@ -352,8 +352,8 @@ def _steep(call: Mapping[str, Any]) -> Tensors:
 
 BIAS = "state/model.final_layer.linear.bias"
 REJECTIONS = (
-    Rejection("a NaN in an image", "loss", changed("images", _one(torch.nan)), raises=(FloatingPointError,)),
-    Rejection("an infinite parameter", "loss", changed(BIAS, _one(torch.inf)), raises=(FloatingPointError,)),
+    Rejection("a NaN in an image", "loss", changed("images", one_element(torch.nan)), raises=(FloatingPointError,)),
+    Rejection("an infinite parameter", "loss", changed(BIAS, one_element(torch.inf)), raises=(FloatingPointError,)),
     Rejection("a finite loss with an infinite gradient", "gradient", _steep, raises=(FloatingPointError,)),
     Rejection("images of another size", "images", changed("images", lambda each: each[..., :-1])),
     Rejection("a batch without examples", "images", lambda call: {

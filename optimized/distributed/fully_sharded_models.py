@@ -61,13 +61,27 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class Model:
-    """An operation whose ranks share out the parameters and the batch."""
+class Shardable:
+    """What runs on a state whose parts the ranks share out."""
 
     predict: Callable[..., Any]
     """Takes `gathered`, as of `Plan`, the state, the arrays, `config` and `mesh`; nothing is checked."""
     blocks: str
     """As of `Plan`."""
+
+    def plan(self, config: Any, mesh: DeviceMesh) -> Plan:
+        """How the model of a config runs."""
+        return Plan(partial(self.predict, config=config, mesh=mesh), self.blocks)
+
+    def sharded(self, state: State, *, config: Any, mesh: DeviceMesh, **how: Any) -> FullyShardedModel:
+        """Return the module that keeps this rank's parts of a state, which all ranks have whole, and alike; `how` as of it."""
+        return FullyShardedModel(self.plan(config, mesh), state, mesh=mesh, **how)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Model(Shardable):
+    """An operation whose ranks share out the parameters and the batch."""
+
     shapes: Callable[[Any], Shapes]
     """Of the parameters that are used, by name, of a config."""
     check: Callable[..., None]
@@ -87,14 +101,6 @@ class Model:
         num_rounded = len(outputs) - self.num_wide
         outputs = *(each.to(dtype) for each in outputs[:num_rounded]), *outputs[num_rounded:]
         return outputs if len(outputs) > 1 else outputs[0]
-
-    def plan(self, config: Any, mesh: DeviceMesh) -> Plan:
-        """How the model of a config runs."""
-        return Plan(partial(self.predict, config=config, mesh=mesh), self.blocks)
-
-    def sharded(self, state: State, *, config: Any, mesh: DeviceMesh, **how: Any) -> FullyShardedModel:
-        """Return the module that keeps this rank's parts of a state, which all ranks have whole, and alike; `how` as of it."""
-        return FullyShardedModel(self.plan(config, mesh), state, mesh=mesh, **how)
 
 
 def _of_parts(composed: Callable[..., Any], parts: Any = LIBRARY) -> Callable[..., Any]:
@@ -190,6 +196,7 @@ def _check_text_latent_mmdit(
 
 DIT_BLOCKS = r"blocks\.\d+"
 UNET_BLOCKS = r"(?:\w+\.)+?(?:resnets|transformer_blocks)\.\d+"
+CLIP_LAYERS = r"text_model\.encoder\.layers\.\d+"
 DECODER_LAYERS = r"model\.(?:layers|transformer\.blocks)\.\d+"
 VAE_BLOCKS = r"(?:\w+\.)+?(?:resnets|attentions)\.\d+"
 
@@ -241,7 +248,7 @@ decode = Model(
 )
 clip_text = Model(
     predict=_of_parts(clip_text_composition.unchecked_clip_text),
-    blocks=r"text_model\.encoder\.layers\.\d+",
+    blocks=CLIP_LAYERS,
     shapes=clip_text_reference.state_shapes,
     check=_check_clip_text,
 )

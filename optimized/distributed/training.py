@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 
 from gaugeblock.optimized.distributed.agreement import agree
 from gaugeblock.optimized.distributed.fully_sharded import gather_shards, local_part, shard_like
-from gaugeblock.optimized.distributed.fully_sharded_models import Model
+from gaugeblock.optimized.distributed.fully_sharded_models import Shardable
 from gaugeblock.reference import validation
 from gaugeblock.reference.configs import TrainingConfig
 from gaugeblock.reference.torch import training as reference
@@ -29,7 +29,7 @@ class ShardedRun:
     """The state of a training run of which each rank holds its part; every rank makes the same calls.
 
     Args:
-        model: Of the table `fully_sharded_models`.
+        model: Of the table `fully_sharded_models`, or composed of such.
         state: As of `gaugeblock.reference.torch.training`: whole, the same on every rank.
         shapes: Of the model's parameters.
         model_config: Of the model.
@@ -45,7 +45,7 @@ class ShardedRun:
 
     def __init__(
         self,
-        model: Model,
+        model: Shardable,
         state: Mapping[str, torch.Tensor],
         shapes: Mapping[str, tuple[int, ...]],
         *,

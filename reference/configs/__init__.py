@@ -60,6 +60,7 @@ from gaugeblock.reference.configs.schedules import (
     EDMScheduleConfig,
     FlowScheduleConfig,
 )
+from gaugeblock.reference.configs.stable_diffusion import StableDiffusionConfig
 from gaugeblock.reference.configs.text_latent_mmdit import TEXT_LATENT_MMDIT_PRESETS, TextLatentMMDiTConfig
 from gaugeblock.reference.configs.training import EMAConfig, TrainingConfig
 from gaugeblock.reference.configs.unet import UNET_PRESETS, UNetBlock, UNetConfig

@@ -56,19 +56,24 @@ def initial_state(config: ImageModelConfig, *, seed: int) -> dict[str, jax.Array
         return dit.initial_state(config, seed=seed)
     state = {}
     for place, (name, shape) in enumerate(state_shapes(config).items()):
-        key = {"seed": seed, "step": 0, "example": place, "purpose": dit.INITIAL_WEIGHTS}
         if isinstance(config, MMDiTConfig) and name == mmdit.POSITIONS:
             state[name] = mmdit.positions(config)
-        elif name.endswith(".bias") or ZERO_AT_FIRST.search(name):
-            state[name] = jnp.zeros(shape)
-        elif len(shape) == 1:
-            state[name] = jnp.ones(shape)
-        elif "embedding_table" in name:
-            state[name] = 0.02 * random.normal(shape, **key)
         else:
-            fan_in = math.prod(shape[-1:] if len(shape) == 3 else shape[1:])  # of three axes, the first is of experts
-            state[name] = fan_in**-0.5 * (2 * random.uniform(shape, **key) - 1)
+            state[name] = initial_parameter(name, shape, seed=seed, place=place)
     return state
+
+
+def initial_parameter(name: str, shape: tuple[int, ...], *, seed: int, place: int) -> jax.Array:
+    """As `gaugeblock.reference.torch.image_models.initial_parameter`."""
+    key: dict[str, Any] = {"seed": seed, "step": 0, "example": place, "purpose": dit.INITIAL_WEIGHTS}
+    if name.endswith(".bias") or ZERO_AT_FIRST.search(name):
+        return jnp.zeros(shape)
+    if len(shape) == 1:
+        return jnp.ones(shape)
+    if "embedding_table" in name or name.endswith("_embedding.weight"):
+        return 0.02 * random.normal(shape, **key)
+    fan_in = math.prod(shape[-1:] if len(shape) == 3 else shape[1:])  # of three axes, the first is of experts
+    return fan_in**-0.5 * (2 * random.uniform(shape, **key) - 1)
 
 
 def operation(config: ImageModelConfig) -> Callable[..., Any]:

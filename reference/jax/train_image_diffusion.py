@@ -68,13 +68,26 @@ def train_step_on_texts(
 
 
 def latents(
-    state: Mapping[str, jax.Array], images: jax.Array, example_ids: jax.Array, step: int, *, seed: int, config: VAEConfig
+    state: Mapping[str, jax.Array],
+    images: jax.Array,
+    example_ids: jax.Array,
+    step: int | jax.Array,
+    *,
+    seed: int,
+    config: VAEConfig,
 ) -> jax.Array:
     """As `gaugeblock.reference.torch.train_image_diffusion.latents`."""
     mean_BCHW, logvar_BCHW = vae.encode(state, images, config=config)
+    return draw_latents(mean_BCHW, logvar_BCHW, example_ids, step, seed=seed, config=config)
+
+
+def draw_latents(
+    mean: jax.Array, logvar: jax.Array, example_ids: jax.Array, step: int | jax.Array, *, seed: int, config: VAEConfig
+) -> jax.Array:
+    """As `latents`, of what `vae.encode` returned."""
     key: dict[str, Any] = {"seed": seed, "step": step, "example": example_ids, "purpose": purposes.LATENT_NOISE}
-    noise_BCHW = random.normal(mean_BCHW.shape[1:], **key).astype(images.dtype)
-    return vae.scale_latents(vae.sample(mean_BCHW, logvar_BCHW, noise_BCHW), config=config)
+    noise_BCHW = random.normal(mean.shape[1:], **key).astype(mean.dtype)
+    return vae.scale_latents(vae.sample(mean, logvar, noise_BCHW), config=config)
 
 
 def _step(state: Mapping[str, jax.Array], batch: tuple[Any, ...], config: ImageDiffusionConfig) -> tuple[Tensors, Metrics]:

@@ -139,8 +139,9 @@ def optimizer_step(
 
 def average(averages: Tensors, parameters: Tensors, step: jax.Array, *, config: EMAConfig) -> Tensors:
     """As `gaugeblock.reference.torch.training.average`."""
-    decay = decay_of(step, config).astype(next(iter(parameters.values())).dtype)
-    return {name: each - (1 - decay) * (each - parameters[name]) for name, each in averages.items()}
+    with jax.enable_x64(True):  # 1 - decay: of 1 - 0.9999 in float32 four digits would be left
+        share = (1 - decay_of(step, config)).astype(next(iter(parameters.values())).dtype)
+    return {name: each - share * (each - parameters[name]) for name, each in averages.items()}
 
 
 def decay_of(step: jax.Array, config: EMAConfig) -> jax.Array:

@@ -52,9 +52,7 @@ def frozen_names(config: ImageModelConfig) -> tuple[str, ...]:
 def initial_state(config: ImageModelConfig, *, seed: int) -> dict[str, torch.Tensor]:
     """Draw the parameters with which training starts, float32: DiT as its paper has it (`dit.initial_state`), others by one rule.
 
-    Scales of norms are 1, biases 0. What a block is steered by, and what the model ends with, is 0, so that it predicts 0. Tables
-    and tokens that nothing multiplies are normal with deviation 0.02. All other weights are uniform in +-1 / sqrt(fan-in). A
-    draw depends on the seed and on its parameter's place in `state_shapes`.
+    `initial_parameter` has the rule, with a parameter's place in `state_shapes`.
 
     Raises:
         TypeError: The seed is no integer.
@@ -64,19 +62,38 @@ def initial_state(config: ImageModelConfig, *, seed: int) -> dict[str, torch.Ten
         return dit.initial_state(config, seed=seed)
     state = {}
     for place, (name, shape) in enumerate(state_shapes(config).items()):
-        key = {"seed": seed, "step": 0, "example": place, "purpose": dit.INITIAL_WEIGHTS}
         if isinstance(config, MMDiTConfig) and name == mmdit.POSITIONS:
             state[name] = mmdit.positions(config)
-        elif name.endswith(".bias") or ZERO_AT_FIRST.search(name):
-            state[name] = torch.zeros(shape)
-        elif len(shape) == 1:
-            state[name] = torch.ones(shape)
-        elif "embedding_table" in name:
-            state[name] = 0.02 * random.normal(shape, **key)
         else:
-            fan_in = math.prod(shape[-1:] if len(shape) == 3 else shape[1:])  # of three axes, the first is of experts
-            state[name] = fan_in**-0.5 * (2 * random.uniform(shape, **key) - 1)
+            state[name] = initial_parameter(name, shape, seed=seed, place=place)
     return state
+
+
+def initial_parameter(name: str, shape: tuple[int, ...], *, seed: int, place: int) -> torch.Tensor:
+    """Draw one of the parameters with which training starts, float32, by one rule.
+
+    Scales of norms are 1, biases 0. What a block is steered by, and what a model ends with, is 0, so that it predicts 0. Tables
+    and tokens that nothing multiplies are normal with deviation 0.02. All other weights are uniform in +-1 / sqrt(fan-in).
+
+    Args:
+        name: Of the parameter in its model.
+        shape: Of the parameter.
+        seed: Of the run.
+        place: Of the parameter among those that the run draws.
+
+    Raises:
+        TypeError: The seed is no integer.
+        ValueError: The seed is out of its range (`random`).
+    """
+    key: dict[str, Any] = {"seed": seed, "step": 0, "example": place, "purpose": dit.INITIAL_WEIGHTS}
+    if name.endswith(".bias") or ZERO_AT_FIRST.search(name):
+        return torch.zeros(shape)
+    if len(shape) == 1:
+        return torch.ones(shape)
+    if "embedding_table" in name or name.endswith("_embedding.weight"):
+        return 0.02 * random.normal(shape, **key)
+    fan_in = math.prod(shape[-1:] if len(shape) == 3 else shape[1:])  # of three axes, the first is of experts
+    return fan_in**-0.5 * (2 * random.uniform(shape, **key) - 1)
 
 
 def operation(config: ImageModelConfig) -> Callable[..., Any]:

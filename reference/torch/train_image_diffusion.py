@@ -136,9 +136,16 @@ def latents(
     Source: Rombach et al. (arXiv:2112.10752), section 4.3.2; diffusers' train_text_to_image.py.
     """
     mean_BCHW, logvar_BCHW = vae.encode(state, images, config=config)
+    return draw_latents(mean_BCHW, logvar_BCHW, example_ids, step, seed=seed, config=config)
+
+
+def draw_latents(
+    mean: torch.Tensor, logvar: torch.Tensor, example_ids: torch.Tensor, step: int, *, seed: int, config: VAEConfig
+) -> torch.Tensor:
+    """As `latents`, of what `vae.encode` returned."""
     key: dict[str, Any] = {"seed": seed, "step": step, "example": example_ids, "purpose": purposes.LATENT_NOISE}
-    noise_BCHW = random.normal(mean_BCHW.shape[1:], **key).to(images.dtype)
-    return vae.scale_latents(vae.sample(mean_BCHW, logvar_BCHW, noise_BCHW), config=config)
+    noise_BCHW = random.normal(mean.shape[1:], **key).to(mean.dtype)
+    return vae.scale_latents(vae.sample(mean, logvar, noise_BCHW), config=config)
 
 
 def _step(state: Mapping[str, torch.Tensor], batch: tuple[Any, ...], config: ImageDiffusionConfig) -> tuple[Tensors, Metrics]:

@@ -126,6 +126,12 @@ from gaugeblock.reference.validation.train_image_diffusion import (
     image_diffusion_step,
     image_diffusion_step_on_texts,
 )
+from gaugeblock.reference.validation.train_stable_diffusion import (
+    stable_diffusion_batch,
+    stable_diffusion_batch_on_embeddings,
+    stable_diffusion_step,
+    stable_diffusion_step_on_embeddings,
+)
 from gaugeblock.reference.validation.training import training_state
 from gaugeblock.reference.validation.unet import unet, unet_text_time
 from gaugeblock.reference.validation.unmasking import choose_places, dream_places, quotas, random_remasking, unmasking_step

@@ -125,15 +125,15 @@ def require_entry_names(name: str, state: Any, expected: Collection[str]) -> Non
         raise ValueError(f"{name} must have {', '.join(missing) or 'no other entries'}, got {', '.join(unexpected) or 'none'}")
 
 
-def state_entries(state: Any, shapes: Mapping[str, tuple[int, ...]], like: Any = None) -> None:
+def state_entries(state: Any, shapes: Mapping[str, tuple[int, ...]], like: Any = None, *, name: str = "state") -> None:
     """Check that a state has floating arrays of these names and shapes alone, with the dtype and the device of `like`."""
-    require_entry_names("state", state, shapes)
-    for name, shape in shapes.items():
-        require_dtype(f"state[{name!r}]", state[name], FLOATING if like is None else (dtype_name(like),))
-        if tuple(state[name].shape) != shape:
-            raise ValueError(f"state must have {name} of shape {shape}, got {tuple(state[name].shape)}")
+    require_entry_names(name, state, shapes)
+    for entry, shape in shapes.items():
+        require_dtype(f"{name}[{entry!r}]", state[entry], FLOATING if like is None else (dtype_name(like),))
+        if tuple(state[entry].shape) != shape:
+            raise ValueError(f"{name} must have {entry} of shape {shape}, got {tuple(state[entry].shape)}")
         if like is not None:
-            require_same_device(f"state[{name!r}]", state[name], "the inputs", like)
+            require_same_device(f"{name}[{entry!r}]", state[entry], "the inputs", like)
 
 
 def state_of_one_dtype(state: Any, shapes: Mapping[str, tuple[int, ...]], ids_name: str, ids: Any) -> None:

@@ -4,7 +4,8 @@ from typing import Any
 
 import torch
 
-from gaugeblock.conformance.selftest.simulated.train_image_diffusion import CLIPPING_EPSILON, Trainer
+from gaugeblock.conformance.selftest.simulated.train_image_diffusion import Trainer
+from gaugeblock.conformance.selftest.simulated.training import CLIPPING_EPSILON
 from gaugeblock.conformance.selftest.variant import right
 from gaugeblock.reference.torch import training
 
