@@ -118,7 +118,7 @@ from gaugeblock.reference.validation.train_image_diffusion import (
     image_diffusion_step,
     image_diffusion_step_on_texts,
 )
-from gaugeblock.reference.validation.training import training_state
+from gaugeblock.reference.validation.training import batch_ids, training_state
 from gaugeblock.reference.validation.unet import unet, unet_text_time
 from gaugeblock.reference.validation.unmasking import choose_places, dream_places, quotas, random_remasking, unmasking_step
 from gaugeblock.reference.validation.upcycling import adamw_of_used_experts, upcycle
