@@ -59,6 +59,23 @@ def require_step(state: Mapping[str, object], path: Path) -> None:
         raise ValueError(f"path must be a file with the state of a run, got {path}, which has no entry 'step'")
 
 
+def metadata_of(config: Any) -> dict[str, str] | None:
+    """Return what a safetensors file says of a config; None of none."""
+    return None if config is None else {"config": json.dumps(described(config))}
+
+
+def require_config_of_file(path: Path, config: Any) -> None:
+    """Raise ValueError where a safetensors file is not of a run of this config; None is not compared."""
+    from safetensors import safe_open
+
+    if config is not None:
+        with safe_open(path, framework="np") as file:
+            metadata = file.metadata() or {}
+        if "config" not in metadata:
+            raise ValueError(f"path must hold a run and its config, got {path}, which has no config")
+        require_config(json.loads(metadata["config"]), config, path)
+
+
 def described(config: Any, within: str = "") -> dict[str, Any]:
     """Return a config as JSON has it: its fields by name, those of a config within it by dotted names, and what kind each is."""
     fields_of = {f"{within}kind": type(config).__name__}
