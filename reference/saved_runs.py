@@ -22,7 +22,7 @@ from typing import Any
 
 DESCRIPTION = "run.json"
 STATE = "state"  # the folder of what the library writes
-COUNTS_FOR_NOTHING = ("activation_checkpointing",)  # changes no bit
+COUNTS_FOR_NOTHING = ("activation_checkpointing",)  # changes what is kept, not what is computed
 
 Entries = dict[str, list[Any]]
 """Dtype and shape of each tensor of a state."""

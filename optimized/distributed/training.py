@@ -64,7 +64,8 @@ class ShardedRun:
         self.updates = state["step"].clone()
         dtype = None if config.compute_dtype is None else getattr(torch, config.compute_dtype)
         whole = {part: reference.part_of_state(state, part) for part in config.parts}
-        self.model = model.sharded(whole["model"], config=model_config, mesh=mesh, compute_dtype=dtype, frozen=frozen)
+        how: dict[str, Any] = {"frozen": frozen, "activation_checkpointing": config.activation_checkpointing}
+        self.model = model.sharded(whole["model"], config=model_config, mesh=mesh, compute_dtype=dtype, **how)
         parameters = dict(self.model.named_parameters())
         self.shards: dict[str, Tensors] = {"model": {name: parameters[name] for name in shapes}}
         for part in config.parts[1:]:

@@ -21,6 +21,7 @@ from gaugeblock.reference import validation
 from gaugeblock.reference.configs import DiTMoEModelConfig, ImageDiffusionConfig
 from gaugeblock.reference.jax import image_models, training
 from gaugeblock.reference.jax import train_image_diffusion as reference
+from gaugeblock.reference.jax.recomputation import blocks_recomputed
 
 Arrays = dict[str, jax.Array]
 Batch = tuple[Any, ...]  # arrays, and None for what a model is not told
@@ -137,7 +138,8 @@ def sharded_step(
         parameters = jax.lax.with_sharding_constraint(model | leaves, whole)
         parameters = {name: training.in_compute_dtype(each, config) for name, each in parameters.items()}
         called = partial(image_models.operation(config.model), parameters, config=config.model)
-        losses_B, auxiliary_loss = reference.example_losses(called, *microbatch, step=state["step"], config=config)
+        with blocks_recomputed(config.activation_checkpointing):
+            losses_B, auxiliary_loss = reference.example_losses(called, *microbatch, step=state["step"], config=config)
         shares = {
             "loss": jnp.where(counts_B, losses_B, 0).sum() / batch_size,
             "auxiliary_loss": auxiliary_loss * counts_B.sum() / batch_size,

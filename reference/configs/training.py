@@ -68,7 +68,7 @@ class TrainingConfig:
         loss_scale: What is differentiated is so many times the loss, so that small gradients outlive a small `compute_dtype`;
             gradients are divided by it.
         activation_checkpointing: Whether what is computed within a block is computed again in the backward pass, rather than kept
-            for it. No bit of the result depends on it.
+            for it. In PyTorch no bit of the result depends on it; in JAX roundings do, since XLA fuses other operations.
         ema: Of the parameters; None for no average.
 
     Raises:

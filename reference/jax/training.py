@@ -22,6 +22,7 @@ import optax
 
 from gaugeblock.reference import saved_runs
 from gaugeblock.reference.configs import EMAConfig, TrainingConfig
+from gaugeblock.reference.jax.recomputation import blocks_recomputed
 
 CLIPPING_EPSILON = 1e-6  # added to the norm by torch.nn.utils.clip_grad_norm_ (optax.clip_by_global_norm adds nothing)
 OPTAX_MOMENTS = {"exp_avg": "mu", "exp_avg_sq": "nu", "momentum_buffer": "trace"}
@@ -52,7 +53,8 @@ def add_up(
 
     def scaled(leaves: Tensors, *microbatch: jax.Array | None) -> tuple[jax.Array, Tensors]:
         parameters = {name: in_compute_dtype(each, config) for name, each in (model | leaves).items()}
-        some = shares(parameters, *microbatch)
+        with blocks_recomputed(config.activation_checkpointing):
+            some = shares(parameters, *microbatch)
         return jnp.stack([*some.values()]).sum() * config.loss_scale, some
 
     losses: Tensors = {}

@@ -24,6 +24,7 @@ from torch.optim.sgd import sgd
 
 from gaugeblock.reference import saved_runs
 from gaugeblock.reference.configs import EMAConfig, TrainingConfig
+from gaugeblock.reference.torch.recomputation import blocks_recomputed
 
 CLIPPING_EPSILON = 1e-6  # added to the norm by torch.nn.utils.clip_grad_norm_ (optax.clip_by_global_norm adds nothing)
 
@@ -78,7 +79,8 @@ def add_up(
     split = ([None] * num_microbatches if each is None else each.tensor_split(num_microbatches) for each in batch)
     for microbatch in zip(*split, strict=True):
         parameters = {name: in_compute_dtype(each, config) for name, each in (model | leaves).items()}
-        some = shares(parameters, *microbatch)
+        with blocks_recomputed(config.activation_checkpointing):
+            some = shares(parameters, *microbatch)
         losses = {name: losses.get(name, 0) + share.detach() for name, share in some.items()}
         scaled = torch.stack([*some.values()]).sum() * config.loss_scale
         found = torch.autograd.grad(scaled, [*leaves.values()], materialize_grads=True)
