@@ -3,6 +3,7 @@
 The model itself is the reference's.
 """
 
+import math
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -113,8 +114,12 @@ class Trainer:
         ids, key = self.ids(example_ids), {"seed": self.config.seed, "step": self.step_of_draws(step)}
         noise, times = self.noise(images, ids, key), self.times(ids, key)
         noised = self.interpolate(images, noise, times.view(-1, 1, 1, 1))
-        predicted = dit.dit(parameters, noised, self.timesteps(times), self.drop(labels, ids, key), config=self.model)
+        predicted = self.predict(parameters, noised, self.timesteps(times), self.drop(labels, ids, key))
         return self.weights(times) * (predicted - self.target(images, noise)).square().flatten(1).mean(1)
+
+    def predict(self, parameters: Tensors, noised: torch.Tensor, timesteps: torch.Tensor, labels: Any) -> torch.Tensor:
+        """What the model says."""
+        return dit.dit(parameters, noised, timesteps, labels, config=self.model)
 
     def interpolate(self, images: torch.Tensor, noise: torch.Tensor, times: torch.Tensor) -> torch.Tensor:
         """What the model sees."""
@@ -198,14 +203,32 @@ class Trainer:
         if config.optimizer == "sgd":
             buffer = parts["momentum_buffer"]
             buffer[name] = self.momentum() * buffer[name] + gradient
-            parameters[name] = parameters[name] - config.learning_rate * buffer[name]
+            parameters[name] = parameters[name] - self.rate(step) * buffer[name]
             return
         first, second = parts["exp_avg"], parts["exp_avg_sq"]
         first[name] = first[name] + (1 - config.beta1) * (gradient - first[name])
         second[name] = config.beta2 * second[name] + (1 - config.beta2) * gradient * gradient
         corrected = self.correct(first[name], config.beta1, step)
         root = self.root(self.correct(second[name], config.beta2, step))
-        parameters[name] = self.decay(name, parameters[name]) - config.learning_rate * corrected / root
+        parameters[name] = self.decay(name, parameters[name], step) - self.rate(step) * corrected / root
+
+    def rate(self, step: int) -> float:
+        """The learning rate of the update of that number, counted from 1."""
+        return self.config.learning_rate * self.warm(step - 1) * self.fall(step - 1)
+
+    def warm(self, updates: int) -> float:
+        """What part of the learning rate there is after so many updates."""
+        return min(1.0, updates / self.config.num_warmup_steps) if self.config.num_warmup_steps else 1.0
+
+    def fall(self, updates: int) -> float:
+        """What part of it is left after so many updates."""
+        config = self.config
+        if config.learning_rate_schedule == "constant":
+            return 1.0
+        assert config.num_training_steps is not None
+        done = (updates - config.num_warmup_steps) / (config.num_training_steps - config.num_warmup_steps)
+        done = min(max(done, 0.0), 1.0)
+        return 1 - done if config.learning_rate_schedule == "linear" else math.cos(math.pi / 2 * done) ** 2
 
     def momentum(self) -> float:
         """Of SGD."""
@@ -237,9 +260,9 @@ class Trainer:
         """Weight decay in the gradient: none of AdamW's."""
         return gradient if self.config.optimizer == "adamw" else gradient + self.config.weight_decay * parameter
 
-    def decay(self, name: str, parameter: torch.Tensor) -> torch.Tensor:
+    def decay(self, name: str, parameter: torch.Tensor, step: int) -> torch.Tensor:
         """Weight decay beside the gradient: AdamW's alone."""
-        kept = 1 - self.config.learning_rate * self.config.weight_decay
+        kept = 1 - self.rate(step) * self.config.weight_decay
         return parameter * kept if self.config.optimizer == "adamw" else parameter
 
     def correct(self, moment: torch.Tensor, beta: float, step: int) -> torch.Tensor:
