@@ -68,6 +68,36 @@ def test_ranks_gather_parameters_in_the_compute_dtype_and_keep_wide_masters(on_r
     assert all(1e-5 < far < 0.02 for far in on_ranks(check_masters))
 
 
+def check_recomputation(name: str) -> float:
+    """Return how many times fewer bytes autograd keeps on this rank; the states are the same, bit for bit."""
+    mesh, sizes = mesh_of(RANKS), TOKENS[RANKS]
+    _, batch = batch_of(name, sum(sizes))
+    mine = [None if each is None else each.split(sizes)[mesh.get_local_rank()] for each in batch]
+    states, totals = [], []
+    for is_asked_for in (False, True):
+        config = config_of(name, **CASES[name], activation_checkpointing=is_asked_for)
+        sharded, kept = ShardedTrainer(state_of(config), config=config, mesh=mesh), {}
+
+        def keep(tensor: torch.Tensor, kept: dict[int, int] = kept) -> torch.Tensor:
+            if type(tensor) is torch.Tensor:  # parameters are kept in either way
+                kept[id(tensor)] = tensor.nbytes
+            return tensor
+
+        for _ in range(2):
+            with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+                (sharded.step if len(mine) == 3 else sharded.step_on_texts)(*mine)
+        states.append(sharded.state())
+        totals.append(sum(kept.values()))
+    assert all(torch.equal(states[1][key], each) for key, each in states[0].items())
+    return totals[0] / max(1, totals[1])
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_blocks_are_recomputed_on_every_rank_bit_for_bit(on_ranks, name):
+    fewer = on_ranks(check_recomputation, name)
+    assert all(each > 2 for rank, each in enumerate(fewer) if TOKENS[RANKS][rank]), fewer
+
+
 @pytest.mark.parametrize("name", ["dit_moe", "unet"])
 def test_jax_makes_the_steps_of_the_reference_on_four_ranks(name):
     config, (step, batch) = config_of(name, **CASES[name]), batch_of(name, 4 if name == "dit_moe" else 5)

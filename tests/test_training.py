@@ -13,6 +13,7 @@ import numpy as np
 import optax
 import pytest
 import torch
+from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 
 from gaugeblock.reference.configs import EMAConfig, TrainingConfig
@@ -94,6 +95,60 @@ def test_updates_are_those_of_the_libraries_used_directly(optimizer, max_gradien
             jax_parameters = optax.apply_updates(jax_parameters, updates)
             # optax clips without torch's 1e-6, which is 2e-6 of the smaller norm; SGD moves by that part of what is added up
             np.testing.assert_allclose(jax_state["model.w"], jax_parameters["w"], rtol=2e-6 * 15 * config.learning_rate)
+
+
+SCHEDULES = [
+    ("constant", {}),
+    ("constant_with_warmup", {"num_warmup_steps": 7}),
+    ("linear", {"num_warmup_steps": 7, "num_training_steps": 20}),
+    ("linear", {"num_training_steps": 20}),
+    ("cosine", {"num_warmup_steps": 7, "num_training_steps": 20}),
+    ("cosine", {"num_training_steps": 1}),
+    ("cosine", {"num_warmup_steps": 5, "num_training_steps": 5}),
+]
+
+
+@pytest.mark.parametrize(("name", "steps"), SCHEDULES)
+def test_learning_rates_are_those_of_diffusers(name, steps):
+    config = replace(CONFIG, learning_rate_schedule=name.removesuffix("_with_warmup"), **steps)
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=config.learning_rate)
+    schedule = get_scheduler(name, optimizer, **{"num_warmup_steps": 0} | steps)
+    end = steps.get("num_training_steps", 20)
+    for step in range(end + 1):
+        ours = training.learning_rate_of(step, config)
+        assert ours == pytest.approx(schedule.get_last_lr()[0], rel=4 * EPS, abs=EPS * config.learning_rate)
+        assert float(jax_training.learning_rate_of(jnp.array(step), config)) == pytest.approx(ours, rel=8 * EPS, abs=EPS)
+        optimizer.step()
+        schedule.step()
+    if name in ("linear", "cosine"):  # diffusers' cosine would rise again
+        after = [
+            module.learning_rate_of(step, config) for module, step in ((training, end + 3), (jax_training, jnp.array(end + 3)))
+        ]
+        assert [float(each) for each in after] == [0.0, 0.0]
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adam", "sgd"])
+def test_an_update_is_made_at_the_learning_rate_of_its_step(optimizer):
+    config = replace(
+        CONFIG, optimizer=optimizer, learning_rate_schedule="cosine", num_warmup_steps=2, num_training_steps=5, weight_decay=0.25
+    )
+    gradients = {"w": draws(3, 4, seed=1)}
+    state = training.initial_state({"w": draws(3, 4)}, config=config)
+    with jax.enable_x64(True):
+        jax_state = to_jax(state)
+        for step in range(6):
+            constant = replace(config, learning_rate_schedule="constant", num_warmup_steps=0)
+            rate = training.learning_rate_of(step, config)
+            expected = training.update(
+                state, gradients, training.global_norm(gradients),
+                config=replace(constant, learning_rate=rate) if rate else replace(constant, learning_rate=1e-300),
+            )  # fmt: skip
+            state = training.update(state, gradients, training.global_norm(gradients), config=config)
+            assert largest_difference(state, expected) <= 4
+            jax_gradients = to_jax(gradients)
+            jax_state = jax_training.update(jax_state, jax_gradients, jax_training.global_norm(jax_gradients), config=config)
+            assert largest_difference(jax_state, state) <= 16
+        assert all(each.dtype == jnp.float64 for name, each in jax_state.items() if name != "step")
 
 
 @pytest.mark.parametrize(
@@ -221,6 +276,20 @@ def test_a_file_that_is_cut_off_or_foreign_is_told_apart(module, tmp_path):
 
 
 @BOTH
+def test_a_file_says_of_which_config_its_run_is(module, tmp_path):
+    path, config = tmp_path / "run.safetensors", replace(CONFIG, ema=EMAConfig())
+    array = torch.ones(3) if module is training else jnp.ones(3)
+    state = {"model.w": array, "step": 2 * array[0]}
+    module.save_state(state, path, config=config)
+    assert module.load_state(path, config=replace(config, activation_checkpointing=True)).keys() == state.keys()
+    with pytest.raises(ValueError, match=r"whose config has ema\.decay 0\.5, got .*run\.safetensors, whose has 0\.9999"):
+        module.load_state(path, config=replace(config, ema=EMAConfig(decay=0.5)))
+    module.save_state(state, path)
+    with pytest.raises(ValueError, match=r"path must hold a run and its config, got .*, which has no config"):
+        module.load_state(path, config=config)
+
+
+@BOTH
 def test_a_run_can_be_saved_before_its_first_step(module, tmp_path):
     config = replace(CONFIG, ema=EMAConfig())
     parameters = {"w": torch.ones(3) if module is training else jnp.ones(3)}
@@ -268,6 +337,14 @@ def test_a_run_that_is_killed_at_any_moment_leaves_the_last_whole_state(tmp_path
         ({"weight_decay": -0.1}, "weight_decay must"),
         ({"accumulation_steps": 0}, "accumulation_steps must be positive"),
         ({"loss_scale": 0.0}, "loss_scale must be positive"),
+        ({"num_warmup_steps": -1}, "num_warmup_steps must not be negative"),
+        ({"learning_rate_schedule": "cosine"}, "num_training_steps must be given for learning_rate_schedule 'cosine', got None"),
+        ({"num_training_steps": 0}, "num_training_steps must be at least 1 and num_warmup_steps, 0, got 0"),
+        (
+            {"num_warmup_steps": 5, "num_training_steps": 4},
+            "num_training_steps must be at least 1 and num_warmup_steps, 5, got 4",
+        ),
+        ({"learning_rate_schedule": "polynomial", "num_training_steps": 9}, "learning_rate_schedule must be"),
         ({"optimizer": "lion"}, "optimizer must be 'adamw' or 'adam' or 'sgd', got 'lion'"),
         ({"compute_dtype": "float64"}, "compute_dtype must be"),
         ({"seed": -1}, "seed must be in"),

@@ -35,6 +35,7 @@ def train_step() -> Contract:
             "Hutter 2017 (arXiv:1711.05101) algorithm 2, as in torch.optim.AdamW"
         ),
         reference=train_image_diffusion.train_step,
+        rounded_as=with_weighted_averages(train_image_diffusion.train_step),
         inputs=(
             Input("state", leaves=state_leaves),
             Input("images", ("num_steps", "batch_size", "in_channels", "input_size", "input_size")),
@@ -49,14 +50,16 @@ def train_step() -> Contract:
             sizes(1, 5, velocity="data - noise", timestep_sampling="logit-normal", label_dropout=0.5),  # no option's default
             sizes(1, 3, label_dropout=1.0, max_gradient_norm=2**-10),  # so small that the 1e-6 of the clipping shows
             sizes(2, 1, accumulation_steps=2, weight_decay=0.0, label_dropout=0.0, run_seed=2**40 + 5, ema="capped"),
-            sizes(2, 4, optimizer="sgd", prediction_type="epsilon", timestep_sampling="mode", min_snr_gamma=0.5),
-            sizes(1, 4, optimizer="adam", prediction_type="sample", timestep_sampling="later", min_snr_gamma=2.0, ema="growing"),
+            sizes(2, 4, optimizer="sgd", prediction_type="epsilon", timestep_sampling="mode", min_snr_gamma=0.5, rates="cosine"),
+            sizes(
+                1, 4, optimizer="adam", prediction_type="sample", timestep_sampling="later", min_snr_gamma=2.0, ema="growing",
+                activation_checkpointing=True, rates="warming",
+            ),
             sizes(1, 4, **USUAL),  # what people train with; none of it is exact in float32
         ),
         factors=FACTORS,
         build=sizes,
         traits=TRAITS,
-        rounded_as=by_rounded_shares,
         regimes=(
             Regime("under way", under_way, differentiable=False),
             Regime("fresh", fresh, differentiable=False),
@@ -108,9 +111,16 @@ def train_step() -> Contract:
 
 OF_MODEL = "input_size patch_size in_channels hidden_size depth num_heads num_classes frequency_embedding_size".split()
 OF_RUN = """optimizer learning_rate beta1 beta2 adam_epsilon momentum weight_decay max_gradient_norm label_dropout prediction_type
-    velocity timestep_sampling bias_multiplier min_snr_gamma snr accumulation_steps""".split()
+    velocity timestep_sampling bias_multiplier min_snr_gamma snr accumulation_steps activation_checkpointing""".split()
 # what an average keeps of itself: as much as the updates made so far say, and as much as it ever does
 EMAS = {"none": None, "growing": EMAConfig(warmup=True, update_after_step=1), "capped": EMAConfig(decay=0.75)}
+# learning rates that rise, stay and fall where the regimes below stand: at the beginning, and in the first thousand steps
+RATES: dict[str, dict[str, Any]] = {
+    "constant": {},
+    "warming": {"num_warmup_steps": 1000},
+    "linear": {"learning_rate_schedule": "linear", "num_training_steps": 1500},
+    "cosine": {"learning_rate_schedule": "cosine", "num_warmup_steps": 2, "num_training_steps": 1200},
+}
 GRADIENT_SIZE = 0.03  # of one element, in the regimes below: moments have it, and adam_epsilon is not far from it
 
 
@@ -143,6 +153,8 @@ def sizes(num_steps: int, batch_size: int, **others: Any) -> dict[str, Any]:
         "optimizer": "adamw",
         "momentum": 0.75,
         "ema": "none",
+        "rates": "constant",
+        "activation_checkpointing": False,
         "prediction_type": "flow_prediction",
         "velocity": "noise - data",
         "timestep_sampling": "uniform",
@@ -176,6 +188,8 @@ def parameters(draw: st.DrawFn) -> dict[str, Any]:
         timestep_sampling=draw(st.sampled_from(SAMPLINGS)),
         optimizer=draw(st.sampled_from(OPTIMIZERS)),
         ema=draw(st.sampled_from(list(EMAS))),
+        rates=draw(st.sampled_from(list(RATES))),
+        activation_checkpointing=draw(st.booleans()),
         prediction_type=draw(st.sampled_from(PREDICTION_TYPES)),
         min_snr_gamma=draw(st.sampled_from([None, 0.5, 5.0])),
         snr=draw(st.sampled_from(["data over noise", "noise over data"])),
@@ -199,29 +213,13 @@ FACTORS = (
     either("timestep_sampling", *SAMPLINGS),
     either("optimizer", *OPTIMIZERS),
     either("ema", *EMAS),
+    either("rates", *RATES),
+    either("activation_checkpointing", False, True),
     either("prediction_type", *PREDICTION_TYPES),
     either("min_snr_gamma", None, 0.5, 5.0),
     either("snr", "data over noise", "noise over data"),
 )
 TRAITS = (Trait("int32", "dtype of labels", dtypes={"labels": "int32"}),)
-
-
-def by_rounded_shares(*arguments: Any, **options: Any) -> Any:
-    """The step, but that averages are made as many trainers make them: by two numbers of float32, which scale all elements.
-
-    What such a number is off by, the errors of all elements share. The reference keeps it in Python, and scales a difference.
-    """
-    with mock.patch.object(training, "average", _average_by_rounded_shares):
-        return train_image_diffusion.train_step(*arguments, **options)
-
-
-def _average_by_rounded_shares(averages: Tensors, parameters: Tensors, step: int, *, config: EMAConfig) -> Tensors:
-    decay = training.decay_of(step, config)
-    if decay == 0:  # the one case where a difference is rounded, and this sum is not
-        return {name: each - (each - parameters[name]) for name, each in averages.items()}
-    lost = 1 - torch.tensor(decay, dtype=torch.float64)
-    kept = 1 - lost
-    return {name: kept * each + lost * parameters[name] for name, each in averages.items()}
 
 
 def model_config(parameters: Parameters) -> DiTConfig:
@@ -232,7 +230,7 @@ def model_config(parameters: Parameters) -> DiTConfig:
 def config(parameters: Parameters) -> ImageDiffusionConfig:
     """The run that the parameters describe."""
     ema = EMAS[parameters["ema"]]
-    of_run = {name: parameters[name] for name in OF_RUN}
+    of_run = {name: parameters[name] for name in OF_RUN} | RATES[parameters["rates"]]
     return ImageDiffusionConfig(model_config(parameters), seed=parameters["run_seed"], ema=ema, **of_run)
 
 
@@ -262,6 +260,28 @@ def moved(parameters: Parameters, itemsize: int) -> float:
     elements = sum(math.prod(shape) for shape in dit.state_shapes(model).values())
     pixels = parameters["batch_size"] * model.in_channels * model.input_size**2
     return float(itemsize * steps * (6 * elements + pixels))
+
+
+def with_weighted_averages(step: Callable[..., Any]) -> Callable[..., Any]:
+    """A step whose averages are made as many trainers make them: by two numbers of float32, which scale all elements.
+
+    What such a number is off by, the errors of all elements share. The reference keeps it in Python, and scales a difference.
+    """
+
+    def formula(*arguments: Any, **options: Any) -> Any:
+        with mock.patch.object(training, "average", _weighted):
+            return step(*arguments, **options)
+
+    return formula
+
+
+def _weighted(averages: Tensors, parameters: Tensors, step: int, *, config: EMAConfig) -> Tensors:
+    decay = training.decay_of(step, config)
+    if decay == 0:  # the one case where a difference is rounded, and this sum is not
+        return {name: each - (each - parameters[name]) for name, each in averages.items()}
+    lost = 1 - torch.tensor(decay, dtype=torch.float64)
+    kept = 1 - lost
+    return {name: kept * each + lost * parameters[name] for name, each in averages.items()}
 
 
 def _model(draw: Draw, parameters: Parameters) -> Tensors:
@@ -296,21 +316,23 @@ def under_way(draw: Draw, parameters: Parameters) -> Tensors:
     exp_avg = {name: GRADIENT_SIZE * draw.normal(*tensor.shape) for name, tensor in model.items()}
     exp_avg_sq = {name: GRADIENT_SIZE**2 * (0.5 + draw.uniform(*tensor.shape)) for name, tensor in model.items()}
     parts = {"model": model, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq, "momentum_buffer": exp_avg}
-    step = int(draw.integers(1, 1000, 1))
-    averaged = _model(draw, parameters) if parameters["ema"] != "none" else {}
-    return _state(parts | {"ema": averaged}, step, parameters) | _batches(draw, parameters)
+    step = int(draw.integers(2, 1000, 1))
+    ema = {"ema": _model(draw, parameters)} if parameters["ema"] != "none" else {}
+    return _state(parts | ema, step, parameters) | _batches(draw, parameters)
 
 
 def fresh(draw: Draw, parameters: Parameters) -> Tensors:
-    """The first steps of a run, where the corrections of Adam's moments are largest; the average is that of an earlier run.
+    """The first steps of a run, where the corrections of Adam's moments are largest.
 
-    Were it the model itself, a parameter that is not updated would have an exact average by one formula, and by others not.
+    They are the first in which a parameter moves and the average is no copy, which is exact or not by how it is written.
     """
     model = _model(draw, parameters)
     zeros = {name: torch.zeros_like(tensor) for name, tensor in model.items()}
-    averaged = _model(draw, parameters) if parameters["ema"] != "none" else {}
-    parts = dict.fromkeys(("exp_avg", "exp_avg_sq", "momentum_buffer"), zeros) | {"model": model, "ema": averaged}
-    return _state(parts, 0, parameters) | _batches(draw, parameters)
+    parts = dict.fromkeys(("exp_avg", "exp_avg_sq", "momentum_buffer"), zeros) | {"model": model}
+    if parameters["ema"] != "none":
+        return _state(parts | {"ema": _model(draw, parameters)}, 2, parameters) | _batches(draw, parameters)
+    step = min(1, RATES[parameters["rates"]].get("num_warmup_steps", 0))
+    return _state(parts, step, parameters) | _batches(draw, parameters)
 
 
 def converged(draw: Draw, parameters: Parameters) -> Tensors:

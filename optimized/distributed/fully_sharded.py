@@ -10,6 +10,7 @@ be further from the whole than one rounding.
 import re
 from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,6 +19,8 @@ from torch.autograd.function import once_differentiable
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
+
+from gaugeblock.reference.torch.recomputation import recomputed
 
 State = Mapping[str, torch.Tensor]
 Function = Callable[..., Any]
@@ -47,6 +50,7 @@ class FullyShardedModel(torch.nn.Module):
         compute_dtype: Of parameters where they are gathered, and so of the arrays of a call; by default that of the state.
             Gradients are added up in the dtype of the state.
         frozen: Names of what gets no gradients.
+        activation_checkpointing: Whether a block keeps its arguments alone for the backward pass, and runs there once more.
     """
 
     sharded: FSDPModule
@@ -60,9 +64,10 @@ class FullyShardedModel(torch.nn.Module):
         mesh: DeviceMesh,
         compute_dtype: torch.dtype | None = None,
         frozen: Container[str] = (),
+        activation_checkpointing: bool = False,
     ) -> None:
         super().__init__()
-        self.plan = plan
+        self.plan, self.activation_checkpointing = plan, activation_checkpointing
         precision = MixedPrecisionPolicy(compute_dtype, next(iter(state.values())).dtype, cast_forward_inputs=False)
         for name, tensor in state.items():
             *path, last = name.split(".")
@@ -95,7 +100,8 @@ class FullyShardedModel(torch.nn.Module):
             owner, *others = {self.blocks_of_parts.get(id(part)) for part in arguments[place].values()}
             if owner is None or others:
                 return function(*arguments, **options)  # what the model has outside of its blocks is gathered
-            return owner(function, arguments[:place], arguments[place + 1 :], options)
+            run_block = partial(recomputed, function) if self.activation_checkpointing else function
+            return owner(run_block, arguments[:place], arguments[place + 1 :], options)
 
         return run
 

@@ -7,6 +7,7 @@ A step has two small exchanges of its own: of its losses and the gradients' norm
 
 import math
 from collections.abc import Callable, Container, Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
+from gaugeblock.optimized.distributed import saved_runs
 from gaugeblock.optimized.distributed.agreement import agree
 from gaugeblock.optimized.distributed.fully_sharded import gather_shards, local_part, shard_like
 from gaugeblock.optimized.distributed.fully_sharded_models import Shardable
@@ -62,7 +64,8 @@ class ShardedRun:
         self.updates = state["step"].clone()
         dtype = None if config.compute_dtype is None else getattr(torch, config.compute_dtype)
         whole = {part: reference.part_of_state(state, part) for part in config.parts}
-        self.model = model.sharded(whole["model"], config=model_config, mesh=mesh, compute_dtype=dtype, frozen=frozen)
+        how: dict[str, Any] = {"frozen": frozen, "activation_checkpointing": config.activation_checkpointing}
+        self.model = model.sharded(whole["model"], config=model_config, mesh=mesh, compute_dtype=dtype, **how)
         parameters = dict(self.model.named_parameters())
         self.shards: dict[str, Tensors] = {"model": {name: parameters[name] for name in shapes}}
         for part in config.parts[1:]:
@@ -101,7 +104,7 @@ class ShardedRun:
             (torch.stack([*some.values()]).sum() * (self.mesh.size() * self.config.loss_scale)).backward()
 
         parameters = self.shards["model"]
-        trained = reference.trained_names(self._names(), self.config)
+        trained = reference.trained_names(self.parts(), self.config)
         gradients = {name: local_part(parameters[name].grad) / self.config.loss_scale for name in trained}
         square = torch.stack([each.square().sum() for each in gradients.values()]).sum()
         *sums, square = self._sum(torch.stack([*losses.values(), square])).unbind()
@@ -112,11 +115,37 @@ class ShardedRun:
 
     def state(self) -> Tensors:
         """Gather the whole state on every rank; later steps do not write to it."""
-        state = reference.join_state(self.shards, self.updates.clone())
+        state = self.parts() | {"step": self.updates.clone()}
         return state | gather_shards({name: each for name, each in state.items() if isinstance(each, DTensor)}, self.mesh)
 
-    def _names(self) -> Tensors:
+    def parts(self) -> Tensors:
+        """Return the state as it lies here: this rank's part of each tensor, and the step; later steps write to it."""
         return reference.join_state(self.shards, self.updates)
+
+    def save(self, folder: Path) -> Path:
+        """Write the run to a folder of the step within `folder`, each rank its parts, and return it.
+
+        The folder appears under its name when it is whole: a run that is killed while it writes leaves the last one before.
+
+        Raises:
+            FileExistsError: The step was saved before; the other ranks raise ValueError.
+            OSError: It cannot be written.
+        """
+        return saved_runs.save(self.parts(), folder, config=self.config, mesh=self.mesh)
+
+    def load(self, path: Path, *, changed: Container[str] = ()) -> None:
+        """Go on with a run that was saved, on as many ranks as it may have been.
+
+        Args:
+            path: What `save` returned; `gaugeblock.reference.saved_runs.last_saved` finds the last one.
+            changed: Names of fields of the config that may be others than those that were saved, `model.depth` of its model's.
+
+        Raises:
+            FileNotFoundError: There is no such folder.
+            ValueError: What is there is no whole saved run, or one of another config or of other tensors, or not on every rank
+                the same. All ranks raise, before anything is changed.
+        """
+        self.updates = saved_runs.load(self.parts(), path, config=self.config, mesh=self.mesh, changed=changed)
 
     @torch.no_grad()
     def _update(self, gradients: Tensors, gradient_norm: torch.Tensor) -> None:

@@ -17,6 +17,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from gaugeblock.optimized.jax.mesh import OVER_RANKS, REPLICATED, mesh_of_ranks
 from gaugeblock.reference.configs import TrainingConfig
 from gaugeblock.reference.jax import training
+from gaugeblock.reference.jax.recomputation import blocks_recomputed
 
 Arrays = dict[str, jax.Array]
 Batch = tuple[Any, ...]  # arrays, and None for what a model is not told
@@ -125,7 +126,8 @@ def sharded_step(
         # parameters are what moves: left to itself, XLA may move activations
         parameters = jax.lax.with_sharding_constraint(model | leaves, whole)
         parameters = {name: training.in_compute_dtype(each, config) for name, each in parameters.items()}
-        losses = of_batch(parameters, microbatch, counts_B)
+        with blocks_recomputed(config.activation_checkpointing):
+            losses = of_batch(parameters, microbatch, counts_B)
         return jnp.stack([*losses.values()]).sum() * config.loss_scale, losses
 
     def add_microbatch(sums: Sums, microbatch: tuple[Batch, jax.Array]) -> tuple[Sums, None]:

@@ -34,6 +34,7 @@ from gaugeblock.reference.configs.options import (
     FlowStart,
     FlowWeighting,
     GeluApproximation,
+    LearningRateSchedule,
     Optimizer,
     PlaceStrategy,
     PredictionType,

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, fields
 from typing import get_args
 
-from gaugeblock.reference.configs.options import ComputeDType, Optimizer
+from gaugeblock.reference.configs.options import ComputeDType, LearningRateSchedule, Optimizer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +55,10 @@ class TrainingConfig:
         seed: Of all draws (`random.py`).
         optimizer: By its name in torch.optim.
         learning_rate, weight_decay: Of the optimizer, for all parameters alike; AdamW decays beside the gradient, others in it.
+        learning_rate_schedule: What becomes of the learning rate once it is warm: it stays, or falls to 0 at num_training_steps,
+            in a line or as half a wave of a cosine does; it is 0 from then on.
+        num_warmup_steps: Updates over which it rises from 0, in a line.
+        num_training_steps: Of the whole run; None for one whose learning rate stays.
         beta1, beta2, adam_epsilon: Of AdamW and Adam.
         momentum: Of SGD.
         max_gradient_norm: The global norm to which gradients are clipped.
@@ -63,6 +67,8 @@ class TrainingConfig:
             optimizer always has.
         loss_scale: What is differentiated is so many times the loss, so that small gradients outlive a small `compute_dtype`;
             gradients are divided by it.
+        activation_checkpointing: Whether what is computed within a block is computed again in the backward pass, rather than kept
+            for it. In PyTorch no bit of the result depends on it; in JAX roundings do, since XLA fuses other operations.
         ema: Of the parameters; None for no average.
 
     Raises:
@@ -72,6 +78,9 @@ class TrainingConfig:
     seed: int = 0
     optimizer: Optimizer = "adamw"
     learning_rate: float = 1e-4
+    learning_rate_schedule: LearningRateSchedule = "constant"
+    num_warmup_steps: int = 0
+    num_training_steps: int | None = None
     weight_decay: float = 0.0
     beta1: float = 0.9
     beta2: float = 0.999
@@ -81,6 +90,7 @@ class TrainingConfig:
     accumulation_steps: int = 1
     compute_dtype: ComputeDType | None = None
     loss_scale: float = 1.0
+    activation_checkpointing: bool = False
     ema: EMAConfig | None = None
 
     def __post_init__(self) -> None:
@@ -94,7 +104,21 @@ class TrainingConfig:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
         if not 0 <= self.seed < 2**64:
             raise ValueError(f"seed must be in 0..2**64 - 1, got {self.seed}")
-        require_options(self, optimizer=get_args(Optimizer), compute_dtype=(None, *get_args(ComputeDType)))
+        if self.num_warmup_steps < 0:
+            raise ValueError(f"num_warmup_steps must not be negative, got {self.num_warmup_steps}")
+        if self.num_training_steps is None and self.learning_rate_schedule != "constant":
+            raise ValueError(
+                f"num_training_steps must be given for learning_rate_schedule {self.learning_rate_schedule!r}, got None"
+            )
+        if self.num_training_steps is not None and self.num_training_steps < max(1, self.num_warmup_steps):
+            least = f"at least 1 and num_warmup_steps, {self.num_warmup_steps}"
+            raise ValueError(f"num_training_steps must be {least}, got {self.num_training_steps}")
+        require_options(
+            self,
+            optimizer=get_args(Optimizer),
+            learning_rate_schedule=get_args(LearningRateSchedule),
+            compute_dtype=(None, *get_args(ComputeDType)),
+        )
 
     @property
     def moments(self) -> tuple[str, ...]:

@@ -13,6 +13,7 @@ from gaugeblock.reference import states, validation
 from gaugeblock.reference.configs import DiTConfig
 from gaugeblock.reference.jax import layers, random
 from gaugeblock.reference.jax.precision import at_least_float32
+from gaugeblock.reference.jax.recomputation import recomputable
 
 NORM_EPS = 1e-6  # of a block's first LayerNorm and of the final one; that of the second is the config's
 INITIAL_WEIGHTS = 2**32 - 1  # purpose of the draws (`random`): the last one, since those of trainers count from 0
@@ -81,6 +82,7 @@ def embed_conditions(
     return time_BD + state["y_embedder.embedding_table.weight"][class_labels]
 
 
+@recomputable
 def block(state: Mapping[str, jax.Array], hidden_states: jax.Array, conditioning: jax.Array, *, config: DiTConfig) -> jax.Array:
     """As `gaugeblock.reference.torch.dit.block`."""
     validation.dit_block(state, hidden_states, conditioning, block_shapes(config))

@@ -16,6 +16,7 @@ from gaugeblock.reference.jax import dit, dit_moe_layers, layers, modules
 from gaugeblock.reference.jax.attention import attention, join_heads, split_heads
 from gaugeblock.reference.jax.dit import NORM_EPS
 from gaugeblock.reference.jax.precision import at_least_float32
+from gaugeblock.reference.jax.recomputation import recomputable
 
 # what the public code calls the modules of an attention that computes with a flash kernel
 FLASH_ATTENTION = {"attn.Wqkv": "attn.qkv", "attn.out_proj": "attn.proj"}
@@ -46,6 +47,7 @@ def dit_moe(
     return out_BCHW.astype(latents.dtype), auxiliary_loss
 
 
+@recomputable
 def block(
     state: Mapping[str, jax.Array], hidden_states: jax.Array, conditioning: jax.Array, *, config: DiTMoEModelConfig
 ) -> tuple[jax.Array, jax.Array]:

@@ -17,6 +17,7 @@ from gaugeblock.reference.configs import FluxConfig
 from gaugeblock.reference.jax import layers, modules
 from gaugeblock.reference.jax.attention import attention, join_heads, split_heads
 from gaugeblock.reference.jax.precision import at_least_float32
+from gaugeblock.reference.jax.recomputation import recomputable
 from gaugeblock.reference.jax.rotary import qk_norm_rotary, rotary_table
 
 NORM_EPS = 1e-6  # of every LayerNorm, and of the RMSNorms of queries and keys
@@ -83,6 +84,7 @@ def embed_time(state: State, name: str, times: jax.Array) -> jax.Array:
     return modules.two_linears(state, (f"time_text_embed.{name}.linear_1", f"time_text_embed.{name}.linear_2"), waves_BF)
 
 
+@recomputable
 def block(
     state: State,
     hidden_states: jax.Array,
@@ -145,6 +147,7 @@ def end_block(
     return layers.gated_residual(hidden_BSD, modules.linear(state, f"{name}.net.2", inner_BSI), gate_2)
 
 
+@recomputable
 def single_block(
     state: State, hidden_states: jax.Array, conditioning: jax.Array, cos: jax.Array, sin: jax.Array, *, config: FluxConfig
 ) -> jax.Array:

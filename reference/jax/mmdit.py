@@ -13,6 +13,7 @@ from gaugeblock.reference.configs import MMDiTConfig
 from gaugeblock.reference.jax import layers, modules
 from gaugeblock.reference.jax.attention import attention, join_heads, split_heads
 from gaugeblock.reference.jax.precision import at_least_float32
+from gaugeblock.reference.jax.recomputation import recomputable
 
 State = Mapping[str, jax.Array]
 
@@ -113,6 +114,7 @@ def embed_conditions(state: State, timesteps: jax.Array, pooled_projections: jax
     return time_BD + modules.two_linears(state, (f"{text}.linear_1", f"{text}.linear_2"), pooled_projections)
 
 
+@recomputable
 def block(
     state: State,
     hidden_states: jax.Array,

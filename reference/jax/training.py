@@ -22,6 +22,7 @@ import optax
 
 from gaugeblock.reference import saved_runs
 from gaugeblock.reference.configs import EMAConfig, TrainingConfig
+from gaugeblock.reference.jax.recomputation import blocks_recomputed
 
 CLIPPING_EPSILON = 1e-6  # added to the norm by torch.nn.utils.clip_grad_norm_ (optax.clip_by_global_norm adds nothing)
 OPTAX_MOMENTS = {"exp_avg": "mu", "exp_avg_sq": "nu", "momentum_buffer": "trace"}
@@ -52,7 +53,8 @@ def add_up(
 
     def scaled(leaves: Tensors, *microbatch: jax.Array | None) -> tuple[jax.Array, Tensors]:
         parameters = {name: in_compute_dtype(each, config) for name, each in (model | leaves).items()}
-        some = shares(parameters, *microbatch)
+        with blocks_recomputed(config.activation_checkpointing):
+            some = shares(parameters, *microbatch)
         return jnp.stack([*some.values()]).sum() * config.loss_scale, some
 
     losses: Tensors = {}
@@ -121,11 +123,14 @@ def optimizer_step(
 ) -> dict[str, Tensors]:
     """As `gaugeblock.reference.torch.training.optimizer_step`, but of optax's, and nothing is written to."""
     adam = {"b1": config.beta1, "b2": config.beta2, "eps": config.adam_epsilon}
+    rate = learning_rate_of(step, config)
+    if not isinstance(rate, float):
+        rate = rate.astype(next(iter(gradients.values())).dtype)
     if config.optimizer == "adamw":
-        optimizer = optax.adamw(config.learning_rate, weight_decay=config.weight_decay, **adam)
+        optimizer = optax.adamw(rate, weight_decay=config.weight_decay, **adam)
     else:
         is_sgd = config.optimizer == "sgd"
-        plain = optax.sgd(config.learning_rate, config.momentum) if is_sgd else optax.adam(config.learning_rate, **adam)
+        plain = optax.sgd(rate, config.momentum) if is_sgd else optax.adam(rate, **adam)
         optimizer = optax.chain(optax.add_decayed_weights(config.weight_decay), plain)
     trained = {name: parts["model"][name] for name in gradients}
     counted = {} if config.optimizer == "sgd" else {"count": step}
@@ -135,6 +140,18 @@ def optimizer_step(
         updates, kept = optimizer.update(gradients, kept, trained)
     new_moments = {part: optax.tree_utils.tree_get(kept, OPTAX_MOMENTS[part]) for part in config.moments}
     return {**parts, **new_moments, "model": parts["model"] | optax.apply_updates(trained, updates)}
+
+
+def learning_rate_of(step: jax.Array, config: TrainingConfig) -> jax.Array | float:
+    """As `gaugeblock.reference.torch.training.learning_rate_of`, but an array, of float64, where the step matters."""
+    rate, warmup, end = config.learning_rate, config.num_warmup_steps, config.num_training_steps
+    if warmup == 0 and config.learning_rate_schedule == "constant":
+        return rate
+    with jax.enable_x64(True):
+        steps = jnp.asarray(step).astype(jnp.float64)
+        done = jnp.clip((steps - warmup) / max(1, (end or 0) - warmup), 0, 1)
+        fallen = {"constant": rate, "linear": rate * (1 - done), "cosine": rate * (1 + jnp.cos(jnp.pi * done)) / 2}
+        return jnp.where(steps < warmup, rate * steps / max(1, warmup), fallen[config.learning_rate_schedule])
 
 
 def average(averages: Tensors, parameters: Tensors, step: jax.Array, *, config: EMAConfig) -> Tensors:
@@ -162,18 +179,19 @@ def join_state(parts: Mapping[str, Mapping[str, jax.Array]], step: jax.Array) ->
     return {f"{part}.{name}": tensor for part, tensors in parts.items() for name, tensor in tensors.items()} | {"step": step}
 
 
-def save_state(state: Mapping[str, jax.Array], path: Path) -> None:
+def save_state(state: Mapping[str, jax.Array], path: Path, *, config: TrainingConfig | None = None) -> None:
     """As `gaugeblock.reference.torch.training.save_state`."""
     from safetensors.flax import save  # what a run needs, and the step does not
 
-    saved_runs.write_atomically(save(dict(state)), path)
+    saved_runs.write_atomically(save(dict(state), saved_runs.metadata_of(config)), path)
 
 
-def load_state(path: Path) -> Tensors:
+def load_state(path: Path, *, config: TrainingConfig | None = None) -> Tensors:
     """As `gaugeblock.reference.torch.training.load_state`, but int64 becomes int32 unless x64 is enabled."""
     from safetensors.flax import load_file
 
     with saved_runs.reading(path):
         state = load_file(path)
+        saved_runs.require_config_of_file(path, config)
     saved_runs.require_step(state, path)
     return state

@@ -17,6 +17,7 @@ from gaugeblock.reference.jax import convolutions, layers, modules
 from gaugeblock.reference.jax.attention import attention, join_heads, split_heads
 from gaugeblock.reference.jax.gated_activations import geglu
 from gaugeblock.reference.jax.precision import at_least_float32
+from gaugeblock.reference.jax.recomputation import recomputable
 from gaugeblock.reference.unet_states import state_shapes
 
 TRANSFORMER_NORM_EPS = 1e-6  # of the GroupNorm before the blocks of a transformer; that of ResNet blocks is the config's
@@ -163,6 +164,7 @@ def layer(
     return transformer(states.part(state, f"attentions.{index}"), images, conditioning, level=level, config=config)
 
 
+@recomputable
 def resnet(state: modules.State, images: jax.Array, conditioning: Conditioning, *, config: UNetConfig) -> jax.Array:
     """As `gaugeblock.reference.torch.unet.resnet`."""
     hidden_BCHW = modules.convolution(state, "conv1", norm_silu(state, "norm1", images, config=config))
@@ -194,6 +196,7 @@ def project(state: modules.State, name: str, tokens: jax.Array) -> jax.Array:
     return layers.linear(tokens, state[f"{name}.weight"].reshape(tokens.shape[-1], tokens.shape[-1]), state[f"{name}.bias"])
 
 
+@recomputable
 def transformer_block(state: modules.State, tokens: jax.Array, conditioning: Conditioning, *, num_heads: int) -> jax.Array:
     """Add to tokens [B, S, C] what they see in each other, then in the text, then what a feed-forward network makes of them."""
     normalized_BSC = modules.layer_norm(state, "norm1", tokens, eps=BLOCK_NORM_EPS)

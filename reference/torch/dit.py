@@ -12,6 +12,7 @@ from gaugeblock.reference import states, validation
 from gaugeblock.reference.configs import DiTConfig
 from gaugeblock.reference.torch import layers, random
 from gaugeblock.reference.torch.precision import at_least_float32
+from gaugeblock.reference.torch.recomputation import recomputable
 
 NORM_EPS = 1e-6  # of a block's first LayerNorm and of the final one; that of the second is the config's
 INITIAL_WEIGHTS = 2**32 - 1  # purpose of the draws (`random`): the last one, since those of trainers count from 0
@@ -103,6 +104,7 @@ def embed_conditions(
     return time_BD + state["y_embedder.embedding_table.weight"][class_labels.long()]
 
 
+@recomputable
 def block(
     state: Mapping[str, torch.Tensor], hidden_states: torch.Tensor, conditioning: torch.Tensor, *, config: DiTConfig
 ) -> torch.Tensor:

@@ -15,6 +15,7 @@ from gaugeblock.reference.torch import dit, dit_moe_layers, layers, modules
 from gaugeblock.reference.torch.attention import attention, join_heads, split_heads
 from gaugeblock.reference.torch.dit import NORM_EPS
 from gaugeblock.reference.torch.precision import at_least_float32
+from gaugeblock.reference.torch.recomputation import recomputable
 
 # what the public code calls the modules of an attention that computes with a flash kernel
 FLASH_ATTENTION = {"attn.Wqkv": "attn.qkv", "attn.out_proj": "attn.proj"}
@@ -73,6 +74,7 @@ def dit_moe(
     return out_BCHW.to(latents.dtype), auxiliary_loss
 
 
+@recomputable
 def block(
     state: Mapping[str, torch.Tensor], hidden_states: torch.Tensor, conditioning: torch.Tensor, *, config: DiTMoEModelConfig
 ) -> tuple[torch.Tensor, torch.Tensor]:

@@ -16,6 +16,7 @@ from gaugeblock.reference.configs import FluxConfig
 from gaugeblock.reference.torch import layers, modules
 from gaugeblock.reference.torch.attention import attention, join_heads, split_heads
 from gaugeblock.reference.torch.precision import at_least_float32
+from gaugeblock.reference.torch.recomputation import recomputable
 from gaugeblock.reference.torch.rotary import qk_norm_rotary, rotary_table
 
 NORM_EPS = 1e-6  # of every LayerNorm, and of the RMSNorms of queries and keys
@@ -111,6 +112,7 @@ def embed_time(state: State, name: str, times: torch.Tensor) -> torch.Tensor:
     return modules.two_linears(state, (f"time_text_embed.{name}.linear_1", f"time_text_embed.{name}.linear_2"), waves_BF)
 
 
+@recomputable
 def block(
     state: State,
     hidden_states: torch.Tensor,
@@ -193,6 +195,7 @@ def end_block(
     return layers.gated_residual(hidden_BSD, modules.linear(state, f"{name}.net.2", inner_BSI), gate_2)
 
 
+@recomputable
 def single_block(
     state: State,
     hidden_states: torch.Tensor,

@@ -12,6 +12,7 @@ from gaugeblock.reference.configs import MMDiTConfig
 from gaugeblock.reference.torch import layers, modules
 from gaugeblock.reference.torch.attention import attention, join_heads, split_heads
 from gaugeblock.reference.torch.precision import at_least_float32
+from gaugeblock.reference.torch.recomputation import recomputable
 
 State = Mapping[str, torch.Tensor]
 
@@ -144,6 +145,7 @@ def embed_conditions(state: State, timesteps: torch.Tensor, pooled_projections: 
     return time_BD + modules.two_linears(state, (f"{text}.linear_1", f"{text}.linear_2"), pooled_projections)
 
 
+@recomputable
 def block(
     state: State,
     hidden_states: torch.Tensor,

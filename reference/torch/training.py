@@ -12,6 +12,7 @@ The state of a run is a flat dict of tensors:
 What a run depends on is in it and in the config: what is random is drawn by (seed, step, example id, purpose).
 """
 
+import math
 from collections.abc import Callable, Container, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from torch.optim.sgd import sgd
 
 from gaugeblock.reference import saved_runs
 from gaugeblock.reference.configs import EMAConfig, TrainingConfig
+from gaugeblock.reference.torch.recomputation import blocks_recomputed
 
 CLIPPING_EPSILON = 1e-6  # added to the norm by torch.nn.utils.clip_grad_norm_ (optax.clip_by_global_norm adds nothing)
 
@@ -77,7 +79,8 @@ def add_up(
     split = ([None] * num_microbatches if each is None else each.tensor_split(num_microbatches) for each in batch)
     for microbatch in zip(*split, strict=True):
         parameters = {name: in_compute_dtype(each, config) for name, each in (model | leaves).items()}
-        some = shares(parameters, *microbatch)
+        with blocks_recomputed(config.activation_checkpointing):
+            some = shares(parameters, *microbatch)
         losses = {name: losses.get(name, 0) + share.detach() for name, share in some.items()}
         scaled = torch.stack([*some.values()]).sum() * config.loss_scale
         found = torch.autograd.grad(scaled, [*leaves.values()], materialize_grads=True)
@@ -148,7 +151,7 @@ def update(
         momentum_buffer = momentum * momentum_buffer + gradients
         model           = model - learning_rate * momentum_buffer
 
-    Then `average` makes the moving average.
+    where learning_rate is that of the step (`learning_rate_of`). Then `average` makes the moving average.
 
     Source: clipping: Pascanu et al. (arXiv:1211.5063), algorithm 1; Loshchilov and Hutter (arXiv:1711.05101), algorithms 1 and 2,
     whose schedule multiplier is learning_rate and whose weight decay is learning_rate * weight_decay, as in torch.optim.
@@ -175,7 +178,7 @@ def optimizer_step(parts: Mapping[str, Tensors], gradients: Tensors, step: int, 
     common: dict[str, Any] = {
         "foreach": False,
         "maximize": False,
-        "lr": config.learning_rate,
+        "lr": learning_rate_of(step, config),
         "weight_decay": config.weight_decay,
     }
     if config.optimizer == "sgd":
@@ -193,6 +196,28 @@ def optimizer_step(parts: Mapping[str, Tensors], gradients: Tensors, step: int, 
         **common,
     )
     return dict(parts)
+
+
+def learning_rate_of(step: int, config: TrainingConfig) -> float:
+    """Return the learning rate of the update that is made after `step` others.
+
+        learning_rate * step / num_warmup_steps                              step < num_warmup_steps
+        learning_rate                                                        constant
+        learning_rate * (1 - done)                                           linear
+        learning_rate * (1 + cos(pi * done)) / 2                             cosine
+
+        done = min((step - num_warmup_steps) / max(1, num_training_steps - num_warmup_steps), 1)
+
+    Source: Loshchilov and Hutter (arXiv:1608.03983), equation 5; diffusers' optimization.py, get_scheduler: "linear", "cosine",
+    which there rises again beyond its end, and "constant_with_warmup".
+    """
+    rate, schedule = config.learning_rate, config.learning_rate_schedule
+    if step < config.num_warmup_steps:
+        return rate * step / config.num_warmup_steps
+    if schedule == "constant" or config.num_training_steps is None:
+        return rate
+    done = min((step - config.num_warmup_steps) / max(1, config.num_training_steps - config.num_warmup_steps), 1.0)
+    return rate * (1 - done) if schedule == "linear" else rate * (1 + math.cos(math.pi * done)) / 2
 
 
 def average(averages: Tensors, parameters: Tensors, step: int, *, config: EMAConfig) -> Tensors:
@@ -223,26 +248,29 @@ def join_state(parts: Mapping[str, Mapping[str, torch.Tensor]], step: torch.Tens
     return {f"{part}.{name}": tensor for part, tensors in parts.items() for name, tensor in tensors.items()} | {"step": step}
 
 
-def save_state(state: Mapping[str, torch.Tensor], path: Path) -> None:
+def save_state(state: Mapping[str, torch.Tensor], path: Path, *, config: TrainingConfig | None = None) -> None:
     """Write a state to a safetensors file, bit for bit; either framework reads it.
 
-    The file appears under its name when it is whole: a run that is killed while it writes leaves the one that was there.
+    The file appears under its name when it is whole: a run that is killed while it writes leaves the one that was there. It says
+    of which config the run is, where one is given.
     """
     from safetensors.torch import save  # what a run needs, and the step does not
 
-    saved_runs.write_atomically(save({name: tensor.contiguous() for name, tensor in state.items()}), path)
+    content = save({name: tensor.contiguous() for name, tensor in state.items()}, saved_runs.metadata_of(config))
+    saved_runs.write_atomically(content, path)
 
 
-def load_state(path: Path) -> Tensors:
+def load_state(path: Path, *, config: TrainingConfig | None = None) -> Tensors:
     """Read a state that `save_state` of either framework wrote; it lies on the CPU.
 
     Raises:
         FileNotFoundError: There is none.
-        ValueError: The file is cut off, or no safetensors file with a step.
+        ValueError: The file is cut off, or no safetensors file with a step; or it is not of the config, where one is given.
     """
     from safetensors.torch import load_file
 
     with saved_runs.reading(path):
         state = load_file(path)
+        saved_runs.require_config_of_file(path, config)
     saved_runs.require_step(state, path)
     return state

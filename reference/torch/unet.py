@@ -16,6 +16,7 @@ from gaugeblock.reference.torch import convolutions, layers, modules
 from gaugeblock.reference.torch.attention import attention, join_heads, split_heads
 from gaugeblock.reference.torch.gated_activations import geglu
 from gaugeblock.reference.torch.precision import at_least_float32
+from gaugeblock.reference.torch.recomputation import recomputable
 from gaugeblock.reference.unet_states import state_shapes
 
 TRANSFORMER_NORM_EPS = 1e-6  # of the GroupNorm before the blocks of a transformer; that of ResNet blocks is the config's
@@ -209,6 +210,7 @@ def layer(
     return transformer(states.part(state, f"attentions.{index}"), images, conditioning, level=level, config=config)
 
 
+@recomputable
 def resnet(state: modules.State, images: torch.Tensor, conditioning: Conditioning, *, config: UNetConfig) -> torch.Tensor:
     """Apply two convolutions with norms, the time added between them, and add the images [B, C', H, W]; [B, C, H, W].
 
@@ -243,6 +245,7 @@ def project(state: modules.State, name: str, tokens: torch.Tensor) -> torch.Tens
     return layers.linear(tokens, state[f"{name}.weight"].flatten(1), state[f"{name}.bias"])
 
 
+@recomputable
 def transformer_block(state: modules.State, tokens: torch.Tensor, conditioning: Conditioning, *, num_heads: int) -> torch.Tensor:
     """Add to tokens [B, S, C] what they see in each other, then in the text, then what a feed-forward network makes of them."""
     normalized_BSC = modules.layer_norm(state, "norm1", tokens, eps=BLOCK_NORM_EPS)

@@ -132,7 +132,7 @@ from gaugeblock.reference.validation.train_stable_diffusion import (
     stable_diffusion_step,
     stable_diffusion_step_on_embeddings,
 )
-from gaugeblock.reference.validation.training import training_state
+from gaugeblock.reference.validation.training import batch_ids, training_state
 from gaugeblock.reference.validation.unet import unet, unet_text_time
 from gaugeblock.reference.validation.unmasking import choose_places, dream_places, quotas, random_remasking, unmasking_step
 from gaugeblock.reference.validation.upcycling import adamw_of_used_experts, upcycle

@@ -4,7 +4,14 @@ from collections.abc import Container, Mapping
 from typing import Any
 
 from gaugeblock.reference.configs import TrainingConfig
-from gaugeblock.reference.validation.arrays import INTEGER, require_dtype, require_entry_names, require_shape, state_entries
+from gaugeblock.reference.validation.arrays import (
+    INTEGER,
+    require_between,
+    require_dtype,
+    require_entry_names,
+    require_shape,
+    state_entries,
+)
 
 
 def training_state(
@@ -30,3 +37,11 @@ def training_state(
     state_entries({name: state[name] for name in parts}, parts, like=like)
     require_dtype("state['step']", state["step"], INTEGER)
     require_shape("state['step']", state["step"])
+
+
+def batch_ids(step: Any, batch_size: Any, num_examples: Any, seed: Any) -> None:
+    """Check the arguments of `data_order.batch_ids`."""
+    require_between("step", step, 0, 2**32 - 1)
+    require_between("batch_size", batch_size, 1, 2**31 - 1)
+    require_between("num_examples", num_examples, 1, 2**32)
+    require_between("seed", seed, 0, 2**64 - 1)

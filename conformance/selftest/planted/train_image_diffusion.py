@@ -4,6 +4,7 @@ import math
 from dataclasses import replace
 
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from gaugeblock.conformance.selftest.fault import fault
 from gaugeblock.conformance.selftest.simulated.train_image_diffusion import Trainer
@@ -226,7 +227,7 @@ class DecayInTheGradient(Trainer):
     def penalize(self, name, gradient, parameter):
         return gradient + self.config.weight_decay * parameter
 
-    def decay(self, name, parameter):
+    def decay(self, name, parameter, step):
         return parameter
 
 
@@ -234,15 +235,15 @@ class DecayInTheGradient(Trainer):
 class BiasesNotDecayed(Trainer):
     """Weight decay spares what has one dimension."""
 
-    def decay(self, name, parameter):
-        return parameter if parameter.ndim == 1 else super().decay(name, parameter)
+    def decay(self, name, parameter, step):
+        return parameter if parameter.ndim == 1 else super().decay(name, parameter, step)
 
 
 @fault(caught_by="parity", kind="structural", source="Loshchilov and Hutter's schedule and torch's, mixed up")
 class DecayNotTimesTheLearningRate(Trainer):
     """A parameter loses weight_decay of itself in each step."""
 
-    def decay(self, name, parameter):
+    def decay(self, name, parameter, step):
         return parameter * (1 - self.config.weight_decay)
 
 
@@ -385,8 +386,8 @@ class DecayBesideEveryGradient(Trainer):
     def penalize(self, name, gradient, parameter):
         return gradient
 
-    def decay(self, name, parameter):
-        return parameter * (1 - self.config.learning_rate * self.config.weight_decay)
+    def decay(self, name, parameter, step):
+        return parameter * (1 - self.rate(step) * self.config.weight_decay)
 
 
 @fault(caught_by="parity", kind="structural", source="dampening of torch.optim.SGD")
@@ -461,3 +462,48 @@ class EarlierAndLaterExchanged(Trainer):
         times = super().times(example_ids, key)
         self.config = config
         return times
+
+
+@fault(caught_by="parity", kind="boundary", source="scheduler.step() before optimizer.step()")
+class RateOfTheNextStep(Trainer):
+    """The learning rate is that of the update to come."""
+
+    def rate(self, step):
+        return super().rate(step + 1)
+
+
+@fault(caught_by="parity", kind="structural", source="get_scheduler without num_warmup_steps * num_processes")
+class NeverWarm(Trainer):
+    """The learning rate is whole from the first update on."""
+
+    def warm(self, updates):
+        return 1.0
+
+
+@fault(caught_by="parity", kind="structural")
+class FallsInALineWhateverIsAsked(Trainer):
+    """The learning rate falls in a line, also where a cosine is asked for."""
+
+    def fall(self, updates):
+        config = self.config
+        if config.learning_rate_schedule == "cosine":
+            self.config = replace(config, learning_rate_schedule="linear")
+        fallen = super().fall(updates)
+        self.config = config
+        return fallen
+
+
+@fault(caught_by="parity", kind="state", source="guided-diffusion#167, OLMo-core#828")
+class RecomputedWithOtherDraws(Trainer):
+    """Where activations are recomputed, labels are dropped anew: those of the backward pass are others."""
+
+    def predict(self, parameters, noised, timesteps, labels):
+        if not self.config.activation_checkpointing:
+            return super().predict(parameters, noised, timesteps, labels)
+        runs = []
+
+        def run(noised):
+            runs.append(labels)
+            return super(RecomputedWithOtherDraws, self).predict(parameters, noised, timesteps, labels.roll(len(runs) - 1))
+
+        return checkpoint(run, noised, use_reentrant=False)

@@ -19,7 +19,7 @@ class OptimizerOfTorch(Trainer):
         config = self.config
         parts = {part: {name: each.clone() for name, each in self.part(state, part).items()} for part in config.parts}
         common: dict[str, Any] = {
-            "lr": config.learning_rate,
+            "lr": self.rate(int(state["step"]) + 1),
             "weight_decay": config.weight_decay,
             **({self.way: True} if self.way else {}),
         }
@@ -92,7 +92,7 @@ class UpdateWrittenOtherwise(Trainer):
         first[name] = config.beta1 * first[name] + (1 - config.beta1) * gradient
         second[name] = second[name].lerp(gradient.square(), 1 - config.beta2)
         update = self.correct(first[name], config.beta1, step) / self.root(self.correct(second[name], config.beta2, step))
-        parameters[name] = parameters[name] - config.learning_rate * (update + config.weight_decay * parameters[name])
+        parameters[name] = parameters[name] - self.rate(step) * (update + config.weight_decay * parameters[name])
 
 
 @right(dtypes=("float32",))

@@ -100,8 +100,12 @@ class Trainer(Run):
         ids, key = self.ids(example_ids), {"seed": self.config.seed, "step": self.step_of_draws(step)}
         noise, times = self.noise(images, ids, key), self.times(ids, key)
         noised = self.interpolate(images, noise, times.view(-1, 1, 1, 1))
-        predicted = dit.dit(parameters, noised, self.timesteps(times), self.drop(labels, ids, key), config=self.model)
+        predicted = self.predict(parameters, noised, self.timesteps(times), self.drop(labels, ids, key))
         return self.weights(times) * (predicted - self.target(images, noise)).square().flatten(1).mean(1)
+
+    def predict(self, parameters: Tensors, noised: torch.Tensor, timesteps: torch.Tensor, labels: Any) -> torch.Tensor:
+        """What the model says."""
+        return dit.dit(parameters, noised, timesteps, labels, config=self.model)
 
     def interpolate(self, images: torch.Tensor, noise: torch.Tensor, times: torch.Tensor) -> torch.Tensor:
         """What the model sees."""

@@ -1,5 +1,6 @@
 """What simulated training steps share: microbatches, clipping, the optimizer, the average, each written out and overridable."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -87,14 +88,32 @@ class Run:
         if config.optimizer == "sgd":
             buffer = parts["momentum_buffer"]
             buffer[name] = self.momentum() * buffer[name] + gradient
-            parameters[name] = parameters[name] - config.learning_rate * buffer[name]
+            parameters[name] = parameters[name] - self.rate(step) * buffer[name]
             return
         first, second = parts["exp_avg"], parts["exp_avg_sq"]
         first[name] = first[name] + (1 - config.beta1) * (gradient - first[name])
         second[name] = config.beta2 * second[name] + (1 - config.beta2) * gradient * gradient
         corrected = self.correct(first[name], config.beta1, step)
         root = self.root(self.correct(second[name], config.beta2, step))
-        parameters[name] = self.decay(name, parameters[name]) - config.learning_rate * corrected / root
+        parameters[name] = self.decay(name, parameters[name], step) - self.rate(step) * corrected / root
+
+    def rate(self, step: int) -> float:
+        """The learning rate of the update of that number, counted from 1."""
+        return self.config.learning_rate * self.warm(step - 1) * self.fall(step - 1)
+
+    def warm(self, updates: int) -> float:
+        """What part of the learning rate there is after so many updates."""
+        return min(1.0, updates / self.config.num_warmup_steps) if self.config.num_warmup_steps else 1.0
+
+    def fall(self, updates: int) -> float:
+        """What part of it is left after so many updates."""
+        config = self.config
+        if config.learning_rate_schedule == "constant":
+            return 1.0
+        assert config.num_training_steps is not None
+        done = (updates - config.num_warmup_steps) / (config.num_training_steps - config.num_warmup_steps)
+        done = min(max(done, 0.0), 1.0)
+        return 1 - done if config.learning_rate_schedule == "linear" else math.cos(math.pi / 2 * done) ** 2
 
     def momentum(self) -> float:
         """Of SGD."""
@@ -126,9 +145,9 @@ class Run:
         """Weight decay in the gradient: none of AdamW's."""
         return gradient if self.config.optimizer == "adamw" else gradient + self.config.weight_decay * parameter
 
-    def decay(self, name: str, parameter: torch.Tensor) -> torch.Tensor:
+    def decay(self, name: str, parameter: torch.Tensor, step: int) -> torch.Tensor:
         """Weight decay beside the gradient: AdamW's alone."""
-        kept = 1 - self.config.learning_rate * self.config.weight_decay
+        kept = 1 - self.rate(step) * self.config.weight_decay
         return parameter * kept if self.config.optimizer == "adamw" else parameter
 
     def correct(self, moment: torch.Tensor, beta: float, step: int) -> torch.Tensor:
