@@ -2,6 +2,7 @@
 
 import argparse
 import datetime
+import multiprocessing
 import os
 import signal
 import tempfile
@@ -10,13 +11,14 @@ import traceback
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
 from rich.console import Console
 
+from gaugeblock.conformance.engine.budget import shared
 from gaugeblock.conformance.engine.devices import cache_compilations, compile_quickly, set_up_process
 from gaugeblock.conformance.engine.exploration import PROFILES, examine, verdict_on
 from gaugeblock.conformance.engine.implementation import Implementation
@@ -149,8 +151,9 @@ def _judged(
     profile = PROFILES[options.profile]
     workers = len(os.sched_getaffinity(0)) if options.workers is None else max(1, options.workers)
     os.environ.setdefault("HYPOTHESIS_STORAGE_DIRECTORY", tempfile.gettempdir())  # nothing is left in the user's folder
-    with terminal.progress(sum(map(len, groups.values())), console) as progress:
-        arguments = (subjects, profile.name, nursery.start())
+    twice = _in_two_groups(groups, subjects)
+    with terminal.progress(sum(map(len, groups.values())), console) as progress, _store(twice) as store:
+        arguments = (subjects, profile.name, nursery.start(), store, twice)
         alone = [name for name in groups if name.startswith(RANKS)]  # one worker leads the ranks, so that they start once
         waiting = dict(sorted(groups.items(), key=lambda group: (group[0] not in alone, _cases(subjects, group[1]))))
         seconds = 2 * profile.verdict_seconds + SLACK_SECONDS
@@ -163,9 +166,35 @@ def _judged(
             yield task, verdict
 
 
-def prepare(subjects: Sequence[tuple[Subject, str | None]], profile: str, candidates_from: str) -> Callable[[Task], Verdict]:
+def _in_two_groups(groups: dict[str, list[Task]], subjects: Sequence[tuple[Subject, str | None]]) -> frozenset[str]:
+    """The contracts that two workers judge, one of them over ranks."""
+    found: dict[bool, set[str]] = {True: set(), False: set()}
+    for number, _ in (task for tasks in groups.values() for task in tasks):
+        subject = subjects[number][0]
+        found[subject.on_ranks].add(subject.implementation.contract)
+    return frozenset(found[True] & found[False])
+
+
+@contextmanager
+def _store(contracts: frozenset[str]) -> Iterator[shared.Store]:
+    """Where workers keep what each of them needs; a process of its own, which a candidate cannot reach."""
+    if not contracts:
+        yield {}
+        return
+    with multiprocessing.get_context("forkserver").Manager() as manager:
+        yield manager.dict()
+
+
+def prepare(
+    subjects: Sequence[tuple[Subject, str | None]],
+    profile: str,
+    candidates_from: str,
+    store: shared.Store,
+    contracts: frozenset[str],
+) -> Callable[[Task], Verdict]:
     """Sets a worker process up; the returned function judges one task."""
     nursery.share(candidates_from)
+    shared.share(store, contracts)
     set_up_process()
     warnings.filterwarnings("ignore", module="triton")  # its interpreter tells of NaN and infinity that cases hold on purpose
     warnings.filterwarnings("ignore", message="invalid value encountered in reduce")  # so does numpy under it

@@ -211,3 +211,19 @@ def test_noise_differs_from_run_to_run() -> None:
         noisy = function()
     assert isinstance(noisy, Runs) and noisy.all_runs.shape == (NOISE_RUNS, 8)
     assert len(torch.unique(noisy.all_runs, dim=0)) == NOISE_RUNS
+
+
+def test_what_all_runs_share_may_be_counted_up():
+    with RoundingNoise("float32", "strict", 0, runs=3):
+        counter = torch.tensor([1.0, 2.5], dtype=torch.float64)
+        assert counter.add_(1) is counter
+        with pytest.raises(RunsDiffer):
+            counter.add_(0.1)
+        with pytest.raises(RunsDiffer):
+            counter.mul_(torch.ones(2, dtype=torch.float64) / 3)
+        with pytest.raises(RunsDiffer):
+            counter.index_add_(0, torch.tensor([0]), torch.ones(1, dtype=torch.float64))
+        with pytest.raises(RunsDiffer):
+            counter.lerp_(torch.ones(2, dtype=torch.float64), 0.5)
+        counter.clamp_(max=3)
+    assert counter.tolist() == [2.0, 3.0]

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from gaugeblock.conformance.engine.budget import shared
 from gaugeblock.conformance.engine.budget.decisions import replay_of
 from gaugeblock.conformance.engine.budget.error_budget import NOISE_RUNS, Budget, spread, widest
 from gaugeblock.conformance.engine.budget.rounding_noise import RoundingNoise, exact_draws
@@ -82,6 +83,19 @@ def budgets(
 
 @lru_cache(CACHED)
 def _budgets(
+    contract: Contract,
+    case: Case,
+    dtype: str,
+    rounding: str,
+    choice: tuple[bytes, str, tuple[int, ...]] | None,
+    *,
+    gradients: bool,
+) -> dict[str, Budget]:
+    compute = partial(_computed, contract, case, dtype, rounding, choice, gradients=gradients)
+    return shared.once(contract.name, (case, dtype, rounding, choice, gradients), compute)
+
+
+def _computed(
     contract: Contract,
     case: Case,
     dtype: str,

@@ -144,6 +144,8 @@ class RoundingNoise(Watching):
         if not func.is_view and name not in MOVES and name not in SUMS:
             args, kwargs = tuple(map(self._constant, args)), {key: self._constant(each) for key, each in kwargs.items()}
         before = of_run(0, args[0]).clone() if adds else None
+        if self._writes_to_all(func, args):
+            return self._written_for_all(func, args, kwargs, is_exact=name in MOVES and not adds, adds=adds)
         result = self._perform(func, args, kwargs)
         if func.is_view or not _is_float64(result):
             return self._with_terms(result, self._terms(args[0])) if func.is_view else result
@@ -170,16 +172,23 @@ class RoundingNoise(Watching):
         """The operation itself, in each run."""
         if self.runs is None:
             return func(*args, **kwargs)
-        self._require_own(func, args)
         return perform(func, args, kwargs, self.runs)
 
-    def _require_own(self, func: Any, args: tuple) -> None:
-        if self.runs is not None and func._schema.is_mutable and not isinstance(args[0], Runs) and _is_float64(args[0]):
-            raise RunsDiffer(f"{func} writes to what all runs share")
+    def _writes_to_all(self, func: Any, args: tuple) -> bool:
+        return self.runs is not None and func._schema.is_mutable and _is_float64(args[0]) and not isinstance(args[0], Runs)
+
+    def _written_for_all(self, func: Any, args: tuple, kwargs: dict, *, is_exact: bool, adds: bool) -> torch.Tensor:
+        """What all runs share, written to; a counter of steps, say. Of a sum it is not known what its parts are rounded to."""
+        if not adds and not any(isinstance(each, Runs | Each) for each in (*args, *kwargs.values())):
+            result = func(args[0].clone(), *args[1:], **kwargs)
+            if is_exact or torch.equal(result.to(torch.float32).to(torch.float64), result):
+                return args[0].copy_(result)
+        raise RunsDiffer(f"{func} writes to what all runs share")
 
     def _composed(self, func: Any, args: tuple, kwargs: dict) -> torch.Tensor:
         """An operation of several steps, disturbed in each."""
-        self._require_own(func, args)
+        if self._writes_to_all(func, args):
+            raise RunsDiffer(f"{func} writes to what all runs share")
         with self:
             result = COMPOSED[func.overloadpacket.__name__.removesuffix("_")](*args, **kwargs)
         if not func._schema.is_mutable:
