@@ -186,7 +186,7 @@ def optimizer_step(parts: Mapping[str, Tensors], gradients: Tensors, step: int, 
         sgd(*lists, momentum=config.momentum, dampening=0.0, nesterov=False, **common)
         return dict(parts)
     run = adamw if config.optimizer == "adamw" else adam
-    steps = [torch.tensor(float(step), dtype=torch.float64, device="cpu") for _ in gradients]
+    steps = [torch.tensor(step, device="cpu") for _ in gradients]
     run(
         *[*lists, [], steps],  # no largest second moments
         amsgrad=False,
