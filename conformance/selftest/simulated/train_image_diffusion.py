@@ -10,8 +10,8 @@ from typing import Any, ClassVar
 import torch
 
 from gaugeblock.reference import purposes, validation
-from gaugeblock.reference.configs import DiTConfig, ImageDiffusionConfig
-from gaugeblock.reference.torch import dit, random, training
+from gaugeblock.reference.configs import ImageDiffusionConfig
+from gaugeblock.reference.torch import dit, image_models, mmdit, random, training
 from gaugeblock.reference.torch.train_image_diffusion import Metrics, Tensors
 
 CLIPPING_EPSILON = 1e-6
@@ -32,9 +32,14 @@ class Trainer:
         *,
         config: ImageDiffusionConfig,
     ) -> tuple[Tensors, Metrics]:
-        assert isinstance(config.model, DiTConfig)
         self.config, self.model = config, config.model
         self.validate(state, images, labels, example_ids)
+        return self.step(state, images, labels, example_ids)
+
+    def step(
+        self, state: Mapping[str, torch.Tensor], images: torch.Tensor, labels: Any, example_ids: torch.Tensor
+    ) -> tuple[Tensors, Metrics]:
+        """Make the update."""
         parameters = training.part_of_state(state, "model")
         loss, gradients = self.gradients(parameters, images, labels, example_ids, int(state["step"]))
         loss, gradients = self.reduce(loss, gradients)
@@ -46,7 +51,7 @@ class Trainer:
         self, state: Mapping[str, torch.Tensor], images: torch.Tensor, labels: torch.Tensor, example_ids: torch.Tensor
     ) -> None:
         """Raises what the contract demands of a call."""
-        validation.image_diffusion_step(state, images, labels, example_ids, self.config, dit.state_shapes(self.model))
+        validation.image_diffusion_step(state, images, labels, example_ids, self.config, image_models.state_shapes(self.model))
 
     # ---------------------------------------------------------------------------------------------------------- draws
 
@@ -92,16 +97,20 @@ class Trainer:
         self, parameters: Tensors, images: torch.Tensor, labels: torch.Tensor, example_ids: torch.Tensor, step: int
     ) -> tuple[torch.Tensor, Tensors]:
         """The loss of a batch and its gradients, of one microbatch after the other."""
-        leaves = {name: each.detach().requires_grad_() for name, each in parameters.items()}
-        loss = torch.zeros(())
-        total = {name: torch.zeros_like(each) for name, each in leaves.items()}
+        trained = {name: each.detach().requires_grad_() for name, each in parameters.items() if name not in self.frozen()}
+        leaves, loss = parameters | trained, torch.zeros(())
+        total = {name: torch.zeros_like(each) for name, each in trained.items()}
         for chosen in self.microbatches(len(images)):
             losses = self.losses(leaves, images[chosen], labels[chosen], example_ids[chosen], step)
             share = self.share(losses, len(images))
-            found = torch.autograd.grad(share, list(leaves.values()))
+            found = torch.autograd.grad(share, list(trained.values()), materialize_grads=True)
             loss = loss + share.detach()
-            total = {name: self.accumulate(total[name], each) for name, each in zip(leaves, found, strict=True)}
+            total = {name: self.accumulate(total[name], each) for name, each in zip(trained, found, strict=True)}
         return loss, total
+
+    def frozen(self) -> tuple[str, ...]:
+        """Names of what is not trained."""
+        return image_models.frozen_names(self.model)
 
     def microbatches(self, batch_size: int) -> list[torch.Tensor]:
         """Which examples each holds."""
@@ -272,3 +281,42 @@ class Trainer:
     def root(self, second: torch.Tensor) -> torch.Tensor:
         """What the first moment is divided by."""
         return second.sqrt() + self.config.adam_epsilon
+
+
+class TrainerOnTexts(Trainer):
+    """`train_image_diffusion.train_step_on_texts` of an MMDiT; a label is its example's place in the batch."""
+
+    contract = "train_image_diffusion.train_step_on_texts"
+
+    def __call__(  # type: ignore[override]
+        self,
+        state: Mapping[str, torch.Tensor],
+        images: torch.Tensor,
+        encoder_hidden_states: torch.Tensor,
+        pooled_projections: torch.Tensor,
+        example_ids: torch.Tensor,
+        *,
+        config: ImageDiffusionConfig,
+    ) -> tuple[Tensors, Metrics]:
+        self.config, self.model, self.texts = config, config.model, (encoder_hidden_states, pooled_projections)
+        shapes = image_models.state_shapes(self.model)
+        validation.image_diffusion_step_on_texts(state, images, *self.texts, example_ids, config, shapes, self.frozen())
+        return self.step(state, images, torch.arange(len(images)), example_ids)
+
+    def drop(self, labels: torch.Tensor, example_ids: torch.Tensor, key: dict[str, int]) -> Any:
+        """The texts, of which some are dropped."""
+        drawn = random.uniform((), **key, example=example_ids, purpose=purposes.LABEL_DROPOUT)
+        kept = (drawn >= self.config.label_dropout).float()
+        texts, pooled = (each[labels] for each in self.texts)
+        return self.dropped(texts, kept[:, None, None]), self.dropped_pooled(pooled, kept[:, None])
+
+    def dropped(self, texts: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
+        """Texts, of which those that are not kept are dropped."""
+        return texts * kept
+
+    def dropped_pooled(self, pooled: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
+        """Pooled texts, likewise."""
+        return self.dropped(pooled, kept)
+
+    def predict(self, parameters: Tensors, noised: torch.Tensor, timesteps: torch.Tensor, labels: Any) -> torch.Tensor:
+        return mmdit.mmdit(parameters, noised, *labels, timesteps, config=self.model)
