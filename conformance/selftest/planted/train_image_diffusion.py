@@ -9,7 +9,7 @@ from torch.utils.checkpoint import checkpoint
 from gaugeblock.conformance.selftest.fault import fault
 from gaugeblock.conformance.selftest.simulated.train_image_diffusion import Trainer, TrainerOnTexts
 from gaugeblock.reference import purposes
-from gaugeblock.reference.torch import dit, random
+from gaugeblock.reference.torch import image_models, random
 
 
 @fault(caught_by="parity", kind="structural", source="EasyDeL review", smallest=2)
@@ -346,7 +346,7 @@ class MomentsByPlace(Trainer):
 
     def part(self, state, part):
         values = super().part(state, part)
-        return values if part == "model" else dict(zip(dit.state_shapes(self.model), values.values(), strict=True))
+        return values if part == "model" else dict(zip(image_models.state_shapes(self.model), values.values(), strict=True))
 
 
 @fault(caught_by="rejections", kind="error-contract", source="LGDLM review")
@@ -525,7 +525,7 @@ class KeptTextsScaledUp(TrainerOnTexts):
         return texts * kept / max(1 - self.config.label_dropout, 0.1)
 
 
-@fault(caught_by="accumulation", kind="structural", source="text embeddings not sliced with the microbatch")
+@fault(caught_by="parity", kind="structural", source="text embeddings not sliced with the microbatch")
 class TextsOfTheFirstMicrobatch(TrainerOnTexts):
     """Every microbatch is told the texts of the first one."""
 

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 
 from gaugeblock.reference import purposes, validation
-from gaugeblock.reference.configs import ImageDiffusionConfig
+from gaugeblock.reference.configs import DiTConfig, ImageDiffusionConfig, MMDiTConfig
 from gaugeblock.reference.torch import dit, image_models, mmdit, random, training
 from gaugeblock.reference.torch.train_image_diffusion import Metrics, Tensors
 
@@ -89,6 +89,7 @@ class Trainer:
 
     def null_label(self) -> int:
         """What stands for a dropped label."""
+        assert isinstance(self.model, DiTConfig)
         return self.model.num_classes
 
     # ------------------------------------------------------------------------------------------------------ gradients
@@ -128,6 +129,7 @@ class Trainer:
 
     def predict(self, parameters: Tensors, noised: torch.Tensor, timesteps: torch.Tensor, labels: Any) -> torch.Tensor:
         """What the model says."""
+        assert isinstance(self.model, DiTConfig)
         return dit.dit(parameters, noised, timesteps, labels, config=self.model)
 
     def interpolate(self, images: torch.Tensor, noise: torch.Tensor, times: torch.Tensor) -> torch.Tensor:
@@ -288,7 +290,7 @@ class TrainerOnTexts(Trainer):
 
     contract = "train_image_diffusion.train_step_on_texts"
 
-    def __call__(  # type: ignore[override]
+    def __call__(
         self,
         state: Mapping[str, torch.Tensor],
         images: torch.Tensor,
@@ -319,4 +321,6 @@ class TrainerOnTexts(Trainer):
         return self.dropped(pooled, kept)
 
     def predict(self, parameters: Tensors, noised: torch.Tensor, timesteps: torch.Tensor, labels: Any) -> torch.Tensor:
-        return mmdit.mmdit(parameters, noised, *labels, timesteps, config=self.model)
+        assert isinstance(self.model, MMDiTConfig)
+        texts, pooled = labels
+        return mmdit.mmdit(parameters, noised, texts, pooled, timesteps, config=self.model)
