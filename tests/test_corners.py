@@ -16,8 +16,10 @@ from gaugeblock.conformance.selftest.rates import RIGHT
 
 EXPERTS = "experts.fused_swiglu"
 # a call is one step; the seed has another name, averages and learning rates have none
+OF_RUNS = {"num_steps", "run_seed", "ema", "rates"}
 UNSEEN = {
-    "train_image_diffusion.train_step": {"num_steps", "run_seed", "ema", "rates"},
+    "train_image_diffusion.train_step": OF_RUNS,
+    "train_image_diffusion.train_step_on_texts": OF_RUNS,
     "train_stable_diffusion.train_step": {"model", "schedule"},  # configs within the config
 }
 

@@ -159,3 +159,95 @@ def test_a_model_that_is_told_texts_takes_no_classes():
     _, batch = batch_of("dit")
     with pytest.raises(ValueError, match=r"config\.model must be told classes, got UNetConfig"):
         trainer.train_step(trainer.initial_state(config_of("unet")), *batch, config=config_of("unet"))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_order_of_a_batch_does_not_matter(name):
+    config, (step, batch) = config_of(name, accumulation_steps=1), batch_of(name)
+    order, state = torch.tensor([3, 0, 4, 1, 2]), state_of(config_of(name))
+    expected, metrics = getattr(trainer, step)(state, *batch, config=config)
+    shuffled = [None if each is None else each[order] for each in batch]
+    actual, other_metrics = getattr(trainer, step)(state, *shuffled, config=config)
+    torch.testing.assert_close(other_metrics.gradient_norm, metrics.gradient_norm, rtol=256 * EPS, atol=0)
+    for key, each in training.part_of_state(expected, "exp_avg").items():  # a tenth of the gradients
+        atol = 1024 * EPS * float(metrics.gradient_norm)
+        torch.testing.assert_close(actual[f"exp_avg.{key}"], each, rtol=0, atol=atol, msg=lambda told, key=key: f"{key}: {told}")
+
+
+@pytest.mark.parametrize("compute_dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("name", MODELS)
+def test_masters_stay_wide_and_the_scale_of_the_loss_changes_no_more_than_roundings(name, compute_dtype):
+    step, batch = batch_of(name)
+    batch = [each.float() if each is not None and each.is_floating_point() else each for each in batch]
+    results = []
+    for changes in ({}, {"loss_scale": 2.0**4}, {"compute_dtype": None}):
+        config = config_of(name, **{"compute_dtype": compute_dtype, "accumulation_steps": 2, **changes})
+        state = {key: each if key == "step" else each.float() for key, each in state_of(config).items()}
+        new_state, metrics = getattr(trainer, step)(state, *batch, config=config)
+        assert all(each.dtype == torch.float32 for key, each in new_state.items() if key != "step")
+        results.append(new_state | vars(metrics))
+    narrow, scaled, wide = results
+    if compute_dtype == "bfloat16":
+        assert all(torch.equal(scaled[key], each) for key, each in narrow.items())
+    else:  # small gradients keep the bits that float16 takes from what is below 2**-14
+        torch.testing.assert_close(scaled["gradient_norm"], narrow["gradient_norm"], rtol=2.0**-11, atol=0)
+        assert torch.equal(scaled["loss"], narrow["loss"])
+    far = abs(float(narrow["gradient_norm"] / wide["gradient_norm"]) - 1)
+    assert 0 < far < 0.1  # rounding of the narrow dtype, and not more
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_what_a_step_reports_and_returns_is_its_own(name):
+    config, (step, batch) = config_of(name, ema=EMAConfig()), batch_of(name)
+    state = state_of(config)
+    before = {key: each.clone() for key, each in state.items()}
+    first, metrics = getattr(trainer, step)(state, *batch, config=config)
+    told, kept = {key: each.clone() for key, each in vars(metrics).items()}, {key: each.clone() for key, each in first.items()}
+    places = [each.untyped_storage().data_ptr() for each in (*state.values(), *first.values(), *vars(metrics).values())]
+    assert len(set(places)) == len(places)
+    for each in vars(metrics).values():
+        assert not each.requires_grad
+        each.mul_(1024)  # as one who scales what is reported
+    again, more = getattr(trainer, step)(state, *batch, config=config)
+    getattr(trainer, step)(first, *batch, config=config)
+    assert all(torch.equal(state[key], each) for key, each in before.items())
+    assert all(torch.equal(first[key], each) and torch.equal(again[key], each) for key, each in kept.items())
+    assert all(torch.equal(vars(more)[key], each) for key, each in told.items())
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_run_that_is_saved_goes_on_bit_for_bit(name, tmp_path):
+    config, (step, batch) = config_of(name, ema=EMAConfig(), num_warmup_steps=3, accumulation_steps=2), batch_of(name)
+    through, _ = getattr(trainer, step)(state_of(config), *batch, config=config)
+    training.save_state(through, tmp_path / "run.safetensors", config=config)
+    loaded = training.load_state(tmp_path / "run.safetensors", config=config)
+    for _ in range(2):
+        through, _ = getattr(trainer, step)(through, *batch, config=config)
+        loaded, _ = getattr(trainer, step)(loaded, *batch, config=config)
+    assert set(loaded) == set(through)
+    assert all(torch.equal(loaded[key], each) for key, each in through.items())
+
+
+@pytest.mark.parametrize("max_gradient_norm", [1e-6, 0.5, 1e6])
+@pytest.mark.parametrize("optimizer", ["adamw", "adam", "sgd"])
+def test_a_first_update_is_what_its_formula_says_at_any_norm(optimizer, max_gradient_norm):
+    """From moments of 0: momentum_buffer = g; exp_avg / (1 - beta1) = g and exp_avg_sq / (1 - beta2) = g**2."""
+    config = replace(config_of("dit", optimizer=optimizer), max_gradient_norm=max_gradient_norm, adam_epsilon=1e-3)
+    step, (images, labels, ids) = batch_of("dit")
+    state = {key: torch.zeros_like(each) if key.startswith(config.moments) else each for key, each in state_of(config).items()}
+    new_state, metrics = getattr(trainer, step)(state, images, labels, ids, config=config)
+    _, gradients = trainer.losses_and_gradients(state, (images, labels, None, None, ids), config=config)
+    factor = min(1.0, max_gradient_norm / (float(metrics.gradient_norm) + 1e-6))
+    for name, gradient in gradients.items():
+        weight, clipped = state[f"model.{name}"], gradient * factor
+        penalized = clipped if optimizer == "adamw" else clipped + config.weight_decay * weight
+        if optimizer == "sgd":
+            update, moments = penalized, {"momentum_buffer": penalized}
+        else:
+            update = penalized / (penalized.abs() + config.adam_epsilon)
+            moments = {"exp_avg": (1 - config.beta1) * penalized, "exp_avg_sq": (1 - config.beta2) * penalized.square()}
+        beside = config.weight_decay * weight if optimizer == "adamw" else 0
+        moments["model"] = weight - config.learning_rate * (update + beside)
+        for part, expected in moments.items():
+            atol = 1e-13 * max(float(expected.abs().max()), 1e-300)
+            torch.testing.assert_close(new_state[f"{part}.{name}"], expected, rtol=0, atol=atol)

@@ -141,13 +141,13 @@ def sizes(batch_size: int, num_text_tokens: int, patches: tuple[int, int], confi
 def tiny_model(attention_head_dim: int, num_attention_heads: int, num_layers: int, **others: Any) -> MMDiTConfig:
     """A model small enough for an interpreter."""
     small = {"patch_size": 2, "in_channels": 3, "out_channels": 3, "joint_attention_dim": 7, "pooled_projection_dim": 5}
+    small["pos_embed_max_size"] = 5
     return MMDiTConfig(
         sample_size=8,
         num_layers=num_layers,
         attention_head_dim=attention_head_dim,
         num_attention_heads=num_attention_heads,
         caption_projection_dim=attention_head_dim * num_attention_heads,
-        pos_embed_max_size=5,
         **small | others,
     )
 
@@ -159,10 +159,14 @@ def published(name: str, rows: int) -> dict[str, Any]:
 
 def two_blocks() -> dict[str, Any]:
     """An image of few tokens, a text of CLIP's length, two blocks with half of the published heads."""
-    config = replace(
+    return sizes(1, 77, (8, 8), two_blocks_config())
+
+
+def two_blocks_config() -> MMDiTConfig:
+    """Two blocks with half of the published heads."""
+    return replace(
         MMDIT_PRESETS["sd3-medium"], num_layers=2, pos_embed_max_size=8, num_attention_heads=12, caption_projection_dim=768
     )
-    return sizes(1, 77, (8, 8), config)
 
 
 FACTORS = (

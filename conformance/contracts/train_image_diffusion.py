@@ -1,23 +1,22 @@
 """Contract of the image-diffusion training step: state and batch in, state and metrics out."""
 
 import math
-from collections.abc import Callable, Mapping
-from typing import Any, get_args
-from unittest import mock
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from hypothesis import strategies as st
 
-from gaugeblock.conformance.contracts import own_updates
-from gaugeblock.conformance.engine.contract import Contract, Input, Output, Recurrence, Regime, Rejection, Workload, row
-from gaugeblock.conformance.engine.factors import Trait, edges, either
+from gaugeblock.conformance.contracts import training_runs
+from gaugeblock.conformance.contracts.training_runs import USUAL, one_element
+from gaugeblock.conformance.engine.contract import Contract, Input, Output, Recurrence, Rejection, Workload, row
+from gaugeblock.conformance.engine.factors import Trait, edges
 from gaugeblock.conformance.engine.implementation import distributed
 from gaugeblock.conformance.engine.inputs.bad_calls import changed
 from gaugeblock.conformance.engine.inputs.draw import Draw
 from gaugeblock.conformance.engine.vocabulary import DEVICES, Parameters, Tensors
-from gaugeblock.reference.configs import DiTConfig, EMAConfig, ImageDiffusionConfig, Optimizer, TimestepSampling
-from gaugeblock.reference.configs.image_diffusion import PREDICTION_TYPES
-from gaugeblock.reference.torch import dit, train_image_diffusion, training
+from gaugeblock.reference.configs import DiTConfig
+from gaugeblock.reference.torch import dit, train_image_diffusion
 
 
 @row
@@ -36,14 +35,14 @@ def train_step() -> Contract:
             "Hutter 2017 (arXiv:1711.05101) algorithm 2, as in torch.optim.AdamW"
         ),
         reference=train_image_diffusion.train_step,
-        rounded_as=with_weighted_averages(train_image_diffusion.train_step),
+        rounded_as=training_runs.with_weighted_averages(train_image_diffusion.train_step),
         inputs=(
-            Input("state", leaves=state_leaves),
+            Input("state", leaves=RUNS.state_leaves),
             Input("images", ("num_steps", "batch_size", "in_channels", "input_size", "input_size")),
             Input("labels", ("num_steps", "batch_size"), dtype="int64"),
             Input("example_ids", ("num_steps", "batch_size"), dtype="int64"),
         ),
-        outputs=(Output("new_state", leaves=state_leaves), Output("metrics", leaves=metrics_leaves)),
+        outputs=(Output("new_state", leaves=RUNS.state_leaves), Output("metrics", leaves=training_runs.metrics_leaves)),
         options=("config",),
         batch="batch_size",
         parameters=parameters,
@@ -61,11 +60,7 @@ def train_step() -> Contract:
         factors=FACTORS,
         build=sizes,
         traits=TRAITS,
-        regimes=(
-            Regime("under way", under_way, differentiable=False),
-            Regime("fresh", fresh, differentiable=False),
-            Regime("constant-probing", converged, differentiable=False),
-        ),
+        regimes=RUNS.regimes(),
         flops=flops,
         moved=moved,
         rigid=True,
@@ -89,10 +84,9 @@ def train_step() -> Contract:
                 "scikit-learn's digits, a size for a CPU",
             ),
         ),
-        configure=lambda parameters: {"config": config(parameters)},
+        configure=lambda parameters: {"config": RUNS.config(parameters)},
         dtypes=("float32",),
         cases=0.25,
-        rounded_as=own_updates.of(train_image_diffusion.train_step),
         recurrence=Recurrence(steps="num_steps", carried={"state": "new_state"}),
         microbatches="accumulation_steps",
         shardings={"data_parallel": {"batch_size": "uneven"}},
@@ -102,40 +96,16 @@ def train_step() -> Contract:
             # each number of devices takes a compilation: tests/test_jax_sharding.py has 1 and 2
             distributed("jax-sharded", framework="jax", world_sizes=(4,)),
         ),
-        without={
-            "batch_invariance": "the loss is that of a whole batch",
-            "nan_containment": "a batch with a NaN is rejected as a whole",
-            "empty_and_one": "a batch without examples is rejected",
-            "grad_modes": "a training step takes gradients, which inference_mode rules out",
-        },
+        without=training_runs.WITHOUT,
     )  # fmt: skip
 
 
 OF_MODEL = "input_size patch_size in_channels hidden_size depth num_heads num_classes frequency_embedding_size".split()
-OF_RUN = """optimizer learning_rate beta1 beta2 adam_epsilon momentum weight_decay max_gradient_norm label_dropout prediction_type
-    velocity timestep_sampling bias_multiplier min_snr_gamma snr accumulation_steps activation_checkpointing""".split()
-# what an average keeps of itself: as much as the updates made so far say, and as much as it ever does
-EMAS = {"none": None, "growing": EMAConfig(warmup=True, update_after_step=1), "capped": EMAConfig(decay=0.75)}
-# learning rates that rise, stay and fall where the regimes below stand: at the beginning, and in the first thousand steps
-RATES: dict[str, dict[str, Any]] = {
-    "constant": {},
-    "warming": {"num_warmup_steps": 1000},
-    "linear": {"learning_rate_schedule": "linear", "num_training_steps": 1500},
-    "cosine": {"learning_rate_schedule": "cosine", "num_warmup_steps": 2, "num_training_steps": 1200},
-}
-GRADIENT_SIZE = 0.03  # of one element, in the regimes below: moments have it, and adam_epsilon is not far from it
 
 
 def sizes(num_steps: int, batch_size: int, **others: Any) -> dict[str, Any]:
-    """One point of the input space; all that is not given has an ordinary value.
-
-    `adam_epsilon` is of the gradients' size: with the usual 1e-8, Adam's first update is the gradient's sign, which says
-    nothing of its magnitude.
-    """
-    ordinary = {
-        "num_steps": num_steps,
-        "batch_size": batch_size,
-        "accumulation_steps": 1,
+    """One point of the input space; all that is not given has an ordinary value."""
+    model = {
         "input_size": 4,
         "patch_size": 2,
         "in_channels": 2,
@@ -144,108 +114,28 @@ def sizes(num_steps: int, batch_size: int, **others: Any) -> dict[str, Any]:
         "num_heads": 2,
         "num_classes": 3,
         "frequency_embedding_size": 8,
-        "run_seed": 0,
-        "learning_rate": 2**-5,
-        "beta1": 1 - 2**-3,
-        "beta2": 1 - 2**-10,
-        "adam_epsilon": 2**-8,
-        "weight_decay": 2**-3,
-        "max_gradient_norm": 0.25,
-        "label_dropout": 0.3,
-        "optimizer": "adamw",
-        "momentum": 0.75,
-        "ema": "none",
-        "rates": "constant",
-        "activation_checkpointing": False,
-        "prediction_type": "flow_prediction",
-        "velocity": "noise - data",
-        "timestep_sampling": "uniform",
-        "bias_multiplier": 4.0,
-        "min_snr_gamma": None,
-        "snr": "data over noise",
     }
-    return ordinary | others
-
-
-SAMPLINGS, OPTIMIZERS = get_args(TimestepSampling), get_args(Optimizer)
-USUAL = {"learning_rate": 1e-4, "beta1": 0.9, "beta2": 0.999, "adam_epsilon": 1e-8, "weight_decay": 0.01}
+    return {"num_steps": num_steps, "batch_size": batch_size} | model | training_runs.ORDINARY | others
 
 
 @st.composite
 def parameters(draw: st.DrawFn) -> dict[str, Any]:
-    """Small models, few steps, batches that microbatches divide unevenly; every option at its ends and between."""
-    drawn = sizes(
-        num_steps=draw(st.integers(1, 3)),
-        batch_size=draw(st.integers(1, 6)),
-        accumulation_steps=draw(st.integers(1, 3)),
+    """Small models, with and without what a batch may do to them."""
+    return sizes(
+        **draw(training_runs.runs()),
         depth=draw(st.sampled_from([1, 1, 2])),
         in_channels=draw(st.sampled_from([1, 2])),
         num_classes=draw(st.sampled_from([1, 3])),
-        run_seed=draw(st.sampled_from([0, 2**40 + 5])),
-        adam_epsilon=draw(st.sampled_from([2**-8, 2**-5])),
-        weight_decay=draw(st.sampled_from([0.0, 2**-3])),
-        max_gradient_norm=draw(st.sampled_from([2**-10, 0.25, 100.0])),
-        label_dropout=draw(st.sampled_from([0.0, 0.3, 1.0])),
-        velocity=draw(st.sampled_from(["noise - data", "data - noise"])),
-        timestep_sampling=draw(st.sampled_from(SAMPLINGS)),
-        optimizer=draw(st.sampled_from(OPTIMIZERS)),
-        ema=draw(st.sampled_from(list(EMAS))),
-        rates=draw(st.sampled_from(list(RATES))),
-        activation_checkpointing=draw(st.booleans()),
-        prediction_type=draw(st.sampled_from(PREDICTION_TYPES)),
-        min_snr_gamma=draw(st.sampled_from([None, 0.5, 5.0])),
-        snr=draw(st.sampled_from(["data over noise", "noise over data"])),
     )
-    return drawn | draw(st.sampled_from([{}, {}, {}, USUAL]))
 
 
-FACTORS = (
-    edges("num_steps", 1, 2),
-    edges("batch_size", 1, 2, 3, 5),
-    edges("accumulation_steps", 1, 2, 3, option=True),
-    edges("depth", 1, 2),
-    edges("in_channels", 1, 2),
-    edges("num_classes", 1, 2),
-    either("run_seed", 0, 2**40 + 5),
-    either("adam_epsilon", 2**-8, 2**-5),
-    either("weight_decay", 0.0, 2**-3),
-    either("max_gradient_norm", 2**-10, 0.25, 100.0),
-    either("label_dropout", 0.0, 0.5, 1.0),
-    either("velocity", "noise - data", "data - noise"),
-    either("timestep_sampling", *SAMPLINGS),
-    either("optimizer", *OPTIMIZERS),
-    either("ema", *EMAS),
-    either("rates", *RATES),
-    either("activation_checkpointing", False, True),
-    either("prediction_type", *PREDICTION_TYPES),
-    either("min_snr_gamma", None, 0.5, 5.0),
-    either("snr", "data over noise", "noise over data"),
-)
+FACTORS = (*training_runs.FACTORS, edges("depth", 1, 2), edges("in_channels", 1, 2), edges("num_classes", 1, 2))
 TRAITS = (Trait("int32", "dtype of labels", dtypes={"labels": "int32"}),)
 
 
 def model_config(parameters: Parameters) -> DiTConfig:
     """The model that the parameters describe."""
     return DiTConfig(learn_sigma=False, **{name: parameters[name] for name in OF_MODEL})
-
-
-def config(parameters: Parameters) -> ImageDiffusionConfig:
-    """The run that the parameters describe."""
-    ema = EMAS[parameters["ema"]]
-    of_run = {name: parameters[name] for name in OF_RUN} | RATES[parameters["rates"]]
-    return ImageDiffusionConfig(model_config(parameters), seed=parameters["run_seed"], ema=ema, **of_run)
-
-
-def state_leaves(parameters: Parameters) -> Mapping[str, Input]:
-    """The tensors of a run's state."""
-    shapes = dit.state_shapes(model_config(parameters))
-    names = {f"{part}.{name}": shape for part in config(parameters).parts for name, shape in shapes.items()}
-    return {name: Input(name, shape) for name, shape in names.items()} | {"step": Input("step", dtype="int64")}
-
-
-def metrics_leaves(parameters: Parameters) -> Mapping[str, Input]:
-    """What each step reports."""
-    return {name: Input(name, ("num_steps",)) for name in ("loss", "auxiliary_loss", "gradient_norm")}
 
 
 def flops(parameters: Parameters) -> float:
@@ -264,28 +154,6 @@ def moved(parameters: Parameters, itemsize: int) -> float:
     return float(itemsize * steps * (6 * elements + pixels))
 
 
-def with_weighted_averages(step: Callable[..., Any]) -> Callable[..., Any]:
-    """A step whose averages are made as many trainers make them: by two numbers of float32, which scale all elements.
-
-    What such a number is off by, the errors of all elements share. The reference keeps it in Python, and scales a difference.
-    """
-
-    def formula(*arguments: Any, **options: Any) -> Any:
-        with mock.patch.object(training, "average", _weighted):
-            return step(*arguments, **options)
-
-    return formula
-
-
-def _weighted(averages: Tensors, parameters: Tensors, step: int, *, config: EMAConfig) -> Tensors:
-    decay = training.decay_of(step, config)
-    if decay == 0:  # the one case where a difference is rounded, and this sum is not
-        return {name: each - (each - parameters[name]) for name, each in averages.items()}
-    lost = 1 - torch.tensor(decay, dtype=torch.float64)
-    kept = 1 - lost
-    return {name: kept * each + lost * parameters[name] for name, each in averages.items()}
-
-
 def _model(draw: Draw, parameters: Parameters) -> Tensors:
     """Parameters of a model that has been trained: modulations and last layer are not 0 any more."""
     shapes = dit.state_shapes(model_config(parameters))
@@ -296,70 +164,21 @@ def _model(draw: Draw, parameters: Parameters) -> Tensors:
 
 
 def _batches(draw: Draw, parameters: Parameters) -> Tensors:
-    """Random images; the last example of a batch has the id of the first, as when data are repeated, and so its draws."""
+    """Random images and classes."""
     steps, batch, size = (parameters[name] for name in ("num_steps", "batch_size", "input_size"))
-    example_ids = draw.integers(0, 2**32, steps, batch)
-    example_ids[:, -1] = example_ids[:, 0]
     return {
+        "example_ids": training_runs.example_ids(draw, parameters),
         "images": draw.normal(steps, batch, parameters["in_channels"], size, size),
         "labels": draw.integers(0, parameters["num_classes"], steps, batch),
-        "example_ids": example_ids,
     }
 
 
-def _state(parts: Mapping[str, Tensors], step: int, parameters: Parameters) -> Tensors:
-    needed = {part: parts[part] for part in config(parameters).parts}
-    return {f"state/{name}": tensor for name, tensor in training.join_state(needed, torch.tensor(step)).items()}
-
-
-def under_way(draw: Draw, parameters: Parameters) -> Tensors:
-    """The middle of a run: moments as large as gradients, all second ones positive; the average is of other parameters."""
-    model = _model(draw, parameters)
-    exp_avg = {name: GRADIENT_SIZE * draw.normal(*tensor.shape) for name, tensor in model.items()}
-    exp_avg_sq = {name: GRADIENT_SIZE**2 * (0.5 + draw.uniform(*tensor.shape)) for name, tensor in model.items()}
-    parts = {"model": model, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq, "momentum_buffer": exp_avg}
-    step = int(draw.integers(2, 1000, 1))
-    ema = {"ema": _model(draw, parameters)} if parameters["ema"] != "none" else {}
-    return _state(parts | ema, step, parameters) | _batches(draw, parameters)
-
-
-def fresh(draw: Draw, parameters: Parameters) -> Tensors:
-    """The first steps of a run, where the corrections of Adam's moments are largest.
-
-    They are the first in which a parameter moves and the average is no copy, which is exact or not by how it is written.
-    """
-    model = _model(draw, parameters)
-    zeros = {name: torch.zeros_like(tensor) for name, tensor in model.items()}
-    parts = dict.fromkeys(("exp_avg", "exp_avg_sq", "momentum_buffer"), zeros) | {"model": model}
-    if parameters["ema"] != "none":
-        return _state(parts | {"ema": _model(draw, parameters)}, 2, parameters) | _batches(draw, parameters)
-    step = min(1, RATES[parameters["rates"]].get("num_warmup_steps", 0))
-    return _state(parts, step, parameters) | _batches(draw, parameters)
-
-
-def converged(draw: Draw, parameters: Parameters) -> Tensors:
-    """Images that are nearly the noise drawn for them, and a model that says so: gradients are small, perhaps too small to be
-    clipped; moments are 0, so that they show what the clipping adds to the norm.
-    """
-    tensors = fresh(draw, parameters)
-    for name in ("state/model.final_layer.linear.weight", "state/model.final_layer.linear.bias"):
-        tensors[name] = tensors[name] * 2**-6
-    for index, (images, example_ids) in enumerate(zip(tensors["images"], tensors["example_ids"], strict=True)):
-        step = int(tensors["state/step"]) + index
-        noise, _, _ = train_image_diffusion.draws(images, example_ids, step, config=config(parameters))
-        tensors["images"][index] = noise + 2**-6 * images
-    return tensors
-
-
-def one_element(value: float) -> Callable[[torch.Tensor], torch.Tensor]:
-    """With one element, the last, of that value."""
-
-    def change(tensor: torch.Tensor) -> torch.Tensor:
-        changed = tensor.clone()
-        changed.view(-1)[-1] = value
-        return changed
-
-    return change
+RUNS = training_runs.Runs(
+    model_config=model_config,
+    draw_model=_model,
+    draw_batches=_batches,
+    ends=("final_layer.linear.weight", "final_layer.linear.bias"),
+)
 
 
 def _steep(call: Mapping[str, Any]) -> Tensors:

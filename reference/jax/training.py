@@ -150,7 +150,11 @@ def learning_rate_of(step: jax.Array, config: TrainingConfig) -> jax.Array | flo
     with jax.enable_x64(True):
         steps = jnp.asarray(step).astype(jnp.float64)
         done = jnp.clip((steps - warmup) / max(1, (end or 0) - warmup), 0, 1)
-        fallen = {"constant": rate, "linear": rate * (1 - done), "cosine": rate * (1 + jnp.cos(jnp.pi * done)) / 2}
+        fallen = {
+            "constant": jnp.full_like(done, rate),
+            "linear": rate * (1 - done),
+            "cosine": rate * (1 + jnp.cos(jnp.pi * done)) / 2,
+        }
         return jnp.where(steps < warmup, rate * steps / max(1, warmup), fallen[config.learning_rate_schedule])
 
 

@@ -10,7 +10,7 @@ Source: Chen et al. (arXiv:1604.06174), section 4.1.
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from functools import wraps
+from functools import partial, wraps
 from typing import ParamSpec, TypeVar
 
 import torch
@@ -48,4 +48,4 @@ def recomputable(block: Callable[Arguments, Result]) -> Callable[Arguments, Resu
 def recomputed(block: Callable[Arguments, Result], *arguments: Arguments.args, **options: Arguments.kwargs) -> Result:
     """Return what a block does, and have it computed again in the backward pass."""
     # no reference draws from a generator, whose state would have to be kept
-    return checkpoint(block, *arguments, use_reentrant=False, preserve_rng_state=False, **options)
+    return checkpoint(partial(block, *arguments, **options), use_reentrant=False, preserve_rng_state=False)

@@ -7,9 +7,9 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from gaugeblock.conformance.selftest.fault import fault
-from gaugeblock.conformance.selftest.simulated.train_image_diffusion import Trainer
+from gaugeblock.conformance.selftest.simulated.train_image_diffusion import Trainer, TrainerOnTexts
 from gaugeblock.reference import purposes
-from gaugeblock.reference.torch import dit, random
+from gaugeblock.reference.torch import image_models, random
 
 
 @fault(caught_by="parity", kind="structural", source="EasyDeL review", smallest=2)
@@ -346,7 +346,7 @@ class MomentsByPlace(Trainer):
 
     def part(self, state, part):
         values = super().part(state, part)
-        return values if part == "model" else dict(zip(dit.state_shapes(self.model), values.values(), strict=True))
+        return values if part == "model" else dict(zip(image_models.state_shapes(self.model), values.values(), strict=True))
 
 
 @fault(caught_by="rejections", kind="error-contract", source="LGDLM review")
@@ -507,3 +507,39 @@ class RecomputedWithOtherDraws(Trainer):
             return super(RecomputedWithOtherDraws, self).predict(parameters, noised, timesteps, labels.roll(len(runs) - 1))
 
         return checkpoint(run, noised, use_reentrant=False)
+
+
+@fault(caught_by="parity", kind="structural", source="pooled projections of the unconditional prompt forgotten")
+class PooledTextNotDropped(TrainerOnTexts):
+    """Where the text is dropped, the pooled one is told nevertheless."""
+
+    def dropped_pooled(self, pooled, kept):
+        return pooled
+
+
+@fault(caught_by="parity", kind="structural", source="dropout scaled as torch.nn.Dropout scales")
+class KeptTextsScaledUp(TrainerOnTexts):
+    """Texts that are kept are divided by the share of those that are."""
+
+    def dropped(self, texts, kept):
+        return texts * kept / max(1 - self.config.label_dropout, 0.1)
+
+
+@fault(caught_by="parity", kind="structural", source="text embeddings not sliced with the microbatch")
+class TextsOfTheFirstMicrobatch(TrainerOnTexts):
+    """Every microbatch is told the texts of the first one."""
+
+    def drop(self, labels, example_ids, key):
+        return super().drop(labels - labels[0], example_ids, key)
+
+
+@fault(caught_by="parity", kind="structural", source="weight decay of buffers that are registered as parameters")
+class TableOfPositionsDecays(TrainerOnTexts):
+    """What is not trained loses weight as what is."""
+
+    def update(self, state, gradients):
+        new = super().update(state, gradients)
+        for name in self.frozen():
+            kept = 1 - self.rate(int(new["step"])) * self.config.weight_decay
+            new[f"model.{name}"] = new[f"model.{name}"] * kept
+        return new

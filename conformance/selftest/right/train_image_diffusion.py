@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from gaugeblock.conformance.selftest.simulated.train_image_diffusion import Trainer
+from gaugeblock.conformance.selftest.simulated.train_image_diffusion import Trainer, TrainerOnTexts
 from gaugeblock.conformance.selftest.simulated.training import CLIPPING_EPSILON
 from gaugeblock.conformance.selftest.variant import right
 from gaugeblock.reference.torch import training
@@ -109,3 +109,14 @@ class OptimizerInFloat64(Trainer):
 
     def update(self, state, gradients):
         return {name: each if name == "step" else each.float() for name, each in super().update(state, gradients).items()}
+
+
+@right(dtypes=("float32",))
+class TextsExampleByExample(TrainerOnTexts):
+    """Every example is a microbatch; a dropped text is picked, not multiplied."""
+
+    def microbatches(self, batch_size):
+        return list(torch.arange(batch_size).split(1))
+
+    def dropped(self, texts, kept):
+        return torch.where(kept > 0, texts, 0.0)

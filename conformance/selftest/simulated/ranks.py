@@ -13,7 +13,7 @@ from gaugeblock.conformance.selftest.simulated.experts import Experts
 from gaugeblock.conformance.selftest.simulated.train_image_diffusion import Trainer
 from gaugeblock.reference import validation
 from gaugeblock.reference.configs import ImageDiffusionConfig
-from gaugeblock.reference.torch import dit
+from gaugeblock.reference.torch import image_models
 from gaugeblock.reference.torch.train_image_diffusion import Metrics, Tensors
 
 
@@ -177,7 +177,7 @@ class DataParallel(Trainer):
     ) -> None:
         """Raises what the contract demands of this rank's call; its shard may be empty."""
         validation.image_diffusion_batch(images, labels, example_ids, self.config)
-        validation.training_state(state, dit.state_shapes(self.model), self.config, like=images)
+        validation.training_state(state, image_models.state_shapes(self.model), self.config, like=images)
 
     def sum(self, value: torch.Tensor) -> torch.Tensor:
         """Over the ranks."""

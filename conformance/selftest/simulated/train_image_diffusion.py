@@ -10,8 +10,8 @@ import torch
 
 from gaugeblock.conformance.selftest.simulated.training import Run
 from gaugeblock.reference import purposes, validation
-from gaugeblock.reference.configs import DiTConfig, ImageDiffusionConfig
-from gaugeblock.reference.torch import dit, random, training
+from gaugeblock.reference.configs import DiTConfig, ImageDiffusionConfig, MMDiTConfig
+from gaugeblock.reference.torch import dit, image_models, mmdit, random, training
 from gaugeblock.reference.torch.train_image_diffusion import Metrics, Tensors
 
 
@@ -31,9 +31,14 @@ class Trainer(Run):
         *,
         config: ImageDiffusionConfig,
     ) -> tuple[Tensors, Metrics]:
-        assert isinstance(config.model, DiTConfig)
         self.config, self.model = config, config.model
         self.validate(state, images, labels, example_ids)
+        return self.step(state, images, labels, example_ids)
+
+    def step(
+        self, state: Mapping[str, torch.Tensor], images: torch.Tensor, labels: Any, example_ids: torch.Tensor
+    ) -> tuple[Tensors, Metrics]:
+        """Make the update."""
         parameters = training.part_of_state(state, "model")
         loss, gradients = self.gradients(parameters, images, labels, example_ids, int(state["step"]))
         loss, gradients = self.reduce(loss, gradients)
@@ -45,7 +50,7 @@ class Trainer(Run):
         self, state: Mapping[str, torch.Tensor], images: torch.Tensor, labels: torch.Tensor, example_ids: torch.Tensor
     ) -> None:
         """Raises what the contract demands of a call."""
-        validation.image_diffusion_step(state, images, labels, example_ids, self.config, dit.state_shapes(self.model))
+        validation.image_diffusion_step(state, images, labels, example_ids, self.config, image_models.state_shapes(self.model))
 
     # ---------------------------------------------------------------------------------------------------------- draws
 
@@ -83,6 +88,7 @@ class Trainer(Run):
 
     def null_label(self) -> int:
         """What stands for a dropped label."""
+        assert isinstance(self.model, DiTConfig)
         return self.model.num_classes
 
     # --------------------------------------------------------------------------------------------------------- losses
@@ -91,7 +97,12 @@ class Trainer(Run):
         self, parameters: Tensors, images: torch.Tensor, labels: torch.Tensor, example_ids: torch.Tensor, step: int
     ) -> tuple[torch.Tensor, Tensors]:
         """The loss of a batch and its gradients, of one microbatch after the other."""
-        return self.add_up(parameters, list(parameters), (images, labels, example_ids), step)
+        trained = [name for name in parameters if name not in self.frozen()]
+        return self.add_up(parameters, trained, (images, labels, example_ids), step)
+
+    def frozen(self) -> tuple[str, ...]:
+        """Names of what is not trained."""
+        return image_models.frozen_names(self.model)
 
     def losses(
         self, parameters: Tensors, images: torch.Tensor, labels: torch.Tensor, example_ids: torch.Tensor, step: int
@@ -105,6 +116,7 @@ class Trainer(Run):
 
     def predict(self, parameters: Tensors, noised: torch.Tensor, timesteps: torch.Tensor, labels: Any) -> torch.Tensor:
         """What the model says."""
+        assert isinstance(self.model, DiTConfig)
         return dit.dit(parameters, noised, timesteps, labels, config=self.model)
 
     def interpolate(self, images: torch.Tensor, noise: torch.Tensor, times: torch.Tensor) -> torch.Tensor:
@@ -142,3 +154,44 @@ class Trainer(Run):
     def report(self, loss: torch.Tensor, norm: torch.Tensor) -> Metrics:
         """What is told of a step."""
         return Metrics(loss, torch.zeros_like(loss), norm)
+
+
+class TrainerOnTexts(Trainer):
+    """`train_image_diffusion.train_step_on_texts` of an MMDiT; a label is its example's place in the batch."""
+
+    contract = "train_image_diffusion.train_step_on_texts"
+
+    def __call__(
+        self,
+        state: Mapping[str, torch.Tensor],
+        images: torch.Tensor,
+        encoder_hidden_states: torch.Tensor,
+        pooled_projections: torch.Tensor,
+        example_ids: torch.Tensor,
+        *,
+        config: ImageDiffusionConfig,
+    ) -> tuple[Tensors, Metrics]:
+        self.config, self.model, self.texts = config, config.model, (encoder_hidden_states, pooled_projections)
+        shapes = image_models.state_shapes(self.model)
+        validation.image_diffusion_step_on_texts(state, images, *self.texts, example_ids, config, shapes, self.frozen())
+        return self.step(state, images, torch.arange(len(images)), example_ids)
+
+    def drop(self, labels: torch.Tensor, example_ids: torch.Tensor, key: dict[str, int]) -> Any:
+        """The texts, of which some are dropped."""
+        drawn = random.uniform((), **key, example=example_ids, purpose=purposes.LABEL_DROPOUT)
+        kept = (drawn >= self.config.label_dropout).float()
+        texts, pooled = (each[labels] for each in self.texts)
+        return self.dropped(texts, kept[:, None, None]), self.dropped_pooled(pooled, kept[:, None])
+
+    def dropped(self, texts: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
+        """Texts, of which those that are not kept are dropped."""
+        return texts * kept
+
+    def dropped_pooled(self, pooled: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
+        """Pooled texts, likewise."""
+        return self.dropped(pooled, kept)
+
+    def predict(self, parameters: Tensors, noised: torch.Tensor, timesteps: torch.Tensor, labels: Any) -> torch.Tensor:
+        assert isinstance(self.model, MMDiTConfig)
+        texts, pooled = labels
+        return mmdit.mmdit(parameters, noised, texts, pooled, timesteps, config=self.model)

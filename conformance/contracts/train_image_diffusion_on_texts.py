@@ -1,0 +1,158 @@
+"""Contract of the image-diffusion training step of what is told texts: an MMDiT, whose table of positions is not trained."""
+
+import math
+from typing import Any
+
+import torch
+from hypothesis import strategies as st
+
+from gaugeblock.conformance.contracts import flash_attention, mmdit, model_states, training_runs
+from gaugeblock.conformance.contracts.training_runs import one_element
+from gaugeblock.conformance.engine.contract import Contract, Input, Output, Recurrence, Rejection, Workload, row
+from gaugeblock.conformance.engine.factors import edges, either
+from gaugeblock.conformance.engine.implementation import distributed
+from gaugeblock.conformance.engine.inputs.bad_calls import changed
+from gaugeblock.conformance.engine.inputs.draw import Draw
+from gaugeblock.conformance.engine.vocabulary import DEVICES, Parameters, Tensors
+from gaugeblock.reference.configs import MMDIT_PRESETS, MMDiTConfig
+from gaugeblock.reference.torch import mmdit as model
+from gaugeblock.reference.torch import train_image_diffusion
+
+
+@row
+def train_step_on_texts() -> Contract:
+    """The row of `train_image_diffusion.train_step_on_texts`."""
+    step = train_image_diffusion.train_step_on_texts
+    return Contract(
+        name="train_image_diffusion.train_step_on_texts",
+        summary="One update of an image diffusion model that is told texts: as train_step, but what is dropped is told 0.",
+        formula=(
+            "as train_image_diffusion.train_step, of mmdit(state, (1 - t) images[b] + t noise, text, pooled text, 1000 t), where "
+            "both texts are 0 if they are dropped; what is frozen has no moments and stays"
+        ),
+        source="Esser et al. 2024 (arXiv:2403.03206) sections 2 and 4; Ho and Salimans 2022 (arXiv:2207.12598) algorithm 1",
+        reference=step,
+        rounded_as=flash_attention.of(training_runs.with_weighted_averages(step), model),
+        inputs=(
+            Input("state", leaves=RUNS.state_leaves),
+            Input("images", ("num_steps", "batch_size", "in_channels", "height", "width")),
+            Input("encoder_hidden_states", ("num_steps", "batch_size", "num_text_tokens", "joint_attention_dim")),
+            Input("pooled_projections", ("num_steps", "batch_size", "pooled_projection_dim")),
+            Input("example_ids", ("num_steps", "batch_size"), dtype="int64"),
+        ),
+        outputs=(Output("new_state", leaves=RUNS.state_leaves), Output("metrics", leaves=training_runs.metrics_leaves)),
+        options=("config",),
+        batch="batch_size",
+        parameters=parameters,
+        landmarks=(  # JAX takes seconds to compile the step of each
+            point(
+                1,
+                3,
+                velocity="data - noise",
+                label_dropout=0.5,
+                ema="growing",
+                accumulation_steps=2,
+                rates="cosine",
+            ),
+        ),
+        factors=(*training_runs.FACTORS, edges("num_text_tokens", 1, 3), either("qk_norm", None, "rms_norm")),
+        build=point,
+        regimes=RUNS.regimes(),
+        flops=flops,
+        moved=moved,
+        rigid=True,
+        workloads=(
+            Workload("sd3-medium/train-512px-batch-16", published(16, 32, MMDIT_PRESETS["sd3-medium"]), SD3),
+            Workload("two-cores/train-two-blocks-of-sd3", published(2, 8, mmdit.two_blocks_config()), "a size for a CPU"),
+        ),
+        configure=lambda parameters: {"config": RUNS.config(parameters)},
+        dtypes=("float32",),
+        cases=0.02,  # a budget with the moments of all parameters takes a second for each step and microbatch
+        recurrence=Recurrence(steps="num_steps", carried={"state": "new_state"}),
+        microbatches="accumulation_steps",
+        shardings={"data_parallel": {"batch_size": "uneven"}},
+        rejections=REJECTIONS,
+        implementations=(
+            distributed("fsdp2", devices=DEVICES, world_sizes=(2,)),
+            # each number of devices takes a compilation: tests/test_train_on_ranks.py has others
+            distributed("jax-sharded", framework="jax", world_sizes=(4,)),
+        ),
+        without=training_runs.WITHOUT
+        | dict.fromkeys(SHARED, "judged of train_step, with which all but model and texts is shared"),
+    )
+
+
+SHARED = ("accumulation", "hidden_state", "layout", "process_settings", "same_pointer_new_data", "resume")
+SD3 = "Esser et al. 2024 (arXiv:2403.03206), section 5.3; stabilityai/stable-diffusion-3-medium, config.json"
+
+
+def published(batch_size: int, rows: int, config: MMDiTConfig) -> dict[str, Any]:
+    """Images of so many rows and columns of patches, and texts of 77 + 77 tokens."""
+    return {**mmdit.sizes(batch_size, 154, (rows, rows), config), **training_runs.ORDINARY, "num_steps": 1}
+
+
+def point(num_steps: int, batch_size: int, num_text_tokens: int = 3, qk_norm: str | None = None, **others: Any) -> dict[str, Any]:
+    """One point of the input space: a tiny model and two patches; what is not given of a run has an ordinary value."""
+    tiny = mmdit.tiny_model(8, 2, 1, in_channels=2, out_channels=2, pos_embed_max_size=2, qk_norm=qk_norm)
+    of_model = mmdit.sizes(batch_size, num_text_tokens, (1, 2), tiny)
+    return {**of_model, **training_runs.ORDINARY, "num_steps": num_steps, **others}
+
+
+@st.composite
+def parameters(draw: st.DrawFn) -> dict[str, Any]:
+    """Tiny models, with and without norms of queries and keys, and texts of few tokens."""
+    few = {"num_steps": draw(st.integers(1, 2)), "accumulation_steps": draw(st.integers(1, 2))}
+    own = {"num_text_tokens": draw(st.integers(1, 3)), "qk_norm": draw(st.sampled_from([None, "rms_norm"]))}
+    return point(**draw(training_runs.runs()) | few | own)
+
+
+def flops(parameters: Parameters) -> float:
+    """Three forward passes a step."""
+    return 3.0 * parameters["num_steps"] * mmdit.flops(parameters)
+
+
+def moved(parameters: Parameters, itemsize: int) -> float:
+    """The state read and written once a step, and the batch."""
+    elements = sum(math.prod(shape) for shape in model.state_shapes(mmdit.configuration(parameters)).values())
+    pixels = parameters["in_channels"] * parameters["height"] * parameters["width"]
+    text = parameters["num_text_tokens"] * parameters["joint_attention_dim"] + parameters["pooled_projection_dim"]
+    return float(itemsize * parameters["num_steps"] * (6 * elements + parameters["batch_size"] * (pixels + text)))
+
+
+def _model(draw: Draw, parameters: Parameters) -> Tensors:
+    """Parameters of a model that has been trained."""
+    shapes = model.state_shapes(mmdit.configuration(parameters))
+    drawn = model_states.drawn(draw, shapes, tables=(model.POSITIONS,), around_one=mmdit.QK_NORMS)
+    return {name.removeprefix("state/"): tensor for name, tensor in drawn.items()}
+
+
+def _batches(draw: Draw, parameters: Parameters) -> Tensors:
+    """Random images and texts."""
+    steps, batch = parameters["num_steps"], parameters["batch_size"]
+    image = (parameters[name] for name in ("in_channels", "height", "width"))
+    return {
+        "example_ids": training_runs.example_ids(draw, parameters),
+        "images": draw.normal(steps, batch, *image),
+        "encoder_hidden_states": draw.normal(steps, batch, parameters["num_text_tokens"], parameters["joint_attention_dim"]),
+        "pooled_projections": draw.normal(steps, batch, parameters["pooled_projection_dim"]),
+    }
+
+
+RUNS = training_runs.Runs(
+    model_config=mmdit.configuration,
+    draw_model=_model,
+    draw_batches=_batches,
+    ends=("proj_out.weight", "proj_out.bias"),
+)
+NOT_FINITE = (FloatingPointError,)
+REJECTIONS = (
+    Rejection("a NaN in a pooled text", "loss", changed("pooled_projections", one_element(torch.nan)), raises=NOT_FINITE),
+    Rejection("narrower texts", "encoder_hidden_states", changed("encoder_hidden_states", lambda each: each[..., 1:])),
+    Rejection("pooled texts of one example less", "pooled_projections", changed("pooled_projections", lambda each: each[:, 1:])),
+    Rejection("a batch without examples", "images", lambda call: {
+        name: call[name][:, :0] for name in ("images", "encoder_hidden_states", "pooled_projections", "example_ids")
+    }),
+    Rejection("moments of what is not trained", "state", lambda call: {
+        f"state/{call['config'].moments[0]}.{model.POSITIONS}": torch.zeros_like(call[f"state/model.{model.POSITIONS}"])
+    }),
+)  # fmt: skip
