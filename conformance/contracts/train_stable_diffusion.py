@@ -59,8 +59,8 @@ def train_step() -> Contract:
         batch="batch_size",
         parameters=parameters,
         landmarks=(
+            sizes(1, 3, "one encoder", timestep_bias="earlier", snr_gamma=5.0, input_perturbation=0.5, accumulation_steps=2),
             sizes(1, 3, "xl", train_text_encoder=True, schedule="zero-snr", snr_gamma=0.5, noise_offset=0.5, ema="growing"),
-            sizes(2, 3, "one encoder", timestep_bias="earlier", snr_gamma=5.0, input_perturbation=0.5, accumulation_steps=2),
             sizes(1, 4, "xl", schedule="sample", text_dropout=0.5, timestep_bias="range", ema="capped", run_seed=2**40 + 5),
         ),
         factors=FACTORS,
