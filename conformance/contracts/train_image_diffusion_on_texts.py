@@ -64,6 +64,11 @@ def train_step_on_texts() -> Contract:
         workloads=(
             Workload("sd3-medium/train-512px-batch-16", published(16, 32, MMDIT_PRESETS["sd3-medium"]), SD3),
             Workload("two-cores/train-two-blocks-of-sd3", published(2, 8, mmdit.two_blocks_config()), "a size for a CPU"),
+            Workload(
+                "two-cores/train-two-blocks-of-sd3-recomputed",
+                published(2, 8, mmdit.two_blocks_config()) | {"activation_checkpointing": True},
+                "as above; Chen et al. 2016 (arXiv:1604.06174), section 4.1",
+            ),
         ),
         configure=lambda parameters: {"config": RUNS.config(parameters)},
         dtypes=("float32",),
