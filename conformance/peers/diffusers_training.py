@@ -21,7 +21,7 @@ State = Mapping[str, torch.Tensor]
 class DiffusersTrainingLoop:
     """SD3Transformer2DModel, recomputed by its own means, torch.optim, clip_grad_norm_, get_scheduler, EMAModel.
 
-    As in examples/dreambooth/train_dreambooth_sd3.py, but that draws are by example; for uniform times and the velocity.
+    As in its example train_dreambooth_sd3, but that draws are by example; for uniform times and the velocity.
     """
 
     def __call__(self, state, images, encoder_hidden_states, pooled_projections, example_ids, *, config):
@@ -59,8 +59,8 @@ def made_of(parameters: Tensors, config: ImageDiffusionConfig) -> Any:
 
 def optimizer_of(parameters: Mapping[str, torch.nn.Parameter], state: State, config: ImageDiffusionConfig) -> Any:
     """Torch's, in the middle of the run, at the learning rate of its step; parameters that nothing uses have gradients of 0."""
-    common = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
-    adam: dict[str, Any] = {"betas": (config.beta1, config.beta2), "eps": config.adam_epsilon, **common}
+    common: dict[str, Any] = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
+    adam: dict[str, Any] = {"betas": (config.beta1, config.beta2), "eps": config.adam_epsilon} | common
     optimizer: Any = {
         "adamw": lambda: torch.optim.AdamW(parameters.values(), **adam),
         "adam": lambda: torch.optim.Adam(parameters.values(), **adam),
