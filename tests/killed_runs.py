@@ -18,7 +18,7 @@ from pathlib import Path
 from gaugeblock.reference import saved_runs
 
 RANKS = 2  # of the run in torch
-LONGEST = 0.3  # seconds from when a run begins with its steps until it is killed: a few steps
+BEFORE = 3  # steps of a run that is measured: within its time the others are killed
 AFTER = 2  # steps of the last run
 
 Rank = Callable[[Path, int, float, int], None]
@@ -72,15 +72,18 @@ def start(run: Rank, folder: Path, ranks: int, end: float) -> list[int]:
 
 
 def main(run: Rank, ranks: int, folder: Path, kills: int) -> None:
-    drawn, killed, whole = random.Random(0), folder / "killed", folder / "whole"
-    killed.mkdir()
-    whole.mkdir()
-    while_writing = 0
+    drawn, killed, whole, measured = random.Random(0), folder / "killed", folder / "whole", folder / "measured"
+    for each in (killed, whole, measured):
+        each.mkdir()
+    os.environ["ATTEMPT"] = "first"
+    processes, began = start(run, measured, ranks, BEFORE), time.perf_counter()
+    assert [os.waitpid(process, 0)[1] for process in processes] == [0] * ranks
+    longest, while_writing = time.perf_counter() - began, 0
     for attempt in range(kills):
         os.environ["ATTEMPT"] = str(attempt)
         last = max(saved_runs.saved_steps(killed), default=0)
         processes = start(run, killed, ranks, float("inf"))
-        time.sleep(drawn.uniform(0, LONGEST))
+        time.sleep(drawn.uniform(0, longest))
         for process in drawn.sample(processes, ranks):
             os.kill(process, signal.SIGKILL)
         for process in processes:

@@ -159,14 +159,10 @@ def published(name: str, rows: int) -> dict[str, Any]:
 
 def two_blocks() -> dict[str, Any]:
     """An image of few tokens, a text of CLIP's length, two blocks with half of the published heads."""
-    return sizes(1, 77, (8, 8), two_blocks_config())
-
-
-def two_blocks_config() -> MMDiTConfig:
-    """Two blocks with half of the published heads."""
-    return replace(
+    config = replace(
         MMDIT_PRESETS["sd3-medium"], num_layers=2, pos_embed_max_size=8, num_attention_heads=12, caption_projection_dim=768
     )
+    return sizes(1, 77, (8, 8), config)
 
 
 FACTORS = (

@@ -1,6 +1,7 @@
 """Contract of the image-diffusion training step of what is told texts: an MMDiT, whose table of positions is not trained."""
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -63,7 +64,12 @@ def train_step_on_texts() -> Contract:
         rigid=True,
         workloads=(
             Workload("sd3-medium/train-512px-batch-16", published(16, 32, MMDIT_PRESETS["sd3-medium"]), SD3),
-            Workload("two-cores/train-two-blocks-of-sd3", published(2, 8, mmdit.two_blocks_config()), "a size for a CPU"),
+            Workload("two-cores/train-narrow-sd3", published(2, 8, NARROW), "a size for a CPU; heads as published"),
+            Workload(
+                "two-cores/train-narrow-sd3-recomputed",
+                published(2, 8, NARROW) | {"activation_checkpointing": True},
+                "as above; Chen et al. 2016 (arXiv:1604.06174), section 4.1",
+            ),
         ),
         configure=lambda parameters: {"config": RUNS.config(parameters)},
         dtypes=("float32",),
@@ -83,6 +89,10 @@ def train_step_on_texts() -> Contract:
 
 
 SHARED = ("accumulation", "hidden_state", "layout", "process_settings", "same_pointer_new_data", "resume")
+NARROW = replace(
+    MMDIT_PRESETS["sd3-medium"], num_layers=4, num_attention_heads=2, caption_projection_dim=128, pos_embed_max_size=8,
+    joint_attention_dim=256, pooled_projection_dim=256,
+)  # fmt: skip
 SD3 = "Esser et al. 2024 (arXiv:2403.03206), section 5.3; stabilityai/stable-diffusion-3-medium, config.json"
 
 

@@ -230,6 +230,9 @@ OUTSIDERS: dict[str, dict[str, Callable[[Problem], Callable[[], Results]]]] = {
     "biased_moe_layers.gpt_oss_moe": _layers("TransformersGptOssBlock", "TorchtitanGptOssBlock"),
     "dit.dit": _models("diffusers", "diffusers", "DiffusersDit"),
     "mmdit.mmdit": _models("diffusers", "diffusers_mmdit", "DiffusersMmdit"),
+    "train_image_diffusion.train_step_on_texts": {
+        "diffusers' loop": PeerModel("diffusers_training", "DiffusersTrainingLoop", is_compiled=False),
+    },
     "flux.flux": _models("diffusers", "diffusers_flux", "DiffusersFlux"),
     "unet.unet": _models("diffusers", "diffusers_unet", "DiffusersUnet"),
     "unet.unet_text_time": _models("diffusers", "diffusers_unet", "DiffusersUnetTextTime"),

@@ -1,0 +1,51 @@
+"""The training step beside a loop as diffusers' examples have it, both in float64: states and metrics of several steps."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from trained_models import batch_of, config_of, state_of
+from wide_floats import float32_is_float64
+
+from gaugeblock.conformance.peers.diffusers_training import DiffusersTrainingLoop
+from gaugeblock.reference.configs import EMAConfig
+from gaugeblock.reference.torch import train_image_diffusion as trainer
+
+RUNS = {
+    "adamw": {"ema": EMAConfig(), "accumulation_steps": 2},
+    "adam": {"optimizer": "adam", "learning_rate_schedule": "cosine", "num_warmup_steps": 1, "num_training_steps": 5},
+    "sgd": {"optimizer": "sgd", "velocity": "data - noise", "activation_checkpointing": True, "num_warmup_steps": 2},
+}
+
+
+FLOAT = torch.Tensor.float
+
+
+@pytest.fixture(autouse=True)
+def rounded_draws(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Draws are float32 numbers, also where what is called float32 is made wider."""
+    draws = trainer.draws
+
+    def rounded(*arguments, **options):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(torch.Tensor, "float", FLOAT)
+            return draws(*arguments, **options)
+
+    monkeypatch.setattr(trainer, "draws", rounded)
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_steps_are_those_of_the_loop_of_diffusers(run):
+    config, (_, batch) = replace(config_of("mmdit", **RUNS[run]), max_gradient_norm=0.1, adam_epsilon=1e-4), batch_of("mmdit")
+    expected = actual = state_of(config)
+    for _ in range(3):
+        with float32_is_float64():
+            actual, metrics = DiffusersTrainingLoop()(actual, *batch, config=config)
+        expected, expected_metrics = trainer.train_step_on_texts(expected, *batch, config=config)
+    assert set(actual) == set(expected) and int(actual["step"]) == 3
+    for name, each in (vars(expected_metrics) | expected).items():
+        largest = float(each.abs().max())
+        atol = 1e-11 * max(largest, 1e-6)
+        torch.testing.assert_close(
+            (actual | vars(metrics))[name], each, rtol=0, atol=atol, msg=lambda told, name=name: f"{name}: {told}"
+        )
