@@ -7,7 +7,6 @@ from typing import Any, get_args
 import torch
 from hypothesis import strategies as st
 
-from gaugeblock.conformance.contracts import own_updates
 from gaugeblock.conformance.engine.contract import Contract, Input, Output, Recurrence, Regime, Rejection, Workload, row
 from gaugeblock.conformance.engine.factors import Trait, edges, either
 from gaugeblock.conformance.engine.implementation import distributed
@@ -87,7 +86,6 @@ def train_step() -> Contract:
         configure=lambda parameters: {"config": config(parameters)},
         dtypes=("float32",),
         cases=0.25,
-        rounded_as=own_updates.of(train_image_diffusion.train_step),
         recurrence=Recurrence(steps="num_steps", carried={"state": "new_state"}),
         microbatches="accumulation_steps",
         shardings={"data_parallel": {"batch_size": "uneven"}},

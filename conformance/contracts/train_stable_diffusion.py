@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from hypothesis import strategies as st
 
-from gaugeblock.conformance.contracts import model_states, own_updates
+from gaugeblock.conformance.contracts import model_states
 from gaugeblock.conformance.contracts.train_image_diffusion import EMAS, GRADIENT_SIZE, one_element
 from gaugeblock.conformance.engine.contract import Contract, Input, Output, Recurrence, Regime, Rejection, Workload, row
 from gaugeblock.conformance.engine.factors import edges, either
@@ -84,7 +84,6 @@ def train_step() -> Contract:
         configure=lambda parameters: {"config": config(parameters)},
         dtypes=("float32",),
         cases=0.05,  # a budget with the gradients of all parameters takes about a second
-        rounded_as=own_updates.of(train_stable_diffusion.train_step),
         recurrence=Recurrence(steps="num_steps", carried={"state": "new_state"}),
         microbatches="accumulation_steps",
         shardings={"data_parallel": {"batch_size": "uneven"}},
