@@ -6,16 +6,17 @@ import os
 import pytest
 import torch
 
-from gaugeblock.conformance.engine.budget.error_budget import BIAS_LIMIT, KAPPA, RMS_LIMIT, Errors, measure, spread
+from gaugeblock.conformance.engine.budget.error_budget import BIAS_LIMIT, KAPPA, NOISE_RUNS, RMS_LIMIT, Errors, measure, spread
+from gaugeblock.conformance.engine.budget.oracle import exact_inputs, noisy_runs, reference_run
 from gaugeblock.conformance.engine.budget.rounding_noise import ROUNDING_VARIANCE, RoundingNoise, rounding_unit
 from gaugeblock.conformance.engine.budget.runs import of_run
 from gaugeblock.conformance.engine.exploration import check
-from gaugeblock.conformance.engine.inputs.cases import Case
+from gaugeblock.conformance.engine.inputs.cases import Case, options
 from gaugeblock.conformance.engine.properties import properties
-from gaugeblock.conformance.engine.registry import contracts
+from gaugeblock.conformance.engine.registry import contracts, find_contract
 from gaugeblock.conformance.engine.trial import Ledger
 from gaugeblock.conformance.selftest.fault import faults
-from gaugeblock.conformance.selftest.rates import drawn_cases, judge_variants
+from gaugeblock.conformance.selftest.rates import drawn_cases, judge_variants, landmark_cases
 
 LOW_PRECISION = ("float16", "bfloat16")
 DTYPES = ("float32", *LOW_PRECISION)
@@ -222,3 +223,15 @@ def test_precision_faults_that_no_single_element_shows(name: str, statistic: str
     assert violation is not None
     assert violation.message.startswith(f"hidden_states_out: {statistic}")
     assert "max 0." in violation.details[1]
+
+
+@pytest.mark.parametrize("name", [each for each in contracts() if each.startswith("train_")])
+def test_runs_of_a_training_step_are_made_at_once(name):
+    row = find_contract(name)
+    case = landmark_cases(name, "fresh")[0]
+    run = functools.partial(reference_run, row, exact_inputs(row, case, "float32"), options(row, case), None)
+    noisy = noisy_runs(run, "float32", "strict")  # or else it raises RunsDiffer
+    assert all(each.shape == (NOISE_RUNS, *exact.shape) and each.isfinite().all() for each, exact in zip(
+        noisy.values(), run().values(), strict=True
+    ))  # fmt: skip
+    assert (noisy["metrics/loss"] != noisy["metrics/loss"][0]).any()
