@@ -78,7 +78,8 @@ class Run:
         if self.config.ema is not None:
             keep = self.kept_by_average(int(state["step"]) + 1)
             averaged = self.averaged(before, parts["model"])
-            parts["ema"] = {name: keep * each + (1 - keep) * averaged[name] for name, each in parts["ema"].items()}
+            # not keep * each + (1 - keep) * averaged: rounded to float32, the two do not add up to 1, an error of one sign
+            parts["ema"] = {name: each + (1 - keep) * (averaged[name] - each) for name, each in parts["ema"].items()}
         return training.join_state(parts, state["step"] + 1)
 
     def update_one(self, parts: Mapping[str, Tensors], name: str, gradient: torch.Tensor, step: int) -> None:
