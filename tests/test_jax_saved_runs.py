@@ -13,6 +13,7 @@ from test_jax_sharding import mesh_of, to_jax
 
 from gaugeblock.optimized.jax import saved_runs as jax_runs
 from gaugeblock.optimized.jax import train_image_diffusion as sharded
+from gaugeblock.optimized.jax import training
 from gaugeblock.reference import saved_runs
 from gaugeblock.reference.torch import train_image_diffusion as trainer
 
@@ -22,7 +23,7 @@ def test_a_run_in_jax_goes_on_over_other_meshes(tmp_path):
         state, expected, placed = to_jax(state_of(CONFIG)), state_of(CONFIG), None
         for start, ranks in zip((0, 2, 4), (2, 4, 1), strict=True):
             mesh = mesh_of(ranks)
-            placed = sharded.shard_state(state, mesh)
+            placed = training.shard_state(state, mesh)
             if start:
                 last = saved_runs.last_saved(tmp_path)
                 loaded = jax_runs.load(last, placed, config=CONFIG)
