@@ -141,7 +141,7 @@ def test_the_main_regime_fills_a_batch_of_any_length(contract, length):
 def test_equal_cases_make_equal_inputs_and_other_seeds_make_others(contract):
     first, again, other = (make_inputs(contract, main_case(contract, seed=seed), "float32") for seed in (3, 3, 4))
     assert all(torch.equal(first[key], again[key]) for key in first)
-    assert all(not torch.equal(first[key], other[key]) for key in first)
+    assert all(not torch.equal(first[key], other[key]) for key in first if first[key].numel())
 
 
 @contract_of_each

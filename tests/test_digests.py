@@ -159,7 +159,7 @@ def test_what_is_built_in_hides_nothing():
     assert hiding == {
         "reference/validation/arrays.py", "reference/expert_layouts.py",  # look for a framework that is loaded
         "reference/expert_checkpoints.py",  # reads a checkpoint
-        "reference/jax/training.py", "reference/torch/training.py",  # read a checkpoint
+        "reference/jax/training.py", "reference/torch/training.py", "reference/saved_runs.py",  # read a checkpoint
     }  # fmt: skip
 
 

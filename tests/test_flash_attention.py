@@ -40,14 +40,22 @@ def keys(budget: Budget) -> float:
 
 
 def test_the_budget_grows_where_delta_has_an_error_and_nowhere_else():
-    flash, plain = (budgets(each, CASE, "bfloat16", "eager", gradients=True) for each in (DIT, WITHOUT))
-    assert keys(flash[QKV_BIAS]) > 2 * keys(plain[QKV_BIAS])
+    flash, plain = (
+        [budgets(each, CASE.replace(seed=seed), "bfloat16", "eager", gradients=True) for seed in range(6)]
+        for each in (DIT, WITHOUT)
+    )
+    for one, other in zip(flash, plain, strict=True):
+        assert keys(one[QKV_BIAS]) > 2 * keys(other[QKV_BIAS])
+    # an estimate by 12 runs of errors that the elements share has a deviation of 0.4 of itself; of six, 0.17
     for key in ("out", "gradient of state/blocks.0.attn.proj.weight", "gradient of state/x_embedder.proj.weight"):
-        assert flash[key].variance.mean() < 1.5 * plain[key].variance.mean()
+        one, other = (statistics.mean(float(each[key].variance.mean()) for each in several) for several in (flash, plain))
+        assert one < 1.5 * other
 
 
 @pytest.mark.parametrize("rounding", ["strict", "eager"])
-@pytest.mark.parametrize("name", [each.name for each in contracts().values() if each.rounded_as])
+@pytest.mark.parametrize(
+    "name", [each.name for each in contracts().values() if each.rounded_as and each.regimes[0].differentiable]
+)
 def test_a_budget_found_by_it_is_nowhere_less_than_without(name, rounding):
     """In the mean over an output's elements.
 

@@ -357,3 +357,12 @@ def test_bad_calls_name_the_argument(module):
 def test_a_config_that_cannot_be_is_refused(config, options, message):
     with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
         replace(config, **options)
+
+
+@pytest.mark.parametrize(
+    "module", [llada, dream, sdar, jax_llada, jax_dream, jax_sdar], ids=lambda each: each.__name__.split(".", 2)[2]
+)
+def test_shapes_of_another_model_are_not_told(module):
+    other = DREAM if module in (llada, jax_llada) else LLADA
+    with pytest.raises(TypeError, match=f"^config must be .*Config, got {type(other).__name__}"):
+        module.state_shapes(other)

@@ -66,7 +66,7 @@ def train_step_on_texts() -> Contract:
             Workload("sd3-medium/train-512px-batch-16", published(16, 32, MMDIT_PRESETS["sd3-medium"]), SD3),
             Workload("two-cores/train-narrow-sd3", published(2, 8, NARROW), "a size for a CPU; heads as published"),
             Workload(
-                "two-cores/train-narrow-sd3-recomputed",
+                "narrow-sd3/train-recomputed",
                 published(2, 8, NARROW) | {"activation_checkpointing": True},
                 "as above; Chen et al. 2016 (arXiv:1604.06174), section 4.1",
             ),

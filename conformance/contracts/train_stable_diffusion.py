@@ -78,7 +78,7 @@ def train_step() -> Contract:
             Workload(
                 "two-cores/part-of-sd-1.5-128px",
                 sizes(1, 1, "part of SD-1.5", height=128, width=128, num_tokens=77),
-                "a size for a CPU; heads as published",
+                "a size for a CPU",
             ),
         ),
         configure=lambda parameters: {"config": config(parameters)},
@@ -148,8 +148,10 @@ MODELS: dict[str, dict[str, Any]] = {
     },
     "part of SD-1.5": {
         "vae": replace(VAE_PRESETS["stable-diffusion-1"], block_out_channels=(32, 32, 32, 32)),
-        "unet": replace(UNET_PRESETS["SD-1.5"], block_out_channels=(160, 160, 320, 320), attention_head_dim=(4, 4, 8, 8)),
-        "text_encoders": (CLIP_TEXT_PRESETS["clip-l"],),
+        "unet": replace(
+            UNET_PRESETS["SD-1.5"], block_out_channels=(128,) * 4, attention_head_dim=(4,) * 4, layers_per_block=1
+        ),
+        "text_encoders": (replace(CLIP_TEXT_PRESETS["clip-l"], num_hidden_layers=2, vocab_size=4096, eos_token_id=5),),
     },
 }  # fmt: skip
 

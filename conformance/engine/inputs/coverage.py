@@ -205,7 +205,8 @@ def visits(contract: Contract, regime: str, demand: Demand) -> tuple[Case, ...]:
     if regime == contract.regimes[0].name or demand.compiled:
         return _in(contract, regime, covering(contract, demand))
     place = [each.name for each in contract.regimes].index(regime)
-    begun, built = landmarks(contract)[place % 2 :: 2], array(contract, 2)[len(contract.landmarks) :]
+    begun = landmarks(contract)[place % 2 :: 2] or landmarks(contract)
+    built = array(contract, 2)[len(contract.landmarks) :]
     return _in(contract, regime, (*begun, *select(contract, built, Demand(1), begun)))
 
 

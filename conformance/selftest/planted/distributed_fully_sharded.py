@@ -20,7 +20,7 @@ mutant(
 )  # fmt: skip
 mutant(
     DIT, "first-block-everywhere", "Every block runs with the first one's parameters.", "fully_sharded.FullyShardedModel",
-    "owner(function", "next(iter(self.blocks_of_parts.values()))(function", "parity", "structural", **SHARDED,
+    "owner(run_block", "next(iter(self.blocks_of_parts.values()))(run_block", "parity", "structural", **SHARDED,
 )  # fmt: skip
 mutant(
     DIT_MOE, "loss-of-own-examples", "The auxiliary loss is that of the rank's own examples.",

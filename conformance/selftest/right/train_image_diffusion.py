@@ -120,3 +120,8 @@ class TextsExampleByExample(TrainerOnTexts):
 
     def dropped(self, texts, kept):
         return torch.where(kept > 0, texts, 0.0)
+
+
+@right(dtypes=("float32",))
+class TextsOptimizerInFloat64(OptimizerInFloat64, TrainerOnTexts):
+    """Norm, clipping and update in float64, each result rounded once; of a model that is told texts."""
