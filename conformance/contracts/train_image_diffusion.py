@@ -35,7 +35,7 @@ def train_step() -> Contract:
             "Hutter 2017 (arXiv:1711.05101) algorithm 2, as in torch.optim.AdamW"
         ),
         reference=train_image_diffusion.train_step,
-        rounded_as=training_runs.with_weighted_averages(train_image_diffusion.train_step),
+        formulas=(training_runs.with_weighted_averages(train_image_diffusion.train_step),),
         inputs=(
             Input("state", leaves=RUNS.state_leaves),
             Input("images", ("num_steps", "batch_size", "in_channels", "input_size", "input_size")),

@@ -33,7 +33,8 @@ def train_step_on_texts() -> Contract:
         ),
         source="Esser et al. 2024 (arXiv:2403.03206) sections 2 and 4; Ho and Salimans 2022 (arXiv:2207.12598) algorithm 1",
         reference=step,
-        rounded_as=flash_attention.of(training_runs.with_weighted_averages(step), model),
+        rounded_as=flash_attention.of(step, model),
+        formulas=(flash_attention.of(training_runs.with_weighted_averages(step), model),),
         inputs=(
             Input("state", leaves=RUNS.state_leaves),
             Input("images", ("num_steps", "batch_size", "in_channels", "height", "width")),

@@ -84,7 +84,7 @@ def train_step() -> Contract:
         configure=lambda parameters: {"config": config(parameters)},
         dtypes=("float32",),
         cases=0.05,  # a budget with the gradients of all parameters takes about a second
-        rounded_as=training_runs.with_weighted_averages(train_stable_diffusion.train_step),
+        formulas=(training_runs.with_weighted_averages(train_stable_diffusion.train_step),),
         recurrence=Recurrence(steps="num_steps", carried={"state": "new_state"}),
         microbatches="accumulation_steps",
         shardings={"data_parallel": {"batch_size": "uneven"}},

@@ -200,21 +200,19 @@ def metrics_leaves(parameters: Parameters) -> Mapping[str, Input]:
 def with_weighted_averages(step: Callable[..., Any]) -> Callable[..., Any]:
     """A step whose averages are made as many trainers make them: by two numbers of float32, which scale all elements.
 
-    Equal in exact arithmetic, with a rounding more, also of equal numbers; what such a number is off by, all elements share.
+    Equal in exact arithmetic. Where average and model are alike, this rounds more, and what such a number is off by, all elements
+    share; where one is far larger, the reference's difference rounds more.
     """
 
+    def weighted(averages: Tensors, parameters: Tensors, number: int, *, config: EMAConfig) -> Tensors:
+        kept = training.decay_of(number, config)
+        return {name: kept * each + (1 - kept) * parameters[name] for name, each in averages.items()}
+
     def formula(*arguments: Any, **options: Any) -> Any:
-        with mock.patch.object(training, "average", _weighted):
+        with mock.patch.object(training, "average", weighted):
             return step(*arguments, **options)
 
     return formula
-
-
-def _weighted(averages: Tensors, parameters: Tensors, step: int, *, config: EMAConfig) -> Tensors:
-    kept = training.decay_of(step, config)
-    if kept == 0:  # the one case where a difference is rounded, and this sum is not
-        return {name: each - (each - parameters[name]) for name, each in averages.items()}
-    return {name: kept * each + (1 - kept) * parameters[name] for name, each in averages.items()}
 
 
 def one_element(value: float) -> Callable[[torch.Tensor], torch.Tensor]:
