@@ -14,8 +14,8 @@ import torch
 from torch.utils._pytree import tree_map
 
 from gaugeblock.conformance.engine.budget.dispatch import Watching
+from gaugeblock.conformance.engine.budget.operations import CONVOLUTIONS, MATRIX_PRODUCTS, SUMS, ULPS
 from gaugeblock.conformance.engine.budget.oracle import gradient_key
-from gaugeblock.conformance.engine.budget.rounding_noise import CONVOLUTIONS, MATRIX_PRODUCTS, SUMS, ULPS
 from gaugeblock.conformance.engine.calls import ResultCount, apply
 from gaugeblock.conformance.engine.contract import Contract
 from gaugeblock.conformance.engine.pull_back import pull_back

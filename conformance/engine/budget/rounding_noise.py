@@ -14,6 +14,18 @@ from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.weak import WeakIdKeyDictionary
 
 from gaugeblock.conformance.engine.budget.dispatch import Watching, tensors_in
+from gaugeblock.conformance.engine.budget.operations import (
+    ADDITIONS,
+    COMPOSED,
+    CONVOLUTIONS,
+    MATRIX_PRODUCTS,
+    MOST_ULPS,
+    MOVES,
+    SCATTERED_SUMS,
+    SUMS,
+    ULPS,
+    argument_growth,
+)
 from gaugeblock.conformance.engine.budget.runs import Each, Runs, RunsDiffer, of_run, perform, values_of
 from gaugeblock.conformance.engine.budget.steps import Steps
 from gaugeblock.reference.torch import random
@@ -21,32 +33,6 @@ from gaugeblock.reference.torch import random
 # A rounding error is uniform within half an ulp; over mantissas spread evenly in the logarithm its variance is 0.18 u² x².
 ROUNDING_VARIANCE = 0.18
 EXPONENT_BITS = 0x7FF0000000000000  # of a float64
-MOST_ULPS = 2.0**24  # of a result that is not exactly 0 or infinite
-
-# Units in the last place of float32 that a library's function may be off; exact operations count 1.
-ULPS = {"exp": 2, "exp2": 2, "log": 2, "sigmoid": 4, "silu": 4, "tanh": 4, "erf": 4, "gelu": 8, "rsqrt": 2, "_softmax": 4,
-        "_log_softmax": 4, "pow": 2, "sin": 2, "cos": 2, "silu_backward": 6, "gelu_backward": 8, "log1p": 2, "softplus": 4,
-        "softplus_backward": 6}  # fmt: skip
-
-# Operations that move, choose or create values and so round nothing.
-MOVES = frozenset(
-    """abs alias amax amin arange as_strided atan2 cat clamp clamp_max clamp_min clone constant_pad_nd copy copy_ detach diagonal
-    embedding empty empty_like empty_strided expand fill fill_ flip full full_like gather index index_put index_select lift_fresh
-    masked_fill masked_fill_ masked_scatter max maximum min minimum neg new_empty new_empty_strided new_full new_ones new_zeros
-    ones ones_like permute relu repeat reshape roll scalar_tensor scatter select_backward select_scatter sign slice_backward
-    slice_scatter sort split stack t threshold_backward topk tril triu unbind unfold unsqueeze view where zero zero_ zeros
-    zeros_like _to_copy _unsafe_view value_selecting_reduction_backward""".split()
-)
-MATRIX_PRODUCTS = {"mm": 0, "bmm": 0, "mv": 0, "dot": 0, "addmm": 1, "addmv": 1, "baddbmm": 1, "_grouped_mm": 0}
-CONVOLUTIONS = {"convolution": 2, "convolution_backward": 3}  # and how many of the first arguments are multiplied with each other
-ADDITIONS = {"add", "add_", "sub", "sub_"}
-SUMS = {"sum", "mean", "cumsum"}
-COMPOSED: dict[str, Callable[..., Any]] = {  # of steps, each of which may be rounded: where they cancel, it shows
-    "lerp": lambda start, end, weight: start + weight * (end - start),
-    "addcmul": lambda start, left, right, value=1: start + value * (left * right),
-    "addcdiv": lambda start, left, right, value=1: start + value * (left / right),
-}
-SCATTERED_SUMS = {"index_add": 3, "index_add_": 3, "scatter_add": 3, "scatter_add_": 3, "index_put": 2, "index_put_": 2}
 
 
 def half_ulp(magnitude: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -320,7 +306,7 @@ class RoundingNoise(Watching):
         if name not in ULPS:
             noise = noise.mul_(_is_inexact(result, rounded)).add_(1.0).mul_(result)  # so an infinity stays one
             return self._store(self._first_rounded(noise, rounded))
-        growth = _argument_growth(name, result, args, 0 if self.runs is None else 1)
+        growth = argument_growth(name, result, args, 0 if self.runs is None else 1)
         noise.mul_((growth + ULPS[name]).nan_to_num_(0.0, MOST_ULPS) if isinstance(growth, torch.Tensor) else ULPS[name])
         noise.mul_(_is_inexact(result, rounded))
         # a sigmoid of 1 is so only in float64: what is taken from it afterwards has no digits, in the oracle either
@@ -399,30 +385,6 @@ def exact_draws() -> Iterator[None]:
     finally:
         for name, draw in drawing.items():
             setattr(random, name, draw)
-
-
-def _argument_growth(name: str, result: torch.Tensor, args: tuple, in_front: int) -> torch.Tensor | float:
-    """Relative error, in ulps, that a rounded argument (x · log2 e, or z - max) causes in an exponential.
-
-    Args:
-        in_front: How many dimensions stand before the operation's own.
-    """
-    match name:
-        case "exp":
-            return args[0].abs()
-        case "sigmoid" | "silu":
-            return args[0].abs() * args[0].neg().sigmoid()
-        case "gelu":  # 1 + tanh, or 1 + erf, is rounded near 1 also where it is near 0
-            return (args[0].abs() / (2 * result.abs()).clamp_min(torch.finfo(torch.float64).tiny)).clamp_max(2**24)
-        case "softplus":
-            return args[0].abs() * (args[0].sigmoid() / result).nan_to_num(1.0)  # of 0, far below 0, that of the exponential
-        case "silu_backward" | "softplus_backward":
-            return args[1].abs() * args[1].neg().sigmoid()
-        case "_softmax":
-            along = args[1] if args[1] < 0 else args[1] + in_front
-            return (args[0] - args[0].amax(along, keepdim=True)).abs().nan_to_num(0.0)
-        case _:
-            return 0.0
 
 
 def _is_float64(result: Any) -> bool:
