@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -62,9 +63,10 @@ def loss_of(parameters: dict, noisy: torch.Tensor, clean: torch.Tensor, weights:
     return (losses_BS * weights).mean()
 
 
-def share_of_loss(parameters: dict, *batch: torch.Tensor) -> dict[str, torch.Tensor]:
+def shares(parameters: dict, *batch: torch.Tensor, **_: Any) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Of the whole batch, which is one microbatch."""
-    return {"loss": loss_of(parameters, *batch)}
+    loss = loss_of(parameters, *batch)
+    return loss, {"loss": loss}
 
 
 def jax_loss_of(parameters: dict, noisy: jax.Array, clean: jax.Array, weights: jax.Array) -> jax.Array:
@@ -78,9 +80,8 @@ def train_torch(num_steps: int, advance: Callable[[float], None]) -> training.Ru
     """Train with the PyTorch reference."""
     state, losses = initial_state(), []
     for step, batch in enumerate(batches(num_steps)):
-        found, gradients = trainer.add_up(share_of_loss, state, batch, config=OPTIMIZER)
-        state, _ = trainer.finish(state, found, gradients, config=optimizer(step, num_steps))
-        losses.append(float(found["loss"]))
+        state, metrics = trainer.step(shares, state, batch, config=optimizer(step, num_steps))
+        losses.append(float(metrics["loss"]))
         advance(losses[-1])
     return training.Run(np.array(losses), state)
 

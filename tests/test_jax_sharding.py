@@ -324,7 +324,7 @@ def test_parameters_are_gathered_and_each_rank_has_its_part_of_the_batch():
     images, labels, ids, counts = (jnp.resize(each, (8, *each.shape[1:])) for each in (*to_jax(batch), jnp.ones(8, bool)))
     of_batch = (images, labels, None, None, ids), counts
     placed = jax.device_put(of_batch, NamedSharding(mesh, PartitionSpec("ranks")))
-    of_trainer = {"shares": sharded.shares, "names": sharded.LOSSES, "config": CONFIG, "mesh": mesh}
+    of_trainer = {"shares": sharded.shares, "config": CONFIG, "mesh": mesh}
     lowered = training.sharded_step.lower(training.shard_state(to_jax(state), mesh), *placed, **of_trainer)
     text = lowered.compile().as_text()
     assert " all-gather(" in text and "f64[16,16]{1,0} all-gather(" in text

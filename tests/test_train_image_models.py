@@ -236,7 +236,7 @@ def test_a_first_update_is_what_its_formula_says_at_any_norm(optimizer, max_grad
     step, (images, labels, ids) = batch_of("dit")
     state = {key: torch.zeros_like(each) if key.startswith(config.moments) else each for key, each in state_of(config).items()}
     new_state, metrics = getattr(trainer, step)(state, images, labels, ids, config=config)
-    _, gradients = trainer.losses_and_gradients(state, (images, labels, None, None, ids), config=config)
+    _, gradients = training.metrics_and_gradients(trainer.shares, state, (images, labels, None, None, ids), config=config)
     factor = min(1.0, max_gradient_norm / (float(metrics.gradient_norm) + 1e-6))
     for name, gradient in gradients.items():
         weight, clipped = state[f"model.{name}"], gradient * factor

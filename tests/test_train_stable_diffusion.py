@@ -95,7 +95,7 @@ def test_loss_and_gradients_are_those_of_the_public_example(kind):
     latents = trainer.encode_images(frozen, batch[0], batch[3], 7, config=config)
     texts = (None, None) if config.train_text_encoder else trainer.encode_texts(frozen, batch[1], config=config)
     ids = batch[1] if config.train_text_encoder else None
-    _, found = trainer.losses_and_gradients(state, (latents, ids, *texts, *batch[2:]), config=config)
+    _, found = training.metrics_and_gradients(trainer.shares, state, (latents, ids, *texts, *batch[2:]), config=config)
     assert set(found) == set(gradients) - set(trainer.unused_names(config))
     for name, each in gradients.items():
         if name not in found:

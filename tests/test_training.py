@@ -5,7 +5,6 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -190,10 +189,11 @@ def test_the_average_follows_diffusers_over_a_run():
     assert not torch.equal(state["ema.w"], state["model.w"])
 
 
-def shares(parameters, x, *, batch_size):
+def shares(parameters, x, *, batch_size, step, config):
     """Of mean((w x + b)**2) over the examples; b is frozen."""
     out = x @ parameters["w"].T + parameters["b"]
-    return {"loss": (out * out).sum() / batch_size}
+    loss = (out * out).sum() / batch_size
+    return loss, {"loss": loss}
 
 
 @BOTH
@@ -206,7 +206,7 @@ def test_what_is_frozen_gets_no_gradient_and_stays(module):
             parameters, x = to_jax(parameters), jnp.asarray(x.numpy())
         state = module.initial_state(parameters, config=config, frozen=("b",))
         assert set(state) == {"model.w", "model.b", "exp_avg.w", "exp_avg_sq.w", "ema.w", "ema.b", "step"}
-        losses, gradients = module.add_up(partial(shares, batch_size=5), state, [x], config=config)
+        losses, gradients = module.metrics_and_gradients(shares, state, (x,), config=config)
         assert set(gradients) == {"w"}
         new_state, _ = module.finish(state, losses, gradients, config=config)
         assert np.array_equal(new_state["model.b"], parameters["b"]) and not np.array_equal(new_state["model.w"], parameters["w"])
@@ -218,10 +218,11 @@ def test_masters_stay_wide_and_the_scale_of_a_loss_changes_no_bit(module):
     config = replace(CONFIG, compute_dtype="bfloat16", accumulation_steps=2)
     seen = []
 
-    def watched(parameters, x):
+    def watched(parameters, x, **how):
         seen.append(str(parameters["w"].dtype).removeprefix("torch."))
-        return {name: each.float() if module is training else each.astype("float32")
-                for name, each in shares(parameters, module.in_compute_dtype(x, config), batch_size=5).items()}  # fmt: skip
+        loss, _ = shares(parameters, module.in_compute_dtype(x, config), **how)
+        loss = loss.float() if module is training else loss.astype("float32")
+        return loss, {"loss": loss}
 
     parameters, x = {"w": draws(3, 4).float(), "b": draws(3, seed=1).float()}, draws(5, 4, seed=2).float()
     if module is jax_training:
@@ -230,14 +231,14 @@ def test_masters_stay_wide_and_the_scale_of_a_loss_changes_no_bit(module):
     results = []
     for loss_scale in (1.0, 2.0**10):
         scaled = replace(config, loss_scale=loss_scale)
-        losses, gradients = module.add_up(watched, state, [x], config=scaled)
+        losses, gradients = module.metrics_and_gradients(watched, state, (x,), config=scaled)
         new_state, norm = module.finish(state, losses, gradients, config=scaled)
         results.append({**new_state, **losses, "norm": norm})
     assert set(seen) == {"bfloat16"}
     for name, each in results[0].items():
         assert np.array_equal(each, results[1][name]), name
         assert name == "step" or str(each.dtype).removeprefix("torch.") == "float32"
-    exact = module.add_up(partial(shares, batch_size=5), state, [x], config=replace(config, compute_dtype=None))[1]
+    exact = module.metrics_and_gradients(shares, state, (x,), config=replace(config, compute_dtype=None))[1]
     far = max(float(abs(exact[name] - gradients[name]).max() / abs(exact[name]).max()) for name in exact)
     assert 1e-4 < far < 2e-2  # bfloat16's rounding, and not more
 
@@ -248,8 +249,8 @@ def test_the_scale_saves_gradients_that_float16_would_lose():
     tiny = torch.full((5, 4), 2.0**-14)
 
     def gradient(loss_scale: float) -> torch.Tensor:
-        of_batch = lambda parameters, x: shares(parameters, x.half(), batch_size=5)  # noqa: E731
-        return training.add_up(of_batch, state, [tiny], config=replace(config, loss_scale=loss_scale))[1]["w"]
+        narrow = lambda parameters, x, **how: shares(parameters, x.half(), **how)  # noqa: E731
+        return training.metrics_and_gradients(narrow, state, (tiny,), config=replace(config, loss_scale=loss_scale))[1]["w"]
 
     assert (gradient(1.0) == 0).all()
     torch.testing.assert_close(gradient(2.0**12), torch.full((3, 4), 2 * 4 * 2.0**-28), rtol=2e-3, atol=0)

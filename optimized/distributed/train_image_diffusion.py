@@ -138,7 +138,7 @@ class ShardedTrainer:
         sizes = [[len(part) for part in torch.empty(size).tensor_split(num_microbatches)] for size in batch_sizes]
         of_microbatches = [sum(of_ranks) for of_ranks in zip(*sizes, strict=True)]
 
-        def shares(index: int, images: torch.Tensor, *others: torch.Tensor) -> Tensors:
+        def shares(index: int, images: torch.Tensor, *others: torch.Tensor) -> tuple[torch.Tensor, Tensors]:
             losses_B, auxiliary_loss = reference.example_losses(
                 self.run.model, images, *others, step=int(self.run.updates), config=self.config
             )
@@ -146,10 +146,11 @@ class ShardedTrainer:
             weight = of_microbatches[index] / sum(batch_sizes)
             value = auxiliary_loss.detach()
             of_rank = weight * (value / self.run.mesh.size() + auxiliary_loss - value)
-            return {"loss": losses_B.sum() / sum(batch_sizes), "auxiliary_loss": of_rank}
+            loss = losses_B.sum() / sum(batch_sizes)
+            return loss + of_rank, {"loss": loss, "auxiliary_loss": of_rank}
 
-        losses, gradient_norm = self.run.step(shares, (images, *others), num_microbatches)
-        return Metrics(**losses, gradient_norm=gradient_norm)
+        metrics, gradient_norm = self.run.step(shares, (images, *others), num_microbatches)
+        return Metrics(**metrics, gradient_norm=gradient_norm)
 
 
 def model_of(config: ImageModelConfig) -> Model:

@@ -127,13 +127,14 @@ class ShardedTrainer:
         assert example_ids is not None
         latents = self._encode_images(images, example_ids, step)
 
-        def shares(_: int, latents: torch.Tensor, *others: Any) -> Tensors:
+        def shares(_: int, latents: torch.Tensor, *others: Any) -> tuple[torch.Tensor, Tensors]:
             losses_B = reference.example_losses(self.run.model, latents, *others, step=step, config=self.config)
-            return {"loss": losses_B.sum() / sum(batch_sizes)}
+            loss = losses_B.sum() / sum(batch_sizes)
+            return loss, {"loss": loss}
 
         num_microbatches = min(self.config.accumulation_steps, max(batch_sizes))
-        losses, gradient_norm = self.run.step(shares, (latents, *others), num_microbatches)
-        return Metrics(**losses, gradient_norm=gradient_norm)
+        metrics, gradient_norm = self.run.step(shares, (latents, *others), num_microbatches)
+        return Metrics(**metrics, gradient_norm=gradient_norm)
 
     def _encode_images(self, images: torch.Tensor, example_ids: torch.Tensor, step: int) -> torch.Tensor:
         if self.config.vae is None:

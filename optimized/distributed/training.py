@@ -5,7 +5,6 @@ keeps its part, which the optimizer updates: element by element, so that it is t
 A step has two small exchanges of its own: of its losses and the gradients' norm, and before it whatever the trainer agrees on.
 """
 
-import math
 from collections.abc import Callable, Container, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ from gaugeblock.reference.configs import TrainingConfig
 from gaugeblock.reference.torch import training as reference
 from gaugeblock.reference.torch.training import Tensors
 
-Shares = Callable[..., Tensors]
+Shares = Callable[..., tuple[torch.Tensor, Tensors]]
 
 
 class ShardedRun:
@@ -80,38 +79,42 @@ class ShardedRun:
         """Make one update on the batches of all ranks.
 
         Args:
-            shares: Function of a microbatch of this rank's and its place: its share of each loss of the whole batch, [], by name.
+            shares: Function of a microbatch of this rank's, after its place: its share of what is minimized, [], and of each
+                metric of the whole batch, by name.
             batch: This rank's arrays, whose first axis is of the examples, of which there may be none; None for what there is
                 none of.
             num_microbatches: The same on every rank: all of them gather the parameters as often.
 
         Returns:
-            losses: [], by name, of the batches of all ranks, before the update.
+            metrics: By name, of the batches of all ranks, before the update.
             gradient_norm: [].
 
         Raises:
             FloatingPointError: As the reference, on every rank; nothing is updated.
         """
         self.model.zero_grad()
-        losses: Tensors = {}
+        metrics: Tensors = {}
         split = ([None] * num_microbatches if each is None else each.tensor_split(num_microbatches) for each in batch)
         for index, microbatch in enumerate(zip(*split, strict=True)):
             # gradients are exchanged once, when this rank has added up its own
             self.model.sharded.set_requires_gradient_sync(index == num_microbatches - 1)
-            some = shares(index, *microbatch)
-            losses = {name: losses.get(name, 0) + share.detach() for name, share in some.items()}
+            objective, some = shares(index, *microbatch)
+            metrics = {name: metrics.get(name, 0) + share.detach() for name, share in some.items()}
             # FSDP averages over the ranks, and shares are to be added up
-            (torch.stack([*some.values()]).sum() * (self.mesh.size() * self.config.loss_scale)).backward()
+            (objective * (self.mesh.size() * self.config.loss_scale)).backward()
 
         parameters = self.shards["model"]
         trained = reference.trained_names(self.parts(), self.config)
         gradients = {name: local_part(parameters[name].grad) / self.config.loss_scale for name in trained}
         square = torch.stack([each.square().sum() for each in gradients.values()]).sum()
-        *sums, square = self._sum(torch.stack([*losses.values(), square])).unbind()
-        losses, gradient_norm = dict(zip(losses, sums, strict=True)), square.sqrt()
-        self._require_finite(losses, gradients, gradient_norm)
+        *sums, square = self._sum(torch.cat([each.flatten() for each in (*metrics.values(), square)])).split(
+            [*(each.numel() for each in metrics.values()), 1]
+        )
+        metrics = {name: each.view_as(metrics[name]) for name, each in zip(metrics, sums, strict=True)}
+        gradient_norm = square.squeeze().sqrt()
+        self._require_finite(metrics, gradients, gradient_norm)
         self._update(gradients, gradient_norm)
-        return losses, gradient_norm
+        return metrics, gradient_norm
 
     def state(self) -> Tensors:
         """Gather the whole state on every rank; later steps do not write to it."""
@@ -164,11 +167,11 @@ class ShardedRun:
         dist.all_reduce(values, group=self.mesh.get_group())
         return values
 
-    def _require_finite(self, losses: Tensors, gradients: Tensors, gradient_norm: torch.Tensor) -> None:
-        """Raise on every rank, as the reference does, where a loss or a gradient of any rank is not finite."""
-        if not math.isfinite(sum(losses.values()) + gradient_norm):
+    def _require_finite(self, metrics: Tensors, gradients: Tensors, gradient_norm: torch.Tensor) -> None:
+        """Raise on every rank, as the reference does, where a metric or a gradient of any rank is not finite."""
+        if not torch.cat([each.flatten() for each in (*metrics.values(), gradient_norm)]).isfinite().all():
             marks = self._sum(torch.stack([(0 * each).sum() for each in gradients.values()]))  # NaN, or 0
-            reference.require_finite(self.updates, losses, dict(zip(gradients, marks, strict=True)), gradient_norm)
+            reference.require_finite(self.updates, metrics, dict(zip(gradients, marks, strict=True)), gradient_norm)
 
     def _agree_on_state(
         self, state: Mapping[str, torch.Tensor], shapes: Mapping[str, tuple[int, ...]], frozen: Container[str]

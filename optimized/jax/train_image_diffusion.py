@@ -18,8 +18,6 @@ from gaugeblock.reference.configs import DiTMoEModelConfig, ImageDiffusionConfig
 from gaugeblock.reference.jax import image_models
 from gaugeblock.reference.jax import train_image_diffusion as reference
 
-LOSSES = "loss", "auxiliary_loss"
-
 
 def train_step(
     state: Mapping[str, jax.Array],
@@ -76,7 +74,7 @@ def _step(
         examples = f"{len(batch[0])} examples, whose padding would count in the load"
         raise ValueError(f"images must divide among {parts}, got {examples}")
     placed = training.place(batch, config, mesh)
-    new_state, metrics = training.step(shares, LOSSES, state, placed, config=config, mesh=mesh)
+    new_state, metrics = training.step(shares, state, placed, config=config, mesh=mesh)
     return new_state, reference.Metrics(**metrics)
 
 
@@ -88,11 +86,9 @@ def shares(
     batch_size: jax.Array,
     step: jax.Array,
     config: ImageDiffusionConfig,
-) -> Arrays:
+) -> tuple[jax.Array, Arrays]:
     """As `training.step` takes it."""
     model = partial(image_models.operation(config.model), parameters, config=config.model)
     losses_B, auxiliary_loss = reference.example_losses(model, *microbatch, step=step, config=config)
-    return {
-        "loss": jnp.where(counts, losses_B, 0).sum() / batch_size,
-        "auxiliary_loss": auxiliary_loss * counts.sum() / batch_size,
-    }
+    loss, auxiliary_loss = jnp.where(counts, losses_B, 0).sum() / batch_size, auxiliary_loss * counts.sum() / batch_size
+    return loss + auxiliary_loss, {"loss": loss, "auxiliary_loss": auxiliary_loss}

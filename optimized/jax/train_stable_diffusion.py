@@ -21,8 +21,6 @@ from gaugeblock.reference.configs import StableDiffusionConfig
 from gaugeblock.reference.jax import clip_text
 from gaugeblock.reference.jax import train_stable_diffusion as reference
 
-LOSSES = ("loss",)
-
 
 def train_step(
     state: Mapping[str, jax.Array],
@@ -80,7 +78,7 @@ def _step(
     placed, counts = training.place(batch, config, mesh)
     sharded, sharded_frozen = training.shard_state(state, mesh), training.shard_state(frozen, mesh)
     encoded = encoded_batch(sharded_frozen, placed, sharded["step"], config=config, mesh=mesh)
-    new_state, metrics = training.step(shares, LOSSES, sharded, (encoded, counts), config=config, mesh=mesh)
+    new_state, metrics = training.step(shares, sharded, (encoded, counts), config=config, mesh=mesh)
     return new_state, reference.Metrics(**metrics)
 
 
@@ -104,8 +102,9 @@ def shares(
     batch_size: jax.Array,
     step: jax.Array,
     config: StableDiffusionConfig,
-) -> Arrays:
+) -> tuple[jax.Array, Arrays]:
     """As `training.step` takes it."""
     model: Any = partial(reference.predict, clip_text.clip_text, reference.denoiser(config), parameters, config=config)
     losses_B = reference.example_losses(model, *microbatch, step=step, config=config)
-    return {"loss": jnp.where(counts, losses_B, 0).sum() / batch_size}
+    loss = jnp.where(counts, losses_B, 0).sum() / batch_size
+    return loss, {"loss": loss}

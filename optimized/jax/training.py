@@ -21,14 +21,13 @@ from gaugeblock.reference.jax.recomputation import blocks_recomputed
 
 Arrays = dict[str, jax.Array]
 Batch = tuple[Any, ...]  # arrays, and None for what a model is not told
-Sums = tuple[Arrays, Arrays]  # of the losses and the gradients
+Sums = tuple[Arrays, Arrays]  # of the metrics and the gradients
 Placed = tuple[Batch, jax.Array]  # and what counts
-Shares = Callable[..., Arrays]
+Shares = Callable[..., tuple[jax.Array, Arrays]]
 
 
 def step(
     shares: Shares,
-    names: tuple[str, ...],
     state: Mapping[str, jax.Array],
     placed: Placed,
     *,
@@ -42,9 +41,8 @@ def step(
 
     Args:
         shares: A function of a module, of the parameters, in `compute_dtype`, a microbatch, a mask [examples] of those that
-            count, and by name the `batch_size` of the whole, the `step` and the `config`: the microbatch's share of each loss of
-            the batch, [], by name.
-        names: Of these losses.
+            count, and by name the `batch_size` of the whole, the `step` and the `config`: the microbatch's share of what is
+            minimized, [], and of each metric, by name.
         state: As of `gaugeblock.reference.jax.training`. One that does not lie as `shard_state` places it is brought there first.
         placed: As `place` returns it: global arrays whose first axis is of the examples, None for what there is none of; and
             what counts of them.
@@ -53,16 +51,16 @@ def step(
 
     Returns:
         new_state: As state; it lies as `shard_state` places it.
-        metrics: The losses by name, and gradient_norm.
+        metrics: By name, and gradient_norm.
 
     Raises:
-        FloatingPointError: A loss or a gradient is not finite; the message names the step and the first bad one.
+        FloatingPointError: A metric or a gradient is not finite; the message names the step and the first bad one.
     """
     sharded = shard_state(state, mesh)
-    new_state, metrics, flaws = sharded_step(sharded, *placed, shares=shares, names=names, config=config, mesh=mesh)
+    new_state, metrics, flaws = sharded_step(sharded, *placed, shares=shares, config=config, mesh=mesh)
     flaws = {name: flaws[name] for name in training.trained_names(state, config)}  # jit sorts them
-    losses = {name: metrics[name] for name in names}
-    training.require_finite(state["step"], losses, flaws, metrics["gradient_norm"])
+    reported = {name: each for name, each in metrics.items() if name != "gradient_norm"}
+    training.require_finite(state["step"], reported, flaws, metrics["gradient_norm"])
     return new_state, metrics
 
 
@@ -95,14 +93,13 @@ def sharding(shape: tuple[int, ...], mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(*[None] * largest, "ranks"))
 
 
-@partial(jax.jit, static_argnames=("shares", "names", "config", "mesh"))
+@partial(jax.jit, static_argnames=("shares", "config", "mesh"))
 def sharded_step(
     state: Arrays,
     batch: Batch,
     counts: jax.Array,
     *,
     shares: Shares,
-    names: tuple[str, ...],
     config: TrainingConfig,
     mesh: Mesh,
 ) -> tuple[Arrays, Arrays, Arrays]:
@@ -127,12 +124,12 @@ def sharded_step(
         parameters = jax.lax.with_sharding_constraint(model | leaves, whole)
         parameters = {name: training.in_compute_dtype(each, config) for name, each in parameters.items()}
         with blocks_recomputed(config.activation_checkpointing):
-            losses = of_batch(parameters, microbatch, counts_B)
-        return jnp.stack([*losses.values()]).sum() * config.loss_scale, losses
+            objective, metrics = of_batch(parameters, microbatch, counts_B)
+        return objective * config.loss_scale, metrics
 
     def add_microbatch(sums: Sums, microbatch: tuple[Batch, jax.Array]) -> tuple[Sums, None]:
-        gradients, losses = jax.grad(scaled, has_aux=True)(leaves, *microbatch)
-        return jax.lax.with_sharding_constraint(jax.tree.map(jnp.add, sums, (losses, gradients)), (whole, parts)), None
+        gradients, metrics = jax.grad(scaled, has_aux=True)(leaves, *microbatch)
+        return jax.lax.with_sharding_constraint(jax.tree.map(jnp.add, sums, (metrics, gradients)), (whole, parts)), None
 
     # every accumulation_steps-th example: so each rank's examples lie in all microbatches, and none moves
     size, count = len(counts) // config.accumulation_steps, config.accumulation_steps
@@ -140,8 +137,9 @@ def sharded_step(
         jax.tree.map(lambda each: each.reshape(size, count, *each.shape[1:]).swapaxes(0, 1), (batch, counts)),
         NamedSharding(mesh, PartitionSpec(None, "ranks")),
     )
-    zeros = {name: jnp.zeros((), batch[0].dtype) for name in names}, jax.tree.map(jnp.zeros_like, leaves)
-    (losses, gradients), _ = jax.lax.scan(add_microbatch, zeros, microbatches)
+    _, reported = jax.eval_shape(scaled, leaves, *jax.tree.map(lambda each: each[0], microbatches))
+    zeros = jax.tree.map(lambda each: jnp.zeros(each.shape, each.dtype), (reported, leaves))
+    (metrics, gradients), _ = jax.lax.scan(add_microbatch, zeros, microbatches)
 
     gradients = {name: gradient / config.loss_scale for name, gradient in gradients.items()}
     gradient_norm = training.global_norm(gradients)
@@ -149,4 +147,4 @@ def sharded_step(
     places = {name: sharding(each.shape, mesh) for name, each in new_state.items()}
     new_state = jax.lax.with_sharding_constraint(new_state, places)
     flaws = {name: jnp.where(jnp.isfinite(gradient).all(), 0, jnp.nan) for name, gradient in gradients.items()}
-    return new_state, losses | {"gradient_norm": gradient_norm}, flaws
+    return new_state, metrics | {"gradient_norm": gradient_norm}, flaws

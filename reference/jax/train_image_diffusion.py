@@ -91,28 +91,18 @@ def draw_latents(
 
 
 def _step(state: Mapping[str, jax.Array], batch: tuple[Any, ...], config: ImageDiffusionConfig) -> tuple[Tensors, Metrics]:
-    """Make the update of a batch that is known to be good; one as of `losses_and_gradients`."""
-    losses, gradients = losses_and_gradients(dict(state), batch, config=config)
-    new_state, gradient_norm = training.finish(state, losses, gradients, config=config)
-    return new_state, Metrics(**losses, gradient_norm=gradient_norm)
-
-
-@partial(jax.jit, static_argnames="config")
-def losses_and_gradients(
-    state: Mapping[str, jax.Array], batch: tuple[Any, ...], *, config: ImageDiffusionConfig
-) -> tuple[Tensors, Tensors]:
-    """As `gaugeblock.reference.torch.train_image_diffusion.losses_and_gradients`."""
-    of_batch = partial(shares, batch_size=len(batch[0]), step=state["step"], config=config)
-    return training.add_up(of_batch, state, batch, config=config)
+    new_state, metrics = training.step(shares, state, batch, config=config)
+    return new_state, Metrics(**metrics)
 
 
 def shares(
     parameters: Tensors, images: jax.Array, *others: Any, batch_size: int, step: jax.Array, config: ImageDiffusionConfig
-) -> Tensors:
-    """Return a microbatch's share of the losses of a batch of that size."""
+) -> tuple[jax.Array, Tensors]:
+    """As `gaugeblock.reference.torch.train_image_diffusion.shares`."""
     model = partial(image_models.operation(config.model), parameters, config=config.model)
     losses_B, auxiliary_loss = example_losses(model, images, *others, step=step, config=config)
-    return {"loss": losses_B.sum() / batch_size, "auxiliary_loss": auxiliary_loss * len(images) / batch_size}
+    loss, auxiliary_loss = losses_B.sum() / batch_size, auxiliary_loss * len(images) / batch_size
+    return loss + auxiliary_loss, {"loss": loss, "auxiliary_loss": auxiliary_loss}
 
 
 def example_losses(

@@ -134,27 +134,17 @@ def tell_texts(
 
 
 def _step(state: Mapping[str, jax.Array], batch: tuple[Any, ...], config: StableDiffusionConfig) -> tuple[Tensors, Metrics]:
-    """Make the update of a batch that is known to be good; one as of `losses_and_gradients`."""
-    losses, gradients = losses_and_gradients(dict(state), batch, config=config)
-    new_state, gradient_norm = training.finish(state, losses, gradients, config=config)
-    return new_state, Metrics(**losses, gradient_norm=gradient_norm)
-
-
-@partial(jax.jit, static_argnames="config")
-def losses_and_gradients(
-    state: Mapping[str, jax.Array], batch: tuple[Any, ...], *, config: StableDiffusionConfig
-) -> tuple[Tensors, Tensors]:
-    """As `gaugeblock.reference.torch.train_stable_diffusion.losses_and_gradients`."""
-    of_batch = partial(shares, batch_size=len(batch[0]), step=state["step"], config=config)
-    return training.add_up(of_batch, state, batch, config=config)
+    new_state, metrics = training.step(shares, state, batch, config=config)
+    return new_state, Metrics(**metrics)
 
 
 def shares(
     parameters: Tensors, latents: jax.Array, *others: Any, batch_size: int, step: jax.Array, config: StableDiffusionConfig
-) -> Tensors:
-    """Return a microbatch's share of the loss of a batch of that size."""
+) -> tuple[jax.Array, Tensors]:
+    """As `gaugeblock.reference.torch.train_stable_diffusion.shares`."""
     model = partial(predict, clip_text.clip_text, denoiser(config), parameters, config=config)
-    return {"loss": example_losses(model, latents, *others, step=step, config=config).sum() / batch_size}
+    loss = example_losses(model, latents, *others, step=step, config=config).sum() / batch_size
+    return loss, {"loss": loss}
 
 
 def example_losses(

@@ -28,6 +28,7 @@ CLIPPING_EPSILON = 1e-6  # added to the norm by torch.nn.utils.clip_grad_norm_ (
 OPTAX_MOMENTS = {"exp_avg": "mu", "exp_avg_sq": "nu", "momentum_buffer": "trace"}
 
 Tensors = dict[str, jax.Array]
+Shares = Callable[..., tuple[jax.Array, Tensors]]
 
 
 def initial_state(parameters: Mapping[str, jax.Array], *, config: TrainingConfig, frozen: Container[str] = ()) -> Tensors:
@@ -37,34 +38,41 @@ def initial_state(parameters: Mapping[str, jax.Array], *, config: TrainingConfig
     return join_state(parts, jnp.array(0))
 
 
-def add_up(
-    shares: Callable[..., Tensors],
-    state: Mapping[str, jax.Array],
-    batch: Iterable[jax.Array | None],
-    *,
-    config: TrainingConfig,
+def step(
+    shares: Shares, state: Mapping[str, jax.Array], batch: Iterable[jax.Array | None], *, config: TrainingConfig
 ) -> tuple[Tensors, Tensors]:
-    """As `gaugeblock.reference.torch.training.add_up`."""
+    """As `gaugeblock.reference.torch.training.step`."""
+    metrics, gradients = metrics_and_gradients(shares, dict(state), tuple(batch), config=config)
+    new_state, gradient_norm = finish(state, metrics, gradients, config=config)
+    return new_state, metrics | {"gradient_norm": gradient_norm}
+
+
+@partial(jax.jit, static_argnames=("shares", "config"))
+def metrics_and_gradients(
+    shares: Shares, state: Mapping[str, jax.Array], batch: Iterable[jax.Array | None], *, config: TrainingConfig
+) -> tuple[Tensors, Tensors]:
+    """As `gaugeblock.reference.torch.training.metrics_and_gradients`; shares is a function of a module."""
     batch = list(batch)
     batch_size = next(len(each) for each in batch if each is not None)
     num_microbatches = min(config.accumulation_steps, batch_size)
     model, trained = part_of_state(state, "model"), trained_names(state, config)
     leaves = {name: model[name] for name in trained}
+    of_batch = partial(shares, batch_size=batch_size, step=state["step"], config=config)
 
     def scaled(leaves: Tensors, *microbatch: jax.Array | None) -> tuple[jax.Array, Tensors]:
         parameters = {name: in_compute_dtype(each, config) for name, each in (model | leaves).items()}
         with blocks_recomputed(config.activation_checkpointing):
-            some = shares(parameters, *microbatch)
-        return jnp.stack([*some.values()]).sum() * config.loss_scale, some
+            objective, some = of_batch(parameters, *microbatch)
+        return objective * config.loss_scale, some
 
-    losses: Tensors = {}
+    metrics: Tensors = {}
     gradients = {name: jnp.zeros_like(leaf) for name, leaf in leaves.items()}
     split = ([None] * num_microbatches if each is None else jnp.array_split(each, num_microbatches) for each in batch)
     for microbatch in zip(*split, strict=True):
         found, some = jax.grad(scaled, has_aux=True)(leaves, *microbatch)
-        losses = {name: losses.get(name, 0) + share for name, share in some.items()}
+        metrics = {name: metrics.get(name, 0) + share for name, share in some.items()}
         gradients = {name: gradient + found[name] for name, gradient in gradients.items()}
-    return losses, {name: gradient / config.loss_scale for name, gradient in gradients.items()}
+    return metrics, {name: gradient / config.loss_scale for name, gradient in gradients.items()}
 
 
 def trained_names(state: Mapping[str, jax.Array], config: TrainingConfig) -> list[str]:
@@ -73,12 +81,12 @@ def trained_names(state: Mapping[str, jax.Array], config: TrainingConfig) -> lis
 
 
 def finish(
-    state: Mapping[str, jax.Array], losses: Tensors, gradients: Tensors, *, config: TrainingConfig
+    state: Mapping[str, jax.Array], metrics: Tensors, gradients: Tensors, *, config: TrainingConfig
 ) -> tuple[Tensors, jax.Array]:
     """As `gaugeblock.reference.torch.training.finish`."""
     gradients = {name: gradients[name] for name in trained_names(state, config)}
     gradient_norm = global_norm(gradients)
-    require_finite(state["step"], losses, gradients, gradient_norm)
+    require_finite(state["step"], metrics, gradients, gradient_norm)
     return update(state, gradients, gradient_norm, config=config), gradient_norm
 
 
@@ -92,13 +100,14 @@ def global_norm(tensors: Mapping[str, jax.Array]) -> jax.Array:
     return jnp.sqrt(jnp.stack([jnp.square(tensor).sum() for tensor in tensors.values()]).sum())
 
 
-def require_finite(step: jax.Array, losses: Tensors, gradients: Tensors, gradient_norm: jax.Array) -> None:
+def require_finite(step: jax.Array, metrics: Tensors, gradients: Tensors, gradient_norm: jax.Array) -> None:
     """Raise FloatingPointError with the step and the first tensor that is not finite, if there is one."""
-    if jnp.isfinite(jnp.stack([*losses.values(), gradient_norm])).all():
+    if jnp.isfinite(jnp.concatenate([each.ravel() for each in (*metrics.values(), gradient_norm)])).all():
         return
-    tensors = losses | {f"gradient of {name}": each for name, each in gradients.items()} | {"gradient_norm": gradient_norm}
+    tensors = metrics | {f"gradient of {name}": each for name, each in gradients.items()} | {"gradient_norm": gradient_norm}
     bad = next(name for name, tensor in tensors.items() if not jnp.isfinite(tensor).all())
-    told = ", ".join(f"{name} {float(each)}" for name, each in (losses | {"gradient_norm": gradient_norm}).items())
+    numbers = {name: each for name, each in (metrics | {"gradient_norm": gradient_norm}).items() if each.ndim == 0}
+    told = ", ".join(f"{name} {float(each)}" for name, each in numbers.items())
     raise FloatingPointError(f"step {int(step)}: {bad} is not finite ({told})")
 
 

@@ -149,31 +149,22 @@ def draw_latents(
 
 
 def _step(state: Mapping[str, torch.Tensor], batch: tuple[Any, ...], config: ImageDiffusionConfig) -> tuple[Tensors, Metrics]:
-    """Make the update of a batch that is known to be good; one as of `losses_and_gradients`."""
-    losses, gradients = losses_and_gradients(state, batch, config=config)
-    new_state, gradient_norm = training.finish(state, losses, gradients, config=config)
-    return new_state, Metrics(**losses, gradient_norm=gradient_norm)
-
-
-def losses_and_gradients(
-    state: Mapping[str, torch.Tensor], batch: tuple[Any, ...], *, config: ImageDiffusionConfig
-) -> tuple[Tensors, Tensors]:
-    """Return the losses of a batch, by the names of `Metrics`, and the gradients of their sum.
-
-    A batch is images, labels, encoder_hidden_states, pooled_projections and example_ids, as of the steps, None for what a model
-    is not told.
-    """
-    of_batch = partial(shares, batch_size=len(batch[0]), step=int(state["step"]), config=config)
-    return training.add_up(of_batch, state, batch, config=config)
+    new_state, metrics = training.step(shares, state, batch, config=config)
+    return new_state, Metrics(**metrics)
 
 
 def shares(
     parameters: Tensors, images: torch.Tensor, *others: Any, batch_size: int, step: int, config: ImageDiffusionConfig
-) -> Tensors:
-    """Return a microbatch's share of the losses of a batch of that size."""
+) -> tuple[torch.Tensor, Tensors]:
+    """Return a microbatch's share of what is minimized and of the metrics, as `training.step` takes it.
+
+    A batch is images, labels, encoder_hidden_states, pooled_projections and example_ids, as of the steps, None for what a model
+    is not told.
+    """
     model = partial(image_models.operation(config.model), parameters, config=config.model)
     losses_B, auxiliary_loss = example_losses(model, images, *others, step=step, config=config)
-    return {"loss": losses_B.sum() / batch_size, "auxiliary_loss": auxiliary_loss * len(images) / batch_size}
+    loss, auxiliary_loss = losses_B.sum() / batch_size, auxiliary_loss * len(images) / batch_size
+    return loss + auxiliary_loss, {"loss": loss, "auxiliary_loss": auxiliary_loss}
 
 
 def example_losses(

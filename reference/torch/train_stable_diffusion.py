@@ -206,29 +206,20 @@ def tell_texts(
 
 
 def _step(state: Mapping[str, torch.Tensor], batch: tuple[Any, ...], config: StableDiffusionConfig) -> tuple[Tensors, Metrics]:
-    """Make the update of a batch that is known to be good; one as of `losses_and_gradients`."""
-    losses, gradients = losses_and_gradients(state, batch, config=config)
-    new_state, gradient_norm = training.finish(state, losses, gradients, config=config)
-    return new_state, Metrics(**losses, gradient_norm=gradient_norm)
-
-
-def losses_and_gradients(
-    state: Mapping[str, torch.Tensor], batch: tuple[Any, ...], *, config: StableDiffusionConfig
-) -> tuple[Tensors, Tensors]:
-    """Return the loss of a batch, by its name in `Metrics`, and its gradients.
-
-    A batch is latents, input_ids, encoder_hidden_states, text_embeds, time_ids and example_ids; None for what there is none of.
-    """
-    of_batch = partial(shares, batch_size=len(batch[0]), step=int(state["step"]), config=config)
-    return training.add_up(of_batch, state, batch, config=config)
+    new_state, metrics = training.step(shares, state, batch, config=config)
+    return new_state, Metrics(**metrics)
 
 
 def shares(
     parameters: Tensors, latents: torch.Tensor, *others: Any, batch_size: int, step: int, config: StableDiffusionConfig
-) -> Tensors:
-    """Return a microbatch's share of the loss of a batch of that size."""
+) -> tuple[torch.Tensor, Tensors]:
+    """Return a microbatch's share of what is minimized and of the metrics, as `training.step` takes it.
+
+    A batch is latents, input_ids, encoder_hidden_states, text_embeds, time_ids and example_ids; None for what there is none of.
+    """
     model = partial(predict, clip_text.clip_text, denoiser(config), parameters, config=config)
-    return {"loss": example_losses(model, latents, *others, step=step, config=config).sum() / batch_size}
+    loss = example_losses(model, latents, *others, step=step, config=config).sum() / batch_size
+    return loss, {"loss": loss}
 
 
 def example_losses(
@@ -245,7 +236,7 @@ def example_losses(
 ) -> torch.Tensor:
     """Return the loss of each example, [batch_size], at what is drawn for it in this step.
 
-    `model` takes the arrays of `predict`; the other arguments are as of `losses_and_gradients`.
+    `model` takes the arrays of `predict`; the other arguments are as of `shares`.
     """
     noise_BCHW, added_BCHW, timesteps_B, is_dropped_B = draws(latents, example_ids, step, config=config)
     alphas_B, sigmas_B, weights_B = (each.to(latents.dtype) for each in rates(timesteps_B, config=config))

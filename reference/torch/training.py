@@ -14,6 +14,7 @@ What a run depends on is in it and in the config: what is random is drawn by (se
 
 import math
 from collections.abc import Callable, Container, Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from gaugeblock.reference.torch.recomputation import blocks_recomputed
 CLIPPING_EPSILON = 1e-6  # added to the norm by torch.nn.utils.clip_grad_norm_ (optax.clip_by_global_norm adds nothing)
 
 Tensors = dict[str, torch.Tensor]
+Shares = Callable[..., tuple[torch.Tensor, Tensors]]
 
 
 def initial_state(parameters: Mapping[str, torch.Tensor], *, config: TrainingConfig, frozen: Container[str] = ()) -> Tensors:
@@ -47,25 +49,39 @@ def initial_state(parameters: Mapping[str, torch.Tensor], *, config: TrainingCon
     return join_state(parts, torch.tensor(0, device=device))
 
 
-def add_up(
-    shares: Callable[..., Tensors],
-    state: Mapping[str, torch.Tensor],
-    batch: Iterable[torch.Tensor | None],
-    *,
-    config: TrainingConfig,
+def step(
+    shares: Shares, state: Mapping[str, torch.Tensor], batch: Iterable[torch.Tensor | None], *, config: TrainingConfig
 ) -> tuple[Tensors, Tensors]:
-    """Return the losses of a batch and the gradients of their sum, computed in microbatches whose sizes differ by one at most.
+    """Make the update of a batch that is known to be good; the given state is not written to.
+
+    Args: as of `metrics_and_gradients`.
+
+    Returns:
+        new_state: As state.
+        metrics: Those of the batch by name, before the update, and gradient_norm.
+
+    Raises: as `finish`.
+    """
+    metrics, gradients = metrics_and_gradients(shares, state, batch, config=config)
+    new_state, gradient_norm = finish(state, metrics, gradients, config=config)
+    return new_state, metrics | {"gradient_norm": gradient_norm}
+
+
+def metrics_and_gradients(
+    shares: Shares, state: Mapping[str, torch.Tensor], batch: Iterable[torch.Tensor | None], *, config: TrainingConfig
+) -> tuple[Tensors, Tensors]:
+    """Return what a step reports of a batch and the gradients, computed in microbatches whose sizes differ by one at most.
 
     Args:
-        shares: Function of the parameters, in `compute_dtype`, and a microbatch: its share of each loss of the batch, [], by
-            name. A mean over the batch's examples is the sum of such shares; the mean of the microbatches' means would favour
-            those of small ones.
+        shares: Function of the parameters, in `compute_dtype`, and a microbatch, and by name the `batch_size` of the whole, the
+            `step` and the `config`: the microbatch's share of what is minimized, [], and of each metric, by name. A mean over
+            the batch's examples is the sum of such shares; the mean of the microbatches' means would favour those of small ones.
         state: As at the top of this module.
         batch: Arrays whose first axis is of the examples; None for what there is none of.
         config: Of the run.
 
     Returns:
-        losses: [], by name.
+        metrics: By name.
         gradients: Of what is trained, by name.
     """
     batch = list(batch)
@@ -73,19 +89,19 @@ def add_up(
     num_microbatches = min(config.accumulation_steps, batch_size)
     model, trained = part_of_state(state, "model"), trained_names(state, config)
     leaves = {name: model[name].detach().requires_grad_() for name in trained}
+    of_batch = partial(shares, batch_size=batch_size, step=int(state["step"]), config=config)
 
-    losses: Tensors = {}
+    metrics: Tensors = {}
     gradients = [torch.zeros_like(leaf) for leaf in leaves.values()]
     split = ([None] * num_microbatches if each is None else each.tensor_split(num_microbatches) for each in batch)
     for microbatch in zip(*split, strict=True):
         parameters = {name: in_compute_dtype(each, config) for name, each in (model | leaves).items()}
         with blocks_recomputed(config.activation_checkpointing):
-            some = shares(parameters, *microbatch)
-        losses = {name: losses.get(name, 0) + share.detach() for name, share in some.items()}
-        scaled = torch.stack([*some.values()]).sum() * config.loss_scale
-        found = torch.autograd.grad(scaled, [*leaves.values()], materialize_grads=True)
+            objective, some = of_batch(parameters, *microbatch)
+        metrics = {name: metrics.get(name, 0) + share.detach() for name, share in some.items()}
+        found = torch.autograd.grad(objective * config.loss_scale, [*leaves.values()], materialize_grads=True)
         gradients = [gradient + each for gradient, each in zip(gradients, found, strict=True)]
-    return losses, {name: each / config.loss_scale for name, each in zip(leaves, gradients, strict=True)}
+    return metrics, {name: each / config.loss_scale for name, each in zip(leaves, gradients, strict=True)}
 
 
 def trained_names(state: Mapping[str, torch.Tensor], config: TrainingConfig) -> list[str]:
@@ -94,19 +110,19 @@ def trained_names(state: Mapping[str, torch.Tensor], config: TrainingConfig) -> 
 
 
 def finish(
-    state: Mapping[str, torch.Tensor], losses: Tensors, gradients: Tensors, *, config: TrainingConfig
+    state: Mapping[str, torch.Tensor], metrics: Tensors, gradients: Tensors, *, config: TrainingConfig
 ) -> tuple[Tensors, torch.Tensor]:
-    """Make the update of a step, once what `add_up` returns is known to be finite; the given state is not written to.
+    """Make the update of a step, once what `metrics_and_gradients` returns is known to be finite; the given state stays.
 
     Returns:
         new_state: As state.
         gradient_norm: [], of all gradients together, before clipping.
 
     Raises:
-        FloatingPointError: A loss or a gradient is not finite; the message names the step and the first bad one.
+        FloatingPointError: A metric or a gradient is not finite; the message names the step and the first bad one.
     """
     gradient_norm = global_norm(gradients)
-    require_finite(state["step"], losses, gradients, gradient_norm)
+    require_finite(state["step"], metrics, gradients, gradient_norm)
     return update(state, gradients, gradient_norm, config=config), gradient_norm
 
 
@@ -120,13 +136,14 @@ def global_norm(tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
     return torch.stack([tensor.square().sum() for tensor in tensors.values()]).sum().sqrt()
 
 
-def require_finite(step: torch.Tensor, losses: Tensors, gradients: Tensors, gradient_norm: torch.Tensor) -> None:
+def require_finite(step: torch.Tensor, metrics: Tensors, gradients: Tensors, gradient_norm: torch.Tensor) -> None:
     """Raise FloatingPointError with the step and the first tensor that is not finite, if there is one."""
-    if torch.stack([*losses.values(), gradient_norm]).isfinite().all():
+    if torch.cat([each.flatten() for each in (*metrics.values(), gradient_norm)]).isfinite().all():
         return
-    tensors = losses | {f"gradient of {name}": each for name, each in gradients.items()} | {"gradient_norm": gradient_norm}
+    tensors = metrics | {f"gradient of {name}": each for name, each in gradients.items()} | {"gradient_norm": gradient_norm}
     bad = next(name for name, tensor in tensors.items() if not tensor.isfinite().all())
-    told = ", ".join(f"{name} {float(each)}" for name, each in (losses | {"gradient_norm": gradient_norm}).items())
+    numbers = {name: each for name, each in (metrics | {"gradient_norm": gradient_norm}).items() if each.ndim == 0}
+    told = ", ".join(f"{name} {float(each)}" for name, each in numbers.items())
     raise FloatingPointError(f"step {int(step)}: {bad} is not finite ({told})")
 
 
