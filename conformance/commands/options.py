@@ -1,17 +1,31 @@
 """Options that `gaugeblock check`, `gaugeblock selftest` and the pytest plugin share: told once, with or without a prefix."""
 
+from argparse import ArgumentTypeError
 from collections.abc import Callable
 from typing import Any
 
+from gaugeblock.conformance.engine.devices import unknown_device
 from gaugeblock.conformance.engine.vocabulary import DEVICES, DTYPES, PROFILES
 
 Add = Callable[..., Any]  # `add_argument` of argparse, or `addoption` of pytest
+
+
+def device(name: str) -> str:
+    """The name of a device type.
+
+    Raises:
+        ArgumentTypeError: Torch knows none of that name.
+    """
+    if why := "" if name in DEVICES else unknown_device(name):
+        raise ArgumentTypeError(why)
+    return name
+
 
 FILTERS: dict[str, dict[str, Any]] = {
     "contract": {"metavar": "GLOB", "help": "only these contracts (repeatable)"},
     "implementation": {"metavar": "GLOB", "help": "only these implementations (repeatable)"},
     "dtype": {"choices": DTYPES, "help": "only this dtype (repeatable)"},
-    "device": {"choices": DEVICES, "help": "only this device (repeatable)"},
+    "device": {"metavar": "TYPE", "type": device, "help": "only this device, one of torch's types, as cpu or cuda (repeatable)"},
 }
 
 

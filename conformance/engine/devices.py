@@ -81,10 +81,22 @@ def cache_compilations() -> None:
 
 
 def available_devices() -> tuple[str, ...]:
-    """Devices of this machine that subjects can run on."""
+    """Devices of this machine that subjects can run on: the CPU, and torch's accelerator, whichever backend it comes with."""
     import torch
 
-    return ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return ("cpu", accelerator.type) if accelerator else ("cpu",)
+
+
+def unknown_device(name: object) -> str:
+    """Why a name is none of torch's device types, or an empty string."""
+    import torch
+
+    try:
+        is_type = torch.device(name).type == name  # type: ignore[call-overload]  # not with an index
+    except (RuntimeError, TypeError):
+        is_type = False
+    return "" if is_type else f"{name!r} is no device type of torch (one of a backend is known once that is installed)"
 
 
 def available_world_size(framework: str) -> int:

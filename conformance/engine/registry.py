@@ -14,6 +14,7 @@ from types import ModuleType
 from typing import Any, TypeVar, get_args
 
 from gaugeblock.conformance.engine.contract import Contract, Row
+from gaugeblock.conformance.engine.devices import available_devices, unknown_device
 from gaugeblock.conformance.engine.implementation import CLAIMS, Candidate, Implementation, import_path
 from gaugeblock.conformance.engine.only import wrong_with
 from gaugeblock.conformance.engine.suggestion import one_line, suggest
@@ -126,8 +127,15 @@ def _check_claims(contract: str, name: str, claims: dict[str, Any]) -> None:
             if wrong_only := wrong_with(value, find_contract(contract)):
                 raise RegistrationError(f"{contract} ({name}): only={value!r}: {wrong_only}")
             continue
-        allowed = (True, False) if kind is bool else get_args(get_args(kind)[0] if claim in ("dtypes", "devices") else kind)
         values = tuple(value) if claim in ("dtypes", "devices") and not isinstance(value, str) else (value,)
+        if claim == "devices":
+            unknown = [why for why in map(unknown_device, values) if why] or ([] if values else ["there is none"])
+            if unknown:
+                raise RegistrationError(
+                    f"{contract} ({name}): devices must be of torch's device types, got {value!r}: {unknown[0]}"
+                )
+            continue
+        allowed = (True, False) if kind is bool else get_args(get_args(kind)[0] if claim == "dtypes" else kind)
         wrong = [each for each in values if each not in allowed]
         if wrong or not values:
             raise RegistrationError(f"{contract} ({name}): {claim} must be of {allowed}, got {value!r}")
@@ -207,8 +215,14 @@ def registered_by_file() -> dict[tuple[str, str], tuple[Implementation, str]]:
 @cache
 def builtin_implementations(contract: Contract) -> tuple[Implementation, ...]:
     """The two references and our optimized versions."""
-    every = contract.dtypes
-    reference = Implementation(contract.name, "reference", contract.reference, kind="reference", dtypes=every, devices=DEVICES)
+    reference = Implementation(
+        contract.name,
+        "reference",
+        contract.reference,
+        kind="reference",
+        dtypes=contract.dtypes,
+        devices=tuple(dict.fromkeys((*DEVICES, *available_devices()))),  # it is plain torch: any that torch has
+    )
     jit = contract.recurrence is None  # a step reads its loss, which jit has not
     twin = Implementation(contract.name, "reference-jax", contract.twin, kind="reference", framework="jax", jit=jit)
     return (reference, twin, *contract.implementations)

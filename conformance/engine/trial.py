@@ -26,7 +26,7 @@ from gaugeblock.conformance.engine.processes.perform import Conditions, Findings
 from gaugeblock.conformance.engine.processes.seats import Seat
 from gaugeblock.conformance.engine.registry import find_contract
 from gaugeblock.conformance.engine.shardings import Sharding
-from gaugeblock.conformance.engine.vocabulary import DEVICES, FRAMEWORKS, ROUNDINGS, Device, Framework, Rounding, Tensors
+from gaugeblock.conformance.engine.vocabulary import FRAMEWORKS, ROUNDINGS, Device, Framework, Rounding, Tensors
 
 
 class OutOfTime(Lost):
@@ -261,8 +261,8 @@ class Property:
     """Cases per regime, in units of the profile's examples."""
     frameworks: tuple[Framework, ...] = FRAMEWORKS
     kinds: tuple[str, ...] = ()
-    devices: tuple[Device, ...] = DEVICES
-    """Those it makes sense for; no kinds means all."""
+    devices: tuple[Device, ...] = ()
+    """Those it makes sense for; none means all."""
     requires: tuple[str, ...] = ()
     """Attributes of the contract without which there is nothing to test."""
     every_world_size: bool = False
@@ -297,7 +297,7 @@ class Property:
             return f"not judged for {implementation.framework}"
         if self.kinds and implementation.kind not in self.kinds:
             return f"only for implementations of kind {', '.join(self.kinds)}"
-        if subject.device not in self.devices:
+        if self.devices and subject.device not in self.devices:
             return f"needs {', '.join(self.devices)}"
         if not self.world_sizes(implementation):
             return f"needs {min(implementation.world_sizes)} devices, there are {available_world_size(implementation.framework)}"

@@ -27,7 +27,7 @@ def capture_environment() -> dict[str, Any]:
 
     Returns:
         `time` (ISO 8601, UTC), `versions` (of what is installed), `platform`, `cpu`, `cores` (that this process may
-        use), `gpus` (name and capability; empty unless torch is loaded and sees one), `variables` (those set that
+        use), `gpus` (name, and a GPU's capability; empty unless torch is loaded and sees one), `variables` (those set that
         change results), `git` (`commit` and `dirty` of the current folder's checkout, or None outside of one).
     """
     return {
@@ -54,7 +54,10 @@ def describe(environment: dict[str, Any]) -> dict[str, str]:
         "versions": ", ".join(f"{name} {number}" for name, number in environment.get("versions", {}).items()),
         "platform": environment.get("platform", ""),
         "processor": f"{environment.get('cpu', '')}, {environment.get('cores', '?')} cores",
-        "GPU": ", ".join(f"{each['name']} (capability {each['capability']})" for each in environment.get("gpus", ())),
+        "GPU": ", ".join(
+            each["name"] + (f" (capability {each['capability']})" if "capability" in each else "")
+            for each in environment.get("gpus", ())
+        ),
         "variables": ", ".join(f"{name}={value}" for name, value in environment.get("variables", {}).items()),
         **_part(environment.get("part", {})),
         "commit": f"{git['commit']}{' with uncommitted changes' if git['dirty'] else ''}" if git else "",
@@ -92,8 +95,10 @@ def _cpu() -> str:
 
 def _gpus() -> list[dict[str, str]]:
     torch = sys.modules.get("torch")
-    if torch is None or not torch.cuda.is_available():
+    if torch is None or not torch.accelerator.is_available():
         return []
+    if not torch.cuda.is_available():
+        return [{"name": str(torch.accelerator.current_accelerator())}] * torch.accelerator.device_count()
     devices = range(torch.cuda.device_count())
     return [
         {

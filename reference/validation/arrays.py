@@ -163,9 +163,10 @@ def require_same_device(name: str, array: Any, other_name: str, other: Any) -> N
 
 def _is_readable(array: Any) -> bool:
     if _is_torch_tensor(array):
-        if array.is_cuda:
-            return _reads_gpus.get() and not sys.modules["torch"].cuda.is_current_stream_capturing()
-        return not array.is_meta
+        if array.device.type in ("cpu", "meta"):
+            return not array.is_meta
+        is_captured = array.is_cuda and sys.modules["torch"].cuda.is_current_stream_capturing()
+        return _reads_gpus.get() and not is_captured
     jax = sys.modules.get("jax")
     return jax is None or not isinstance(array, jax.core.Tracer)
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from gaugeblock.conformance.engine.kept.imports import location
+from gaugeblock.conformance.engine.vocabulary import DEVICES
 
 PACKAGES = ("torch", "numpy", "triton", "jax", "jaxlib", "optax", "safetensors", "hypothesis")  # and all that these require
 # Variables that change what is computed: those of the frameworks, and those by which libraries are told of another CPU.
@@ -29,8 +30,13 @@ def variables(mentioned: Collection[str] = ()) -> dict[str, str]:
     return {name: os.environ[name] for name in sorted(known | (os.environ.keys() & set(mentioned)))}
 
 
-def machine(device: str) -> dict[str, Any]:
-    """The processor, the GPU if it is on trial, and what programs are linked with."""
+def machine(device: str) -> dict[str, Any] | None:
+    """The processor, the GPU if it is on trial, and what programs are linked with; None of another accelerator.
+
+    Of such there is no telling which driver and compiler there are.
+    """
+    if device not in DEVICES:
+        return None
     found = {
         "python": [platform.python_implementation(), platform.python_version(), sys.flags.optimize],
         "system": [sys.platform, platform.machine(), *platform.libc_ver()],

@@ -79,8 +79,9 @@ class Digests:
         key = loaded.elsewhere, loaded.strings, subject.device
         if key not in self._circumstances:
             packages = circumstances.packages(loaded.elsewhere)
-            found = [packages, circumstances.variables(loaded.strings), circumstances.machine(subject.device)]
-            self._circumstances[key] = None if packages is None else _digest_of(found)
+            machine = circumstances.machine(subject.device)
+            found = [packages, circumstances.variables(loaded.strings), machine]
+            self._circumstances[key] = None if packages is None or machine is None else _digest_of(found)
         return self._circumstances[key]
 
     def sources(self, subject: Subject, prop: Property) -> str | None:

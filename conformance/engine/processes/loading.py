@@ -75,8 +75,8 @@ def _check_sources(rows: list[dict[str, Any]], sources: tuple[str, ...]) -> None
 
 
 def _memory() -> int | None:
-    """Bytes of address space for files whose claims are not known yet; without limit where a GPU's driver takes what it likes."""
-    return None if "cuda" in available_devices() else max(8 << 30, psutil.virtual_memory().total // 2)
+    """Bytes of address space for files whose claims are not known yet; without limit where a driver takes what it likes."""
+    return None if len(available_devices()) > 1 else max(8 << 30, psutil.virtual_memory().total // 2)
 
 
 def _row(told: dict[str, Any]) -> Implementation:

@@ -75,7 +75,7 @@ def perform(
         call = replace(call, options=call.options | {"mesh": mesh})
     if conditions.elsewhere:
         there = call.inputs[conditions.elsewhere]
-        call = replace(call, inputs=call.inputs | {conditions.elsewhere: there.to("cpu" if there.is_cuda else "meta")})
+        call = replace(call, inputs=call.inputs | {conditions.elsewhere: there.to("meta" if there.is_cpu else "cpu")})
     findings = Findings()
     with ExitStack() as around:
         around.enter_context(_usual_settings())

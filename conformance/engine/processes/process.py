@@ -201,10 +201,10 @@ def _join(group: Group, device: str) -> None:
     import torch.distributed as dist
 
     torch.set_num_threads(1)
-    if device == "cuda":
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", group.rank)) % torch.cuda.device_count())
+    if device != "cpu":
+        torch.accelerator.set_device_index(int(os.environ.get("LOCAL_RANK", group.rank)) % torch.accelerator.device_count())
     store = dist.PrefixStore(f"{group.generation}/group", dist.TCPStore(group.host, group.port, is_master=False))
-    backend = "gloo" if device == "cpu" else "cpu:gloo,cuda:nccl"
+    backend = "gloo" if device == "cpu" else f"cpu:gloo,{device}:{dist.get_default_backend_for_device(device)}"
     dist.init_process_group(backend, store=store, rank=group.rank, world_size=group.size)
     _meshes.update(
         {size: dist.DeviceMesh(device, list(range(size)), mesh_dim_names=("ranks",)) for size in range(1, group.size + 1)}
