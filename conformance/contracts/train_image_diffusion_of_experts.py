@@ -30,7 +30,10 @@ def train_step_of_experts() -> Contract:
             "as train_image_diffusion.train_step, of prediction, auxiliary_loss = dit_moe(state, (1 - t) images[b] + t noise, "
             "1000 t, label), the auxiliary loss of the whole batch; the gradients are of loss + auxiliary_loss"
         ),
-        source="Fei et al. 2024 (arXiv:2407.11633), section 2; feizc/DiT-MoE models.py, AddAuxiliaryLoss; else as train_image_diffusion.train_step",
+        source=(
+            "Fei et al. 2024 (arXiv:2407.11633), section 2; feizc/DiT-MoE models.py, AddAuxiliaryLoss; else as "
+            "train_image_diffusion.train_step"
+        ),
         reference=step,
         twin="gaugeblock.reference.jax.train_image_diffusion:train_step",
         rounded_as=flash_attention.of(step, model),
