@@ -4,14 +4,15 @@ The model itself is the reference's.
 """
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
 
 from gaugeblock.conformance.selftest.simulated.training import Run
 from gaugeblock.reference import purposes, validation
-from gaugeblock.reference.configs import DiTConfig, DiTMoEModelConfig, ImageDiffusionConfig, MMDiTConfig
-from gaugeblock.reference.torch import dit, dit_moe, image_models, mmdit, random, training
+from gaugeblock.reference.configs import DiTConfig, DiTMoEModelConfig, ImageDiffusionConfig
+from gaugeblock.reference.torch import dit, dit_moe, image_models, random, training
 from gaugeblock.reference.torch.train_image_diffusion import Metrics, Tensors
 
 
@@ -157,7 +158,7 @@ class Trainer(Run):
 
 
 class TrainerOnTexts(Trainer):
-    """`train_image_diffusion.train_step_on_texts` of an MMDiT; a label is its example's place in the batch."""
+    """`train_image_diffusion.train_step_on_texts` ; a label is its example's place in the batch."""
 
     contract = "train_image_diffusion.train_step_on_texts"
 
@@ -192,9 +193,8 @@ class TrainerOnTexts(Trainer):
         return self.dropped(pooled, kept)
 
     def predict(self, parameters: Tensors, noised: torch.Tensor, timesteps: torch.Tensor, labels: Any) -> torch.Tensor:
-        assert isinstance(self.model, MMDiTConfig)
-        texts, pooled = labels
-        return mmdit.mmdit(parameters, noised, texts, pooled, timesteps, config=self.model)
+        model = partial(image_models.operation(self.model), parameters, config=self.model)
+        return image_models.predict(model, noised, timesteps, None, *labels, config=self.model)[0]
 
 
 class TrainerOfExperts(Trainer):
