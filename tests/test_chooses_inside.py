@@ -105,6 +105,13 @@ def test_where_every_case_ties_no_seed_works():
         make_inputs(contract, Case(**MIXTRAL.landmarks[2], regime="ties"), "float32")
 
 
+def test_a_number_is_finite_whatever_disturbs_it():
+    """What torch compares with itself."""
+    with Decisions(jitter=torch.Generator().manual_seed(0)) as watched:
+        assert torch.arange(1.0, 9.0).isfinite().all()
+    assert watched.decided()
+
+
 def test_who_is_said_to_choose_must_decide_something():
     contract = replace(find_contract("experts.fused_swiglu"), chooses_inside=True)
     with pytest.raises(ContractError, match="said to choose inside, but its reference makes no decision"):

@@ -96,6 +96,22 @@ def test_microbatches_do_not_matter_but_for_the_load_of_experts(name):
         torch.testing.assert_close(three.gradient_norm, one.gradient_norm, rtol=256 * EPS, atol=0)
 
 
+def test_a_balance_of_samples_does_not_depend_on_microbatches():
+    """As theirs of the batch does: each has the load of its own examples."""
+    step, batch = batch_of("dit_moe")
+    for per_sample in (False, True):
+        config = config_of("dit_moe")
+        layer = replace(config.model.moe, per_sample=per_sample)
+        config = replace(config, model=replace(config.model, moe=layer))
+        one, three = (
+            vars(getattr(trainer, step)(state_of(config), *batch, config=replace(config, accumulation_steps=number))[1])
+            for number in (1, 3)
+        )
+        for key in ("auxiliary_loss", "gradient_norm"):
+            far = abs(float(three[key] / one[key]) - 1)
+            assert far <= 256 * EPS if per_sample else far > 1e-6, key
+
+
 def test_latents_are_drawn_by_example_shifted_and_scaled():
     config = VAEConfig(
         block_out_channels=(8,), norm_num_groups=2, layers_per_block=1, latent_channels=2, scaling_factor=0.5, shift_factor=0.25

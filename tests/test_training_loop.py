@@ -1,15 +1,21 @@
 """The training step beside a loop as diffusers' examples have it, both in float64: states and metrics of several steps."""
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
+import stable_models
 import torch
 from trained_models import batch_of, config_of, state_of
 from wide_floats import float32_is_float64
 
+from gaugeblock.conformance.peers import diffusers_stable_training
+from gaugeblock.conformance.peers.diffusers_stable_training import DiffusersStableDiffusionLoop
 from gaugeblock.conformance.peers.diffusers_training import DiffusersTrainingLoop
 from gaugeblock.reference.configs import EMAConfig
+from gaugeblock.reference.torch import noise_schedules
 from gaugeblock.reference.torch import train_image_diffusion as trainer
+from gaugeblock.reference.torch import train_stable_diffusion as stable_trainer
 
 RUNS = {
     "adamw": {"ema": EMAConfig(), "accumulation_steps": 2},
@@ -24,14 +30,14 @@ FLOAT = torch.Tensor.float
 @pytest.fixture(autouse=True)
 def rounded_draws(monkeypatch: pytest.MonkeyPatch) -> None:
     """Draws are float32 numbers, also where what is called float32 is made wider."""
-    draws = trainer.draws
 
-    def rounded(*arguments, **options):
+    def rounded(draws, *arguments, **options):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(torch.Tensor, "float", FLOAT)
             return draws(*arguments, **options)
 
-    monkeypatch.setattr(trainer, "draws", rounded)
+    for module, name in ((trainer, "draws"), (trainer, "draw_latents"), (stable_trainer, "draws")):
+        monkeypatch.setattr(module, name, partial(rounded, getattr(module, name)))
 
 
 @pytest.mark.parametrize("run", RUNS)
@@ -42,10 +48,37 @@ def test_steps_are_those_of_the_loop_of_diffusers(run):
         with float32_is_float64():
             actual, metrics = DiffusersTrainingLoop()(actual, *batch, config=config)
         expected, expected_metrics = trainer.train_step_on_texts(expected, *batch, config=config)
-    assert set(actual) == set(expected) and int(actual["step"]) == 3
-    for name, each in (vars(expected_metrics) | expected).items():
-        largest = float(each.abs().max())
-        atol = 1e-11 * max(largest, 1e-6)
-        torch.testing.assert_close(
-            (actual | vars(metrics))[name], each, rtol=0, atol=atol, msg=lambda told, name=name: f"{name}: {told}"
-        )
+    assert int(actual["step"]) == 3
+    assert_close(actual | vars(metrics), expected | vars(expected_metrics))
+
+
+def assert_close(actual, expected) -> None:
+    assert set(actual) == set(expected)
+    for name, each in expected.items():
+        atol = 1e-11 * max(float(each.abs().max()), 1e-6)
+        torch.testing.assert_close(actual[name], each, rtol=0, atol=atol, msg=lambda told, name=name: f"{name}: {told}")
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [
+        ("1", {"accumulation_steps": 2, "ema": EMAConfig()}),
+        ("2", {"train_text_encoder": False, "activation_checkpointing": True}),
+        ("xl", {"optimizer": "sgd", "activation_checkpointing": True}),
+    ],
+)
+def test_steps_of_stable_diffusion_are_those_of_the_loop_of_diffusers(kind, changes, monkeypatch):
+    config = stable_models.config_of(kind, max_gradient_norm=0.1, adam_epsilon=1e-4, **changes)
+    table = noise_schedules.alphas_cumprod(config.schedule)
+    scheduler = diffusers_stable_training.scheduler_of(config)
+    torch.testing.assert_close(scheduler.alphas_cumprod.double(), table, rtol=5e-5, atol=1e-7)
+    scheduler.alphas_cumprod = table  # theirs is of float32
+    monkeypatch.setattr(diffusers_stable_training, "scheduler_of", lambda config: scheduler)
+
+    frozen, batch = stable_models.frozen_of(config), stable_models.batch_of(config)
+    expected = actual = stable_models.state_of(config)
+    for _ in range(2):
+        with float32_is_float64():
+            actual, metrics = DiffusersStableDiffusionLoop()(actual, frozen, *batch, config=config)
+        expected, expected_metrics = stable_trainer.train_step(expected, frozen, *batch, config=config)
+    assert_close(actual | vars(metrics), expected | vars(expected_metrics))

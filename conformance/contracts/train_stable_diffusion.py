@@ -9,6 +9,7 @@ import torch
 from hypothesis import strategies as st
 
 from gaugeblock.conformance.contracts import model_states, training_runs
+from gaugeblock.conformance.contracts import unet as of_unet
 from gaugeblock.conformance.contracts.training_runs import EMAS, GRADIENT_SIZE, one_element
 from gaugeblock.conformance.engine.contract import Contract, Input, Output, Recurrence, Regime, Rejection, Workload, row
 from gaugeblock.conformance.engine.factors import edges, either
@@ -75,9 +76,15 @@ def train_step() -> Contract:
         workloads=(
             Workload("sd-1.5/512px-batch-4", sizes(1, 4, "SD-1.5", height=512, width=512, num_tokens=77), SD_1),
             Workload("sdxl-base/1024px-batch-1", sizes(1, 1, "SDXL-base", height=1024, width=1024, num_tokens=77), SDXL),
+            Workload("two-cores/part-of-sd-1.5-128px", PART_OF_SD, "a size for a CPU"),
             Workload(
-                "two-cores/part-of-sd-1.5-128px",
-                sizes(1, 1, "part of SD-1.5", height=128, width=128, num_tokens=77),
+                "two-cores/part-of-sd-1.5-recomputed",
+                PART_OF_SD | {"activation_checkpointing": True},
+                "as above; Chen et al. 2016 (arXiv:1604.06174), section 4.1",
+            ),
+            Workload(
+                "two-cores/part-of-sdxl-128px",
+                sizes(1, 1, "part of SDXL", height=128, width=128, num_tokens=77),
                 "a size for a CPU",
             ),
         ),
@@ -105,7 +112,8 @@ def train_step() -> Contract:
 
 SD_1, SDXL = "Stable Diffusion 1.5 and its VAE and text encoder", "Stable Diffusion XL 1.0 and its VAE and text encoders"
 OF_RUN = """train_text_encoder text_dropout snr_gamma timestep_bias bias_multiplier bias_begin bias_end noise_offset
-    input_perturbation accumulation_steps learning_rate adam_epsilon weight_decay max_gradient_norm beta1 beta2""".split()
+    input_perturbation accumulation_steps activation_checkpointing learning_rate adam_epsilon weight_decay max_gradient_norm beta1
+    beta2""".split()
 SCHEDULES = {
     "epsilon": DIFFUSION_SCHEDULE_PRESETS["stable-diffusion-1"],
     "sample": replace(DIFFUSION_SCHEDULE_PRESETS["stable-diffusion-1"], prediction_type="sample"),
@@ -126,6 +134,7 @@ _UNET = UNetConfig(
     transformer_layers_per_block=(1,), attention_head_dim=(2,), cross_attention_dim=4, norm_num_groups=2,
     use_linear_projection=True,
 )  # fmt: skip
+_SHORT: dict[str, Any] = {"num_hidden_layers": 2, "vocab_size": 4096, "eos_token_id": 5}
 MODELS: dict[str, dict[str, Any]] = {
     "one encoder": {"vae": _VAE, "unet": _UNET, "text_encoders": (replace(_CLIP, eos_token_id=5),)},
     # both encoders are as wide as what either pools: whoever takes one for the other is not told so by a shape
@@ -151,7 +160,15 @@ MODELS: dict[str, dict[str, Any]] = {
         "unet": replace(
             UNET_PRESETS["SD-1.5"], block_out_channels=(128,) * 4, attention_head_dim=(4,) * 4, layers_per_block=1
         ),
-        "text_encoders": (replace(CLIP_TEXT_PRESETS["clip-l"], num_hidden_layers=2, vocab_size=4096, eos_token_id=5),),
+        "text_encoders": (replace(CLIP_TEXT_PRESETS["clip-l"], **_SHORT),),
+    },
+    "part of SDXL": {
+        "vae": replace(VAE_PRESETS["stable-diffusion-xl"], block_out_channels=(32, 32, 32, 32)),
+        "unet": of_unet.PART_OF_SDXL,
+        "text_encoders": (
+            replace(CLIP_TEXT_PRESETS["clip-l"], returned_layer=-2, normalize_returned=False, **_SHORT),
+            replace(CLIP_TEXT_PRESETS["openclip-bigg"], **_SHORT),
+        ),
     },
 }  # fmt: skip
 
@@ -172,6 +189,7 @@ def sizes(num_steps: int = 1, batch_size: int = 3, model: str = "xl", **others: 
         "schedule": "epsilon",
         "train_text_encoder": False,
         "accumulation_steps": 1,
+        "activation_checkpointing": False,
         "run_seed": 0,
         "text_dropout": 0.3,
         "snr_gamma": None,
@@ -199,6 +217,9 @@ def sizes(num_steps: int = 1, batch_size: int = 3, model: str = "xl", **others: 
     return ordinary | told | others
 
 
+PART_OF_SD = sizes(1, 1, "part of SD-1.5", height=128, width=128, num_tokens=77)
+
+
 @st.composite
 def parameters(draw: st.DrawFn) -> dict[str, Any]:
     """Small models, few steps, batches that microbatches divide unevenly; every option at its ends and between."""
@@ -209,6 +230,7 @@ def parameters(draw: st.DrawFn) -> dict[str, Any]:
         draw(st.sampled_from(["one encoder", "xl"])),
         schedule=schedule,
         accumulation_steps=draw(st.integers(1, 2)),
+        activation_checkpointing=draw(st.booleans()),
         train_text_encoder=draw(st.booleans()),
         text_dropout=draw(st.sampled_from([0.0, 0.5, 1.0])),
         snr_gamma=draw(st.sampled_from([None, 0.5, 5.0])),

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, get_args
 from unittest import mock
 
@@ -198,10 +199,11 @@ def metrics_leaves(parameters: Parameters) -> Mapping[str, Input]:
 
 
 def with_weighted_averages(step: Callable[..., Any]) -> Callable[..., Any]:
-    """A step whose averages are made as many trainers make them: by two numbers of float32, which scale all elements.
+    """A step whose averages, of parameters and of gradients, are made as many trainers make them: by two numbers of float32.
 
-    Equal in exact arithmetic. Where average and model are alike, this rounds more, and what such a number is off by, all elements
-    share; where one is far larger, the reference's difference rounds more.
+    Equal in exact arithmetic. Where an average and what it takes in are alike, this rounds more, and what such a number is off
+    by, all elements share; where one is far larger, the reference's difference rounds more. Of a gradient that is 0, torch's
+    difference may need no rounding at all.
     """
 
     def weighted(averages: Tensors, parameters: Tensors, number: int, *, config: EMAConfig) -> Tensors:
@@ -209,10 +211,30 @@ def with_weighted_averages(step: Callable[..., Any]) -> Callable[..., Any]:
         return {name: kept * each + (1 - kept) * parameters[name] for name, each in averages.items()}
 
     def formula(*arguments: Any, **options: Any) -> Any:
-        with mock.patch.object(training, "average", weighted):
+        adams: dict[str, Any] = {
+            "adam": partial(_weighted_adam, decays_beside=False),
+            "adamw": partial(_weighted_adam, decays_beside=True),
+        }
+        with mock.patch.multiple(training, average=weighted, **adams):
             return step(*arguments, **options)
 
     return formula
+
+
+def _weighted_adam(
+    parameters: list[torch.Tensor], gradients: list[torch.Tensor], firsts: list[torch.Tensor], seconds: list[torch.Tensor],
+    _: list[torch.Tensor], steps: list[torch.Tensor], *, decays_beside: bool, beta1: float, beta2: float, eps: float, lr: float,
+    weight_decay: float, **others: Any,
+) -> None:  # fmt: skip
+    """As torch.optim's functions of Adam and AdamW."""
+    for parameter, gradient, first, second, step in zip(parameters, gradients, firsts, seconds, steps, strict=True):
+        decay = weight_decay * parameter
+        taken = gradient if decays_beside else gradient + decay
+        first.copy_(beta1 * first + (1 - beta1) * taken)
+        second.copy_(beta2 * second + (1 - beta2) * taken * taken)
+        number = int(step) + 1
+        update = first / (1 - beta1**number) / ((second / (1 - beta2**number)).sqrt() + eps)
+        parameter.sub_(lr * (update + decay if decays_beside else update))
 
 
 def one_element(value: float) -> Callable[[torch.Tensor], torch.Tensor]:

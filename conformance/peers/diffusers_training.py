@@ -1,7 +1,8 @@
 """The training loop of diffusers' examples, one round of which is a training step; imported only where diffusers is installed."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from diffusers.training_utils import EMAModel
 
 from gaugeblock.conformance.engine.vocabulary import Tensors
 from gaugeblock.conformance.peers.modules import with_buffers_alone
-from gaugeblock.reference.configs import ImageDiffusionConfig, MMDiTConfig
+from gaugeblock.reference.configs import ImageDiffusionConfig, MMDiTConfig, TrainingConfig
 from gaugeblock.reference.torch import objectives, train_image_diffusion, training
 from gaugeblock.reference.torch.train_image_diffusion import Metrics
 
@@ -25,39 +26,59 @@ class DiffusersTrainingLoop:
     """
 
     def __call__(self, state, images, encoder_hidden_states, pooled_projections, example_ids, *, config):
-        step, batch = int(state["step"]), (images, encoder_hidden_states, pooled_projections, example_ids)
         module = made_of(training.part_of_state(state, "model"), config)
-        parameters = dict(module.named_parameters())
-        optimizer = optimizer_of(parameters, state, config)
-        loss = images.new_zeros(())
-        for part in zip(*(each.tensor_split(min(config.accumulation_steps, len(images))) for each in batch), strict=True):
-            share = losses(module, *part, step=step, config=config).sum() / len(images)
-            share.backward()
-            loss += share.detach()
-        norm = torch.nn.utils.clip_grad_norm_(parameters.values(), config.max_gradient_norm)
-        optimizer.step()
+        of_module = partial(losses, module, step=int(state["step"]), config=config)
+        batch = images, encoder_hidden_states, pooled_projections, example_ids
+        new_state, loss, norm = round_of_loop(module, "", of_module, state, batch, config)
+        return new_state, Metrics(loss, torch.zeros_like(loss), norm)
 
-        parts: dict[str, Any] = {"model": {name: each.detach() for name, each in module.state_dict().items()}}
-        for moment in config.moments:
-            parts[moment] = {name: optimizer.state[each][moment] for name, each in parameters.items()}
-        if config.ema is not None:
-            parts["ema"] = averages_of(training.part_of_state(state, "ema"), parts["model"], step, config)
-        return training.join_state(parts, state["step"] + 1), Metrics(loss, torch.zeros_like(loss), norm)
+
+def round_of_loop(
+    module: Any, prefix: str, losses: Callable[..., torch.Tensor], state: State, batch: tuple[Any, ...], config: TrainingConfig
+) -> tuple[Tensors, torch.Tensor, torch.Tensor]:
+    """One round of the loop: the state after it, the loss, and the norm of the gradients.
+
+    Args:
+        module: With the parameters of the state, which are named as there after `prefix`.
+        losses: Function of a microbatch, of each example.
+        batch: Arrays whose first axis is of the examples.
+    """
+    step = int(state["step"])
+    parameters = {f"{prefix}{name}": each for name, each in module.named_parameters()}
+    optimizer = optimizer_of(parameters, state, config)
+    size = len(batch[0])
+    loss = batch[0].new_zeros(())
+    for part in zip(*(each.tensor_split(min(config.accumulation_steps, size)) for each in batch), strict=True):
+        share = losses(*part).sum() / size
+        share.backward()
+        loss += share.detach()
+    norm = torch.nn.utils.clip_grad_norm_(parameters.values(), config.max_gradient_norm)
+    optimizer.step()
+
+    parts: dict[str, Any] = {"model": {f"{prefix}{name}": each.detach() for name, each in module.state_dict().items()}}
+    for moment in config.moments:
+        parts[moment] = {name: optimizer.state[each][moment] for name, each in parameters.items()}
+    if config.ema is not None:
+        parts["ema"] = averages_of(training.part_of_state(state, "ema"), parts["model"], step, config)
+    return training.join_state(parts, state["step"] + 1), loss, norm
 
 
 def made_of(parameters: Tensors, config: ImageDiffusionConfig) -> Any:
     """The model with these parameters, and the table of positions as a buffer."""
     assert isinstance(config.model, MMDiTConfig)
-    module = with_buffers_alone(SD3Transformer2DModel, **asdict(config.model)).train()
-    own = {name: each.clone() for name, each in parameters.items()}
-    module.load_state_dict(own, strict=True, assign=True)
-    module.requires_grad_(True)
+    return trained(with_buffers_alone(SD3Transformer2DModel, **asdict(config.model)), parameters, config)
+
+
+def trained(module: Any, parameters: Tensors, config: TrainingConfig) -> Any:
+    """A module of diffusers with a copy of these parameters, as it is trained."""
+    module.load_state_dict({name: each.clone() for name, each in parameters.items()}, strict=True, assign=True)
+    module.train().requires_grad_(True)
     if config.activation_checkpointing:
         module.enable_gradient_checkpointing()
     return module
 
 
-def optimizer_of(parameters: Mapping[str, torch.nn.Parameter], state: State, config: ImageDiffusionConfig) -> Any:
+def optimizer_of(parameters: Mapping[str, torch.nn.Parameter], state: State, config: TrainingConfig) -> Any:
     """Torch's, in the middle of the run, at the learning rate of its step; parameters that nothing uses have gradients of 0."""
     common: dict[str, Any] = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
     adam: dict[str, Any] = {"betas": (config.beta1, config.beta2), "eps": config.adam_epsilon} | common
@@ -93,7 +114,7 @@ def losses(
     return ((predicted - target) ** 2).reshape(len(images), -1).mean(1)
 
 
-def averages_of(averages: Tensors, parameters: Tensors, step: int, config: ImageDiffusionConfig) -> Tensors:
+def averages_of(averages: Tensors, parameters: Tensors, step: int, config: TrainingConfig) -> Tensors:
     """EMAModel's, after this update; of what is not trained they stay."""
     assert config.ema is not None
     ema, options = config.ema, asdict(config.ema)

@@ -13,9 +13,8 @@ from gaugeblock.conformance.peers.peer import peer
 from gaugeblock.reference.configs import UNetConfig
 
 
-@functools.cache
-def made(config: UNetConfig) -> Any:
-    """Of any parameters."""
+def module_of(config: UNetConfig) -> Any:
+    """Without parameters."""
     added: dict[str, Any] = {}
     if config.addition_time_embed_dim:
         added = {
@@ -33,7 +32,13 @@ def made(config: UNetConfig) -> Any:
             use_linear_projection=config.use_linear_projection, norm_num_groups=config.norm_num_groups, norm_eps=config.norm_eps,
             **added,
         )  # fmt: skip
-    return model.eval()
+    return model
+
+
+@functools.cache
+def made(config: UNetConfig) -> Any:
+    """Of any parameters."""
+    return module_of(config).eval()
 
 
 def has_text(case: Case) -> bool:

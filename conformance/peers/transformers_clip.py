@@ -31,11 +31,12 @@ def model(config: CLIPTextConfig) -> Any:
 class TransformersClip:
     """CLIPTextModel or CLIPTextModelWithProjection; pipelines take a hidden state of theirs, and normalize it or do not."""
 
-    def __call__(self, state, input_ids, attention_mask, *, config):
+    def __call__(self, state, input_ids, attention_mask=None, *, config):
         has_projection = config.projection_dim is not None
         names = {name: name if has_projection else name.removeprefix("text_model.") for name in state}
         parameters = {names[name]: each for name, each in state.items()}
-        out = functional_call(model(config), parameters, (input_ids, attention_mask.long()), {"output_hidden_states": True})
+        mask = None if attention_mask is None else attention_mask.long()
+        out = functional_call(model(config), parameters, (input_ids, mask), {"output_hidden_states": True})
         hidden = out.hidden_states[config.returned_layer]
         if config.normalize_returned:
             scale, shift = (state[f"text_model.final_layer_norm.{each}"] for each in ("weight", "bias"))

@@ -134,6 +134,7 @@ def tell_texts(
 
 
 def _step(state: Mapping[str, jax.Array], batch: tuple[Any, ...], config: StableDiffusionConfig) -> tuple[Tensors, Metrics]:
+    """Make the update of a batch that is known to be good."""
     new_state, metrics = training.step(shares, state, batch, config=config)
     return new_state, Metrics(**metrics)
 

@@ -51,7 +51,7 @@ def step(
 def metrics_and_gradients(
     shares: Shares, state: Mapping[str, jax.Array], batch: Iterable[jax.Array | None], *, config: TrainingConfig
 ) -> tuple[Tensors, Tensors]:
-    """As `gaugeblock.reference.torch.training.metrics_and_gradients`; shares is a function of a module."""
+    """As `gaugeblock.reference.torch.training.metrics_and_gradients`, but shares is a function of a module."""
     batch = list(batch)
     batch_size = next(len(each) for each in batch if each is not None)
     num_microbatches = min(config.accumulation_steps, batch_size)

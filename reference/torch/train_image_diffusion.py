@@ -149,6 +149,7 @@ def draw_latents(
 
 
 def _step(state: Mapping[str, torch.Tensor], batch: tuple[Any, ...], config: ImageDiffusionConfig) -> tuple[Tensors, Metrics]:
+    """Make the update of a batch that is known to be good."""
     new_state, metrics = training.step(shares, state, batch, config=config)
     return new_state, Metrics(**metrics)
 

@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from gaugeblock.conformance.selftest.simulated.train_image_diffusion import Trainer, TrainerOnTexts
+from gaugeblock.conformance.selftest.simulated.train_image_diffusion import Trainer, TrainerOfExperts, TrainerOnTexts
 from gaugeblock.conformance.selftest.simulated.training import CLIPPING_EPSILON
 from gaugeblock.conformance.selftest.variant import right
 from gaugeblock.reference.torch import training
@@ -125,3 +125,31 @@ class TextsExampleByExample(TrainerOnTexts):
 @right(dtypes=("float32",))
 class TextsOptimizerInFloat64(OptimizerInFloat64, TrainerOnTexts):
     """Norm, clipping and update in float64, each result rounded once; of a model that is told texts."""
+
+
+@right(dtypes=("float32",))
+class ExpertsOptimizerInFloat64(OptimizerInFloat64, TrainerOfExperts):
+    """Norm, clipping and update in float64, each result rounded once; of a mixture of experts."""
+
+
+class WithGradientOf(torch.autograd.Function):
+    """What a model predicts, through which a loss gets its gradient, 1, on the way back."""
+
+    @staticmethod
+    def forward(ctx, predicted, loss):
+        return predicted.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient, gradient.new_ones(())
+
+
+@right(dtypes=("float32",))
+class BalanceOnTheWayBack(TrainerOfExperts):
+    """The balance is not in what is differentiated: its gradient is added where the prediction's passes, as in feizc/DiT-MoE."""
+
+    def predict(self, parameters, noised, timesteps, labels):
+        return WithGradientOf.apply(super().predict(parameters, noised, timesteps, labels), self.balance)
+
+    def objective(self, loss, balance):
+        return loss

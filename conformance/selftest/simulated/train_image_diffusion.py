@@ -4,14 +4,15 @@ The model itself is the reference's.
 """
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
 
 from gaugeblock.conformance.selftest.simulated.training import Run
 from gaugeblock.reference import purposes, validation
-from gaugeblock.reference.configs import DiTConfig, ImageDiffusionConfig, MMDiTConfig
-from gaugeblock.reference.torch import dit, image_models, mmdit, random, training
+from gaugeblock.reference.configs import DiTConfig, DiTMoEModelConfig, ImageDiffusionConfig
+from gaugeblock.reference.torch import dit, dit_moe, image_models, random, training
 from gaugeblock.reference.torch.train_image_diffusion import Metrics, Tensors
 
 
@@ -157,7 +158,7 @@ class Trainer(Run):
 
 
 class TrainerOnTexts(Trainer):
-    """`train_image_diffusion.train_step_on_texts` of an MMDiT; a label is its example's place in the batch."""
+    """`train_image_diffusion.train_step_on_texts` ; a label is its example's place in the batch."""
 
     contract = "train_image_diffusion.train_step_on_texts"
 
@@ -192,6 +193,38 @@ class TrainerOnTexts(Trainer):
         return self.dropped(pooled, kept)
 
     def predict(self, parameters: Tensors, noised: torch.Tensor, timesteps: torch.Tensor, labels: Any) -> torch.Tensor:
-        assert isinstance(self.model, MMDiTConfig)
-        texts, pooled = labels
-        return mmdit.mmdit(parameters, noised, texts, pooled, timesteps, config=self.model)
+        model = partial(image_models.operation(self.model), parameters, config=self.model)
+        return image_models.predict(model, noised, timesteps, None, *labels, config=self.model)[0]
+
+
+class TrainerOfExperts(Trainer):
+    """`train_image_diffusion.train_step` of a DiT-MoE; the whole batch is one microbatch."""
+
+    contract = "train_image_diffusion.train_step_of_experts"
+
+    def predict(self, parameters: Tensors, noised: torch.Tensor, timesteps: torch.Tensor, labels: Any) -> torch.Tensor:
+        predicted, self.balance = self.predict_both(parameters, noised, timesteps, labels)
+        return predicted
+
+    def predict_both(
+        self, parameters: Tensors, noised: torch.Tensor, timesteps: torch.Tensor, labels: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """What the model says, and the balance of its experts' load."""
+        assert isinstance(self.model, DiTMoEModelConfig)
+        return dit_moe.dit_moe(parameters, noised, timesteps, labels, config=self.model)
+
+    def share(self, losses: torch.Tensor, batch_size: int) -> torch.Tensor:
+        loss = super().share(losses, batch_size)
+        self.told = self.reported(loss.detach(), self.balance.detach())
+        return self.objective(loss, self.balance)
+
+    def objective(self, loss: torch.Tensor, balance: torch.Tensor) -> torch.Tensor:
+        """What is differentiated."""
+        return loss + balance
+
+    def reported(self, loss: torch.Tensor, balance: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """What is told of both."""
+        return loss, balance
+
+    def report(self, loss: torch.Tensor, norm: torch.Tensor) -> Metrics:
+        return Metrics(*self.told, norm)
