@@ -22,6 +22,7 @@ from gaugeblock.reference.jax.block_masks import places_in_samples
 from gaugeblock.reference.jax.precision import at_least_float32
 
 EXCLUDED = -1e6  # added to the mask token's logit: its probability is 0 beside any other
+TICKS = 2**24  # in whole numbers of which times are added up, so that they are the same in both frameworks
 
 Tensors = dict[str, jax.Array]
 
@@ -51,7 +52,7 @@ def train_step(
     """As `gaugeblock.reference.torch.train_block_diffusion.train_step`."""
     shapes = language_models.state_shapes(config.model)
     validation.block_diffusion_step(state, input_ids, labels, sample_ids, example_ids, config, shapes)
-    arrays, dtype = (input_ids, labels, sample_ids), next(iter(state.values())).dtype
+    arrays, dtype = (input_ids, labels, sample_ids), state[f"model.{next(iter(shapes))}"].dtype
     noisy_ids, weights_BS, number = masked_batch(*arrays, example_ids, state["step"], dtype=dtype, config=config)
     batch = noisy_ids, *arrays, weights_BS / jnp.maximum(number, 1)
     new_state, metrics = training.step(shares, state, batch, config=config)
@@ -123,12 +124,13 @@ def draws(
     key: dict[str, Any] = {"seed": config.seed, "step": step, "example": example_ids}
     drawn_BS = random.uniform((num_tokens,), **key, purpose=purposes.MASK_TIMES)
     first_BS = first_places(sample_ids, config=config)
-    times_BS = jnp.take_along_axis(drawn_BS, first_BS, axis=1)
+    ticks_BS = (jnp.take_along_axis(drawn_BS, first_BS, axis=1) * TICKS).astype(int)
     if config.antithetic:
         is_first_BS = (first_BS == jnp.arange(num_tokens)) & (sample_ids >= 0)
         before_BS = jnp.take_along_axis(is_first_BS.cumsum(axis=1), first_BS, axis=1) - 1
-        of_first_B1 = jnp.take_along_axis(drawn_BS, is_first_BS.argmax(axis=1, keepdims=True), axis=1)
-        times_BS = (of_first_B1 + before_BS / jnp.maximum(is_first_BS.sum(axis=1, keepdims=True), 1)) % 1
+        of_first_B1 = jnp.take_along_axis(ticks_BS, is_first_BS.argmax(axis=1, keepdims=True), axis=1)
+        ticks_BS = (of_first_B1 + before_BS * (TICKS // jnp.maximum(is_first_BS.sum(axis=1, keepdims=True), 1))) % TICKS
+    times_BS = ticks_BS.astype(jnp.float32) / TICKS
     shares_BS = config.least_share + (config.greatest_share - config.least_share) * times_BS
     return shares_BS, random.uniform((num_tokens,), **key, purpose=purposes.MASKED_TOKENS) < shares_BS
 

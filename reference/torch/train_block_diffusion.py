@@ -21,6 +21,7 @@ from gaugeblock.reference.torch.block_masks import places_in_samples
 from gaugeblock.reference.torch.precision import at_least_float32
 
 EXCLUDED = -1e6  # added to the mask token's logit: its probability is 0 beside any other
+TICKS = 2**24  # in whole numbers of which times are added up, so that they are the same in both frameworks
 
 Tensors = dict[str, torch.Tensor]
 
@@ -90,7 +91,7 @@ def train_step(
     """
     shapes = language_models.state_shapes(config.model)
     validation.block_diffusion_step(state, input_ids, labels, sample_ids, example_ids, config, shapes)
-    arrays, dtype = (input_ids, labels, sample_ids), next(iter(state.values())).dtype
+    arrays, dtype = (input_ids, labels, sample_ids), state[f"model.{next(iter(shapes))}"].dtype
     noisy_ids, weights_BS, number = masked_batch(*arrays, example_ids, int(state["step"]), dtype=dtype, config=config)
     batch = noisy_ids, *arrays, weights_BS / number.clamp(min=1)
     new_state, metrics = training.step(shares, state, batch, config=config)
@@ -189,12 +190,13 @@ def draws(
     key: dict[str, Any] = {"seed": config.seed, "step": step, "example": example_ids}
     drawn_BS = random.uniform((num_tokens,), **key, purpose=purposes.MASK_TIMES)
     first_BS = first_places(sample_ids, config=config)
-    times_BS = drawn_BS.gather(1, first_BS)
+    ticks_BS = (drawn_BS.gather(1, first_BS) * TICKS).long()
     if config.antithetic:
         is_first_BS = (first_BS == torch.arange(num_tokens, device=first_BS.device)) & (sample_ids >= 0)
         before_BS = is_first_BS.cumsum(dim=1).gather(1, first_BS) - 1
-        of_first_B1 = drawn_BS.gather(1, is_first_BS.int().argmax(dim=1, keepdim=True))
-        times_BS = (of_first_B1 + before_BS / is_first_BS.sum(dim=1, keepdim=True).clamp(min=1)) % 1
+        of_first_B1 = ticks_BS.gather(1, is_first_BS.int().argmax(dim=1, keepdim=True))
+        ticks_BS = (of_first_B1 + before_BS * (TICKS // is_first_BS.sum(dim=1, keepdim=True).clamp(min=1))) % TICKS
+    times_BS = ticks_BS.float() / TICKS
     shares_BS = config.least_share + (config.greatest_share - config.least_share) * times_BS
     return shares_BS, random.uniform((num_tokens,), **key, purpose=purposes.MASKED_TOKENS) < shares_BS
 
