@@ -108,7 +108,8 @@ def test_loss_and_gradients_are_those_of_transformers_and_the_loss_by_hand(kind)
     config, batch = config_of(kind), batch_of()
     state = state_of(config)
     shares, _ = trainer.draws(batch[2], batch[3], 0, config=config)
-    noisy, weights, number = trainer.masked_batch(*batch, 0, dtype=torch.float64, config=config)
+    divided = trainer.weighted_batch(*batch, 0, dtype=torch.float64, config=config)
+    noisy, weights = divided[0], divided[-1]
     assert 10 < (noisy == 19).sum() < 35 and not (weights[noisy != 19]).any()
     leaves = {name: each.clone().requires_grad_() for name, each in training.part_of_state(state, "model").items()}
     with float32_is_float64():
@@ -117,7 +118,6 @@ def test_loss_and_gradients_are_those_of_transformers_and_the_loss_by_hand(kind)
 
     _, metrics = trainer.train_step(state, *batch, config=config)
     torch.testing.assert_close(metrics.loss, loss.detach(), rtol=64 * EPS, atol=0)
-    divided = noisy, *batch[:3], weights / number
     _, found = training.metrics_and_gradients(trainer.shares, state, divided, config=config)
     assert set(found) == set(gradients)
     for name, each in gradients.items():

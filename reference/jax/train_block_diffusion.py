@@ -52,14 +52,29 @@ def train_step(
     """As `gaugeblock.reference.torch.train_block_diffusion.train_step`."""
     shapes = language_models.state_shapes(config.model)
     validation.block_diffusion_step(state, input_ids, labels, sample_ids, example_ids, config, shapes)
-    arrays, dtype = (input_ids, labels, sample_ids), state[f"model.{next(iter(shapes))}"].dtype
-    noisy_ids, weights_BS, number = masked_batch(*arrays, example_ids, state["step"], dtype=dtype, config=config)
-    batch = noisy_ids, *arrays, weights_BS / jnp.maximum(number, 1)
+    dtype = state[f"model.{next(iter(shapes))}"].dtype
+    batch = weighted_batch(input_ids, labels, sample_ids, example_ids, state["step"], dtype=dtype, config=config)
     new_state, metrics = training.step(shares, state, batch, config=config)
     return new_state, Metrics(**metrics)
 
 
 @partial(jax.jit, static_argnames=("dtype", "config"))
+def weighted_batch(
+    input_ids: jax.Array,
+    labels: jax.Array,
+    sample_ids: jax.Array,
+    example_ids: jax.Array,
+    step: int | jax.Array,
+    *,
+    dtype: Any,
+    config: BlockDiffusionConfig,
+) -> tuple[jax.Array, ...]:
+    """As `gaugeblock.reference.torch.train_block_diffusion.weighted_batch`."""
+    arrays = input_ids, labels, sample_ids
+    noisy_ids, weights_BS, number = masked_batch(*arrays, example_ids, step, dtype=dtype, config=config)
+    return noisy_ids, *arrays, weights_BS / jnp.maximum(number, 1)
+
+
 def masked_batch(
     input_ids: jax.Array,
     labels: jax.Array,

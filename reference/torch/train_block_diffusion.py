@@ -91,11 +91,26 @@ def train_step(
     """
     shapes = language_models.state_shapes(config.model)
     validation.block_diffusion_step(state, input_ids, labels, sample_ids, example_ids, config, shapes)
-    arrays, dtype = (input_ids, labels, sample_ids), state[f"model.{next(iter(shapes))}"].dtype
-    noisy_ids, weights_BS, number = masked_batch(*arrays, example_ids, int(state["step"]), dtype=dtype, config=config)
-    batch = noisy_ids, *arrays, weights_BS / number.clamp(min=1)
+    dtype = state[f"model.{next(iter(shapes))}"].dtype
+    batch = weighted_batch(input_ids, labels, sample_ids, example_ids, int(state["step"]), dtype=dtype, config=config)
     new_state, metrics = training.step(shares, state, batch, config=config)
     return new_state, Metrics(**metrics)
+
+
+def weighted_batch(
+    input_ids: torch.Tensor,
+    labels: torch.Tensor,
+    sample_ids: torch.Tensor,
+    example_ids: torch.Tensor,
+    step: int,
+    *,
+    dtype: torch.dtype,
+    config: BlockDiffusionConfig,
+) -> tuple[torch.Tensor, ...]:
+    """Return a whole batch as `weighted_loss` takes it; arguments as of `masked_batch`."""
+    arrays = input_ids, labels, sample_ids
+    noisy_ids, weights_BS, number = masked_batch(*arrays, example_ids, step, dtype=dtype, config=config)
+    return noisy_ids, *arrays, weights_BS / number.clamp(min=1)
 
 
 def masked_batch(
@@ -142,7 +157,7 @@ def shares(
 ) -> tuple[torch.Tensor, Tensors]:
     """Return a microbatch's share of what is minimized and of the metrics, as `training.step` takes it.
 
-    A batch is noisy ids, clean ids, labels, sample ids, and weights that are divided already.
+    A batch is that of `weighted_batch`.
     """
     loss = weighted_loss(partial(language_models.operation(config.model), parameters), *microbatch, config=config)
     return loss, {"loss": loss}
