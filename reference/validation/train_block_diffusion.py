@@ -21,8 +21,10 @@ def block_diffusion_step(
     block_diffusion_batch(input_ids, labels, sample_ids, example_ids, config)
     if input_ids.shape[0] == 0:
         raise ValueError(f"input_ids must hold at least one example, got {tuple(input_ids.shape)}")
+    if isinstance(state, Mapping):
+        for name, array in state.items():
+            require_same_device(f"state[{name!r}]", array, "input_ids", input_ids)
     training_state(state, shapes, config)
-    require_same_device("state", next(iter(state.values())), "input_ids", input_ids)
 
 
 def block_diffusion_batch(input_ids: Any, labels: Any, sample_ids: Any, example_ids: Any, config: BlockDiffusionConfig) -> None:
