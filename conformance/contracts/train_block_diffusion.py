@@ -63,7 +63,7 @@ def train_step() -> Contract:
         landmarks=(  # JAX takes seconds to compile the step of each
             sizes(3, "sdar", times_of="block", antithetic=True, excludes_mask_token=True, accumulation_steps=2, ema="growing"),
             sizes(3, "llada", times_of="sequence", mean_over="examples", optimizer="sgd", least_share=1e-3),
-            sizes(4, "dream", times_of="sequence", least_share=0.0, weighting="cart", mean_over="masked", run_seed=2**40 + 5),
+            sizes(4, "dream", times_of="sample", least_share=0.0, weighting="cart", mean_over="masked", run_seed=2**40 + 5),
         ),
         factors=FACTORS,
         build=build,
@@ -270,12 +270,23 @@ def _all_of(name: str, change: Callable[[torch.Tensor], torch.Tensor]) -> Callab
     return lambda tensors: {name: change(tensors[name])}
 
 
+def _first(value: int) -> Callable[[torch.Tensor], torch.Tensor]:
+    """The first sequence of a batch has that value everywhere."""
+
+    def change(ids: torch.Tensor) -> torch.Tensor:
+        changed = ids.clone()
+        changed[:, :1] = value
+        return changed
+
+    return change
+
+
 TRAITS = (
     Trait("int32", "dtype of input_ids", dtypes={"input_ids": "int32"}),
     Trait("one", "samples", _all_of("sample_ids", torch.zeros_like)),
-    Trait("padding alone", "samples", _all_of("sample_ids", lambda ids: torch.full_like(ids, -1))),
+    Trait("a sequence of padding", "samples", _all_of("sample_ids", _first(-1))),
     Trait("a token each", "samples", _all_of("sample_ids", lambda ids: torch.arange(ids.shape[2]).expand(ids.shape).clone())),
-    Trait("no labels", "values of labels", _all_of("labels", lambda ids: torch.full_like(ids, IGNORED_LABEL))),
+    Trait("a sequence without labels", "values of labels", _all_of("labels", _first(IGNORED_LABEL))),
 )
 
 
