@@ -11,7 +11,7 @@ import torch
 from diffusers import DDPMScheduler
 from diffusers.training_utils import compute_snr
 from stable_models import KINDS, SCHEDULES, VAE, XL, assert_same_to_rounding, batch_of, config_of, frozen_of, state_of
-from trained_models import draws, to_jax
+from trained_models import draws, same_bits, to_jax
 
 from gaugeblock.reference import states
 from gaugeblock.reference.configs import DIFFUSION_SCHEDULE_PRESETS, StableDiffusionConfig
@@ -22,10 +22,6 @@ from gaugeblock.reference.torch import train_stable_diffusion as trainer
 
 EPS = np.finfo(np.float64).eps
 EACH = pytest.mark.parametrize("kind", KINDS)
-
-
-def same_bits(actual, expected) -> bool:
-    return set(actual) == set(expected) and all(np.array_equal(actual[name], each) for name, each in expected.items())
 
 
 def of_diffusers(config: StableDiffusionConfig) -> DDPMScheduler:

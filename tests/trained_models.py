@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import torch
 
 from gaugeblock.conformance.contracts import dit_moe as of_dit_moe
@@ -61,3 +62,7 @@ def batch_of(name: str, size: int = 5) -> tuple:
 
 def to_jax(arrays):
     return jax.tree.map(lambda each: jnp.asarray(each.numpy()), arrays)
+
+
+def same_bits(actual, expected) -> bool:
+    return set(actual) == set(expected) and all(np.array_equal(actual[name], each) for name, each in expected.items())

@@ -193,7 +193,7 @@ class ShardedRun:
 
         Args:
             check: Raises TypeError or ValueError where this rank's arrays are bad.
-            arrays: By their names; the first has the dtype of the state.
+            arrays: By their names; the first has the dtype of the state, unless it is of integers.
 
         Raises:
             TypeError, ValueError: What `check` raises on any rank; or no rank has an example. All ranks raise, before any work.
@@ -203,7 +203,7 @@ class ShardedRun:
             check()
             name, first = next(iter(arrays.items()))
             require_device(name, first, self.mesh)
-            if first.dtype != self.dtype:
+            if first.is_floating_point() and first.dtype != self.dtype:
                 raise TypeError(f"{name} must have the dtype of the state, {self.dtype}, got {first.dtype}")
         except (TypeError, ValueError) as raised:
             error = raised  # raised again once the other ranks know

@@ -3,6 +3,7 @@
 They are imported from here, wherever they stand: the cases of the gate are made of these classes.
 """
 
+from gaugeblock.reference.configs.block_diffusion import BlockDiffusionConfig
 from gaugeblock.reference.configs.clip_text import CLIP_TEXT_PRESETS, LEGACY_EOS_TOKEN_ID, CLIPTextConfig
 from gaugeblock.reference.configs.decoding import DreamDecodingConfig, LLaDADecodingConfig, SDARDecodingConfig
 from gaugeblock.reference.configs.dit import DIT_PRESETS, DiTConfig
@@ -24,6 +25,7 @@ from gaugeblock.reference.configs.language_models import (
 from gaugeblock.reference.configs.mmdit import MMDIT_PRESETS, MMDiTConfig
 from gaugeblock.reference.configs.options import (
     E4M3_MAX,
+    IGNORED_LABEL,
     LARGEST_CHURN,
     SMALLEST_WEIGHT_SUM,
     BetaSchedule,
@@ -35,6 +37,9 @@ from gaugeblock.reference.configs.options import (
     FlowWeighting,
     GeluApproximation,
     LearningRateSchedule,
+    LossMean,
+    MaskTimes,
+    MaskWeighting,
     Optimizer,
     PlaceStrategy,
     PredictionType,

@@ -28,7 +28,11 @@ TokenConfidence = Literal["probability", "margin", "negative_entropy"]
 PlaceStrategy = Literal["static", "dynamic", "sequential", "entropy_bounded"]
 Remasking = Literal["low_confidence", "random"]
 DreamAlgorithm = Literal["origin", "maskgit_plus", "topk_margin", "entropy"]
+MaskTimes = Literal["sequence", "sample", "block"]
+MaskWeighting = Literal["inverse", "none", "linear", "cart"]
+LossMean = Literal["tokens", "masked", "examples"]
 
 E4M3_MAX = 448.0  # the largest number of float8_e4m3fn
 SMALLEST_WEIGHT_SUM = 2.0**-23  # what `gshard_top2` divides by at least: float32's epsilon, as in public models
 LARGEST_CHURN = 2**0.5 - 1  # Karras et al. (arXiv:2206.00364), algorithm 2: sigma may at most grow by sqrt(2)
+IGNORED_LABEL = -100  # of a token that is not trained on: torch's ignore_index

@@ -17,6 +17,7 @@ from gaugeblock.reference.configs import LanguageModelConfig, SDARMoEConfig
 from gaugeblock.reference.jax import gated_activations, modules, moe_layers, rotary
 from gaugeblock.reference.jax.attention import attention, join_heads, split_heads
 from gaugeblock.reference.jax.precision import at_least_float32
+from gaugeblock.reference.jax.recomputation import recomputable
 
 State = Mapping[str, jax.Array]
 Heads = tuple[jax.Array, jax.Array, jax.Array]
@@ -54,8 +55,7 @@ def decode(
     for index in range(config.num_hidden_layers):
         own = states.part(state, f"model.layers.{index}")
         seen = None if past is None else (at_least_float32(past[0][index]), at_least_float32(past[1][index]))
-        hidden_BSD, key_BKSF, value_BKSF = attend(own, hidden_BSD, cos_NR, sin_NR, mask, seen, config=config)
-        hidden_BSD, logits_NE = feed_forward(own, hidden_BSD, config=config)
+        hidden_BSD, key_BKSF, value_BKSF, logits_NE = layer(own, hidden_BSD, cos_NR, sin_NR, mask, seen, config=config)
         all_keys.append(key_BKSF)
         all_values.append(value_BKSF)
         all_logits.append(logits_NE)
@@ -68,6 +68,23 @@ def logits(state: State, decoded: Decoded, num_tokens: int) -> jax.Array:
     """Return the logits of the first tokens of each sequence, [B, num_tokens, vocab_size], in float32 at least."""
     hidden_BSD = decoded.hidden_states[:, :num_tokens]
     return modules.linear({"lm_head.weight": at_least_float32(state["lm_head.weight"])}, "lm_head", hidden_BSD)
+
+
+@recomputable
+def layer(
+    state: State,
+    hidden_states: jax.Array,
+    cos: jax.Array,
+    sin: jax.Array,
+    mask: jax.Array,
+    past: tuple[jax.Array, jax.Array] | None,
+    *,
+    config: LanguageModelConfig,
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]:
+    """Apply attention and a gated network, or experts, to [B, S, D]; return it, keys, values, and the logits of experts."""
+    hidden_BSD, key_BKSF, value_BKSF = attend(state, hidden_states, cos, sin, mask, past, config=config)
+    hidden_BSD, logits_NE = feed_forward(state, hidden_BSD, config=config)
+    return hidden_BSD, key_BKSF, value_BKSF, logits_NE
 
 
 def attend(

@@ -38,14 +38,18 @@ def gpu_values_checked() -> Iterator[None]:
         _reads_gpus.reset(token)
 
 
-def require_values(name: str, array: Any, high: int) -> None:
-    """Check that every value is in 0..high, where values are read: on the host, and on a GPU within `gpu_values_checked`."""
+def require_values(name: str, array: Any, high: int, *, or_else: int | None = None) -> None:
+    """Check that every value is in 0..high, or is the other one, where values are read: on the host, and on a GPU within
+    `gpu_values_checked`."""
     if not _is_readable(array):
         return
     # JAX on the host: inside an outer jit even operations on constants are traced, and each compiles anew
     values = array if _is_torch_tensor(array) else array.__array__()
+    if or_else is not None:
+        values = values[values != or_else]
     if bool(((values < 0) | (values > high)).any()):
-        raise ValueError(f"{name} must be in 0..{high}, got {int(values.min())}..{int(values.max())}")
+        range_of_values = f"0..{high}" if or_else is None else f"0..{high} or {or_else}"
+        raise ValueError(f"{name} must be in {range_of_values}, got {int(values.min())}..{int(values.max())}")
 
 
 def require_interval(
