@@ -139,8 +139,9 @@ def moe_block(
     hidden_BSD = attend(state, hidden_states, mask, config=config)
     normalized_BSD = modules.layer_norm(state, "ln_2", hidden_BSD, eps=config.layer_norm_eps)
     tokens, noise_of_tokens = normalized_BSD.flatten(0, 1), noise.flatten(0, 1)
-    options = {"top_k": config.top_k, "noise_std": 1.0, "training": training}
-    out, logits, ids, probs, entropy, _ = upcycled_gpt2_moe(tokens, states.part(state, "mlp"), noise_of_tokens, **options)
+    out, logits, ids, probs, entropy, _ = upcycled_gpt2_moe(
+        tokens, states.part(state, "mlp"), noise_of_tokens, top_k=config.top_k, noise_std=1.0, training=training
+    )
     routing = routing_of(logits.view(noise.shape), probs.view(noise.shape), entropy, ids)
     return hidden_BSD + out.view(hidden_BSD.shape), routing
 

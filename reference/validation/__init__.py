@@ -126,6 +126,7 @@ from gaugeblock.reference.validation.train_image_diffusion import (
     image_diffusion_step,
     image_diffusion_step_on_texts,
 )
+from gaugeblock.reference.validation.train_moe_lm import moe_lm_batch, moe_lm_step
 from gaugeblock.reference.validation.train_stable_diffusion import (
     stable_diffusion_batch,
     stable_diffusion_batch_on_embeddings,
