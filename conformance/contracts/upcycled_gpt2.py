@@ -1,11 +1,13 @@
 """The contract of the upcycled GPT-2."""
 
+from collections.abc import Callable
 from dataclasses import fields
 from typing import Any
+from unittest import mock
 
 import torch
 
-from gaugeblock.conformance.contracts import flash_attention, model_states
+from gaugeblock.conformance.contracts import flash_attention, model_states, routed_experts
 from gaugeblock.conformance.contracts.biased_moe_layers import EMERGENCE
 from gaugeblock.conformance.engine.contract import Contract, Input, Output, Regime, Rejection, Workload, row
 from gaugeblock.conformance.engine.factors import Factor, Trait, edges, either
@@ -14,6 +16,7 @@ from gaugeblock.conformance.engine.inputs.bad_calls import changed
 from gaugeblock.conformance.engine.inputs.draw import Draw
 from gaugeblock.conformance.engine.vocabulary import Parameters, Tensors
 from gaugeblock.reference.configs import UPCYCLED_GPT2_PRESETS, DiTConfig, UpcycledGPT2Config
+from gaugeblock.reference.torch import experts
 from gaugeblock.reference.torch import upcycled_gpt2 as model
 
 
@@ -60,7 +63,7 @@ def upcycled_gpt2() -> Contract:
             Regime("constants", near_constants, "worst element"),
             Regime("adversarial", extreme, "worst element"),
         ),
-        rounded_as=flash_attention.of(model.upcycled_gpt2, model),
+        rounded_as=with_gelu_of_libraries(flash_attention.of(model.upcycled_gpt2, model)),
         chooses_inside=True,
         cases=0.05,
         configure=lambda parameters: {"training": parameters["training"], "config": configuration(parameters)},
@@ -189,6 +192,17 @@ def moved(parameters: Parameters, itemsize: int) -> float:
     of_routers = 4.0 * tokens * len(config.moe_layers) * (3 * config.num_experts + 1)
     loads = 4.0 * parameters["batch_size"] * len(config.moe_layers) * config.num_experts
     return itemsize * (read + tokens * config.vocab_size) + of_routers + loads
+
+
+def with_gelu_of_libraries(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The same with the GELU of libraries, which loses digits below -6, in dense networks and in experts."""
+
+    def formula(*arguments: Any, **options: Any) -> Any:
+        gelu = routed_experts.gelu_by_sums
+        with mock.patch.object(model, "gelu", gelu), mock.patch.object(experts, "gelu", gelu):
+            return function(*arguments, **options)
+
+    return formula
 
 
 def dithered(draw: Draw, parameters: Parameters) -> Tensors:
