@@ -22,8 +22,10 @@ def moe_lm_step(
     moe_lm_batch(input_ids, labels, example_ids, config)
     if input_ids.shape[0] == 0:
         raise ValueError(f"input_ids must hold at least one example, got {tuple(input_ids.shape)}")
+    first = f"model.{next(iter(shapes))}"
+    if isinstance(state, Mapping) and first in state:
+        require_same_device(f"state[{first!r}]", state[first], "input_ids", input_ids)
     training_state(state, shapes, config, stacked=stacked)
-    require_same_device("input_ids", input_ids, "the state", state["step"])
 
 
 def moe_lm_batch(input_ids: Any, labels: Any, example_ids: Any, config: MoELMConfig) -> None:

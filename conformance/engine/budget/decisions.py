@@ -74,7 +74,7 @@ class Decisions(Watching):
         decides = any(each.is_floating_point() for each in given) and not _only_creates(func)
         if decides and self.jitter is not None:
             with _disable_current_modes():
-                result = func(*(self._disturbed(each) for each in args), **kwargs)
+                result = func(*self._disturbed(args), **kwargs)
             made = tuple(result) if isinstance(result, tuple | list) else (result,)
         discrete = {(self._position, index): each for index, each in enumerate(made) if _is_discrete(each)}
         self._alive += [*discrete.values(), *given]
@@ -96,7 +96,12 @@ class Decisions(Watching):
                 made = _with_indices(func, args, kwargs, made, index, other.to(own.dtype))
         return made
 
-    def _disturbed(self, value: Any) -> Any:
+    def _disturbed(self, values: tuple) -> list[Any]:
+        # one tensor that is given twice is still one: isfinite compares it with itself
+        once = {id(each): self._with_noise(each) for each in {id(each): each for each in values}.values()}
+        return [once[id(each)] for each in values]
+
+    def _with_noise(self, value: Any) -> Any:
         if not isinstance(value, torch.Tensor) or not value.is_floating_point():
             return value
         noise = torch.empty_like(value).uniform_(-JITTER, JITTER, generator=self.jitter)
