@@ -29,7 +29,7 @@ class Parts:
     geglu: Callable[..., torch.Tensor]
     memory_format: torch.memory_format
     """In which images lie: with the channels last a GPU's convolutions need no transpositions, and pixels are tokens already."""
-    block: Callable[[Callable[..., torch.Tensor]], Callable[..., torch.Tensor]]
+    block: Callable[[Callable[..., Any]], Callable[..., Any]]
     """What becomes of a block of a model before it is called: it is compiled, or stays as it is."""
     reject: Callable[[str, torch.Tensor], None]
     """Raise TypeError where the tensor of that name has a dtype that these functions do not take."""

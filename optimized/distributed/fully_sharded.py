@@ -150,15 +150,19 @@ class _WholeState(torch.autograd.Function):
         ctx.names, ctx.mesh, ctx.module, ctx.arrays = names, mesh, module, arrays
         ctx.outputs = outputs if isinstance(outputs, tuple) else (outputs,)
         ctx.dtypes = [None if each is None else each.dtype for each in tensors]
-        return tuple(each.detach() for each in ctx.outputs)
+        returned = tuple(each.detach() for each in ctx.outputs)
+        ctx.mark_non_differentiable(*(own for own, each in zip(returned, ctx.outputs, strict=True) if not each.requires_grad))
+        return returned
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *d_outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         # FSDP averages over the ranks, and gradients are to be added up
         ranks = ctx.mesh.size()
+        pairs = zip(ctx.outputs, d_outputs, strict=True)
+        outputs, d_outputs = zip(*(pair for pair in pairs if pair[0].requires_grad), strict=True)  # a load has no gradient
         with torch.enable_grad():
-            torch.autograd.backward(ctx.outputs, [ranks * each for each in d_outputs])
+            torch.autograd.backward(outputs, [ranks * each for each in d_outputs])
         shards = {name: _gradient_of(parameter) for name, parameter in ctx.module.named_parameters()}
         whole = gather_shards({name: shards[name] for name in ctx.names}, ctx.mesh)
         of_arrays = [each if each is None or each.grad is None else each.grad / ranks for each in ctx.arrays]
@@ -205,7 +209,14 @@ def local_part(shard: torch.Tensor | None) -> torch.Tensor:
 
 
 def gather_shards(shards: State, mesh: DeviceMesh) -> dict[str, torch.Tensor]:
-    """Return the whole tensors, in memory of their own; one exchange, since small ones cost as much as large ones."""
+    """Return the whole tensors, in memory of their own; an exchange a dtype, since small ones cost as much as large ones."""
+    whole: dict[str, torch.Tensor] = {}
+    for dtype in dict.fromkeys(shard.dtype for shard in shards.values()):
+        whole |= _gather_of_one_dtype({name: shard for name, shard in shards.items() if shard.dtype == dtype}, mesh)
+    return whole
+
+
+def _gather_of_one_dtype(shards: State, mesh: DeviceMesh) -> dict[str, torch.Tensor]:
     padded = []  # to as many rows on each rank: a tensor is cut into equal parts, of which the last ones may be short or empty
     for shard in shards.values():
         local = local_part(shard)

@@ -30,12 +30,14 @@ from gaugeblock.optimized import (
     moe_composition,
     text_latent_mmdit_composition,
     unet_composition,
+    upcycled_gpt2_composition,
     vae_composition,
 )
 from gaugeblock.optimized.compiled import dit as of_dit
 from gaugeblock.optimized.compiled import dit_moe as of_dit_moe
 from gaugeblock.optimized.compiled import flux as of_flux
 from gaugeblock.optimized.compiled import mmdit as of_mmdit
+from gaugeblock.optimized.compiled.biased_moe_layers import upcycled_gpt2_moe
 from gaugeblock.optimized.compiled.decoder_parts import LIBRARY as OF_DECODERS
 from gaugeblock.optimized.compiled.dit_moe_layers import PARTS as OF_MOE
 from gaugeblock.optimized.compiled.library_layers import Fuse
@@ -55,6 +57,7 @@ from gaugeblock.reference.torch import llada as llada_reference
 from gaugeblock.reference.torch import mmdit as mmdit_reference
 from gaugeblock.reference.torch import sdar as sdar_reference
 from gaugeblock.reference.torch import text_latent_mmdit as text_latent_mmdit_reference
+from gaugeblock.reference.torch import upcycled_gpt2 as upcycled_gpt2_reference
 from gaugeblock.reference.torch import vae as vae_reference
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -194,6 +197,19 @@ def _check_text_latent_mmdit(
     validation.text_latent_tokens_in_range(text_tokens, config)
 
 
+def _predict_upcycled_gpt2(
+    gathered: Fuse, state: State, input_ids: Any, noise: Any, *, training: bool, config: Any, mesh: DeviceMesh
+) -> tuple[torch.Tensor, ...]:
+    parts = replace(LIBRARY, block=gathered)
+    composed = upcycled_gpt2_composition.unchecked_upcycled_gpt2
+    return composed(parts, upcycled_gpt2_moe, state, input_ids, noise, training=training, config=config)
+
+
+def _check_upcycled_gpt2(state: State, input_ids: Any, noise: Any, *, config: Any) -> None:
+    _check(validation.upcycled_gpt2, upcycled_gpt2_reference.state_shapes, state, input_ids, noise, config=config)
+    validation.gpt2_input_ids_in_range(input_ids, config)
+
+
 DIT_BLOCKS = r"blocks\.\d+"
 UNET_BLOCKS = r"(?:\w+\.)+?(?:resnets|transformer_blocks)\.\d+"
 CLIP_LAYERS = r"text_model\.encoder\.layers\.\d+"
@@ -295,3 +311,19 @@ text_latent_mmdit = Model(
     shapes=text_latent_mmdit_reference.state_shapes,
     check=_check_text_latent_mmdit,
 )
+upcycled_gpt2_in_training = Model(
+    predict=partial(_predict_upcycled_gpt2, training=True),
+    blocks=r"transformer\.h\.\d+",
+    shapes=upcycled_gpt2_reference.state_shapes,
+    check=_check_upcycled_gpt2,
+    num_wide=4,
+)
+upcycled_gpt2_in_evaluation = replace(upcycled_gpt2_in_training, predict=partial(_predict_upcycled_gpt2, training=False))
+
+
+def upcycled_gpt2(
+    state: State, input_ids: torch.Tensor, noise: torch.Tensor, *, training: bool, config: Any, mesh: DeviceMesh
+) -> torch.Tensor | tuple[torch.Tensor, ...]:
+    """As the other models, in training or in evaluation."""
+    model = upcycled_gpt2_in_training if training else upcycled_gpt2_in_evaluation
+    return model(state, input_ids, noise, config=config, mesh=mesh)

@@ -37,6 +37,7 @@ class ShardedRun:
         config: Of the run.
         mesh: One-dimensional; its device type is that of the tensors.
         frozen: Names of what is not trained.
+        stacked: Names of parameters of which each row is updated only where a batch has a use for it; their first axis is cut.
 
     Raises:
         TypeError: `state` is not a dict of arrays of one dtype, float32 or float64, with an integer step.
@@ -54,20 +55,21 @@ class ShardedRun:
         config: TrainingConfig,
         mesh: DeviceMesh,
         frozen: Container[str] = (),
+        stacked: Container[str] = (),
     ) -> None:
         if mesh.ndim != 1:
             raise ValueError(f"mesh must have one dimension, got {mesh.ndim}")
         self.config, self.mesh = config, mesh
-        self._agree_on_state(state, shapes, frozen)
+        self._agree_on_state(state, shapes, frozen, stacked)
 
         self.updates = state["step"].clone()
         dtype = None if config.compute_dtype is None else getattr(torch, config.compute_dtype)
-        whole = {part: reference.part_of_state(state, part) for part in config.parts}
+        whole = {part: reference.part_of_state(state, part) for part in (*config.parts, "num_updates")}
         how: dict[str, Any] = {"frozen": frozen, "activation_checkpointing": config.activation_checkpointing}
         self.model = model.sharded(whole["model"], config=model_config, mesh=mesh, compute_dtype=dtype, **how)
         parameters = dict(self.model.named_parameters())
         self.shards: dict[str, Tensors] = {"model": {name: parameters[name] for name in shapes}}
-        for part in config.parts[1:]:
+        for part in (*config.parts[1:], "num_updates"):
             self.shards[part] = {name: shard_like(parameters[name], each) for name, each in whole[part].items()}
 
     @property
@@ -75,7 +77,14 @@ class ShardedRun:
         """That of the state."""
         return next(iter(self.shards["model"].values())).dtype
 
-    def step(self, shares: Shares, batch: Iterable[torch.Tensor | None], num_microbatches: int) -> tuple[Tensors, torch.Tensor]:
+    def step(
+        self,
+        shares: Shares,
+        batch: Iterable[torch.Tensor | None],
+        num_microbatches: int,
+        *,
+        rows_used: reference.RowsUsed = reference.all_rows,
+    ) -> tuple[Tensors, torch.Tensor]:
         """Make one update on the batches of all ranks.
 
         Args:
@@ -84,6 +93,7 @@ class ShardedRun:
             batch: This rank's arrays, whose first axis is of the examples, of which there may be none; None for what there is
                 none of.
             num_microbatches: The same on every rank: all of them gather the parameters as often.
+            rows_used: As of the reference's `finish`.
 
         Returns:
             metrics: By name, of the batches of all ranks, before the update.
@@ -113,7 +123,8 @@ class ShardedRun:
         metrics = {name: each.view_as(metrics[name]) for name, each in zip(metrics, sums, strict=True)}
         gradient_norm = square.squeeze().sqrt()
         self._require_finite(metrics, gradients, gradient_norm)
-        self._update(gradients, gradient_norm)
+        used = rows_used(metrics, config=self.config)
+        self._update(gradients, gradient_norm, {name: shard_like(parameters[name], each) for name, each in used.items()})
         return metrics, gradient_norm
 
     def state(self) -> Tensors:
@@ -151,11 +162,12 @@ class ShardedRun:
         self.updates = saved_runs.load(self.parts(), path, config=self.config, mesh=self.mesh, changed=changed)
 
     @torch.no_grad()
-    def _update(self, gradients: Tensors, gradient_norm: torch.Tensor) -> None:
+    def _update(self, gradients: Tensors, gradient_norm: torch.Tensor, used: Tensors) -> None:
         """Let this rank's parts be updated, in place."""
         local = {part: {name: local_part(each) for name, each in shards.items()} for part, shards in self.shards.items()}
         clipped = reference.clipped(gradients, gradient_norm, config=self.config)
-        reference.optimizer_step(local, clipped, int(self.updates), config=self.config)
+        own = {name: local_part(each) for name, each in used.items()}
+        reference.optimizer_step(local, clipped, int(self.updates), config=self.config, used=own)
         self.updates += 1
         if self.config.ema is not None:
             averages = reference.average(local["ema"], local["model"], int(self.updates), config=self.config.ema)
@@ -174,11 +186,15 @@ class ShardedRun:
             reference.require_finite(self.updates, metrics, dict(zip(gradients, marks, strict=True)), gradient_norm)
 
     def _agree_on_state(
-        self, state: Mapping[str, torch.Tensor], shapes: Mapping[str, tuple[int, ...]], frozen: Container[str]
+        self,
+        state: Mapping[str, torch.Tensor],
+        shapes: Mapping[str, tuple[int, ...]],
+        frozen: Container[str],
+        stacked: Container[str],
     ) -> None:
         error, facts = None, dict.fromkeys(("state must have the same dtype", "state must have the same step"), 0)
         try:
-            validation.training_state(state, shapes, self.config, frozen=frozen)
+            validation.training_state(state, shapes, self.config, frozen=frozen, stacked=stacked)
             first = state[f"model.{next(iter(shapes))}"]
             require_device("state", first, self.mesh)
         except (TypeError, ValueError) as raised:

@@ -33,6 +33,7 @@ def step(
     *,
     config: TrainingConfig,
     mesh: Mesh,
+    rows_used: training.RowsUsed = training.all_rows,
 ) -> tuple[Arrays, Arrays]:
     """Make one update; the given state is not written to.
 
@@ -48,6 +49,7 @@ def step(
             what counts of them.
         config: Of the run.
         mesh: One axis, "ranks".
+        rows_used: As of the reference's `finish`, a function of a module.
 
     Returns:
         new_state: As state; it lies as `shard_state` places it.
@@ -57,7 +59,7 @@ def step(
         FloatingPointError: A metric or a gradient is not finite; the message names the step and the first bad one.
     """
     sharded = shard_state(state, mesh)
-    new_state, metrics, flaws = sharded_step(sharded, *placed, shares=shares, config=config, mesh=mesh)
+    new_state, metrics, flaws = sharded_step(sharded, *placed, shares=shares, config=config, mesh=mesh, rows_used=rows_used)
     flaws = {name: flaws[name] for name in training.trained_names(state, config)}  # jit sorts them
     reported = {name: each for name, each in metrics.items() if name != "gradient_norm"}
     training.require_finite(state["step"], reported, flaws, metrics["gradient_norm"])
@@ -93,7 +95,7 @@ def sharding(shape: tuple[int, ...], mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(*[None] * largest, "ranks"))
 
 
-@partial(jax.jit, static_argnames=("shares", "config", "mesh"))
+@partial(jax.jit, static_argnames=("shares", "config", "mesh", "rows_used"))
 def sharded_step(
     state: Arrays,
     batch: Batch,
@@ -102,6 +104,7 @@ def sharded_step(
     shares: Shares,
     config: TrainingConfig,
     mesh: Mesh,
+    rows_used: training.RowsUsed = training.all_rows,
 ) -> tuple[Arrays, Arrays, Arrays]:
     """Make the update, without looking at values.
 
@@ -143,7 +146,8 @@ def sharded_step(
 
     gradients = {name: gradient / config.loss_scale for name, gradient in gradients.items()}
     gradient_norm = training.global_norm(gradients)
-    new_state = training.update(state, gradients, gradient_norm, config=config)
+    used = rows_used(metrics, config=config)
+    new_state = training.update(state, gradients, gradient_norm, config=config, used=used)
     places = {name: sharding(each.shape, mesh) for name, each in new_state.items()}
     new_state = jax.lax.with_sharding_constraint(new_state, places)
     flaws = {name: jnp.where(jnp.isfinite(gradient).all(), 0, jnp.nan) for name, gradient in gradients.items()}

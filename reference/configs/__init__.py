@@ -23,6 +23,7 @@ from gaugeblock.reference.configs.language_models import (
     SDARMoEConfig,
 )
 from gaugeblock.reference.configs.mmdit import MMDIT_PRESETS, MMDiTConfig
+from gaugeblock.reference.configs.moe_lm import IGNORED_LABEL, MOE_LM_PRESETS, MoELMConfig
 from gaugeblock.reference.configs.options import (
     E4M3_MAX,
     IGNORED_LABEL,
@@ -70,4 +71,5 @@ from gaugeblock.reference.configs.stable_diffusion import StableDiffusionConfig
 from gaugeblock.reference.configs.text_latent_mmdit import TEXT_LATENT_MMDIT_PRESETS, TextLatentMMDiTConfig
 from gaugeblock.reference.configs.training import EMAConfig, TrainingConfig
 from gaugeblock.reference.configs.unet import UNET_PRESETS, UNetBlock, UNetConfig
+from gaugeblock.reference.configs.upcycled_gpt2 import UPCYCLED_GPT2_PRESETS, UpcycledGPT2Config
 from gaugeblock.reference.configs.vae import VAE_PRESETS, VAEConfig

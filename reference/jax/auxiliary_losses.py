@@ -21,7 +21,7 @@ def load_balancing_loss(router_logits: jax.Array, topk_ids: jax.Array, attention
     logits_TE = jnp.where(mask_T1, at_least_float32(router_logits), 0)
     probs_TE = jnp.where(mask_T1, jax.nn.softmax(logits_TE, axis=-1), 0)
     num_experts = router_logits.shape[1]
-    assignments_E = _assignments(topk_ids, attention_mask, num_experts)
+    assignments_E = assignments(topk_ids, attention_mask, num_experts)
 
     num_unmasked = attention_mask.sum().clip(1)
     share_E = assignments_E.astype(probs_TE.dtype) / (num_unmasked * topk_ids.shape[1])
@@ -41,7 +41,7 @@ def sequence_balance_loss(
     logits_BTE = jnp.where(mask_BT1, at_least_float32(router_logits), 0)
     probs_BTE = jnp.where(mask_BT1, normalized_scores(logits_BTE, scores), 0)
     num_experts, top_k = router_logits.shape[2], topk_ids.shape[2]
-    assignments_BE = _assignments(topk_ids, attention_mask, num_experts)
+    assignments_BE = assignments(topk_ids, attention_mask, num_experts)
 
     num_unmasked_B1 = attention_mask.sum(axis=1, keepdims=True).clip(1)
     load_BE = num_experts * assignments_BE.astype(probs_BTE.dtype) / (num_unmasked_B1 * top_k)
@@ -84,7 +84,7 @@ def expert_load(topk_ids: jax.Array, attention_mask: jax.Array, *, num_experts: 
     validation.expert_load(topk_ids, attention_mask, num_experts)
     validation.expert_ids_in_range(topk_ids, num_experts=num_experts)
 
-    return _assignments(topk_ids, attention_mask, num_experts)
+    return assignments(topk_ids, attention_mask, num_experts)
 
 
 def correction_bias_update(e_score_correction_bias: jax.Array, tokens_per_expert: jax.Array, *, update_rate: float) -> jax.Array:
@@ -98,7 +98,7 @@ def correction_bias_update(e_score_correction_bias: jax.Array, tokens_per_expert
     return jax.lax.stop_gradient(e_score_correction_bias) + update_rate * sign_E
 
 
-def _assignments(topk_ids: jax.Array, attention_mask: jax.Array, num_experts: int) -> jax.Array:
+def assignments(topk_ids: jax.Array, attention_mask: jax.Array, num_experts: int) -> jax.Array:
     """Count how often the tokens that count choose each expert, [..., num_experts] for ids of [..., num_tokens, top_k]."""
     is_chosen_TKE = topk_ids[..., None] == jnp.arange(num_experts)
     return jnp.where(attention_mask[..., None], is_chosen_TKE.sum(axis=-2), 0).sum(axis=-2)

@@ -7,6 +7,7 @@ The state of a run is a flat dict of tensors:
     exp_avg_sq.<name>         their average of squared gradients
     momentum_buffer.<name>    in place of both, what SGD keeps
     ema.<name>                the moving average of the parameters, where the config asks for one
+    num_updates.<name>        of a parameter that stacks several, as of experts, along its first axis: how many each has had
     step                      the number of updates made so far
 
 What a run depends on is in it and in the config: what is random is drawn by (seed, step, example id, purpose).
@@ -15,6 +16,7 @@ What a run depends on is in it and in the config: what is random is drawn by (se
 from collections.abc import Callable, Container, Iterable, Mapping
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 
 import jax
 import jax.numpy as jnp
@@ -24,26 +26,46 @@ from gaugeblock.reference import saved_runs
 from gaugeblock.reference.configs import EMAConfig, TrainingConfig
 from gaugeblock.reference.jax.recomputation import blocks_recomputed
 
+NO_ROWS: Mapping[str, jax.Array] = MappingProxyType({})
 CLIPPING_EPSILON = 1e-6  # added to the norm by torch.nn.utils.clip_grad_norm_ (optax.clip_by_global_norm adds nothing)
 OPTAX_MOMENTS = {"exp_avg": "mu", "exp_avg_sq": "nu", "momentum_buffer": "trace"}
 
 Tensors = dict[str, jax.Array]
 Shares = Callable[..., tuple[jax.Array, Tensors]]
+RowsUsed = Callable[..., Tensors]
 
 
-def initial_state(parameters: Mapping[str, jax.Array], *, config: TrainingConfig, frozen: Container[str] = ()) -> Tensors:
-    """As `gaugeblock.reference.torch.training.initial_state`, but step is an int32."""
+def all_rows(metrics: Mapping[str, jax.Array], *, config: TrainingConfig) -> Tensors:
+    """Return no name: every parameter is updated as a whole, in every step."""
+    return {}
+
+
+def initial_state(
+    parameters: Mapping[str, jax.Array],
+    *,
+    config: TrainingConfig,
+    frozen: Container[str] = (),
+    stacked: Container[str] = (),
+) -> Tensors:
+    """As `gaugeblock.reference.torch.training.initial_state`, but step and numbers of updates are int32."""
     zeros = {name: jnp.zeros_like(parameter) for name, parameter in parameters.items() if name not in frozen}
     parts = {part: parameters if part in ("model", "ema") else zeros for part in config.parts}
+    rows = {name: len(parameter) for name, parameter in zeros.items() if name in stacked}
+    parts["num_updates"] = {name: jnp.zeros(count, dtype=int) for name, count in rows.items()}
     return join_state(parts, jnp.array(0))
 
 
 def step(
-    shares: Shares, state: Mapping[str, jax.Array], batch: Iterable[jax.Array | None], *, config: TrainingConfig
+    shares: Shares,
+    state: Mapping[str, jax.Array],
+    batch: Iterable[jax.Array | None],
+    *,
+    config: TrainingConfig,
+    rows_used: RowsUsed = all_rows,
 ) -> tuple[Tensors, Tensors]:
     """As `gaugeblock.reference.torch.training.step`."""
     metrics, gradients = metrics_and_gradients(shares, dict(state), tuple(batch), config=config)
-    new_state, gradient_norm = finish(state, metrics, gradients, config=config)
+    new_state, gradient_norm = finish(state, metrics, gradients, config=config, rows_used=rows_used)
     return new_state, metrics | {"gradient_norm": gradient_norm}
 
 
@@ -81,13 +103,19 @@ def trained_names(state: Mapping[str, jax.Array], config: TrainingConfig) -> lis
 
 
 def finish(
-    state: Mapping[str, jax.Array], metrics: Tensors, gradients: Tensors, *, config: TrainingConfig
+    state: Mapping[str, jax.Array],
+    metrics: Tensors,
+    gradients: Tensors,
+    *,
+    config: TrainingConfig,
+    rows_used: RowsUsed = all_rows,
 ) -> tuple[Tensors, jax.Array]:
     """As `gaugeblock.reference.torch.training.finish`."""
     gradients = {name: gradients[name] for name in trained_names(state, config)}
     gradient_norm = global_norm(gradients)
     require_finite(state["step"], metrics, gradients, gradient_norm)
-    return update(state, gradients, gradient_norm, config=config), gradient_norm
+    used = rows_used(metrics, config=config)
+    return update(state, gradients, gradient_norm, config=config, used=used), gradient_norm
 
 
 def in_compute_dtype(tensor: jax.Array, config: TrainingConfig) -> jax.Array:
@@ -112,10 +140,17 @@ def require_finite(step: jax.Array, metrics: Tensors, gradients: Tensors, gradie
 
 
 @partial(jax.jit, static_argnames="config")
-def update(state: Mapping[str, jax.Array], gradients: Tensors, gradient_norm: jax.Array, *, config: TrainingConfig) -> Tensors:
+def update(
+    state: Mapping[str, jax.Array],
+    gradients: Tensors,
+    gradient_norm: jax.Array,
+    *,
+    config: TrainingConfig,
+    used: Mapping[str, jax.Array] = NO_ROWS,
+) -> Tensors:
     """As `gaugeblock.reference.torch.training.update`, but by optax."""
-    parts = {part: part_of_state(state, part) for part in config.parts}
-    parts = optimizer_step(parts, clipped(gradients, gradient_norm, config=config), state["step"], config=config)
+    parts = {part: part_of_state(state, part) for part in (*config.parts, "num_updates")}
+    parts = optimizer_step(parts, clipped(gradients, gradient_norm, config=config), state["step"], config=config, used=used)
     if config.ema is not None:
         parts["ema"] = average(parts["ema"], parts["model"], state["step"] + 1, config=config.ema)
     return join_state(parts, state["step"] + 1)
@@ -128,7 +163,12 @@ def clipped(gradients: Tensors, gradient_norm: jax.Array, *, config: TrainingCon
 
 
 def optimizer_step(
-    parts: Mapping[str, Tensors], gradients: Tensors, step: jax.Array, *, config: TrainingConfig
+    parts: Mapping[str, Tensors],
+    gradients: Tensors,
+    step: jax.Array,
+    *,
+    config: TrainingConfig,
+    used: Mapping[str, jax.Array] = NO_ROWS,
 ) -> dict[str, Tensors]:
     """As `gaugeblock.reference.torch.training.optimizer_step`, but of optax's, and nothing is written to."""
     adam = {"b1": config.beta1, "b2": config.beta2, "eps": config.adam_epsilon}
@@ -141,14 +181,29 @@ def optimizer_step(
         is_sgd = config.optimizer == "sgd"
         plain = optax.sgd(rate, config.momentum) if is_sgd else optax.adam(rate, **adam)
         optimizer = optax.chain(optax.add_decayed_weights(config.weight_decay), plain)
-    trained = {name: parts["model"][name] for name in gradients}
-    counted = {} if config.optimizer == "sgd" else {"count": step}
-    moments = {OPTAX_MOMENTS[part]: parts[part] for part in config.moments}
-    kept = optax.tree_utils.tree_set(optimizer.init(trained), **counted, **moments)
-    with jax.enable_x64(True):  # optax's 1 - beta2**step: float32 would leave it four digits at step 1, and torch has sixteen
-        updates, kept = optimizer.update(gradients, kept, trained)
-    new_moments = {part: optax.tree_utils.tree_get(kept, OPTAX_MOMENTS[part]) for part in config.moments}
-    return {**parts, **new_moments, "model": parts["model"] | optax.apply_updates(trained, updates)}
+
+    def updated(own: dict[str, Tensors], gradients: Tensors, step: jax.Array) -> dict[str, Tensors]:
+        counted = {} if config.optimizer == "sgd" else {"count": step}
+        moments = {OPTAX_MOMENTS[part]: own[part] for part in config.moments}
+        kept = optax.tree_utils.tree_set(optimizer.init(own["model"]), **counted, **moments)
+        with jax.enable_x64(True):  # optax's 1 - beta2**step: float32 would leave it four digits at step 1, and torch has sixteen
+            updates, kept = optimizer.update(gradients, kept, own["model"])
+        new_moments = {part: optax.tree_utils.tree_get(kept, OPTAX_MOMENTS[part]) for part in config.moments}
+        return {"model": optax.apply_updates(own["model"], updates), **new_moments}
+
+    def of(names: Iterable[str]) -> dict[str, Tensors]:
+        return {part: {name: parts[part][name] for name in names} for part in ("model", *config.moments)}
+
+    whole = [name for name in gradients if name not in used]
+    new = updated(of(whole), {name: gradients[name] for name in whole}, step)
+    num_updates = dict(parts["num_updates"])
+    for name, is_used in used.items():
+        rows = jax.vmap(updated)(of([name]), {name: gradients[name]}, num_updates[name])
+        for part, tensors in rows.items():
+            rows_used = is_used.reshape(-1, *(1 for _ in tensors[name].shape[1:]))
+            new[part][name] = jnp.where(rows_used, tensors[name], parts[part][name])
+        num_updates[name] = num_updates[name] + is_used
+    return {**parts, **{part: parts[part] | tensors for part, tensors in new.items()}, "num_updates": num_updates}
 
 
 def learning_rate_of(step: jax.Array, config: TrainingConfig) -> jax.Array | float:

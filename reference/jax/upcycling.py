@@ -37,9 +37,11 @@ def deviation(parameter: jax.Array) -> jax.Array:
     return jnp.sqrt(jnp.square(values - values.mean()).sum() / max(1, values.size - 1))
 
 
-def upcycling_draws(*, num_experts: int, hidden_size: int, intermediate_size: int, seed: int) -> dict[str, jax.Array]:
+def upcycling_draws(
+    *, num_experts: int, hidden_size: int, intermediate_size: int, seed: int, layer: int = 0
+) -> dict[str, jax.Array]:
     """As `gaugeblock.reference.torch.upcycling.upcycling_draws`."""
-    key = {"seed": seed, "step": 0, "purpose": purposes.UPCYCLING}
+    key = {"seed": seed, "step": layer, "purpose": purposes.UPCYCLING}
     uniform_EH = random.uniform((num_experts, hidden_size), **key, example=0)
     draws = {GATE: (2 * uniform_EH - 1) * hidden_size**-0.5}
     shapes = ((hidden_size, intermediate_size), (intermediate_size,), (intermediate_size, hidden_size), (hidden_size,))

@@ -42,7 +42,7 @@ def load_balancing_loss(router_logits: torch.Tensor, topk_ids: torch.Tensor, att
     logits_TE = torch.where(mask_T1, at_least_float32(router_logits), 0)
     probs_TE = torch.where(mask_T1, torch.softmax(logits_TE, dim=-1), 0)
     num_experts = router_logits.shape[1]
-    assignments_E = _assignments(topk_ids, attention_mask, num_experts)
+    assignments_E = assignments(topk_ids, attention_mask, num_experts)
 
     num_unmasked = attention_mask.sum().clamp(min=1)
     share_E = assignments_E.to(probs_TE.dtype) / (num_unmasked * topk_ids.shape[1])
@@ -86,7 +86,7 @@ def sequence_balance_loss(
     logits_BTE = torch.where(mask_BT1, at_least_float32(router_logits), 0)
     probs_BTE = torch.where(mask_BT1, normalized_scores(logits_BTE, scores), 0)
     num_experts, top_k = router_logits.shape[2], topk_ids.shape[2]
-    assignments_BE = _assignments(topk_ids, attention_mask, num_experts)
+    assignments_BE = assignments(topk_ids, attention_mask, num_experts)
 
     num_unmasked_B1 = attention_mask.sum(dim=1, keepdim=True).clamp(min=1)
     load_BE = num_experts * assignments_BE.to(probs_BTE.dtype) / (num_unmasked_B1 * top_k)
@@ -186,7 +186,7 @@ def expert_load(topk_ids: torch.Tensor, attention_mask: torch.Tensor, *, num_exp
     validation.expert_load(topk_ids, attention_mask, num_experts)
     validation.expert_ids_in_range(topk_ids, num_experts=num_experts)
 
-    return _assignments(topk_ids, attention_mask, num_experts)
+    return assignments(topk_ids, attention_mask, num_experts)
 
 
 def correction_bias_update(
@@ -221,7 +221,7 @@ def correction_bias_update(
     return e_score_correction_bias.detach() + update_rate * sign_E
 
 
-def _assignments(topk_ids: torch.Tensor, attention_mask: torch.Tensor, num_experts: int) -> torch.Tensor:
+def assignments(topk_ids: torch.Tensor, attention_mask: torch.Tensor, num_experts: int) -> torch.Tensor:
     """Count how often the tokens that count choose each expert, [..., num_experts] for ids of [..., num_tokens, top_k]."""
     is_chosen_TKE = topk_ids[..., None] == torch.arange(num_experts, device=topk_ids.device)
     return torch.where(attention_mask[..., None], is_chosen_TKE.sum(dim=-2), 0).sum(dim=-2)

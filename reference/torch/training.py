@@ -7,6 +7,7 @@ The state of a run is a flat dict of tensors:
     exp_avg_sq.<name>         their average of squared gradients
     momentum_buffer.<name>    in place of both, what SGD keeps
     ema.<name>                the moving average of the parameters, where the config asks for one
+    num_updates.<name>        of a parameter that stacks several, as of experts, along its first axis: how many each has had
     step                      the number of updates made so far
 
 What a run depends on is in it and in the config: what is random is drawn by (seed, step, example id, purpose).
@@ -16,6 +17,7 @@ import math
 from collections.abc import Callable, Container, Iterable, Mapping
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -27,16 +29,30 @@ from gaugeblock.reference import saved_runs
 from gaugeblock.reference.configs import EMAConfig, TrainingConfig
 from gaugeblock.reference.torch.recomputation import blocks_recomputed
 
+NO_ROWS: Mapping[str, torch.Tensor] = MappingProxyType({})
 CLIPPING_EPSILON = 1e-6  # added to the norm by torch.nn.utils.clip_grad_norm_ (optax.clip_by_global_norm adds nothing)
 
 Tensors = dict[str, torch.Tensor]
 Shares = Callable[..., tuple[torch.Tensor, Tensors]]
+RowsUsed = Callable[..., Tensors]
 
 
-def initial_state(parameters: Mapping[str, torch.Tensor], *, config: TrainingConfig, frozen: Container[str] = ()) -> Tensors:
+def all_rows(metrics: Mapping[str, torch.Tensor], *, config: TrainingConfig) -> Tensors:
+    """Return no name: every parameter is updated as a whole, in every step."""
+    return {}
+
+
+def initial_state(
+    parameters: Mapping[str, torch.Tensor],
+    *,
+    config: TrainingConfig,
+    frozen: Container[str] = (),
+    stacked: Container[str] = (),
+) -> Tensors:
     """Return the state at the start of a run with these parameters: moments of 0, an average that is a copy, step 0, int64.
 
-    Of those whose names are `frozen` there are no moments: they are not trained.
+    Of those whose names are `frozen` there are no moments: they are not trained. Of those that are `stacked` the updates of each
+    row are counted.
     """
     trained = {name: parameter for name, parameter in parameters.items() if name not in frozen}
     parts: dict[str, Tensors] = {}
@@ -46,15 +62,22 @@ def initial_state(parameters: Mapping[str, torch.Tensor], *, config: TrainingCon
         else:
             parts[part] = {name: torch.zeros_like(parameter) for name, parameter in trained.items()}
     device = next(iter(parameters.values())).device
+    rows = {name: len(parameter) for name, parameter in trained.items() if name in stacked}
+    parts["num_updates"] = {name: torch.zeros(count, dtype=torch.int64, device=device) for name, count in rows.items()}
     return join_state(parts, torch.tensor(0, device=device))
 
 
 def step(
-    shares: Shares, state: Mapping[str, torch.Tensor], batch: Iterable[torch.Tensor | None], *, config: TrainingConfig
+    shares: Shares,
+    state: Mapping[str, torch.Tensor],
+    batch: Iterable[torch.Tensor | None],
+    *,
+    config: TrainingConfig,
+    rows_used: RowsUsed = all_rows,
 ) -> tuple[Tensors, Tensors]:
     """Make the update of a batch that is known to be good; the given state is not written to.
 
-    Args: as of `metrics_and_gradients`.
+    Args: as of `metrics_and_gradients` and `finish`.
 
     Returns:
         new_state: As state.
@@ -63,7 +86,7 @@ def step(
     Raises: as `finish`.
     """
     metrics, gradients = metrics_and_gradients(shares, state, batch, config=config)
-    new_state, gradient_norm = finish(state, metrics, gradients, config=config)
+    new_state, gradient_norm = finish(state, metrics, gradients, config=config, rows_used=rows_used)
     return new_state, metrics | {"gradient_norm": gradient_norm}
 
 
@@ -110,9 +133,20 @@ def trained_names(state: Mapping[str, torch.Tensor], config: TrainingConfig) -> 
 
 
 def finish(
-    state: Mapping[str, torch.Tensor], metrics: Tensors, gradients: Tensors, *, config: TrainingConfig
+    state: Mapping[str, torch.Tensor],
+    metrics: Tensors,
+    gradients: Tensors,
+    *,
+    config: TrainingConfig,
+    rows_used: RowsUsed = all_rows,
 ) -> tuple[Tensors, torch.Tensor]:
     """Make the update of a step, once what `metrics_and_gradients` returns is known to be finite; the given state stays.
+
+    Args:
+        state, metrics, gradients: As of it.
+        config: Of the run.
+        rows_used: Function of the metrics, and by name the `config`: of each stacked parameter, by name, which rows a batch had
+            a use for, [rows] bool. The others are left as they are, as torch.optim leaves parameters that have no gradient.
 
     Returns:
         new_state: As state.
@@ -123,7 +157,8 @@ def finish(
     """
     gradient_norm = global_norm(gradients)
     require_finite(state["step"], metrics, gradients, gradient_norm)
-    return update(state, gradients, gradient_norm, config=config), gradient_norm
+    used = rows_used(metrics, config=config)
+    return update(state, gradients, gradient_norm, config=config, used=used), gradient_norm
 
 
 def in_compute_dtype(tensor: torch.Tensor, config: TrainingConfig) -> torch.Tensor:
@@ -148,7 +183,12 @@ def require_finite(step: torch.Tensor, metrics: Tensors, gradients: Tensors, gra
 
 
 def update(
-    state: Mapping[str, torch.Tensor], gradients: Tensors, gradient_norm: torch.Tensor, *, config: TrainingConfig
+    state: Mapping[str, torch.Tensor],
+    gradients: Tensors,
+    gradient_norm: torch.Tensor,
+    *,
+    config: TrainingConfig,
+    used: Mapping[str, torch.Tensor] = NO_ROWS,
 ) -> Tensors:
     """Return the state after one update by torch's optimizer with clipped gradients; the given state is not written to.
 
@@ -168,15 +208,17 @@ def update(
         momentum_buffer = momentum * momentum_buffer + gradients
         model           = model - learning_rate * momentum_buffer
 
-    where learning_rate is that of the step (`learning_rate_of`). Then `average` makes the moving average.
+    where learning_rate is that of the step (`learning_rate_of`). A row of a stacked parameter is a parameter of its own, whose
+    step is its number of updates; it is updated where `used` says so. Then `average` makes the moving average.
 
     Source: clipping: Pascanu et al. (arXiv:1211.5063), algorithm 1; Loshchilov and Hutter (arXiv:1711.05101), algorithms 1 and 2,
     whose schedule multiplier is learning_rate and whose weight decay is learning_rate * weight_decay, as in torch.optim.
     """
     parts = {
-        part: {name: tensor.detach().clone() for name, tensor in part_of_state(state, part).items()} for part in config.parts
+        part: {name: tensor.detach().clone() for name, tensor in part_of_state(state, part).items()}
+        for part in (*config.parts, "num_updates")
     }
-    parts = optimizer_step(parts, clipped(gradients, gradient_norm, config=config), int(state["step"]), config=config)
+    parts = optimizer_step(parts, clipped(gradients, gradient_norm, config=config), int(state["step"]), config=config, used=used)
     if config.ema is not None:
         parts["ema"] = average(parts["ema"], parts["model"], int(state["step"]) + 1, config=config.ema)
     return join_state(parts, state["step"] + 1)
@@ -188,10 +230,24 @@ def clipped(gradients: Tensors, gradient_norm: torch.Tensor, *, config: Training
     return {name: gradient * factor for name, gradient in gradients.items()}
 
 
-def optimizer_step(parts: Mapping[str, Tensors], gradients: Tensors, step: int, *, config: TrainingConfig) -> dict[str, Tensors]:
+def optimizer_step(
+    parts: Mapping[str, Tensors],
+    gradients: Tensors,
+    step: int,
+    *,
+    config: TrainingConfig,
+    used: Mapping[str, torch.Tensor] = NO_ROWS,
+) -> dict[str, Tensors]:
     """Return the parts of a state after one step of torch's optimizer, which writes to them; `step` have been made before."""
     moments = [parts[part] for part in config.moments]
-    lists: list[Any] = [[each[name] for name in gradients] for each in (parts["model"], gradients, *moments)]
+    # what the optimizer takes for a parameter: a whole one, or a row
+    places: list[tuple[str, Any]] = [
+        (name, row) for name in gradients for row in (used[name].nonzero().flatten().tolist() if name in used else [...])
+    ]
+    lists: list[Any] = [[each[name][row] for name, row in places] for each in (parts["model"], gradients, *moments)]
+    num_updates = [int(parts["num_updates"][name][row]) if name in used else step for name, row in places]
+    for name, is_used in used.items():
+        parts["num_updates"][name] += is_used
     common: dict[str, Any] = {
         "foreach": False,
         "maximize": False,
@@ -203,7 +259,7 @@ def optimizer_step(parts: Mapping[str, Tensors], gradients: Tensors, step: int, 
         sgd(*lists, momentum=config.momentum, dampening=0.0, nesterov=False, **common)
         return dict(parts)
     run = adamw if config.optimizer == "adamw" else adam
-    steps = [torch.tensor(step, device="cpu") for _ in gradients]
+    steps = [torch.tensor(each, device="cpu") for each in num_updates]
     run(
         *[*lists, [], steps],  # no largest second moments
         amsgrad=False,

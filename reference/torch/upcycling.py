@@ -65,7 +65,9 @@ def deviation(parameter: torch.Tensor) -> torch.Tensor:
     return torch.sqrt((values - values.mean()).square().sum() / max(1, values.numel() - 1))
 
 
-def upcycling_draws(*, num_experts: int, hidden_size: int, intermediate_size: int, seed: int) -> dict[str, torch.Tensor]:
+def upcycling_draws(
+    *, num_experts: int, hidden_size: int, intermediate_size: int, seed: int, layer: int = 0
+) -> dict[str, torch.Tensor]:
     """Draw what `upcycle` takes: a gate as torch's linear layers begin, and standard normals for each expert's parameters.
 
     They are draws of the purpose `UPCYCLING` for examples in the public order: 0 is the gate, uniform in -1/sqrt(hidden_size)
@@ -77,17 +79,18 @@ def upcycling_draws(*, num_experts: int, hidden_size: int, intermediate_size: in
         hidden_size: Of the model.
         intermediate_size: Of the MLP.
         seed: In 0 .. 2**64 - 1.
+        layer: Which layer of the model it is, in place of a step: each has draws of its own.
 
     Returns:
         Named and shaped as the state of the layer, float32.
 
     Raises:
-        TypeError: `seed` is not an integer.
+        TypeError: `seed` or `layer` is not an integer.
         ValueError: It is out of its range.
 
     Source: sumitdotml/moe-emergence, `moe_emergence/gpt2_moe.py`, for the order and the distributions.
     """
-    key = {"seed": seed, "step": 0, "purpose": purposes.UPCYCLING}
+    key = {"seed": seed, "step": layer, "purpose": purposes.UPCYCLING}
     uniform_EH = random.uniform((num_experts, hidden_size), **key, example=0)
     draws = {GATE: (2 * uniform_EH - 1) * hidden_size**-0.5}
     shapes = ((hidden_size, intermediate_size), (intermediate_size,), (intermediate_size, hidden_size), (hidden_size,))

@@ -127,6 +127,7 @@ from gaugeblock.reference.validation.train_image_diffusion import (
     image_diffusion_step,
     image_diffusion_step_on_texts,
 )
+from gaugeblock.reference.validation.train_moe_lm import moe_lm_batch, moe_lm_step
 from gaugeblock.reference.validation.train_stable_diffusion import (
     stable_diffusion_batch,
     stable_diffusion_batch_on_embeddings,
@@ -136,5 +137,6 @@ from gaugeblock.reference.validation.train_stable_diffusion import (
 from gaugeblock.reference.validation.training import batch_ids, training_state
 from gaugeblock.reference.validation.unet import unet, unet_text_time
 from gaugeblock.reference.validation.unmasking import choose_places, dream_places, quotas, random_remasking, unmasking_step
+from gaugeblock.reference.validation.upcycled_gpt2 import gpt2_input_ids_in_range, upcycled_gpt2, upcycled_gpt2_config
 from gaugeblock.reference.validation.upcycling import adamw_of_used_experts, upcycle
 from gaugeblock.reference.validation.vae import vae_decode, vae_encode, vae_latents, vae_sample

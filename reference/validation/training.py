@@ -9,6 +9,7 @@ from gaugeblock.reference.validation.arrays import (
     require_between,
     require_dtype,
     require_entry_names,
+    require_same_device,
     require_shape,
     state_entries,
 )
@@ -20,6 +21,7 @@ def training_state(
     config: TrainingConfig,
     *,
     frozen: Container[str] = (),
+    stacked: Container[str] = (),
     like: Any = None,
 ) -> None:
     """Check the state of a run: parameters of these shapes, dtype and device of `like` (default: of its first entry)."""
@@ -29,12 +31,17 @@ def training_state(
         for name, shape in shapes.items()
         if part in ("model", "ema") or name not in frozen
     }
-    require_entry_names("state", state, (*parts, "step"))
+    num_updates = {f"num_updates.{name}": shape[0] for name, shape in shapes.items() if name in stacked and name not in frozen}
+    require_entry_names("state", state, (*parts, *num_updates, "step"))
     if like is None:
         first = next(iter(parts))
         like = state[first]
         require_dtype(f"state[{first!r}]", like, ("float32", "float64"))
     state_entries({name: state[name] for name in parts}, parts, like=like)
+    for name, rows in num_updates.items():
+        require_dtype(f"state[{name!r}]", state[name], INTEGER)
+        require_shape(f"state[{name!r}]", state[name], rows=rows)
+        require_same_device(f"state[{name!r}]", state[name], "the inputs", like)
     require_dtype("state['step']", state["step"], INTEGER)
     require_shape("state['step']", state["step"])
 
