@@ -159,7 +159,7 @@ class _WholeState(torch.autograd.Function):
         ranks = ctx.mesh.size()
         with torch.enable_grad():
             torch.autograd.backward(ctx.outputs, [ranks * each for each in d_outputs])
-        shards = {name: _gradient_of(parameter) for name, parameter in ctx.module.named_parameters()}
+        shards = {name: gradient_of(parameter) for name, parameter in ctx.module.named_parameters()}
         whole = gather_shards({name: shards[name] for name in ctx.names}, ctx.mesh)
         of_arrays = [each if each is None or each.grad is None else each.grad / ranks for each in ctx.arrays]
         gradients = [*of_arrays, *(whole[name] for name in ctx.names)]
@@ -186,7 +186,7 @@ def _widened(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return copy.to(torch.promote_types(copy.dtype, dtype)) if copy.is_floating_point() else copy
 
 
-def _gradient_of(parameter: torch.Tensor) -> torch.Tensor:
+def gradient_of(parameter: torch.Tensor) -> torch.Tensor:
     """The gradient, 0 where nothing was computed with the parameter."""
     return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
 

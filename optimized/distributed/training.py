@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 
 from gaugeblock.optimized.distributed import saved_runs
 from gaugeblock.optimized.distributed.agreement import agree
-from gaugeblock.optimized.distributed.fully_sharded import gather_shards, local_part, shard_like
+from gaugeblock.optimized.distributed.fully_sharded import gather_shards, gradient_of, local_part, shard_like
 from gaugeblock.optimized.distributed.fully_sharded_models import Shardable
 from gaugeblock.reference import validation
 from gaugeblock.reference.configs import TrainingConfig
@@ -105,7 +105,7 @@ class ShardedRun:
 
         parameters = self.shards["model"]
         trained = reference.trained_names(self.parts(), self.config)
-        gradients = {name: local_part(parameters[name].grad) / self.config.loss_scale for name in trained}
+        gradients = {name: local_part(gradient_of(parameters[name])) / self.config.loss_scale for name in trained}
         square = torch.stack([each.square().sum() for each in gradients.values()]).sum()
         *sums, square = self._sum(torch.cat([each.flatten() for each in (*metrics.values(), square)])).split(
             [*(each.numel() for each in metrics.values()), 1]

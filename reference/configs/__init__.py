@@ -4,6 +4,7 @@ They are imported from here, wherever they stand: the cases of the gate are made
 """
 
 from gaugeblock.reference.configs.clip_text import CLIP_TEXT_PRESETS, LEGACY_EOS_TOKEN_ID, CLIPTextConfig
+from gaugeblock.reference.configs.cycle_vae import CycleVAEConfig
 from gaugeblock.reference.configs.decoding import DreamDecodingConfig, LLaDADecodingConfig, SDARDecodingConfig
 from gaugeblock.reference.configs.dit import DIT_PRESETS, DiTConfig
 from gaugeblock.reference.configs.dit_moe import DIT_MOE_PRESETS, DiTMoEModelConfig
@@ -29,15 +30,18 @@ from gaugeblock.reference.configs.options import (
     BetaSchedule,
     ClipActivation,
     ComputeDType,
+    CycleVAEMode,
     DreamAlgorithm,
     FinalSigma,
     FlowStart,
     FlowWeighting,
     GeluApproximation,
+    LatentTimeMode,
     LearningRateSchedule,
     Optimizer,
     PlaceStrategy,
     PredictionType,
+    PseudoTokens,
     QkNorm,
     Remasking,
     RotaryPairs,

@@ -120,6 +120,7 @@ from gaugeblock.reference.validation.soft_routers import sinkhorn, soft_moe
 from gaugeblock.reference.validation.text_latent_mmdit import text_latent_mmdit, text_latent_tokens_in_range
 from gaugeblock.reference.validation.timestep_sampling import biased_timesteps, logit_normal_times, mode_times, timestep_indices
 from gaugeblock.reference.validation.token_choices import draw_tokens, filter_logits
+from gaugeblock.reference.validation.train_cycle_vae import cycle_vae_batch, cycle_vae_step
 from gaugeblock.reference.validation.train_image_diffusion import (
     image_diffusion_batch,
     image_diffusion_batch_on_texts,
