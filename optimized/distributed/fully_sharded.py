@@ -194,7 +194,7 @@ def gradient_of(parameter: torch.Tensor) -> torch.Tensor:
 def shard_like(parameter: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
     """Return this rank's shard of a tensor that every rank has whole, cut as the parameter is."""
     assert isinstance(parameter, DTensor)
-    shard = distribute_tensor(tensor.detach(), parameter.device_mesh, parameter.placements, src_data_rank=None)
+    shard = distribute_tensor(_with_rows(tensor.detach()), parameter.device_mesh, parameter.placements, src_data_rank=None)
     return shard.clone()  # AdamW writes to it
 
 

@@ -57,7 +57,7 @@ class ShardedRun:
     ) -> None:
         if mesh.ndim != 1:
             raise ValueError(f"mesh must have one dimension, got {mesh.ndim}")
-        self.config, self.mesh = config, mesh
+        self.config, self.mesh, self.shapes = config, mesh, shapes
         self._agree_on_state(state, shapes, frozen)
 
         self.updates = state["step"].clone()
@@ -119,7 +119,9 @@ class ShardedRun:
     def state(self) -> Tensors:
         """Gather the whole state on every rank; later steps do not write to it."""
         state = self.parts() | {"step": self.updates.clone()}
-        return state | gather_shards({name: each for name, each in state.items() if isinstance(each, DTensor)}, self.mesh)
+        whole = gather_shards({name: each for name, each in state.items() if isinstance(each, DTensor)}, self.mesh)
+        # single numbers lie as rows of one
+        return state | {name: each.reshape(self.shapes[name.partition(".")[2]]) for name, each in whole.items()}
 
     def parts(self) -> Tensors:
         """Return the state as it lies here: this rank's part of each tensor, and the step; later steps write to it."""
