@@ -17,6 +17,7 @@ from gaugeblock.reference.configs import (
 )
 
 COSINE_OFFSET, LARGEST_BETA = 0.008, 0.999  # Nichol and Dhariwal (arXiv:2102.09672), section 3.2
+LGDLM_BETAS = (1e-4, 0.9999)  # the least and the largest: LGDLM latentDLM_mmdit/continuous_diffusion.py
 LAST_ALPHA_CUMPROD = 2.0**-24  # in place of 0, where sigma = sqrt(1 / alpha_cumprod - 1) must be finite: 4096
 KARRAS_RHO = 7.0  # Karras et al. (arXiv:2206.00364), table 1
 BETA_SHAPE = 0.6  # of both ends: Lee et al. (arXiv:2407.12173)
@@ -41,10 +42,15 @@ def betas(config: DiffusionScheduleConfig) -> Floats:
         case "scaled_linear":
             made = [root**2 for root in linspace(math.sqrt(first), math.sqrt(last), count)]
         case "squaredcos_cap_v2":
-            made = [min(1 - _cosine((n + 1) / count) / _cosine(n / count), LARGEST_BETA) for n in range(count)]
+            made = cosine_betas(count, 0.0, LARGEST_BETA)
         case "sigmoid":
             made = [first + (last - first) / (1 + math.exp(-x)) for x in linspace(-6, 6, count)]
     return rescale_zero_terminal_snr(made) if config.rescale_betas_zero_snr else made
+
+
+def cosine_betas(count: int, least: float, largest: float) -> Floats:
+    """The betas of a cosine schedule, clipped to a range."""
+    return [min(max(1 - _cosine((n + 1) / count) / _cosine(n / count), least), largest) for n in range(count)]
 
 
 def _cosine(time: float) -> float:

@@ -163,7 +163,7 @@ class _WholeState(torch.autograd.Function):
         outputs, d_outputs = zip(*(pair for pair in pairs if pair[0].requires_grad), strict=True)  # a load has no gradient
         with torch.enable_grad():
             torch.autograd.backward(outputs, [ranks * each for each in d_outputs])
-        shards = {name: _gradient_of(parameter) for name, parameter in ctx.module.named_parameters()}
+        shards = {name: gradient_of(parameter) for name, parameter in ctx.module.named_parameters()}
         whole = gather_shards({name: shards[name] for name in ctx.names}, ctx.mesh)
         of_arrays = [each if each is None or each.grad is None else each.grad / ranks for each in ctx.arrays]
         gradients = [*of_arrays, *(whole[name] for name in ctx.names)]
@@ -190,7 +190,7 @@ def _widened(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return copy.to(torch.promote_types(copy.dtype, dtype)) if copy.is_floating_point() else copy
 
 
-def _gradient_of(parameter: torch.Tensor) -> torch.Tensor:
+def gradient_of(parameter: torch.Tensor) -> torch.Tensor:
     """The gradient, 0 where nothing was computed with the parameter."""
     return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
 
@@ -198,7 +198,7 @@ def _gradient_of(parameter: torch.Tensor) -> torch.Tensor:
 def shard_like(parameter: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
     """Return this rank's shard of a tensor that every rank has whole, cut as the parameter is."""
     assert isinstance(parameter, DTensor)
-    shard = distribute_tensor(tensor.detach(), parameter.device_mesh, parameter.placements, src_data_rank=None)
+    shard = distribute_tensor(_with_rows(tensor.detach()), parameter.device_mesh, parameter.placements, src_data_rank=None)
     return shard.clone()  # AdamW writes to it
 
 

@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 
 from gaugeblock.optimized.distributed import saved_runs
 from gaugeblock.optimized.distributed.agreement import agree
-from gaugeblock.optimized.distributed.fully_sharded import gather_shards, local_part, shard_like
+from gaugeblock.optimized.distributed.fully_sharded import gather_shards, gradient_of, local_part, shard_like
 from gaugeblock.optimized.distributed.fully_sharded_models import Shardable
 from gaugeblock.reference import validation
 from gaugeblock.reference.configs import TrainingConfig
@@ -59,7 +59,7 @@ class ShardedRun:
     ) -> None:
         if mesh.ndim != 1:
             raise ValueError(f"mesh must have one dimension, got {mesh.ndim}")
-        self.config, self.mesh = config, mesh
+        self.config, self.mesh, self.shapes = config, mesh, shapes
         self._agree_on_state(state, shapes, frozen, stacked)
 
         self.updates = state["step"].clone()
@@ -115,7 +115,7 @@ class ShardedRun:
 
         parameters = self.shards["model"]
         trained = reference.trained_names(self.parts(), self.config)
-        gradients = {name: local_part(parameters[name].grad) / self.config.loss_scale for name in trained}
+        gradients = {name: local_part(gradient_of(parameters[name])) / self.config.loss_scale for name in trained}
         square = torch.stack([each.square().sum() for each in gradients.values()]).sum()
         *sums, square = self._sum(torch.cat([each.flatten() for each in (*metrics.values(), square)])).split(
             [*(each.numel() for each in metrics.values()), 1]
@@ -130,7 +130,9 @@ class ShardedRun:
     def state(self) -> Tensors:
         """Gather the whole state on every rank; later steps do not write to it."""
         state = self.parts() | {"step": self.updates.clone()}
-        return state | gather_shards({name: each for name, each in state.items() if isinstance(each, DTensor)}, self.mesh)
+        whole = gather_shards({name: each for name, each in state.items() if isinstance(each, DTensor)}, self.mesh)
+        numbers = {name for name, each in whole.items() if not self.shapes[name.partition(".")[2]]}  # which lie as rows of one
+        return state | whole | {name: whole[name].reshape(()) for name in numbers}
 
     def parts(self) -> Tensors:
         """Return the state as it lies here: this rank's part of each tensor, and the step; later steps write to it."""

@@ -6,6 +6,7 @@ is the plain step, compiled. The state that a step returns lies as the next one 
 compiled again.
 """
 
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -128,7 +129,7 @@ def sharded_step(
         parameters = {name: training.in_compute_dtype(each, config) for name, each in parameters.items()}
         with blocks_recomputed(config.activation_checkpointing):
             objective, metrics = of_batch(parameters, microbatch, counts_B)
-        return objective * config.loss_scale, metrics
+        return objective * config.loss_scale, OrderedDict(metrics)  # jit sorts a dict
 
     def add_microbatch(sums: Sums, microbatch: tuple[Batch, jax.Array]) -> tuple[Sums, None]:
         gradients, metrics = jax.grad(scaled, has_aux=True)(leaves, *microbatch)

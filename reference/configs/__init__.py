@@ -5,6 +5,7 @@ They are imported from here, wherever they stand: the cases of the gate are made
 
 from gaugeblock.reference.configs.block_diffusion import BlockDiffusionConfig
 from gaugeblock.reference.configs.clip_text import CLIP_TEXT_PRESETS, LEGACY_EOS_TOKEN_ID, CLIPTextConfig
+from gaugeblock.reference.configs.cycle_vae import CycleVAEConfig
 from gaugeblock.reference.configs.decoding import DreamDecodingConfig, LLaDADecodingConfig, SDARDecodingConfig
 from gaugeblock.reference.configs.dit import DIT_PRESETS, DiTConfig
 from gaugeblock.reference.configs.dit_moe import DIT_MOE_PRESETS, DiTMoEModelConfig
@@ -32,11 +33,13 @@ from gaugeblock.reference.configs.options import (
     BetaSchedule,
     ClipActivation,
     ComputeDType,
+    CycleVAEMode,
     DreamAlgorithm,
     FinalSigma,
     FlowStart,
     FlowWeighting,
     GeluApproximation,
+    LatentTimeMode,
     LearningRateSchedule,
     LossMean,
     MaskTimes,
@@ -44,6 +47,7 @@ from gaugeblock.reference.configs.options import (
     Optimizer,
     PlaceStrategy,
     PredictionType,
+    PseudoTokens,
     QkNorm,
     Remasking,
     RotaryPairs,

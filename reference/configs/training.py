@@ -56,8 +56,10 @@ class TrainingConfig:
         optimizer: By its name in torch.optim.
         learning_rate, weight_decay: Of the optimizer, for all parameters alike; AdamW decays beside the gradient, others in it.
         learning_rate_schedule: What becomes of the learning rate once it is warm: it stays, or falls to 0 at num_training_steps,
-            in a line or as half a wave of a cosine does; it is 0 from then on.
+            in a line or as half a wave of a cosine does; it stays there from then on.
         num_warmup_steps: Updates over which it rises from 0, in a line.
+        first_warmup_step: Where on that line the first update is: 0, at a learning rate of 0, or 1.
+        final_learning_rate_ratio: What is left of the learning rate where it has fallen, in place of 0.
         num_training_steps: Of the whole run; None for one whose learning rate stays.
         beta1, beta2, adam_epsilon: Of AdamW and Adam.
         momentum: Of SGD.
@@ -80,6 +82,8 @@ class TrainingConfig:
     learning_rate: float = 1e-4
     learning_rate_schedule: LearningRateSchedule = "constant"
     num_warmup_steps: int = 0
+    first_warmup_step: int = 0
+    final_learning_rate_ratio: float = 0.0
     num_training_steps: int | None = None
     weight_decay: float = 0.0
     beta1: float = 0.9
@@ -106,6 +110,10 @@ class TrainingConfig:
             raise ValueError(f"seed must be in 0..2**64 - 1, got {self.seed}")
         if self.num_warmup_steps < 0:
             raise ValueError(f"num_warmup_steps must not be negative, got {self.num_warmup_steps}")
+        if self.first_warmup_step not in (0, 1):
+            raise ValueError(f"first_warmup_step must be 0 or 1, got {self.first_warmup_step}")
+        if not 0 <= self.final_learning_rate_ratio <= 1:
+            raise ValueError(f"final_learning_rate_ratio must be in [0, 1], got {self.final_learning_rate_ratio}")
         if self.num_training_steps is None and self.learning_rate_schedule != "constant":
             raise ValueError(
                 f"num_training_steps must be given for learning_rate_schedule {self.learning_rate_schedule!r}, got None"

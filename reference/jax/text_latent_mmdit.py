@@ -8,14 +8,17 @@ C cond_dim, E latent_dim, V vocab_size, A heads, F features of a head, K residua
 """
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from gaugeblock.reference import states, validation
+from gaugeblock.reference import text_latent_initials as initials
 from gaugeblock.reference.configs import TextLatentMMDiTConfig
-from gaugeblock.reference.jax import gated_activations, layers, modules
+from gaugeblock.reference.jax import gated_activations, layers, modules, random
 from gaugeblock.reference.jax.attention import attention, join_heads, split_heads
+from gaugeblock.reference.jax.dit import INITIAL_WEIGHTS
 from gaugeblock.reference.jax.hyper_connections import connection, divided_by_norm
 from gaugeblock.reference.jax.precision import at_least_float32
 
@@ -197,6 +200,28 @@ def block_shapes(config: TextLatentMMDiTConfig) -> states.Shapes:
         shapes |= under(f"feedforwards.{modality}.ff.0.0", linear(MLP_RATIO * hidden_size, hidden_size))
         shapes |= under(f"feedforwards.{modality}.ff.2", linear(hidden_size, MLP_RATIO * hidden_size))
     return shapes
+
+
+def initial_state(config: TextLatentMMDiTConfig, *, seed: int) -> dict[str, jax.Array]:
+    """As `gaugeblock.reference.torch.text_latent_mmdit.initial_state`."""
+    shapes = state_shapes(config)
+    state = {}
+    for place, (name, shape) in enumerate(shapes.items()):
+        key: dict[str, Any] = {"seed": seed, "step": 0, "example": place, "purpose": INITIAL_WEIGHTS}
+        constant, deviation = (initials.of_name(table, name) for table in (initials.CONSTANTS, initials.DEVIATIONS))
+        if constant is not None:
+            state[name] = jnp.full(shape, constant, jnp.float32)
+        elif deviation is not None:
+            state[name] = deviation * random.normal(shape, **key)
+        elif name.endswith(initials.SCALE_AND_SHIFT):
+            state[name] = jnp.repeat(jnp.array([1, 0], jnp.float32), shape[0] // 2)
+        elif name.endswith(initials.STATIC_ALPHA):
+            identity = jnp.eye(shape[0], dtype=jnp.float32)
+            state[name] = jnp.concatenate([identity[:, [int(random.bits((), **key)) % shape[0]]], identity], axis=1)
+        else:
+            fan_in = shapes[name.replace(".bias", ".weight")][1]
+            state[name] = fan_in**-0.5 * (2 * random.uniform(shape, **key) - 1)
+    return state
 
 
 def load_state(state: State, *, config: TextLatentMMDiTConfig) -> dict[str, jax.Array]:

@@ -13,6 +13,7 @@ The state of a run is a flat dict of tensors:
 What a run depends on is in it and in the config: what is random is drawn by (seed, step, example id, purpose).
 """
 
+from collections import OrderedDict
 from collections.abc import Callable, Container, Iterable, Mapping
 from functools import partial
 from pathlib import Path
@@ -62,9 +63,11 @@ def step(
     *,
     config: TrainingConfig,
     rows_used: RowsUsed = all_rows,
+    compiled: bool = True,
 ) -> tuple[Tensors, Tensors]:
-    """As `gaugeblock.reference.torch.training.step`."""
-    metrics, gradients = metrics_and_gradients(shares, dict(state), tuple(batch), config=config)
+    """As `gaugeblock.reference.torch.training.step`, but compiled; if not, shares may look at the step, and compile by itself."""
+    run = metrics_and_gradients if compiled else metrics_and_gradients.__wrapped__
+    metrics, gradients = run(shares, dict(state), tuple(batch), config=config)
     new_state, gradient_norm = finish(state, metrics, gradients, config=config, rows_used=rows_used)
     return new_state, metrics | {"gradient_norm": gradient_norm}
 
@@ -85,14 +88,14 @@ def metrics_and_gradients(
         parameters = {name: in_compute_dtype(each, config) for name, each in (model | leaves).items()}
         with blocks_recomputed(config.activation_checkpointing):
             objective, some = of_batch(parameters, *microbatch)
-        return objective * config.loss_scale, some
+        return objective * config.loss_scale, OrderedDict(some)  # jit sorts a dict
 
-    metrics: Tensors = {}
+    metrics: Tensors = OrderedDict()
     gradients = {name: jnp.zeros_like(leaf) for name, leaf in leaves.items()}
     split = ([None] * num_microbatches if each is None else jnp.array_split(each, num_microbatches) for each in batch)
     for microbatch in zip(*split, strict=True):
         found, some = jax.grad(scaled, has_aux=True)(leaves, *microbatch)
-        metrics = {name: metrics.get(name, 0) + share for name, share in some.items()}
+        metrics = OrderedDict((name, metrics.get(name, 0) + share) for name, share in some.items())
         gradients = {name: gradient + found[name] for name, gradient in gradients.items()}
     return metrics, {name: gradient / config.loss_scale for name, gradient in gradients.items()}
 
@@ -214,12 +217,10 @@ def learning_rate_of(step: jax.Array, config: TrainingConfig) -> jax.Array | flo
     with jax.enable_x64(True):
         steps = jnp.asarray(step).astype(jnp.float64)
         done = jnp.clip((steps - warmup) / max(1, (end or 0) - warmup), 0, 1)
-        fallen = {
-            "constant": jnp.full_like(done, rate),
-            "linear": rate * (1 - done),
-            "cosine": rate * (1 + jnp.cos(jnp.pi * done)) / 2,
-        }
-        return jnp.where(steps < warmup, rate * steps / max(1, warmup), fallen[config.learning_rate_schedule])
+        left = {"constant": jnp.ones_like(done), "linear": 1 - done, "cosine": (1 + jnp.cos(jnp.pi * done)) / 2}
+        final = config.final_learning_rate_ratio
+        fallen = rate * (final + (1 - final) * left[config.learning_rate_schedule])
+        return jnp.where(steps < warmup, rate * (steps + config.first_warmup_step) / max(1, warmup), fallen)
 
 
 def average(averages: Tensors, parameters: Tensors, step: jax.Array, *, config: EMAConfig) -> Tensors:

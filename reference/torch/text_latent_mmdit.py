@@ -8,13 +8,16 @@ C cond_dim, E latent_dim, V vocab_size, A heads, F features of a head, K residua
 """
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 
 from gaugeblock.reference import states, validation
+from gaugeblock.reference import text_latent_initials as initials
 from gaugeblock.reference.configs import TextLatentMMDiTConfig
-from gaugeblock.reference.torch import gated_activations, layers, modules
+from gaugeblock.reference.torch import gated_activations, layers, modules, random
 from gaugeblock.reference.torch.attention import attention, join_heads, split_heads
+from gaugeblock.reference.torch.dit import INITIAL_WEIGHTS
 from gaugeblock.reference.torch.hyper_connections import connection, divided_by_norm
 from gaugeblock.reference.torch.precision import at_least_float32
 
@@ -249,6 +252,41 @@ def block_shapes(config: TextLatentMMDiTConfig) -> states.Shapes:
         shapes |= under(f"feedforwards.{modality}.ff.0.0", linear(MLP_RATIO * hidden_size, hidden_size))
         shapes |= under(f"feedforwards.{modality}.ff.2", linear(hidden_size, MLP_RATIO * hidden_size))
     return shapes
+
+
+def initial_state(config: TextLatentMMDiTConfig, *, seed: int) -> dict[str, torch.Tensor]:
+    """Draw the parameters with which training starts, float32; every block then reads one of the streams, and steers nothing.
+
+    Scales, gates and static_beta are 1, and static_alpha is the identity beside the column that is read, a 1 at a stream that
+    is drawn. What makes scales, shifts and gates depend on times, and connections on tokens, is 0, and the three scales of the
+    latter 0.01. Token embeddings are standard normal; place embeddings and the last weights of the heads normal with deviation
+    0.02, with biases of 0. All other weights and biases are uniform in +-1 / sqrt(fan-in), as torch's. A parameter's draw depends
+    on the seed and its place in `state_shapes`.
+
+    Raises:
+        TypeError: The seed is no integer.
+        ValueError: The seed is out of its range (`random`).
+
+    Source: as of `reference.text_latent_initials`.
+    """
+    shapes = state_shapes(config)
+    state = {}
+    for place, (name, shape) in enumerate(shapes.items()):
+        key: dict[str, Any] = {"seed": seed, "step": 0, "example": place, "purpose": INITIAL_WEIGHTS}
+        constant, deviation = (initials.of_name(table, name) for table in (initials.CONSTANTS, initials.DEVIATIONS))
+        if constant is not None:
+            state[name] = torch.full(shape, constant)
+        elif deviation is not None:
+            state[name] = deviation * random.normal(shape, **key)
+        elif name.endswith(initials.SCALE_AND_SHIFT):
+            state[name] = torch.cat([torch.ones(shape[0] // 2), torch.zeros(shape[0] // 2)])
+        elif name.endswith(initials.STATIC_ALPHA):
+            identity = torch.eye(shape[0])
+            state[name] = torch.cat([identity[:, [int(random.bits((), **key)) % shape[0]]], identity], dim=1)
+        else:
+            fan_in = shapes[name.replace(".bias", ".weight")][1]
+            state[name] = fan_in**-0.5 * (2 * random.uniform(shape, **key) - 1)
+    return state
 
 
 def load_state(state: State, *, config: TextLatentMMDiTConfig) -> dict[str, torch.Tensor]:

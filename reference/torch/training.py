@@ -274,23 +274,26 @@ def optimizer_step(
 def learning_rate_of(step: int, config: TrainingConfig) -> float:
     """Return the learning rate of the update that is made after `step` others.
 
-        learning_rate * step / num_warmup_steps                              step < num_warmup_steps
+        learning_rate * (step + first_warmup_step) / num_warmup_steps        step < num_warmup_steps
         learning_rate                                                        constant
-        learning_rate * (1 - done)                                           linear
-        learning_rate * (1 + cos(pi * done)) / 2                             cosine
+        learning_rate * (final + (1 - final) * (1 - done))                   linear
+        learning_rate * (final + (1 - final) * (1 + cos(pi * done)) / 2)     cosine
 
+        final = final_learning_rate_ratio
         done = min((step - num_warmup_steps) / max(1, num_training_steps - num_warmup_steps), 1)
 
     Source: Loshchilov and Hutter (arXiv:1608.03983), equation 5; diffusers' optimization.py, get_scheduler: "linear", "cosine",
-    which there rises again beyond its end, and "constant_with_warmup".
+    which there rises again beyond its end, and "constant_with_warmup"; with first_warmup_step 1 and final_learning_rate_ratio
+    0.1, the cosine of LGDLM's utils/lr.py.
     """
     rate, schedule = config.learning_rate, config.learning_rate_schedule
     if step < config.num_warmup_steps:
-        return rate * step / config.num_warmup_steps
+        return rate * (step + config.first_warmup_step) / config.num_warmup_steps
     if schedule == "constant" or config.num_training_steps is None:
         return rate
     done = min((step - config.num_warmup_steps) / max(1, config.num_training_steps - config.num_warmup_steps), 1.0)
-    return rate * (1 - done) if schedule == "linear" else rate * (1 + math.cos(math.pi * done)) / 2
+    left = 1 - done if schedule == "linear" else (1 + math.cos(math.pi * done)) / 2
+    return rate * (config.final_learning_rate_ratio + (1 - config.final_learning_rate_ratio) * left)
 
 
 def average(averages: Tensors, parameters: Tensors, step: int, *, config: EMAConfig) -> Tensors:

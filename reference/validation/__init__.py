@@ -121,6 +121,7 @@ from gaugeblock.reference.validation.text_latent_mmdit import text_latent_mmdit,
 from gaugeblock.reference.validation.timestep_sampling import biased_timesteps, logit_normal_times, mode_times, timestep_indices
 from gaugeblock.reference.validation.token_choices import draw_tokens, filter_logits
 from gaugeblock.reference.validation.train_block_diffusion import block_diffusion_batch, block_diffusion_step
+from gaugeblock.reference.validation.train_cycle_vae import cycle_vae_batch, cycle_vae_step
 from gaugeblock.reference.validation.train_image_diffusion import (
     image_diffusion_batch,
     image_diffusion_batch_on_texts,
