@@ -24,7 +24,7 @@ from gaugeblock.reference.configs.language_models import (
     SDARMoEConfig,
 )
 from gaugeblock.reference.configs.mmdit import MMDIT_PRESETS, MMDiTConfig
-from gaugeblock.reference.configs.moe_lm import IGNORED_LABEL, MOE_LM_PRESETS, MoELMConfig
+from gaugeblock.reference.configs.moe_lm import MOE_LM_PRESETS, MoELMConfig
 from gaugeblock.reference.configs.options import (
     E4M3_MAX,
     IGNORED_LABEL,

@@ -7,9 +7,6 @@ from types import MappingProxyType
 from gaugeblock.reference.configs.training import TrainingConfig
 from gaugeblock.reference.configs.upcycled_gpt2 import UPCYCLED_GPT2_PRESETS, UpcycledGPT2Config
 
-IGNORED_LABEL = -100
-"""Of a token that is not predicted, as in torch's cross entropy and so in transformers."""
-
 
 @dataclass(frozen=True)
 class MoELMConfig(TrainingConfig):
