@@ -20,6 +20,7 @@ OF_RUNS = {"num_steps", "run_seed", "ema", "rates"}
 UNSEEN = {
     "train_image_diffusion.train_step": OF_RUNS,
     "train_image_diffusion.train_step_on_texts": OF_RUNS,
+    "train_block_diffusion.train_step": {"model"},  # a config within the config
     "train_stable_diffusion.train_step": {"model", "schedule"},  # configs within the config
 }
 

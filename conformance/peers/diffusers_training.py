@@ -11,6 +11,7 @@ from diffusers.training_utils import EMAModel
 
 from gaugeblock.conformance.engine.vocabulary import Tensors
 from gaugeblock.conformance.peers.modules import with_buffers_alone
+from gaugeblock.conformance.peers.optimizers import optimizer_of
 from gaugeblock.reference.configs import ImageDiffusionConfig, MMDiTConfig
 from gaugeblock.reference.torch import objectives, train_image_diffusion, training
 from gaugeblock.reference.torch.train_image_diffusion import Metrics
@@ -28,7 +29,7 @@ class DiffusersTrainingLoop:
         step, batch = int(state["step"]), (images, encoder_hidden_states, pooled_projections, example_ids)
         module = made_of(training.part_of_state(state, "model"), config)
         parameters = dict(module.named_parameters())
-        optimizer = optimizer_of(parameters, state, config)
+        optimizer = optimizer_of(parameters, state, config, get_scheduler)
         loss = images.new_zeros(())
         for part in zip(*(each.tensor_split(min(config.accumulation_steps, len(images))) for each in batch), strict=True):
             share = losses(module, *part, step=step, config=config).sum() / len(images)
@@ -55,29 +56,6 @@ def made_of(parameters: Tensors, config: ImageDiffusionConfig) -> Any:
     if config.activation_checkpointing:
         module.enable_gradient_checkpointing()
     return module
-
-
-def optimizer_of(parameters: Mapping[str, torch.nn.Parameter], state: State, config: ImageDiffusionConfig) -> Any:
-    """Torch's, in the middle of the run, at the learning rate of its step; parameters that nothing uses have gradients of 0."""
-    common: dict[str, Any] = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
-    adam: dict[str, Any] = {"betas": (config.beta1, config.beta2), "eps": config.adam_epsilon} | common
-    optimizer: Any = {
-        "adamw": lambda: torch.optim.AdamW(parameters.values(), **adam),
-        "adam": lambda: torch.optim.Adam(parameters.values(), **adam),
-        "sgd": lambda: torch.optim.SGD(parameters.values(), momentum=config.momentum, **common),
-    }[config.optimizer]()
-    for name, parameter in parameters.items():
-        parameter.grad = torch.zeros_like(parameter)
-        moments = {moment: state[f"{moment}.{name}"].clone() for moment in config.moments}
-        optimizer.state[parameter] = {"step": state["step"].to(torch.float32), **moments}
-    schedule = config.learning_rate_schedule
-    of_diffusers = get_scheduler(
-        "constant_with_warmup" if schedule == "constant" else schedule, optimizer,
-        num_warmup_steps=config.num_warmup_steps, num_training_steps=config.num_training_steps,
-    )  # fmt: skip
-    for group in optimizer.param_groups:
-        group["lr"] = config.learning_rate * of_diffusers.lr_lambdas[0](int(state["step"]))
-    return optimizer
 
 
 def losses(
