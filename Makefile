@@ -31,9 +31,10 @@ lint: setup  ## ruff, mypy, and the direction of imports
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-demo: setup  ## train tiny models on digits and text, in PyTorch and in JAX, and sample in every way (twenty minutes): demo/*.png
+demo: setup  ## train tiny models on digits and text, in PyTorch and in JAX, and sample in every way (half an hour): demo/*.png
 	OMP_NUM_THREADS=2 $(BIN)/python demo/train_digits.py
 	OMP_NUM_THREADS=2 $(BIN)/python demo/sample_digits.py --train
+	OMP_NUM_THREADS=2 $(BIN)/python demo/train_stable.py
 	OMP_NUM_THREADS=2 $(BIN)/python demo/train_text.py
 	OMP_NUM_THREADS=2 $(BIN)/python demo/sample_text.py
 

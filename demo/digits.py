@@ -1,12 +1,17 @@
-"""The 1797 handwritten digits that scikit-learn ships, and how well samples fit them."""
+"""The 1797 handwritten digits that scikit-learn ships, how well samples fit them, and pictures of these."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 
 import numpy as np
 import torch
+import training
 from sklearn.datasets import load_digits
 from sklearn.neighbors import KNeighborsClassifier
 
+from gaugeblock.reference.torch import data_order
+
+NAMES = "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"
 Batch = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
@@ -20,11 +25,9 @@ def digits() -> tuple[torch.Tensor, torch.Tensor]:
 def batches(num_steps: int, batch_size: int, seed: int) -> Iterator[Batch]:
     """Images, labels and ids of each step's batch: the data set again and again, each time in another order."""
     images, labels = digits()
-    generator = torch.Generator().manual_seed(seed)
-    epochs = -(-num_steps * batch_size // len(images))
-    order = torch.cat([torch.randperm(len(images), generator=generator) for _ in range(epochs)])
-    for chosen in order[: num_steps * batch_size].view(num_steps, batch_size):
-        yield images[chosen], labels[chosen], chosen
+    for step in range(num_steps):
+        ids = data_order.batch_ids(step, batch_size=batch_size, num_examples=len(images), seed=seed)
+        yield images[ids], labels[ids], ids
 
 
 def accuracy(samples: np.ndarray, labels: np.ndarray) -> float:
@@ -45,3 +48,18 @@ def distances(samples: np.ndarray, labels: np.ndarray) -> np.ndarray:
         ours, theirs = samples[labels == digit], images[real == digit, 0].numpy()
         squares.append([(of(ours, axis=0) - of(theirs, axis=0)) ** 2 for of in (np.mean, np.std)])
     return np.sqrt(np.array(squares).mean(axis=(0, 2, 3)))
+
+
+def draw_samples(samples: Mapping[str, np.ndarray], path: Path, rows: tuple[str, ...] = ()) -> None:
+    """Write samples of each model, [10, samples of a digit, 8, 8], side by side: a row for each digit, named at the left."""
+    pyplot = training.pyplot()
+    figure, axes = pyplot.subplots(1, len(samples), figsize=(8, 5))
+    for axis, (name, each) in zip(axes, samples.items(), strict=True):
+        axis.imshow(each.transpose(0, 2, 1, 3).reshape(80, -1), cmap="gray", vmin=-1, vmax=1)
+        axis.set_title(name)
+        axis.set_xticks([])
+        axis.set_yticks(8 * np.arange(len(rows)) + 3.5, rows)
+        axis.tick_params(length=0)
+        axis.set_frame_on(False)
+    figure.tight_layout()
+    figure.savefig(path, dpi=100)

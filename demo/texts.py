@@ -14,17 +14,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from gaugeblock.reference import purposes
-from gaugeblock.reference.torch import random
+from gaugeblock.reference.torch import data_order
 
 ROOT = Path(__file__).parents[1]
 FILE = Path(__file__).parent / "documents.txt"
 ALPHABET = "\n" + "".join(map(chr, range(32, 127)))
 MASK_ID = len(ALPHABET)  # the token after all characters
 STRETCH, HELD_OUT = 1024, 16
-SMALLEST_SHARE = 1e-3  # of masks, so that no weight is above 1000
-PLACES = 2**32 - 4  # the purpose of draws of where a sequence begins, which no trainer has
-Batch = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+Batch = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 SPELLED = str.maketrans({"–": "-", "×": "x", "→": "->", "·": "*", "σ": "sigma", "Σ": "sum", "µ": "u"})
 
 
@@ -68,40 +65,20 @@ def texts() -> tuple[str, str]:
     return "".join(each for place, each in enumerate(stretches) if place % HELD_OUT != HELD_OUT - 1), "".join(held_out)
 
 
-def batches(num_steps: int, batch_size: int, length: int, block_length: int, seed: int) -> Iterator[Batch]:
-    """Each step's sequences from random places of the text: noisy ids, clean ids, and weights, as `masked` makes them."""
+def batches(num_steps: int, batch_size: int, length: int, seed: int) -> Iterator[Batch]:
+    """Each step's sequences: tokens, labels, samples and ids. A sequence begins at any place of the text, which is its id."""
     ids = encode(texts()[0])
-    examples = torch.arange(batch_size)
     for step in range(num_steps):
-        drawn = random.uniform((), seed=seed, step=step, example=examples, purpose=PLACES)
-        starts = (drawn.double() * (len(ids) - length)).long()
-        clean = ids[starts[:, None] + torch.arange(length)]
-        yield masked(clean, block_length, seed=seed, step=step)
+        starts = data_order.batch_ids(step, batch_size=batch_size, num_examples=len(ids) - length + 1, seed=seed)
+        tokens = ids[starts[:, None] + torch.arange(length)]
+        yield tokens, tokens, torch.zeros_like(tokens), starts
 
 
-def masked(clean: torch.Tensor, block_length: int, *, seed: int, step: int) -> Batch:
-    """Mask a share of each block, and weight what is masked by one over the share.
-
-        time  = uniform in [0, 1), those of a sequence's blocks spread evenly;  share = (1 - 1e-3) * time + 1e-3
-
-    Args:
-        clean: [batch_size, length], a whole number of blocks.
-
-    Returns:
-        noisy, clean: [batch_size, length].
-        weights: [batch_size, length], float32: 1 / share where a token is masked, else 0. The sum of weights * cross-entropy
-            bounds that of all tokens from above, on average over draws.
-
-    Source: Arriola et al. (arXiv:2503.09573), sections 3.1 and 4.2 (times spread evenly); SDAR has a time for each sequence.
-    """
-    batch_size, length = clean.shape
-    key = {"seed": seed, "step": step, "example": torch.arange(batch_size)}
-    num_blocks = length // block_length
-    first = random.uniform((), **key, purpose=purposes.TRAINING_TIMES)[:, None]
-    times = (first + torch.arange(num_blocks) / num_blocks) % 1
-    shares = ((1 - SMALLEST_SHARE) * times + SMALLEST_SHARE).repeat_interleave(block_length, dim=1)
-    is_masked = random.uniform((length,), **key, purpose=purposes.TRAINING_NOISE) < shares
-    return clean.masked_fill(is_masked, MASK_ID), clean, is_masked / shares
+def of_sequences(text: str, length: int) -> Batch:
+    """A text cut into sequences, as `batches` has them; what is left at the end is left out."""
+    ids = encode(text)
+    tokens = ids[: len(ids) // length * length].view(-1, length)
+    return tokens, tokens, torch.zeros_like(tokens), torch.arange(len(tokens))
 
 
 def unigram_bits(text: str) -> float:

@@ -9,7 +9,6 @@ step, and the spread of their losses is what the two runs may lie apart. Writes 
 
 import argparse
 import sys
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -17,10 +16,9 @@ import jax
 import numpy as np
 import torch
 import training
-from digits import accuracy, batches
+from digits import accuracy, batches, draw_samples
 
 from gaugeblock.optimized.jax import train_image_diffusion as jax_step
-from gaugeblock.optimized.jax.training import shard_state
 from gaugeblock.reference.configs import DiTConfig, ImageDiffusionConfig
 from gaugeblock.reference.torch import dit, samplers, train_image_diffusion
 from gaugeblock.reference.torch import training as trainer
@@ -35,33 +33,17 @@ STATED_LOSS = 0.45  # mean over the last tenth of STEPS steps; the first is 1.7
 SAMPLES_PER_DIGIT, SAMPLING_STEPS, GUIDANCE_SCALE = 8, 32, 2.0
 
 
-def train_torch(num_steps: int, advance: Callable[[float], None]) -> training.Run:
+def train_torch(num_steps: int, advance: training.Advance) -> training.Run:
     """Train with the PyTorch reference."""
-    state, losses = train_image_diffusion.initial_state(RUN), []
-    for batch in batches(num_steps, BATCH_SIZE, RUN.seed):
-        state, metrics = train_image_diffusion.train_step(state, *batch, config=RUN)
-        losses.append(float(metrics.loss))
-        advance(losses[-1])
-    return training.Run(np.array(losses), state)
+    step = partial(train_image_diffusion.train_step, config=RUN)
+    return training.run_torch(step, train_image_diffusion.initial_state(RUN), batches(num_steps, BATCH_SIZE, RUN.seed), advance)
 
 
-def train_jax(num_steps: int, advance: Callable[[float], None], disturbed_by: int | None = None) -> training.Run:
-    """Train with the jitted JAX step, from the PyTorch reference's initial state.
-
-    Args:
-        disturbed_by: A seed; the parameters get an error of one rounding after every step.
-    """
+def train_jax(num_steps: int, advance: training.Advance, disturbed_by: int | None = None) -> training.Run:
+    """Train with the jitted JAX step, from the PyTorch reference's initial state; as `training.run_jax`."""
     mesh = jax.sharding.Mesh(jax.devices()[:1], ("ranks",))
-    initial = train_image_diffusion.initial_state(RUN)
-    state = shard_state({name: training.to_jax(tensor) for name, tensor in initial.items()}, mesh)
-    losses = []
-    for step, batch in enumerate(batches(num_steps, BATCH_SIZE, RUN.seed)):
-        state, metrics = jax_step.train_step(state, *map(training.to_jax, batch), config=RUN, mesh=mesh)
-        if disturbed_by is not None:
-            state = training.disturb(state, jax.random.fold_in(jax.random.key(disturbed_by), step))
-        losses.append(float(metrics.loss))
-        advance(losses[-1])
-    return training.Run(np.array(losses), {name: torch.from_dlpack(each.copy()) for name, each in state.items()})
+    step, initial = partial(jax_step.train_step, config=RUN, mesh=mesh), train_image_diffusion.initial_state(RUN)
+    return training.run_jax(step, initial, batches(num_steps, BATCH_SIZE, RUN.seed), advance, disturbed_by)
 
 
 def sample(run: training.Run) -> np.ndarray:
@@ -77,18 +59,6 @@ def sample(run: training.Run) -> np.ndarray:
     return images.clamp(-1, 1).view(10, SAMPLES_PER_DIGIT, 8, 8).numpy()
 
 
-def draw_samples(torch_samples: np.ndarray, jax_samples: np.ndarray, path: Path) -> None:
-    """Write both models' samples side by side."""
-    pyplot = training.pyplot()
-    figure, axes = pyplot.subplots(1, 2, figsize=(8, 5))
-    for axis, samples, name in zip(axes, (torch_samples, jax_samples), ("PyTorch", "JAX"), strict=True):
-        axis.imshow(samples.transpose(0, 2, 1, 3).reshape(80, SAMPLES_PER_DIGIT * 8), cmap="gray", vmin=-1, vmax=1)
-        axis.set_title(name)
-        axis.axis("off")
-    figure.tight_layout()
-    figure.savefig(path, dpi=100)
-
-
 def main(arguments: list[str]) -> int:
     """Trains, samples, draws; the exit status says whether the curves agree and the loss fell as stated."""
     parser = argparse.ArgumentParser(description="Train a tiny DiT on digits in PyTorch and in JAX from the same draws.")
@@ -99,7 +69,7 @@ def main(arguments: list[str]) -> int:
 
     runs, allowed = training.in_both(train_torch, train_jax, options.steps)
     samples = {name: sample(run) for name, run in runs.items()}
-    draw_samples(samples["PyTorch"], samples["JAX"], options.folder / "digits.png")
+    draw_samples(samples, options.folder / "digits.png")
     training.draw_losses(runs, allowed, options.folder / "loss.png")
     is_right = training.report(runs, allowed, STATED_LOSS, options.steps >= STEPS)
     for name, images in samples.items():

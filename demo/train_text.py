@@ -2,31 +2,29 @@
 
     python demo/train_text.py [--steps 1500] [--folder demo]
 
-Both runs start from the same parameters and see the same sequences and masks. How far apart their losses may lie is measured as
-by `train_digits.py`. Writes text_loss.png, and the PyTorch run's model, in half precision, to text_model.safetensors.
+Both runs start from the same parameters, see the same sequences and draw the same masks. How far apart their losses may lie is
+measured as by `train_digits.py`. Writes text_loss.png, and the PyTorch run's model, in half precision, to
+text_model.safetensors.
 """
 
 import argparse
 import math
 import sys
-from collections.abc import Callable, Iterator
-from dataclasses import replace
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import texts
 import torch
 import training
 from safetensors.torch import save_file
 
-from gaugeblock.reference.configs import SDARConfig, TrainingConfig
-from gaugeblock.reference.jax import sdar as jax_sdar
-from gaugeblock.reference.jax import training as jax_trainer
-from gaugeblock.reference.torch import sdar
+from gaugeblock.optimized.jax import train_block_diffusion as jax_step
+from gaugeblock.optimized.jax.training import shard_state
+from gaugeblock.reference.configs import BlockDiffusionConfig, SDARConfig
+from gaugeblock.reference.torch import sdar, train_block_diffusion
 from gaugeblock.reference.torch import training as trainer
 
 MODEL = SDARConfig(
@@ -34,87 +32,56 @@ MODEL = SDARConfig(
     num_key_value_heads=2, head_dim=24, rms_norm_eps=1e-6, rope_theta=1e4, mask_token_id=texts.MASK_ID, block_length=4,
 )  # fmt: skip
 SEED, BATCH_SIZE, LENGTH, STEPS = 3, 16, 64, 1500
-OPTIMIZER = TrainingConfig(learning_rate=3e-3, beta2=0.99, weight_decay=0.01)
 STATED_LOSS = 1.95  # nats for each character: the mean over the last tenth of STEPS steps; the first is 4.8
 
 
-def optimizer(step: int, num_steps: int) -> TrainingConfig:
-    """The learning rate is raised and lowered in few stages, since JAX compiles the update for each."""
-    stages = ((0.02, 0.2), (0.6, 1.0), (0.85, 0.3), (1.0, 0.1))
-    factor = next(factor for end, factor in stages if step < end * num_steps or end == 1.0)
-    return replace(OPTIMIZER, learning_rate=OPTIMIZER.learning_rate * factor)
+def config_of(num_steps: int) -> BlockDiffusionConfig:
+    """A run of so many steps: times of blocks, those of a sequence spread evenly; a learning rate that rises, and falls to 0."""
+    schedule = {"learning_rate_schedule": "cosine", "num_warmup_steps": num_steps // 50, "num_training_steps": num_steps}
+    optimizer = {"learning_rate": 3e-3, "beta2": 0.99, "weight_decay": 0.01}
+    return BlockDiffusionConfig(model=MODEL, seed=SEED, times_of="block", antithetic=True, **optimizer, **schedule)
 
 
-def batches(num_steps: int) -> Iterator[texts.Batch]:
-    """Of this run."""
-    return texts.batches(num_steps, BATCH_SIZE, LENGTH, MODEL.block_length, SEED)
-
-
-def initial_state() -> dict[str, torch.Tensor]:
+def initial_state(config: BlockDiffusionConfig) -> dict[str, torch.Tensor]:
     """New parameters, moments of 0, step 0."""
     parameters = training.initial_parameters(sdar.state_shapes(MODEL), SEED)
-    return trainer.initial_state(parameters, config=OPTIMIZER)
-
-
-def loss_of(parameters: dict, noisy: torch.Tensor, clean: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """The weighted cross-entropies of masked characters, over the number of all of them."""
-    logits_BSV = sdar.sdar_training(parameters, noisy, clean, torch.zeros_like(clean), config=MODEL)
-    losses_BS = torch.nn.functional.cross_entropy(logits_BSV.mT, clean, reduction="none")
-    return (losses_BS * weights).mean()
-
-
-def shares(parameters: dict, *batch: torch.Tensor, **_: Any) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Of the whole batch, which is one microbatch."""
-    loss = loss_of(parameters, *batch)
-    return loss, {"loss": loss}
-
-
-def jax_loss_of(parameters: dict, noisy: jax.Array, clean: jax.Array, weights: jax.Array) -> jax.Array:
-    """As `loss_of`."""
-    logits_BSV = jax_sdar.sdar_training(parameters, noisy, clean, jnp.zeros_like(clean), config=MODEL)
-    own_BS = jnp.take_along_axis(logits_BSV, clean[..., None], axis=-1)[..., 0]
-    return ((jax.nn.logsumexp(logits_BSV, axis=-1) - own_BS) * weights).mean()
+    return trainer.initial_state(parameters, config=config)
 
 
 def train_torch(num_steps: int, advance: Callable[[float], None]) -> training.Run:
     """Train with the PyTorch reference."""
-    state, losses = initial_state(), []
-    for step, batch in enumerate(batches(num_steps)):
-        state, metrics = trainer.step(shares, state, batch, config=optimizer(step, num_steps))
-        losses.append(float(metrics["loss"]))
+    config = config_of(num_steps)
+    state, losses = initial_state(config), []
+    for batch in texts.batches(num_steps, BATCH_SIZE, LENGTH, SEED):
+        state, metrics = train_block_diffusion.train_step(state, *batch, config=config)
+        losses.append(float(metrics.loss))
         advance(losses[-1])
     return training.Run(np.array(losses), state)
 
 
-@partial(jax.jit, static_argnames="config")
-def jax_step(
-    state: dict, noisy: jax.Array, clean: jax.Array, weights: jax.Array, *, config: TrainingConfig
-) -> tuple[dict, jax.Array]:
-    """One update, and the loss before it."""
-    parameters = jax_trainer.part_of_state(state, "model")
-    loss, gradients = jax.value_and_grad(jax_loss_of)(parameters, noisy, clean, weights)
-    return jax_trainer.update(state, gradients, jax_trainer.global_norm(gradients), config=config), loss
-
-
 def train_jax(num_steps: int, advance: Callable[[float], None], disturbed_by: int | None = None) -> training.Run:
-    """Train with the JAX reference, compiled, from the same parameters."""
-    state, losses = {name: training.to_jax(each) for name, each in initial_state().items()}, []
-    for step, batch in enumerate(batches(num_steps)):
-        state, loss = jax_step(state, *map(training.to_jax, batch), config=optimizer(step, num_steps))
+    """Train with the jitted JAX step, from the same parameters."""
+    config, mesh = config_of(num_steps), jax.sharding.Mesh(jax.devices()[:1], ("ranks",))
+    state = shard_state({name: training.to_jax(each) for name, each in initial_state(config).items()}, mesh)
+    losses = []
+    for step, batch in enumerate(texts.batches(num_steps, BATCH_SIZE, LENGTH, SEED)):
+        state, metrics = jax_step.train_step(state, *map(training.to_jax, batch), config=config, mesh=mesh)
         if disturbed_by is not None:
             state = training.disturb(state, jax.random.fold_in(jax.random.key(disturbed_by), step))
-        losses.append(float(loss))
+        losses.append(float(metrics.loss))
         advance(losses[-1])
     return training.Run(np.array(losses), {name: torch.from_numpy(np.array(each)) for name, each in state.items()})
 
 
 def bits_per_character(parameters: dict[str, torch.Tensor], text: str, draws: int = 4) -> float:
     """How many bits a model needs for a character of a text at most, on average over so many draws of masks; by sequences."""
-    ids = texts.encode(text)
-    clean = ids[: len(ids) // LENGTH * LENGTH].view(-1, LENGTH)
+    config, model = config_of(STEPS), partial(sdar.sdar_training, parameters, config=MODEL)
+    batch = texts.of_sequences(text, LENGTH)
+    dtype, losses = next(iter(parameters.values())).dtype, []
     with torch.no_grad():
-        masked = (texts.masked(clean, MODEL.block_length, seed=SEED, step=STEPS + draw) for draw in range(draws))
-        losses = [loss_of(parameters, *each) for each in masked]
+        for draw in range(draws):
+            weighted = train_block_diffusion.weighted_batch(*batch, STEPS + draw, dtype=dtype, config=config)
+            losses.append(train_block_diffusion.weighted_loss(model, *weighted, config=config))
     return float(torch.stack(losses).mean() / math.log(2))
 
 

@@ -1,7 +1,7 @@
 """What the demo's training runs share: initial parameters, how far apart two runs may lie, and the picture of their losses."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,11 @@ from gaugeblock.conformance.engine.budget.rounding_noise import rounding_unit
 from gaugeblock.reference.torch import random
 
 INITIAL = 2**32 - 2  # the purpose of draws of initial parameters, which no trainer has
+SAMPLES = 2**32 - 9  # that of what is sampled
 GROWTH_RUNS = 2
+
+Step = Callable[..., tuple[Any, Any]]
+Advance = Callable[[float], None]
 
 
 @dataclass(frozen=True)
@@ -51,15 +55,48 @@ def to_jax(tensor: torch.Tensor) -> jax.Array:
     return jnp.asarray(tensor.numpy())
 
 
-@jax.jit
 def disturb(state: dict[str, jax.Array], key: jax.Array) -> dict[str, jax.Array]:
     """Return the state with parameters off by as much as rounding them once may."""
-    unit = rounding_unit("float32")
     keys = jax.random.split(key, len(state))
     return {
-        name: array * (1 + jax.random.uniform(key, array.shape, minval=-unit, maxval=unit)) if "model." in name else array
+        name: rounded_once(array, key) if "model." in name else array
         for (name, array), key in zip(state.items(), keys, strict=True)
     }
+
+
+@jax.jit  # of one array: XLA takes minutes for all of a model at once
+def rounded_once(array: jax.Array, key: jax.Array) -> jax.Array:
+    """Return an array each of whose elements is off by as much as rounding it once may."""
+    unit = rounding_unit("float32")
+    return array * (1 + jax.random.uniform(key, array.shape, minval=-unit, maxval=unit))
+
+
+def run_torch(step: Step, state: Mapping[str, torch.Tensor], batches: Iterable[Any], advance: Advance) -> Run:
+    """Take a step on each batch; it returns the state after it, and metrics with a loss."""
+    losses = []
+    for batch in batches:
+        state, metrics = step(state, *batch)
+        losses.append(float(metrics.loss))
+        advance(losses[-1])
+    return Run(np.array(losses), dict(state))
+
+
+def run_jax(
+    step: Step, state: Mapping[str, torch.Tensor], batches: Iterable[Any], advance: Advance, disturbed_by: int | None = None
+) -> Run:
+    """As `run_torch`, from the same state, with a step in JAX.
+
+    Args:
+        disturbed_by: A seed; the parameters get an error of one rounding after every step.
+    """
+    arrays, losses = {name: to_jax(tensor) for name, tensor in state.items()}, []
+    for number, batch in enumerate(batches):
+        arrays, metrics = step(arrays, *map(to_jax, batch))
+        if disturbed_by is not None:
+            arrays = disturb(arrays, jax.random.fold_in(jax.random.key(disturbed_by), number))
+        losses.append(float(metrics.loss))
+        advance(losses[-1])
+    return Run(np.array(losses), {name: torch.from_dlpack(each.copy()) for name, each in arrays.items()})
 
 
 def growth(base: Run, disturbed: list[Run]) -> np.ndarray:

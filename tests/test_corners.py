@@ -20,7 +20,8 @@ OF_RUNS = {"num_steps", "run_seed", "ema", "rates"}
 UNSEEN = {
     "train_image_diffusion.train_step": OF_RUNS,
     "train_image_diffusion.train_step_on_texts": OF_RUNS | {"model"},  # a config within the config
-    "train_stable_diffusion.train_step": {"model", "schedule"},  # likewise
+    "train_block_diffusion.train_step": {"model"},  # likewise
+    "train_stable_diffusion.train_step": {"model", "schedule"},
 }
 
 

@@ -1,4 +1,4 @@
-"""The demo, a short version: both frameworks learn, their curves agree, the pictures are drawn."""
+"""The demo's trainings, a short version: both frameworks learn, their curves agree, the pictures are drawn."""
 
 import re
 import subprocess
@@ -11,13 +11,22 @@ ROOT = Path(__file__).parents[1]
 
 
 @pytest.mark.long
-def test_both_frameworks_learn_digits_along_the_same_curve(tmp_path):
-    command = [sys.executable, str(ROOT / "demo" / "train_digits.py"), "--steps", "20", "--folder", str(tmp_path / "new")]
+@pytest.mark.parametrize(
+    ("script", "begins_at", "falls_below", "pictures"),
+    [
+        ("train_digits.py", 1.7, 1.25, ("digits.png", "loss.png")),
+        ("train_stable.py", 0.9, 0.75, ("stable.png", "stable_loss.png")),
+        ("train_moe_lm.py", 4.6, 4.0, ("moe_lm_loss.png", "moe_lm_load.png")),
+        ("train_cycle.py", 4.6, 4.2, ("cycle_loss.png",)),
+    ],
+)
+def test_both_frameworks_learn_along_the_same_curve(script, begins_at, falls_below, pictures, tmp_path):
+    command = [sys.executable, str(ROOT / "demo" / script), "--steps", "20", "--folder", str(tmp_path / "new")]
     run = subprocess.run(command, capture_output=True, text=True, timeout=170)
     assert run.returncode == 0, run.stdout + run.stderr
     losses = re.findall(r"(PyTorch|JAX): final loss ([\d.]+)", run.stdout)
     assert [name for name, _ in losses] == ["PyTorch", "JAX"]
-    assert all(float(loss) < 1.25 for _, loss in losses), "the loss does not fall: it begins at 1.7"
+    assert all(float(loss) < falls_below for _, loss in losses), f"the loss does not fall: it begins at {begins_at}"
     assert "curves: within the growth of rounding errors" in run.stdout
-    for picture in ("digits.png", "loss.png"):
+    for picture in pictures:
         assert (tmp_path / "new" / picture).read_bytes().startswith(b"\x89PNG")

@@ -42,16 +42,17 @@ def test_the_text_is_split_and_comes_back(demo):
     assert demo.texts.decode(demo.texts.encode(held_out[:100])) == held_out[:100]
 
 
-def test_masks_are_weighted_so_that_all_characters_count_alike(demo):
-    clean = torch.zeros(64, 64, dtype=torch.int64)
-    drawn = [demo.texts.masked(clean, 4, seed=1, step=step) for step in range(20)]
-    for noisy, _, weights in drawn:
-        assert torch.equal(noisy == demo.texts.MASK_ID, weights > 0) and weights.max() <= 1000
-    counted = torch.stack([weights for *_, weights in drawn])
-    # a character's weight has mean 1 and, with times from 1e-3 on, variance ln(1000) - 1 = 6: 0.01 of 80,000 of them
-    assert abs(counted.mean().item() - 1) < 0.04
-    shares = torch.stack([(noisy == demo.texts.MASK_ID).float().mean(1) for noisy, *_ in drawn])
-    assert shares.mean().item() == pytest.approx(0.5, abs=0.01) and shares.std() < 0.1, "times of a sequence are spread evenly"
+def test_sequences_are_of_the_text_and_begin_everywhere(demo):
+    trained_on, held_out = demo.texts.texts()
+    starts = []
+    for tokens, labels, samples, ids in demo.texts.batches(40, 16, 64, seed=3):
+        assert labels.equal(tokens) and not samples.any() and tokens.shape == (16, 64)
+        for row, start in zip(tokens, ids.tolist(), strict=True):
+            assert demo.texts.decode(row) == trained_on[start : start + 64]
+        starts += ids.tolist()
+    assert len(set(starts)) == 640 and abs(np.mean(starts) / len(trained_on) - 0.5) < 5 * (1 / 12 / 640) ** 0.5
+    tokens, *_ = demo.texts.of_sequences(held_out, 64)
+    assert "".join(map(demo.texts.decode, tokens)) == held_out[: len(held_out) // 64 * 64]
 
 
 def test_the_model_knows_held_out_text_far_better_than_how_often_characters_stand(demo, parameters, held_out):

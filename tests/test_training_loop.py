@@ -1,19 +1,23 @@
-"""The training step beside a loop as diffusers' examples have it, both in float64: states and metrics of several steps."""
+"""Training steps beside loops as public libraries have them, both in float64: states and metrics of several steps."""
 
 from dataclasses import replace
 from functools import partial
 
 import pytest
 import stable_models
+import text_models
 import torch
+from stable_models import assert_same_to_rounding
 from trained_models import batch_of, config_of, state_of
 from wide_floats import float32_is_float64
 
 from gaugeblock.conformance.peers import diffusers_stable_training
 from gaugeblock.conformance.peers.diffusers_stable_training import DiffusersStableDiffusionLoop
 from gaugeblock.conformance.peers.diffusers_training import DiffusersTrainingLoop
+from gaugeblock.conformance.peers.transformers_training import TransformersTrainingLoop
 from gaugeblock.reference.configs import EMAConfig
 from gaugeblock.reference.torch import noise_schedules
+from gaugeblock.reference.torch import train_block_diffusion as block_trainer
 from gaugeblock.reference.torch import train_image_diffusion as trainer
 from gaugeblock.reference.torch import train_stable_diffusion as stable_trainer
 
@@ -49,14 +53,7 @@ def test_steps_are_those_of_the_loop_of_diffusers(run):
             actual, metrics = DiffusersTrainingLoop()(actual, *batch, config=config)
         expected, expected_metrics = trainer.train_step_on_texts(expected, *batch, config=config)
     assert int(actual["step"]) == 3
-    assert_close(actual | vars(metrics), expected | vars(expected_metrics))
-
-
-def assert_close(actual, expected) -> None:
-    assert set(actual) == set(expected)
-    for name, each in expected.items():
-        atol = 1e-11 * max(float(each.abs().max()), 1e-6)
-        torch.testing.assert_close(actual[name], each, rtol=0, atol=atol, msg=lambda told, name=name: f"{name}: {told}")
+    assert_same_to_rounding(actual | vars(metrics), expected | vars(expected_metrics), units=2**16)
 
 
 @pytest.mark.parametrize(
@@ -81,4 +78,31 @@ def test_steps_of_stable_diffusion_are_those_of_the_loop_of_diffusers(kind, chan
         with float32_is_float64():
             actual, metrics = DiffusersStableDiffusionLoop()(actual, frozen, *batch, config=config)
         expected, expected_metrics = stable_trainer.train_step(expected, frozen, *batch, config=config)
-    assert_close(actual | vars(metrics), expected | vars(expected_metrics))
+    assert_same_to_rounding(actual | vars(metrics), expected | vars(expected_metrics), units=2**16)
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [
+        ("bd3-lm", {"accumulation_steps": 2}),
+        (
+            "llada, tuned",
+            {"optimizer": "adam", "learning_rate_schedule": "cosine", "num_warmup_steps": 1, "num_training_steps": 5},
+        ),
+        ("dream, linear", {"optimizer": "sgd", "num_warmup_steps": 2}),
+    ],
+)
+def test_steps_are_those_of_a_loop_with_transformers(kind, changes, monkeypatch):
+    config, batch = text_models.config_of(kind, max_gradient_norm=0.1, adam_epsilon=1e-4, **changes), text_models.batch_of()
+    expected = text_models.state_of(config)
+    actual, weighted = expected, {}
+    for step in range(3):  # draws are float32 numbers, also where what is called float32 is made wider
+        weighted[step] = block_trainer.weighted_batch(*batch, step, dtype=torch.float64, config=config)
+    monkeypatch.setattr(block_trainer, "weighted_batch", lambda *arguments, **_: weighted[arguments[4]])
+    for _ in range(3):
+        with float32_is_float64():
+            actual, metrics = TransformersTrainingLoop()(actual, *batch, config=config)
+        expected, expected_metrics = block_trainer.train_step(expected, *batch, config=config)
+        assert_same_to_rounding(vars(metrics), vars(expected_metrics), units=2**10)
+    assert int(actual["step"]) == 3
+    assert_same_to_rounding(actual, expected, units=2**16)

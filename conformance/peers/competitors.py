@@ -236,6 +236,9 @@ OUTSIDERS: dict[str, dict[str, Callable[[Problem], Callable[[], Results]]]] = {
     "train_stable_diffusion.train_step": {
         "diffusers' loop": PeerModel("diffusers_stable_training", "DiffusersStableDiffusionLoop", is_compiled=False),
     },
+    "train_block_diffusion.train_step": {
+        "transformers' loop": PeerModel("transformers_training", "TransformersTrainingLoop", is_compiled=False),
+    },
     "flux.flux": _models("diffusers", "diffusers_flux", "DiffusersFlux"),
     "unet.unet": _models("diffusers", "diffusers_unet", "DiffusersUnet"),
     "unet.unet_text_time": _models("diffusers", "diffusers_unet", "DiffusersUnetTextTime"),

@@ -11,7 +11,7 @@ from diffusers import DDPMScheduler
 from diffusers.training_utils import compute_snr
 
 from gaugeblock.conformance.engine.vocabulary import Tensors
-from gaugeblock.conformance.peers.diffusers_training import round_of_loop, trained
+from gaugeblock.conformance.peers.diffusers_training import round_of_module, trained
 from gaugeblock.conformance.peers.diffusers_unet import module_of
 from gaugeblock.conformance.peers.diffusers_vae import DiffusersVaeEncode
 from gaugeblock.conformance.peers.transformers_clip import TransformersClip
@@ -32,7 +32,7 @@ class DiffusersStableDiffusionLoop:
         module = trained(module_of(config.unet), training.part_of_state(state, "model.unet"), config)
         of_module = partial(losses, module, frozen, step=int(state["step"]), config=config)
         batch = images, input_ids, time_ids, example_ids
-        new_state, loss, norm = round_of_loop(module, "unet.", of_module, state, batch, config)
+        new_state, loss, norm = round_of_module(module, "unet.", of_module, state, batch, config)
         return new_state, Metrics(loss, norm)
 
 

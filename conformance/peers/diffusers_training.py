@@ -12,6 +12,7 @@ from diffusers.training_utils import EMAModel
 
 from gaugeblock.conformance.engine.vocabulary import Tensors
 from gaugeblock.conformance.peers.modules import with_buffers_alone
+from gaugeblock.conformance.peers.training_loops import round_of_loop
 from gaugeblock.reference.configs import ImageDiffusionConfig, MMDiTConfig, TrainingConfig
 from gaugeblock.reference.torch import objectives, train_image_diffusion, training
 from gaugeblock.reference.torch.train_image_diffusion import Metrics
@@ -29,11 +30,11 @@ class DiffusersTrainingLoop:
         module = made_of(training.part_of_state(state, "model"), config)
         of_module = partial(losses, module, step=int(state["step"]), config=config)
         batch = images, encoder_hidden_states, pooled_projections, example_ids
-        new_state, loss, norm = round_of_loop(module, "", of_module, state, batch, config)
+        new_state, loss, norm = round_of_module(module, "", of_module, state, batch, config)
         return new_state, Metrics(loss, torch.zeros_like(loss), norm)
 
 
-def round_of_loop(
+def round_of_module(
     module: Any, prefix: str, losses: Callable[..., torch.Tensor], state: State, batch: tuple[Any, ...], config: TrainingConfig
 ) -> tuple[Tensors, torch.Tensor, torch.Tensor]:
     """One round of the loop: the state after it, the loss, and the norm of the gradients.
@@ -43,23 +44,15 @@ def round_of_loop(
         losses: Function of a microbatch, of each example.
         batch: Arrays whose first axis is of the examples.
     """
-    step = int(state["step"])
     parameters = {f"{prefix}{name}": each for name, each in module.named_parameters()}
-    optimizer = optimizer_of(parameters, state, config)
-    size = len(batch[0])
-    loss = batch[0].new_zeros(())
-    for part in zip(*(each.tensor_split(min(config.accumulation_steps, size)) for each in batch), strict=True):
-        share = losses(*part).sum() / size
-        share.backward()
-        loss += share.detach()
-    norm = torch.nn.utils.clip_grad_norm_(parameters.values(), config.max_gradient_norm)
-    optimizer.step()
 
-    parts: dict[str, Any] = {"model": {f"{prefix}{name}": each.detach() for name, each in module.state_dict().items()}}
-    for moment in config.moments:
-        parts[moment] = {name: optimizer.state[each][moment] for name, each in parameters.items()}
+    def shares(*part: Any) -> torch.Tensor:
+        return losses(*part).sum() / len(batch[0])
+
+    parts, loss, norm = round_of_loop(parameters, shares, state, batch, config, get_scheduler)
+    parts["model"] = {f"{prefix}{name}": each.detach() for name, each in module.state_dict().items()}
     if config.ema is not None:
-        parts["ema"] = averages_of(training.part_of_state(state, "ema"), parts["model"], step, config)
+        parts["ema"] = averages_of(training.part_of_state(state, "ema"), parts["model"], int(state["step"]), config)
     return training.join_state(parts, state["step"] + 1), loss, norm
 
 
@@ -76,29 +69,6 @@ def trained(module: Any, parameters: Tensors, config: TrainingConfig) -> Any:
     if config.activation_checkpointing:
         module.enable_gradient_checkpointing()
     return module
-
-
-def optimizer_of(parameters: Mapping[str, torch.nn.Parameter], state: State, config: TrainingConfig) -> Any:
-    """Torch's, in the middle of the run, at the learning rate of its step; parameters that nothing uses have gradients of 0."""
-    common: dict[str, Any] = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
-    adam: dict[str, Any] = {"betas": (config.beta1, config.beta2), "eps": config.adam_epsilon} | common
-    optimizer: Any = {
-        "adamw": lambda: torch.optim.AdamW(parameters.values(), **adam),
-        "adam": lambda: torch.optim.Adam(parameters.values(), **adam),
-        "sgd": lambda: torch.optim.SGD(parameters.values(), momentum=config.momentum, **common),
-    }[config.optimizer]()
-    for name, parameter in parameters.items():
-        parameter.grad = torch.zeros_like(parameter)
-        moments = {moment: state[f"{moment}.{name}"].clone() for moment in config.moments}
-        optimizer.state[parameter] = {"step": state["step"].to(torch.float32), **moments}
-    schedule = config.learning_rate_schedule
-    of_diffusers = get_scheduler(
-        "constant_with_warmup" if schedule == "constant" else schedule, optimizer,
-        num_warmup_steps=config.num_warmup_steps, num_training_steps=config.num_training_steps,
-    )  # fmt: skip
-    for group in optimizer.param_groups:
-        group["lr"] = config.learning_rate * of_diffusers.lr_lambdas[0](int(state["step"]))
-    return optimizer
 
 
 def losses(

@@ -189,7 +189,8 @@ def draws(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Draw what is random in a step, each example by its id.
 
-    A number is drawn for every place; the time of a sequence, sample or block is that of its first token.
+    A number is drawn for every place; the time of a sequence, sample or block is that of its first token. Times are the same bits
+    in both frameworks; XLA may round the sum and product of a share once, by which one token in 10**8 is masked or not.
 
     Args:
         sample_ids: [batch_size, num_tokens], integer.
