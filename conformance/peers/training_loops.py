@@ -1,4 +1,4 @@
-"""What the training loops of public libraries have in common: torch's optimizer in the middle of a run, and a round of the loop."""
+"""What training loops of public libraries have in common: torch's optimizer in the middle of a run, and a round of the loop."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
