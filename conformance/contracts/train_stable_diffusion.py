@@ -74,19 +74,16 @@ def train_step() -> Contract:
         moved=moved,
         rigid=True,
         workloads=(
-            Workload("sd-1.5/512px-batch-4", sizes(1, 4, "SD-1.5", height=512, width=512, num_tokens=77), SD_1),
-            Workload("sdxl-base/1024px-batch-1", sizes(1, 1, "SDXL-base", height=1024, width=1024, num_tokens=77), SDXL),
-            Workload("two-cores/part-of-sd-1.5-128px", PART_OF_SD, "a size for a CPU"),
+            Workload("sd-1.5/512px-batch-4", published(4, "SD-1.5", 512), SD_1),
+            Workload("sdxl-base/1024px-batch-1", published(1, "SDXL-base", 1024), SDXL),
+            Workload("two-cores/part-of-sd-1.5-128px", published(1, "part of SD-1.5", 128), "a size for a CPU"),
+            Workload("two-cores/part-of-sd-1.5-256px", published(2, "part of SD-1.5", 256), "activations outweigh states"),
             Workload(
                 "two-cores/part-of-sd-1.5-recomputed",
-                PART_OF_SD | {"activation_checkpointing": True},
+                published(2, "part of SD-1.5", 256) | {"activation_checkpointing": True},
                 "as above; Chen et al. 2016 (arXiv:1604.06174), section 4.1",
             ),
-            Workload(
-                "two-cores/part-of-sdxl-128px",
-                sizes(1, 1, "part of SDXL", height=128, width=128, num_tokens=77),
-                "a size for a CPU",
-            ),
+            Workload("two-cores/part-of-sdxl-128px", published(1, "part of SDXL", 128), "a size for a CPU"),
         ),
         configure=lambda parameters: {"config": config(parameters)},
         dtypes=("float32",),
@@ -164,7 +161,10 @@ MODELS: dict[str, dict[str, Any]] = {
     },
     "part of SDXL": {
         "vae": replace(VAE_PRESETS["stable-diffusion-xl"], block_out_channels=(32, 32, 32, 32)),
-        "unet": of_unet.PART_OF_SDXL,
+        "unet": replace(
+            of_unet.PART_OF_SDXL, block_out_channels=(64, 64, 128), attention_head_dim=(1, 1, 2),
+            transformer_layers_per_block=(1, 1, 2),
+        ),
         "text_encoders": (
             replace(CLIP_TEXT_PRESETS["clip-l"], returned_layer=-2, normalize_returned=False, **_SHORT),
             replace(CLIP_TEXT_PRESETS["openclip-bigg"], **_SHORT),
@@ -217,7 +217,9 @@ def sizes(num_steps: int = 1, batch_size: int = 3, model: str = "xl", **others: 
     return ordinary | told | others
 
 
-PART_OF_SD = sizes(1, 1, "part of SD-1.5", height=128, width=128, num_tokens=77)
+def published(batch_size: int, model: str, pixels: int) -> dict[str, Any]:
+    """A step on square images and captions of CLIP's length."""
+    return sizes(1, batch_size, model, height=pixels, width=pixels, num_tokens=77)
 
 
 @st.composite
