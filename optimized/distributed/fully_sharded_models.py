@@ -68,8 +68,8 @@ class Shardable:
     """What runs on a state whose parts the ranks share out."""
 
     predict: Callable[..., Any]
-    """Takes `gathered`, as of `Plan`, the state, the arrays, `config` and `mesh`; nothing is checked. Options that an operation has
-    beside these are by default those of a training run."""
+    """Takes `gathered`, as of `Plan`, the state, the arrays, `config` and `mesh`; nothing is checked. Other options of an
+    operation are by default those of a training run."""
     blocks: str
     """As of `Plan`."""
 

@@ -1,8 +1,11 @@
 """Bugs of trainers of mixtures of experts: losses of routers, their noise, experts without tokens."""
 
+from typing import Any
+
 import torch
 from torch.nn.functional import cross_entropy
 
+from gaugeblock.conformance.selftest.edits import mutant
 from gaugeblock.conformance.selftest.fault import fault
 from gaugeblock.conformance.selftest.simulated.train_moe_lm import MoELMTrainer
 from gaugeblock.reference.configs import IGNORED_LABEL
@@ -253,3 +256,36 @@ class RateByTheExpertsStep(MoELMTrainer):
         rate = super().rate(step)
         self.now = now
         return rate
+
+
+STEP = "train_moe_lm.train_step"
+SHARDED: dict[str, Any] = {"implementation": "fsdp2", "batch_invariant": False}
+OF_JAX: dict[str, Any] = {"implementation": "jax-sharded", "batch_invariant": False}
+
+mutant(
+    STEP, "load-of-own-examples", "The balance loss has the load of the rank's own examples.", "train_moe_lm.ShardedTrainer",
+    "sum_over_ranks(outputs[4].double().sum(dim=0), group) / of_microbatches[index]",
+    "outputs[4].double().sum(dim=0) / max(1, len(ids))", "world_size", "structural",
+    "an auxiliary loss under data parallelism", **SHARDED,
+)  # fmt: skip
+mutant(
+    STEP, "mean-of-ranks", "Each rank divides by its own labels, and the ranks' means are added up as means.",
+    "train_moe_lm.ShardedTrainer", "sum_over_ranks(counts_BS.sum()[None], group)",
+    "(counts_BS.sum().clamp(min=1) * self.run.mesh.size())", "world_size", "structural", "transformers' 2024 fix, over ranks",
+    **SHARDED,
+)  # fmt: skip
+mutant(
+    STEP, "first-rows-everywhere", "Each rank takes the first experts' marks for those of its own experts.",
+    "training.ShardedRun", "own = {name: local_part(each) for name, each in used.items()}",
+    "own = {name: each.full_tensor()[: len(local_part(each))] for name, each in used.items()}", "world_size", "structural",
+    **SHARDED,
+)  # fmt: skip
+mutant(
+    STEP, "padding-in-the-load", "Tokens of padding count in the load of experts.", "train_moe_lm.shares",
+    "jnp.where(counts[:, None, None], outputs[4], 0).sum(axis=0)", "outputs[4].sum(axis=0)", "world_size", "boundary",
+    "batches padded to a multiple of the devices", **OF_JAX,
+)  # fmt: skip
+mutant(
+    STEP, "idle-experts-move-on-ranks", "Every expert is updated as if it had had tokens.", "train_moe_lm.train_step",
+    ", rows_used=reference.experts_used", "", "parity", "structural", "optax: gradients of zeros", **OF_JAX,
+)  # fmt: skip
