@@ -40,7 +40,7 @@ def test_every_block_is_gathered_where_it_runs(name: str, monkeypatch: pytest.Mo
     case = Case(**contract.landmarks[0], regime="dithered")
     gathered = set[frozenset[str]]()
 
-    def formula(state: Mapping[str, torch.Tensor], *arrays: Any, config: Any) -> Any:
+    def formula(state: Mapping[str, torch.Tensor], *arrays: Any, config: Any, **others: Any) -> Any:
         used = {each: state[each].clone() for each in model.shapes(config)}  # in memory of its own, so that each has one name
         name_of = {id(tensor): each for each, tensor in used.items()}
 
@@ -53,7 +53,7 @@ def test_every_block_is_gathered_where_it_runs(name: str, monkeypatch: pytest.Mo
             return run
 
         mesh = type("Mesh", (), {"get_group": lambda self: None})()
-        return model.predict(gather, used, *arrays, config=config, mesh=mesh)
+        return model.predict(gather, used, *arrays, config=config, mesh=mesh, **others)
 
     arguments = exact_inputs(contract, case, "float32"), options(contract, case)
     expected = reference_run(contract, *arguments)

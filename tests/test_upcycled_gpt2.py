@@ -137,6 +137,21 @@ def test_in_evaluation_there_is_no_noise_and_no_gradient_of_one_experts_weight()
     assert torch.autograd.grad(silent[0].square().sum(), gate)[0].abs().min() > 0
 
 
+def test_noise_gets_no_gradient():
+    drawn = noise(SMALL).requires_grad_()
+    leaves = {name: each.requires_grad_() for name, each in parameters(SMALL).items()}
+    outputs = upcycled_gpt2.upcycled_gpt2(leaves, IDS, drawn, training=True, config=SMALL)
+    assert torch.autograd.grad(outputs[2].square().sum(), drawn, allow_unused=True) == (None,)
+    with jax.enable_x64(True):
+        state = {name: jnp.asarray(each.detach().numpy()) for name, each in leaves.items()}
+
+        def of_noise(drawn: jax.Array) -> jax.Array:
+            ids = jnp.asarray(IDS.numpy())
+            return jnp.square(jax_upcycled_gpt2.upcycled_gpt2(state, ids, drawn, training=True, config=SMALL)[2]).sum()
+
+        assert (jax.grad(of_noise)(jnp.asarray(drawn.detach().numpy())) == 0).all()
+
+
 @EACH_CONFIG
 def test_torch_and_jax_are_the_same(config):
     with jax.enable_x64(True):

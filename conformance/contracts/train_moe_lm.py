@@ -124,8 +124,9 @@ def sizes(num_steps: int = 1, batch_size: int = 3, **others: Any) -> dict[str, A
 
 
 def published(batch_size: int, num_tokens: int, config: UpcycledGPT2Config) -> dict[str, Any]:
-    """A step of a model of that size."""
-    return sizes(1, batch_size, **vars(config)) | {"num_tokens": num_tokens}
+    """A step of a model of that size, at the learning rates and with the coefficients of the public runs."""
+    usual = {"balance_coefficient": 0.01, "z_coefficient": 0.001, "noise_std": 0.1, "anneal_fraction": 0.25}
+    return sizes(1, batch_size, rates="cosine", **usual, **training_runs.USUAL, **vars(config)) | {"num_tokens": num_tokens}
 
 
 @st.composite

@@ -240,6 +240,10 @@ OUTSIDERS: dict[str, dict[str, Callable[[Problem], Callable[[], Results]]]] = {
         "transformers' loop": PeerModel("transformers_training", "TransformersTrainingLoop", is_compiled=False),
     },
     "flux.flux": _models("diffusers", "diffusers_flux", "DiffusersFlux"),
+    "train_moe_lm.train_step": {
+        "moe-emergence's loop": PeerModel("transformers_gpt2", "EmergenceTrainingLoop", is_compiled=False),
+    },
+    "upcycled_gpt2.upcycled_gpt2": _models("transformers", "transformers_gpt2", "TransformersUpcycledGPT2"),
     "unet.unet": _models("diffusers", "diffusers_unet", "DiffusersUnet"),
     "unet.unet_text_time": _models("diffusers", "diffusers_unet", "DiffusersUnetTextTime"),
     "vae.encode": _models("diffusers", "diffusers_vae", "DiffusersVaeEncode"),

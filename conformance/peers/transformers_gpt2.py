@@ -118,7 +118,10 @@ class TransformersUpcycledGPT2:
 
 
 class EmergenceTrainingLoop:
-    """One round of moe-emergence's loop: torch.optim, clip_grad_norm_, get_cosine_schedule_with_warmup; draws are by example."""
+    """One round of moe-emergence's loop: torch.optim, clip_grad_norm_, get_cosine_schedule_with_warmup.
+
+    Draws are by example; for AdamW and the cosine schedule alone.
+    """
 
     def __call__(self, state, input_ids, labels, example_ids, *, config):
         step, of_model = int(state["step"]), config.model

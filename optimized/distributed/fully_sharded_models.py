@@ -68,13 +68,14 @@ class Shardable:
     """What runs on a state whose parts the ranks share out."""
 
     predict: Callable[..., Any]
-    """Takes `gathered`, as of `Plan`, the state, the arrays, `config` and `mesh`; nothing is checked."""
+    """Takes `gathered`, as of `Plan`, the state, the arrays, `config` and `mesh`; nothing is checked. Other options of an
+    operation are by default those of a training run."""
     blocks: str
     """As of `Plan`."""
 
-    def plan(self, config: Any, mesh: DeviceMesh) -> Plan:
+    def plan(self, config: Any, mesh: DeviceMesh, **options: Any) -> Plan:
         """How the model of a config runs."""
-        return Plan(partial(self.predict, config=config, mesh=mesh), self.blocks)
+        return Plan(partial(self.predict, config=config, mesh=mesh, **options), self.blocks)
 
     def sharded(self, state: State, *, config: Any, mesh: DeviceMesh, **how: Any) -> FullyShardedModel:
         """Return the module that keeps this rank's parts of a state, which all ranks have whole, and alike; `how` as of it."""
@@ -93,13 +94,13 @@ class Model(Shardable):
     """How many of the results, the last ones, are not rounded to the dtype of the state."""
 
     def __call__(
-        self, state: State, *arrays: torch.Tensor | None, config: Any, mesh: DeviceMesh
+        self, state: State, *arrays: torch.Tensor | None, config: Any, mesh: DeviceMesh, **options: Any
     ) -> torch.Tensor | tuple[torch.Tensor, ...]:
         """Run the operation on this rank's examples, as the module says."""
         check = partial(self.check, state, *arrays, config=config)
         agree_on_model_call("state", lambda: next(iter(state.values())), check, {}, mesh)
         used = {name: state[name] for name in self.shapes(config)}
-        outputs = run_sharded(self.plan(config, mesh), used, *arrays, mesh=mesh)
+        outputs = run_sharded(self.plan(config, mesh, **options), used, *arrays, mesh=mesh)
         dtype = next(iter(used.values())).dtype
         num_rounded = len(outputs) - self.num_wide
         outputs = *(each.to(dtype) for each in outputs[:num_rounded]), *outputs[num_rounded:]
@@ -198,7 +199,7 @@ def _check_text_latent_mmdit(
 
 
 def _predict_upcycled_gpt2(
-    gathered: Fuse, state: State, input_ids: Any, noise: Any, *, training: bool, config: Any, mesh: DeviceMesh
+    gathered: Fuse, state: State, input_ids: Any, noise: Any, *, training: bool = True, config: Any, mesh: DeviceMesh
 ) -> tuple[torch.Tensor, ...]:
     parts = replace(LIBRARY, block=gathered)
     composed = upcycled_gpt2_composition.unchecked_upcycled_gpt2
@@ -311,19 +312,10 @@ text_latent_mmdit = Model(
     shapes=text_latent_mmdit_reference.state_shapes,
     check=_check_text_latent_mmdit,
 )
-upcycled_gpt2_in_training = Model(
-    predict=partial(_predict_upcycled_gpt2, training=True),
+upcycled_gpt2 = Model(
+    predict=_predict_upcycled_gpt2,
     blocks=r"transformer\.h\.\d+",
     shapes=upcycled_gpt2_reference.state_shapes,
     check=_check_upcycled_gpt2,
     num_wide=4,
 )
-upcycled_gpt2_in_evaluation = replace(upcycled_gpt2_in_training, predict=partial(_predict_upcycled_gpt2, training=False))
-
-
-def upcycled_gpt2(
-    state: State, input_ids: torch.Tensor, noise: torch.Tensor, *, training: bool, config: Any, mesh: DeviceMesh
-) -> torch.Tensor | tuple[torch.Tensor, ...]:
-    """As the other models, in training or in evaluation."""
-    model = upcycled_gpt2_in_training if training else upcycled_gpt2_in_evaluation
-    return model(state, input_ids, noise, config=config, mesh=mesh)

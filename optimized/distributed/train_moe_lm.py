@@ -72,7 +72,7 @@ class ShardedTrainer:
     def __init__(self, state: Mapping[str, torch.Tensor], *, config: MoELMConfig, mesh: DeviceMesh) -> None:
         self.config = config
         self.run = ShardedRun(
-            fully_sharded_models.upcycled_gpt2_in_training,
+            fully_sharded_models.upcycled_gpt2,
             state,
             upcycled_gpt2.state_shapes(config.model),
             model_config=config.model,

@@ -102,7 +102,7 @@ def shares_of_outputs(
 
     shares_BSL = jnp.broadcast_to((example_shares / num_tokens)[:, None, None], entropy_BSL.shape)
     probability_LE = (shares_BSL[..., None] * probs_BSLE).sum(axis=(0, 1))
-    balance_loss = num_experts * (jax.lax.stop_gradient(load) * probability_LE).sum() / num_layers
+    balance_loss = num_experts * (load * probability_LE).sum() / num_layers
     z_loss = (shares_BSL * jnp.square(jax.nn.logsumexp(router_logits_BSLE, axis=-1))).sum() / num_layers
     metrics = {
         "lm_loss": lm_loss,

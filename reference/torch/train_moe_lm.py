@@ -149,7 +149,7 @@ def shares_of_outputs(
         labels: [batch_size, num_tokens].
         weights: Of them, as of `label_weights`.
         example_shares: [batch_size], 1 over the number of examples in the whole batch; 0 for one that is padding.
-        load: [num_moe_layers, num_experts], each expert's part of all assignments of the microbatch.
+        load: [num_moe_layers, num_experts], each expert's part of all assignments of the microbatch; no gradient.
         config: Of the run.
 
     Returns: as `shares`.
@@ -161,7 +161,7 @@ def shares_of_outputs(
 
     shares_BSL = (example_shares / num_tokens)[:, None, None].expand(entropy_BSL.shape)
     probability_LE = (shares_BSL[..., None] * probs_BSLE).sum(dim=(0, 1))
-    balance_loss = num_experts * (load.detach() * probability_LE).sum() / num_layers
+    balance_loss = num_experts * (load * probability_LE).sum() / num_layers
     z_loss = (shares_BSL * torch.logsumexp(router_logits_BSLE, dim=-1).square()).sum() / num_layers
     metrics = {
         "lm_loss": lm_loss,

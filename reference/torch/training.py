@@ -245,7 +245,8 @@ def optimizer_step(
         (name, row) for name in gradients for row in (used[name].nonzero().flatten().tolist() if name in used else [...])
     ]
     lists: list[Any] = [[each[name][row] for name, row in places] for each in (parts["model"], gradients, *moments)]
-    num_updates = [int(parts["num_updates"][name][row]) if name in used else step for name, row in places]
+    counts = {name: parts["num_updates"][name].tolist() for name in used}
+    num_updates = [counts[name][row] if name in counts else step for name, row in places]
     for name, is_used in used.items():
         parts["num_updates"][name] += is_used
     common: dict[str, Any] = {

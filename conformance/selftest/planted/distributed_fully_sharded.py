@@ -33,13 +33,13 @@ mutant(
 )  # fmt: skip
 mutant(
     VAE, "gradients-of-the-mean", "Only the first result's gradient goes back.", "fully_sharded._WholeState",
-    "torch.autograd.backward(ctx.outputs, [ranks * each for each in d_outputs])",
-    "torch.autograd.backward(ctx.outputs[:1], [ranks * d_outputs[0]])", "gradients", "gradient", **SHARDED,
+    "torch.autograd.backward(outputs, [ranks * each for each in d_outputs])",
+    "torch.autograd.backward(outputs[:1], [ranks * d_outputs[0]])", "gradients", "gradient", **SHARDED,
 )  # fmt: skip
 mutant(
-    CLIP, "last-parts-cut", "What the last rank has padded its part with is taken for its rows.", "fully_sharded.gather_shards",
-    "rows[: len(local)] = local", "rows[rows.shape[0] - len(local) :] = local", "world_size", "gradient",
-    "all_gather of uneven shards", **SHARDED,
+    CLIP, "last-parts-cut", "What the last rank has padded its part with is taken for its rows.",
+    "fully_sharded._gather_of_one_dtype", "rows[: len(local)] = local", "rows[rows.shape[0] - len(local) :] = local",
+    "world_size", "gradient", "all_gather of uneven shards", **SHARDED,
 )  # fmt: skip
 mutant(
     DIT, "rounded-before-the-sum", "Each rank's gradients are rounded before they are added up.", "fully_sharded._WholeState",
