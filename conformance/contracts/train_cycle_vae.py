@@ -257,7 +257,7 @@ REJECTIONS = (
         name: call[name].repeat(1, 1, 8) for name in ("input_ids", "attention_mask")
     }),
     Rejection("a mask of numbers", "attention_mask", changed("attention_mask", torch.Tensor.float)),
-    Rejection("a batch without examples", "input_ids", lambda call: {name: call[name][:, :0] for name in EMPTY}),
+    Rejection("a batch without examples", "latents", lambda call: {name: call[name][:, :0] for name in EMPTY}),
     Rejection("a state without its step", "step", changed("state/step", lambda each: None)),
     Rejection("a parameter of another shape", "model.mmdit.norms.0.g", changed(GAMMA, lambda each: each[:-1])),
 )  # fmt: skip

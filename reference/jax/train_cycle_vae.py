@@ -276,7 +276,8 @@ def cycle_weights(step: jax.Array, *, config: CycleVAEConfig) -> tuple[jax.Array
 def cycles_run(step: jax.Array, *, config: CycleVAEConfig) -> tuple[bool, bool]:
     """Return whether T2L2T and L2T2L are run in the update that is made after `step` others: where their weights are not 0."""
     text_weight, latent_weight = cycle_weights(step, config=config)
-    return bool(text_weight > 0), bool(latent_weight > 0)
+    with jax.enable_x64(True):
+        return bool(text_weight > 0), bool(latent_weight > 0)
 
 
 def ramp(step: jax.Array, weight: float, warmup_steps: int, ramp_steps: int) -> jax.Array:
