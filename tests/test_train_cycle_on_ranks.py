@@ -71,7 +71,7 @@ def check_bad_calls() -> list[str]:
         [each[:0] for each in (ids, latents, mask, example_ids)],
         (ids, latents * (torch.nan if rank == 2 else 1), mask, example_ids),
     ):
-        with pytest.raises((ValueError, FloatingPointError), match="must|not finite") as raised:
+        with pytest.raises((ValueError, FloatingPointError), match=r"must|not finite") as raised:
             sharded.step(*call)
         told.append(str(raised.value))
     return told
