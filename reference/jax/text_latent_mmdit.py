@@ -21,6 +21,7 @@ from gaugeblock.reference.jax.attention import attention, join_heads, split_head
 from gaugeblock.reference.jax.dit import INITIAL_WEIGHTS
 from gaugeblock.reference.jax.hyper_connections import connection, divided_by_norm
 from gaugeblock.reference.jax.precision import at_least_float32
+from gaugeblock.reference.jax.recomputation import recomputable
 
 NORM_EPS = 1e-5  # of every LayerNorm
 NUM_HEADS, HEAD_SIZE = 8, 64  # of every model
@@ -99,6 +100,7 @@ def joint_mask(attention_mask: jax.Array | None) -> jax.Array | None:
     return jnp.concatenate([attention_mask, jnp.ones_like(attention_mask[:, :1])], axis=1)[:, None, None]
 
 
+@recomputable
 def block(state: State, streams: Sequence[jax.Array], conditioning: jax.Array, mask: jax.Array | None) -> list[jax.Array]:
     """As `gaugeblock.reference.torch.text_latent_mmdit.block`."""
     active_BC = jax.nn.silu(conditioning)

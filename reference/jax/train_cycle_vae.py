@@ -16,9 +16,10 @@ import jax
 import jax.numpy as jnp
 
 from gaugeblock.reference import noise_tables, purposes, validation
-from gaugeblock.reference.configs import CycleVAEConfig
+from gaugeblock.reference.configs import CycleVAEConfig, TextLatentMMDiTConfig
 from gaugeblock.reference.jax import noise_schedules, predictions, random, text_latent_mmdit, token_choices, training
 from gaugeblock.reference.jax.precision import at_least_float32
+from gaugeblock.reference.jax.recomputation import blocks_recomputed
 
 TIMESTEPS = 1000  # of the table of noise
 LAST_TIME = 0.9999  # of times that are drawn
@@ -32,8 +33,6 @@ Tensors = dict[str, jax.Array]
 Model = Callable[..., tuple[jax.Array, ...]]
 Call = tuple[jax.Array, jax.Array, jax.Array, jax.Array]  # tokens, latents, times of the text and of the latent
 Drawn = tuple[jax.Array, jax.Array, jax.Array, jax.Array]  # noise, times, and what there is of latents and of noise
-
-compiled_model = jax.jit(text_latent_mmdit.text_latent_mmdit, static_argnames="config")
 
 
 @dataclass(frozen=True)
@@ -85,10 +84,19 @@ def shares(
     parameters: Tensors, input_ids: jax.Array, *others: Any, batch_size: int, step: jax.Array, config: CycleVAEConfig
 ) -> tuple[jax.Array, Tensors]:
     """As `gaugeblock.reference.torch.train_cycle_vae.shares`."""
-    model = partial(compiled_model, parameters, config=config.model)
+    model = partial(run_model, parameters, config=config.model, is_recomputed=config.activation_checkpointing)
     runs = cycles_run(step, config=config)
     parts = example_parts(model, input_ids, *others, step=step, runs=runs, config=config)
     return weighted({name: each.sum() / batch_size for name, each in parts.items()}, step, config=config)
+
+
+@partial(jax.jit, static_argnames=("config", "is_recomputed"))
+def run_model(
+    parameters: Tensors, *arrays: Any, config: TextLatentMMDiTConfig, is_recomputed: bool
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Run the text-latent MMDiT; whether its blocks are recomputed in the backward pass is told anew for each run."""
+    with blocks_recomputed(is_recomputed):
+        return text_latent_mmdit.text_latent_mmdit(parameters, *arrays, config=config)
 
 
 def weighted(parts: Tensors, step: jax.Array, *, config: CycleVAEConfig) -> tuple[jax.Array, Tensors]:
@@ -268,7 +276,8 @@ def cycle_weights(step: jax.Array, *, config: CycleVAEConfig) -> tuple[jax.Array
 def cycles_run(step: jax.Array, *, config: CycleVAEConfig) -> tuple[bool, bool]:
     """Return whether T2L2T and L2T2L are run in the update that is made after `step` others: where their weights are not 0."""
     text_weight, latent_weight = cycle_weights(step, config=config)
-    return bool(text_weight > 0), bool(latent_weight > 0)
+    with jax.enable_x64(True):
+        return bool(text_weight > 0), bool(latent_weight > 0)
 
 
 def ramp(step: jax.Array, weight: float, warmup_steps: int, ramp_steps: int) -> jax.Array:

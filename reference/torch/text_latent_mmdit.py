@@ -20,6 +20,7 @@ from gaugeblock.reference.torch.attention import attention, join_heads, split_he
 from gaugeblock.reference.torch.dit import INITIAL_WEIGHTS
 from gaugeblock.reference.torch.hyper_connections import connection, divided_by_norm
 from gaugeblock.reference.torch.precision import at_least_float32
+from gaugeblock.reference.torch.recomputation import recomputable
 
 NORM_EPS = 1e-5  # of every LayerNorm
 NUM_HEADS, HEAD_SIZE = 8, 64  # of every model
@@ -134,6 +135,7 @@ def joint_mask(attention_mask: torch.Tensor | None) -> torch.Tensor | None:
     return torch.cat([attention_mask, torch.ones_like(attention_mask[:, :1])], dim=1)[:, None, None]
 
 
+@recomputable
 def block(
     state: State, streams: Sequence[torch.Tensor], conditioning: torch.Tensor, mask: torch.Tensor | None
 ) -> list[torch.Tensor]:

@@ -15,9 +15,10 @@ from typing import Any
 import torch
 
 from gaugeblock.reference import noise_tables, purposes, validation
-from gaugeblock.reference.configs import CycleVAEConfig
+from gaugeblock.reference.configs import CycleVAEConfig, TextLatentMMDiTConfig
 from gaugeblock.reference.torch import noise_schedules, predictions, random, text_latent_mmdit, token_choices, training
 from gaugeblock.reference.torch.precision import at_least_float32
+from gaugeblock.reference.torch.recomputation import blocks_recomputed
 
 TIMESTEPS = 1000  # of the table of noise
 LAST_TIME = 0.9999  # of times that are drawn
@@ -141,10 +142,18 @@ def shares(
 
     A batch is as of `train_step`.
     """
-    model = partial(text_latent_mmdit.text_latent_mmdit, parameters, config=config.model)
+    model = partial(run_model, parameters, config=config.model, is_recomputed=config.activation_checkpointing)
     runs = cycles_run(step, config=config)
     parts = example_parts(model, input_ids, *others, step=step, runs=runs, config=config)
     return weighted({name: each.sum() / batch_size for name, each in parts.items()}, step, config=config)
+
+
+def run_model(
+    parameters: Tensors, *arrays: Any, config: TextLatentMMDiTConfig, is_recomputed: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Run the text-latent MMDiT; whether its blocks are recomputed in the backward pass is told anew for each run."""
+    with blocks_recomputed(is_recomputed):
+        return text_latent_mmdit.text_latent_mmdit(parameters, *arrays, config=config)
 
 
 def weighted(parts: Tensors, step: int, *, config: CycleVAEConfig) -> tuple[torch.Tensor, Tensors]:

@@ -24,7 +24,7 @@ def cycle_vae_step(
     """Check the arguments of `train_cycle_vae.train_step`, whose model has parameters of these shapes."""
     cycle_vae_batch(input_ids, latents, attention_mask, example_ids, config)
     if input_ids.shape[0] == 0:
-        raise ValueError(f"input_ids must hold at least one example, got {tuple(input_ids.shape)}")
+        raise ValueError(f"latents must hold at least one example, got {tuple(latents.shape)}")
     training_state(state, shapes, config, frozen=frozen, like=latents)
 
 

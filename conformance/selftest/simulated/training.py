@@ -104,7 +104,8 @@ class Run:
 
     def warm(self, updates: int) -> float:
         """What part of the learning rate there is after so many updates."""
-        return min(1.0, updates / self.config.num_warmup_steps) if self.config.num_warmup_steps else 1.0
+        count, first = self.config.num_warmup_steps, self.config.first_warmup_step
+        return min(1.0, (updates + first) / count) if count else 1.0
 
     def fall(self, updates: int) -> float:
         """What part of it is left after so many updates."""
@@ -114,7 +115,8 @@ class Run:
         assert config.num_training_steps is not None
         done = (updates - config.num_warmup_steps) / (config.num_training_steps - config.num_warmup_steps)
         done = min(max(done, 0.0), 1.0)
-        return 1 - done if config.learning_rate_schedule == "linear" else math.cos(math.pi / 2 * done) ** 2
+        left = 1 - done if config.learning_rate_schedule == "linear" else math.cos(math.pi / 2 * done) ** 2
+        return left + config.final_learning_rate_ratio * (1 - left)
 
     def momentum(self) -> float:
         """Of SGD."""
