@@ -31,12 +31,14 @@ lint: setup  ## ruff, mypy, and the direction of imports
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-demo: setup  ## train tiny models on digits and text, in PyTorch and in JAX, and sample in every way (half an hour): demo/*.png
+demo: setup  ## train tiny models on digits and text, in PyTorch and in JAX, and sample in every way (an hour): demo/*.png
 	OMP_NUM_THREADS=2 $(BIN)/python demo/train_digits.py
 	OMP_NUM_THREADS=2 $(BIN)/python demo/sample_digits.py --train
 	OMP_NUM_THREADS=2 $(BIN)/python demo/train_stable.py
 	OMP_NUM_THREADS=2 $(BIN)/python demo/train_text.py
 	OMP_NUM_THREADS=2 $(BIN)/python demo/sample_text.py
+	OMP_NUM_THREADS=2 $(BIN)/python demo/train_moe_lm.py
+	OMP_NUM_THREADS=2 $(BIN)/python demo/train_cycle.py
 
 dashboard: setup  ## measure this commit, and a page of all commits' results that needs no internet: .asv/html (six minutes)
 	$(BIN)/gaugeblock bench --asv benchmarks/results; \
