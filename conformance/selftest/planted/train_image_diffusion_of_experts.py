@@ -1,17 +1,9 @@
 """Bugs of trainers of mixtures of experts: what the balance of the load is of, and how often it counts."""
 
-from typing import Any
-
 import torch
 
-from gaugeblock.conformance.selftest.edits import mutant
 from gaugeblock.conformance.selftest.fault import fault
 from gaugeblock.conformance.selftest.simulated.train_image_diffusion import TrainerOfExperts
-
-STEP = "train_image_diffusion.train_step_of_experts"
-SHARDED: dict[str, Any] = {"implementation": "fsdp2", "batch_invariant": False}
-OF_JAX: dict[str, Any] = {"implementation": "jax-sharded", "batch_invariant": False, "sharding": "without_padding"}
-OF_RANK = "weight * (value / self.run.mesh.size() + auxiliary_loss - value)"
 
 
 @fault(caught_by="parity", kind="structural", source="router losses that the model returns and the trainer leaves")
@@ -80,29 +72,3 @@ class BalanceNotScaled(TrainerOfExperts):
 
     def objective(self, loss, balance):
         return super().objective(loss, balance / self.config.loss_scale)
-
-
-mutant(
-    STEP, "balance-of-own-examples", "The balance is that of the rank's own examples.",
-    "fully_sharded_models._predict_dit_moe", '| {"balance_loss": loss}', '| {"balance_loss": OF_MOE.balance_loss}', "world_size",
-    "structural", "an auxiliary loss under data parallelism", **SHARDED,
-)  # fmt: skip
-mutant(
-    STEP, "balance-once-a-rank", "Every rank reports the whole balance, and they are added up.",
-    "train_image_diffusion.ShardedTrainer", OF_RANK, "weight * auxiliary_loss", "world_size", "structural",
-    "an auxiliary loss that all ranks have, summed", **SHARDED,
-)  # fmt: skip
-mutant(
-    STEP, "balance-a-part-of-its-gradient", "What is differentiated of the balance is a rank's part.",
-    "train_image_diffusion.ShardedTrainer", OF_RANK, "weight * auxiliary_loss / self.run.mesh.size()", "world_size", "gradient",
-    "an auxiliary loss averaged over ranks", **SHARDED,
-)  # fmt: skip
-mutant(
-    STEP, "balance-weighs-as-the-rank", "The balance of all weighs as much as the rank has examples.",
-    "train_image_diffusion.ShardedTrainer", "of_microbatches[index] / sum(batch_sizes)", "len(images) / sum(batch_sizes)",
-    "world_size", "structural", **SHARDED,
-)  # fmt: skip
-mutant(
-    STEP, "balance-not-learned", "The balance is reported and not differentiated.", "train_image_diffusion.shares",
-    "loss + auxiliary_loss, {", "loss, {", "parity", "gradient", **OF_JAX,
-)  # fmt: skip
