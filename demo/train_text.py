@@ -35,25 +35,25 @@ SEED, BATCH_SIZE, LENGTH, STEPS = 3, 16, 64, 1500
 STATED_LOSS = 1.95  # nats for each character: the mean over the last tenth of STEPS steps; the first is 4.8
 
 
-def config_of(num_steps: int) -> BlockDiffusionConfig:
-    """A run of so many steps: times of blocks, those of a sequence spread evenly; a learning rate that rises, and falls to 0."""
-    schedule = {"learning_rate_schedule": "cosine", "num_warmup_steps": num_steps // 50, "num_training_steps": num_steps}
-    optimizer = {"learning_rate": 3e-3, "beta2": 0.99, "weight_decay": 0.01}
-    return BlockDiffusionConfig(model=MODEL, seed=SEED, times_of="block", antithetic=True, **optimizer, **schedule)
+def config_of(step: int, num_steps: int) -> BlockDiffusionConfig:
+    """Times of blocks, those of a sequence spread evenly; a learning rate that moves in few stages, since JAX compiles each."""
+    stages = ((0.02, 0.2), (0.6, 1.0), (0.85, 0.3), (1.0, 0.1))
+    factor = next(factor for end, factor in stages if step < end * num_steps or end == 1.0)
+    optimizer = {"learning_rate": 3e-3 * factor, "beta2": 0.99, "weight_decay": 0.01}
+    return BlockDiffusionConfig(model=MODEL, seed=SEED, times_of="block", antithetic=True, **optimizer)
 
 
-def initial_state(config: BlockDiffusionConfig) -> dict[str, torch.Tensor]:
+def initial_state() -> dict[str, torch.Tensor]:
     """New parameters, moments of 0, step 0."""
     parameters = training.initial_parameters(sdar.state_shapes(MODEL), SEED)
-    return trainer.initial_state(parameters, config=config)
+    return trainer.initial_state(parameters, config=config_of(0, STEPS))
 
 
 def train_torch(num_steps: int, advance: Callable[[float], None]) -> training.Run:
     """Train with the PyTorch reference."""
-    config = config_of(num_steps)
-    state, losses = initial_state(config), []
-    for batch in texts.batches(num_steps, BATCH_SIZE, LENGTH, SEED):
-        state, metrics = train_block_diffusion.train_step(state, *batch, config=config)
+    state, losses = initial_state(), []
+    for step, batch in enumerate(texts.batches(num_steps, BATCH_SIZE, LENGTH, SEED)):
+        state, metrics = train_block_diffusion.train_step(state, *batch, config=config_of(step, num_steps))
         losses.append(float(metrics.loss))
         advance(losses[-1])
     return training.Run(np.array(losses), state)
@@ -61,11 +61,12 @@ def train_torch(num_steps: int, advance: Callable[[float], None]) -> training.Ru
 
 def train_jax(num_steps: int, advance: Callable[[float], None], disturbed_by: int | None = None) -> training.Run:
     """Train with the jitted JAX step, from the same parameters."""
-    config, mesh = config_of(num_steps), jax.sharding.Mesh(jax.devices()[:1], ("ranks",))
-    state = shard_state({name: training.to_jax(each) for name, each in initial_state(config).items()}, mesh)
+    mesh = jax.sharding.Mesh(jax.devices()[:1], ("ranks",))
+    state = shard_state({name: training.to_jax(each) for name, each in initial_state().items()}, mesh)
     losses = []
     for step, batch in enumerate(texts.batches(num_steps, BATCH_SIZE, LENGTH, SEED)):
-        state, metrics = jax_step.train_step(state, *map(training.to_jax, batch), config=config, mesh=mesh)
+        config, arrays = config_of(step, num_steps), map(training.to_jax, batch)
+        state, metrics = jax_step.train_step(state, *arrays, config=config, mesh=mesh)
         if disturbed_by is not None:
             state = training.disturb(state, jax.random.fold_in(jax.random.key(disturbed_by), step))
         losses.append(float(metrics.loss))
@@ -75,7 +76,7 @@ def train_jax(num_steps: int, advance: Callable[[float], None], disturbed_by: in
 
 def bits_per_character(parameters: dict[str, torch.Tensor], text: str, draws: int = 4) -> float:
     """How many bits a model needs for a character of a text at most, on average over so many draws of masks; by sequences."""
-    config, model = config_of(STEPS), partial(sdar.sdar_training, parameters, config=MODEL)
+    config, model = config_of(0, STEPS), partial(sdar.sdar_training, parameters, config=MODEL)
     batch = texts.of_sequences(text, LENGTH)
     dtype, losses = next(iter(parameters.values())).dtype, []
     with torch.no_grad():

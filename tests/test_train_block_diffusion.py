@@ -373,6 +373,15 @@ def test_padding_and_what_is_behind_a_mask_do_not_matter(kind):
     assert not same_bits(other, expected)
 
 
+def test_cross_entropies_of_narrow_logits_are_computed_in_float32():
+    ids, labels, samples, examples = batch_of()
+    config, logits = config_of("llada"), draws(*ids.shape, 20, seed=7).bfloat16()
+    batch = trainer.weighted_batch(ids, labels, samples, examples, 0, dtype=torch.float32, config=config)
+    loss = trainer.weighted_loss(lambda *_: logits, *batch, config=config)
+    losses = torch.nn.functional.cross_entropy(logits.double().mT, labels, reduction="none")
+    torch.testing.assert_close(loss.double(), (batch[-1] * losses).sum(), rtol=1e-6, atol=0)
+
+
 @pytest.mark.parametrize("name", ["sdar", "dream"])
 def test_masters_stay_wide_and_the_scale_of_the_loss_changes_no_bit(name):
     config, batch = config_of(name, accumulation_steps=2), batch_of()

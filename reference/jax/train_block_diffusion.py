@@ -98,7 +98,7 @@ def masked_batch(
             number = is_masked_BS.sum()
         case "examples":
             weights_BS = weights_BS / jnp.maximum(has_label_BS.sum(axis=1, keepdims=True), 1)
-            number = jnp.ones_like(example_ids, dtype=int).sum()
+            number = jnp.full((), len(labels))
     return noisy_ids, weights_BS, number
 
 

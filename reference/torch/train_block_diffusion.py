@@ -148,7 +148,7 @@ def masked_batch(
             number = is_masked_BS.sum()
         case "examples":
             weights_BS = weights_BS / has_label_BS.sum(dim=1, keepdim=True).clamp(min=1)
-            number = torch.ones_like(example_ids, dtype=torch.int64).sum()
+            number = torch.full((), len(labels), device=labels.device)
     return noisy_ids, weights_BS, number
 
 
