@@ -58,8 +58,19 @@ def train_step() -> Contract:
         parameters=parameters,
         landmarks=(
             sizes(2, 3, rates="linear", z_coefficient=1.0),
-            sizes(1, 4, top_k=2, moe_layers=(0, 1), num_hidden_layers=2, optimizer="adam", ema="growing", run_seed=2**40 + 5),
-            sizes(1, 2, optimizer="sgd", rates="cosine", noise_std=4.0, balance_coefficient=0.0, activation_checkpointing=True),
+            sizes(
+                1,
+                4,
+                top_k=2,
+                moe_layers=(0, 1),
+                num_hidden_layers=2,
+                optimizer="adam",
+                ema="growing",
+                run_seed=2**40 + 5,
+                rates="cosine",
+                noise_std=4.0,
+            ),
+            sizes(1, 2, optimizer="sgd", rates="endless", balance_coefficient=0.0, activation_checkpointing=True),
         ),
         factors=FACTORS,
         build=sizes,
@@ -112,7 +123,7 @@ OF_MODEL = {
     "top_k": 1,
 }
 # as of `training_runs`, and a last step, without which there is no noise
-RATES = {name: {"num_training_steps": 2000} | rates for name, rates in training_runs.RATES.items()}
+RATES = {name: {"num_training_steps": 2000} | rates for name, rates in training_runs.RATES.items()} | {"endless": {}}
 
 
 def sizes(num_steps: int = 1, batch_size: int = 3, **others: Any) -> dict[str, Any]:
