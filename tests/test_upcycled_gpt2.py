@@ -58,7 +58,7 @@ def dense_of_transformers() -> torch.nn.Module:
 def test_it_is_transformers_gpt2_with_experts_in_its_blocks(config, training):
     """Outputs and the gradients of all parameters, in float64."""
     results = []
-    for function in (upcycled_gpt2.upcycled_gpt2, transformers_gpt2.TransformersUpcycledGPT2()):
+    for function in (upcycled_gpt2.upcycled_gpt2, transformers_gpt2.TransformersUpcycledGpt2()):
         leaves = {name: each.requires_grad_() for name, each in parameters(config).items()}
         outputs = function(leaves, IDS, noise(config), training=training, config=config)
         scalar = sum((random(*each.shape, seed=70 + place) * each).sum() for place, each in enumerate(outputs[:4]))

@@ -243,7 +243,7 @@ OUTSIDERS: dict[str, dict[str, Callable[[Problem], Callable[[], Results]]]] = {
     "train_moe_lm.train_step": {
         "moe-emergence's loop": PeerModel("transformers_gpt2", "EmergenceTrainingLoop", is_compiled=False),
     },
-    "upcycled_gpt2.upcycled_gpt2": _models("transformers", "transformers_gpt2", "TransformersUpcycledGPT2"),
+    "upcycled_gpt2.upcycled_gpt2": _models("transformers", "transformers_gpt2", "TransformersUpcycledGpt2"),
     "unet.unet": _models("diffusers", "diffusers_unet", "DiffusersUnet"),
     "unet.unet_text_time": _models("diffusers", "diffusers_unet", "DiffusersUnetTextTime"),
     "vae.encode": _models("diffusers", "diffusers_vae", "DiffusersVaeEncode"),

@@ -110,7 +110,7 @@ def stacked(parameters: State, config: UpcycledGPT2Config) -> Tensors:
 
 
 @peer("upcycled_gpt2.upcycled_gpt2", dtypes=("float32",), rounding="eager", oracle=True)
-class TransformersUpcycledGPT2:
+class TransformersUpcycledGpt2:
     """GPT2LMHeadModel with these layers."""
 
     def __call__(self, state, input_ids, noise, *, training, config):

@@ -96,9 +96,9 @@ def shares_of_outputs(
 ) -> tuple[jax.Array, Tensors]:
     """As `gaugeblock.reference.torch.train_moe_lm.shares_of_outputs`."""
     logits_BSV, router_logits_BSLE, probs_BSLE, entropy_BSL, load_BLE = outputs
-    dtype, num_layers = weights.dtype, max(1, len(config.model.moe_layers))
+    num_layers = max(1, len(config.model.moe_layers))
     num_tokens, num_experts = router_logits_BSLE.shape[1], router_logits_BSLE.shape[3]
-    lm_loss = (weights * token_losses(logits_BSV, labels).astype(dtype)).sum()
+    lm_loss = (weights * token_losses(logits_BSV, labels)).sum()
 
     shares_BSL = jnp.broadcast_to((example_shares / num_tokens)[:, None, None], entropy_BSL.shape)
     probability_LE = (shares_BSL[..., None] * probs_BSLE).sum(axis=(0, 1))
@@ -111,17 +111,16 @@ def shares_of_outputs(
         "entropy": (shares_BSL * entropy_BSL).sum(axis=(0, 1)),
         "load": (example_shares[:, None, None] * load_BLE).sum(axis=0),
     }
-    metrics = {name: each.astype(dtype) for name, each in metrics.items()}
     objective = lm_loss + config.balance_coefficient * balance_loss + config.z_coefficient * z_loss
     return objective, metrics
 
 
 def token_losses(logits: jax.Array, labels: jax.Array) -> jax.Array:
-    """Return the cross entropy of each label but the first, [B, S - 1], with the logits [B, S, V] of the token before it."""
+    """As `gaugeblock.reference.torch.train_moe_lm.token_losses`."""
     labels_BS = labels[:, 1:]
     log_probs_BSV = jax.nn.log_softmax(at_least_float32(logits[:, :-1]), axis=-1)
     picked_BS = jnp.take_along_axis(log_probs_BSV, jnp.maximum(labels_BS, 0)[..., None], axis=-1)[..., 0]
-    return jnp.where(labels_BS == IGNORED_LABEL, 0, -picked_BS)
+    return -picked_BS
 
 
 def noise(example_ids: jax.Array, num_tokens: int, step: jax.Array, *, dtype: jnp.dtype, config: MoELMConfig) -> jax.Array:

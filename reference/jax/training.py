@@ -194,17 +194,17 @@ def optimizer_step(
         new_moments = {part: optax.tree_utils.tree_get(kept, OPTAX_MOMENTS[part]) for part in config.moments}
         return {"model": optax.apply_updates(own["model"], updates), **new_moments}
 
-    def of(names: Iterable[str]) -> dict[str, Tensors]:
+    def parts_of(names: Iterable[str]) -> dict[str, Tensors]:
         return {part: {name: parts[part][name] for name in names} for part in ("model", *config.moments)}
 
     whole = [name for name in gradients if name not in used]
-    new = updated(of(whole), {name: gradients[name] for name in whole}, step)
+    new = updated(parts_of(whole), {name: gradients[name] for name in whole}, step)
     num_updates = dict(parts["num_updates"])
     for name, is_used in used.items():
-        rows = jax.vmap(updated)(of([name]), {name: gradients[name]}, num_updates[name])
+        rows = jax.vmap(updated)(parts_of([name]), {name: gradients[name]}, num_updates[name])
         for part, tensors in rows.items():
-            rows_used = is_used.reshape(-1, *(1 for _ in tensors[name].shape[1:]))
-            new[part][name] = jnp.where(rows_used, tensors[name], parts[part][name])
+            is_row_used = is_used.reshape(-1, *(1 for _ in tensors[name].shape[1:]))
+            new[part][name] = jnp.where(is_row_used, tensors[name], parts[part][name])
         num_updates[name] = num_updates[name] + is_used
     return {**parts, **{part: parts[part] | tensors for part, tensors in new.items()}, "num_updates": num_updates}
 

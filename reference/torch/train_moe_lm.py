@@ -155,9 +155,9 @@ def shares_of_outputs(
     Returns: as `shares`.
     """
     logits_BSV, router_logits_BSLE, probs_BSLE, entropy_BSL, load_BLE = outputs
-    dtype, num_layers = weights.dtype, max(1, len(config.model.moe_layers))
+    num_layers = max(1, len(config.model.moe_layers))
     num_tokens, num_experts = router_logits_BSLE.shape[1], router_logits_BSLE.shape[3]
-    lm_loss = (weights * token_losses(logits_BSV, labels).to(dtype)).sum()
+    lm_loss = (weights * token_losses(logits_BSV, labels)).sum()
 
     shares_BSL = (example_shares / num_tokens)[:, None, None].expand(entropy_BSL.shape)
     probability_LE = (shares_BSL[..., None] * probs_BSLE).sum(dim=(0, 1))
@@ -170,17 +170,19 @@ def shares_of_outputs(
         "entropy": (shares_BSL * entropy_BSL).sum(dim=(0, 1)),
         "load": (example_shares[:, None, None] * load_BLE).sum(dim=0),
     }
-    metrics = {name: each.to(dtype) for name, each in metrics.items()}
     objective = lm_loss + config.balance_coefficient * balance_loss + config.z_coefficient * z_loss
     return objective, metrics
 
 
 def token_losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Return the cross entropy of each label but the first, [B, S - 1], with the logits [B, S, V] of the token before it."""
+    """Return the cross entropy of each label but the first, [B, S - 1], with the logits [B, S, V] of the token before it.
+
+    What stands for a label that does not count is left alone: its weight is 0.
+    """
     labels_BS = labels[:, 1:].long()
     log_probs_BSV = torch.log_softmax(at_least_float32(logits[:, :-1]), dim=-1)
     picked_BS = log_probs_BSV.gather(-1, labels_BS.clamp(min=0)[..., None])[..., 0]
-    return torch.where(labels_BS == IGNORED_LABEL, 0, -picked_BS)
+    return -picked_BS
 
 
 def noise(example_ids: torch.Tensor, num_tokens: int, step: int, *, dtype: torch.dtype, config: MoELMConfig) -> torch.Tensor:

@@ -4,11 +4,11 @@ import torch
 from torch.nn import functional
 
 from gaugeblock.conformance.selftest.fault import fault
-from gaugeblock.conformance.selftest.simulated.upcycled_gpt2 import PLACES, TOKENS, UpcycledGPT2
+from gaugeblock.conformance.selftest.simulated.upcycled_gpt2 import PLACES, TOKENS, UpcycledGpt2
 
 
 @fault(caught_by="parity", kind="structural", source="moe-emergence, design V3: the gate is the softmax probability")
-class ProbabilityForOne(UpcycledGPT2):
+class ProbabilityForOne(UpcycledGpt2):
     """The weight of one expert alone is its probability."""
 
     def alone(self, chosen):
@@ -16,7 +16,7 @@ class ProbabilityForOne(UpcycledGPT2):
 
 
 @fault(caught_by="gradients", kind="gradient", source="renormalized top-1 weights: p / p is 1 and has no gradient")
-class NoGradientThroughOne(UpcycledGPT2):
+class NoGradientThroughOne(UpcycledGpt2):
     """The weight of one expert alone is 1, and the router learns nothing of it."""
 
     def alone(self, chosen):
@@ -24,7 +24,7 @@ class NoGradientThroughOne(UpcycledGPT2):
 
 
 @fault(caught_by="gradients", kind="gradient", source="straight-through estimators left on in evaluation")
-class StraightThroughInEvaluation(UpcycledGPT2):
+class StraightThroughInEvaluation(UpcycledGpt2):
     """The gradient of one weight flows in evaluation too."""
 
     def alone(self, chosen):
@@ -32,7 +32,7 @@ class StraightThroughInEvaluation(UpcycledGPT2):
 
 
 @fault(caught_by="parity", kind="structural", source="moe-emergence: after installing, routers are in train mode")
-class NoiseInEvaluation(UpcycledGPT2):
+class NoiseInEvaluation(UpcycledGpt2):
     """Noise is added whenever there is any."""
 
     def layer(self, state, hidden, noise):
@@ -43,7 +43,7 @@ class NoiseInEvaluation(UpcycledGPT2):
 
 
 @fault(caught_by="parity", kind="structural", source="a router that accepts noise and never adds it")
-class NoiseForgotten(UpcycledGPT2):
+class NoiseForgotten(UpcycledGpt2):
     """Experts are chosen by the logits alone."""
 
     def noisy(self, logits, noise):
@@ -51,7 +51,7 @@ class NoiseForgotten(UpcycledGPT2):
 
 
 @fault(caught_by="parity", kind="structural", source="noise on probabilities")
-class NoiseOnProbabilities(UpcycledGPT2):
+class NoiseOnProbabilities(UpcycledGpt2):
     """Noise is added behind the softmax, and what results is normalized again."""
 
     def noisy(self, logits, noise):
@@ -59,7 +59,7 @@ class NoiseOnProbabilities(UpcycledGPT2):
 
 
 @fault(caught_by="parity", kind="structural", source="one draw for all layers")
-class NoiseOfTheFirstLayer(UpcycledGPT2):
+class NoiseOfTheFirstLayer(UpcycledGpt2):
     """All layers have the noise of the first one."""
 
     def __call__(self, state, input_ids, noise, *, training, config):
@@ -67,7 +67,7 @@ class NoiseOfTheFirstLayer(UpcycledGPT2):
 
 
 @fault(caught_by="parity", kind="structural", source="entropy measured on noisy probabilities")
-class EntropyWithNoise(UpcycledGPT2):
+class EntropyWithNoise(UpcycledGpt2):
     """A router seems undecided because of the noise."""
 
     def entropy(self, probs, clean):
@@ -75,7 +75,7 @@ class EntropyWithNoise(UpcycledGPT2):
 
 
 @fault(caught_by="parity", kind="structural", source="the balance loss of probabilities that chose nothing")
-class ProbabilitiesWithoutNoise(UpcycledGPT2):
+class ProbabilitiesWithoutNoise(UpcycledGpt2):
     """Of the probabilities those without noise are returned."""
 
     def told(self, probs, clean):
@@ -83,7 +83,7 @@ class ProbabilitiesWithoutNoise(UpcycledGPT2):
 
 
 @fault(caught_by="gradients", kind="gradient", source="auxiliary outputs stored detached")
-class ProbabilitiesDetached(UpcycledGPT2):
+class ProbabilitiesDetached(UpcycledGpt2):
     """No gradient of a balance loss reaches the router."""
 
     def told(self, probs, clean):
@@ -91,7 +91,7 @@ class ProbabilitiesDetached(UpcycledGPT2):
 
 
 @fault(caught_by="parity", kind="structural", source="top-2 weights as in Switch Transformers: not normalized")
-class WeightsOfSeveralNotNormalized(UpcycledGPT2):
+class WeightsOfSeveralNotNormalized(UpcycledGpt2):
     """Several weights are probabilities among all experts."""
 
     def normalized(self, chosen, probs):
@@ -99,7 +99,7 @@ class WeightsOfSeveralNotNormalized(UpcycledGPT2):
 
 
 @fault(caught_by="parity", kind="structural", source="loads of first choices alone")
-class LoadOfFirstChoices(UpcycledGPT2):
+class LoadOfFirstChoices(UpcycledGpt2):
     """Second experts are not counted."""
 
     def load(self, ids):
@@ -107,7 +107,7 @@ class LoadOfFirstChoices(UpcycledGPT2):
 
 
 @fault(caught_by="parity", kind="structural", source="layers counted from 1")
-class LayersWithoutExperts(UpcycledGPT2):
+class LayersWithoutExperts(UpcycledGpt2):
     """The last MoE layer is left out: its tokens stay as they are."""
 
     def layer(self, state, hidden, noise):
@@ -118,7 +118,7 @@ class LayersWithoutExperts(UpcycledGPT2):
 
 
 @fault(caught_by="parity", kind="precision", source="GELU by tanh for exact GELU: GPT-2 has gelu_new")
-class ExactGelu(UpcycledGPT2):
+class ExactGelu(UpcycledGpt2):
     """The exact GELU."""
 
     def gelu(self, inner):
@@ -126,7 +126,7 @@ class ExactGelu(UpcycledGPT2):
 
 
 @fault(caught_by="parity", kind="precision", source="LayerNorm eps 1e-5 / 1e-6 mixed up")
-class EpsOfOtherModels(UpcycledGPT2):
+class EpsOfOtherModels(UpcycledGpt2):
     """Every LayerNorm has 1e-6."""
 
     def eps(self):
@@ -134,7 +134,7 @@ class EpsOfOtherModels(UpcycledGPT2):
 
 
 @fault(caught_by="parity", kind="structural", source="GPT-2 ports: a causal mask forgotten")
-class SeesWhatComesAfter(UpcycledGPT2):
+class SeesWhatComesAfter(UpcycledGpt2):
     """Every token sees all."""
 
     def may_look(self, num_tokens):
@@ -142,7 +142,7 @@ class SeesWhatComesAfter(UpcycledGPT2):
 
 
 @fault(caught_by="parity", kind="structural", source="GPT-2 ports: 1 / sqrt(hidden_size)")
-class ScaledByTheWidth(UpcycledGPT2):
+class ScaledByTheWidth(UpcycledGpt2):
     """Scores are divided by the root of the whole width."""
 
     def scale(self, query):
@@ -150,7 +150,7 @@ class ScaledByTheWidth(UpcycledGPT2):
 
 
 @fault(caught_by="parity", kind="structural", source="Megatron's fused qkv: thirds within each head")
-class ThirdsWithinHeads(UpcycledGPT2):
+class ThirdsWithinHeads(UpcycledGpt2):
     """Queries, keys and values take turns from head to head."""
 
     def heads(self, qkv):
@@ -158,7 +158,7 @@ class ThirdsWithinHeads(UpcycledGPT2):
 
 
 @fault(caught_by="parity", kind="boundary", source="OPT's places begin at 2")
-class PlacesBeginAtOne(UpcycledGPT2):
+class PlacesBeginAtOne(UpcycledGpt2):
     """The first token has the second place."""
 
     def places(self, num_tokens):
@@ -166,7 +166,7 @@ class PlacesBeginAtOne(UpcycledGPT2):
 
 
 @fault(caught_by="parity", kind="structural", source="GPT-1: norms behind, none at the end")
-class NotNormalizedAtTheEnd(UpcycledGPT2):
+class NotNormalizedAtTheEnd(UpcycledGpt2):
     """The head takes tokens as they are."""
 
     def head(self, state, hidden):
@@ -174,7 +174,7 @@ class NotNormalizedAtTheEnd(UpcycledGPT2):
 
 
 @fault(caught_by="gradients", kind="gradient", source="a head that is a copy: tie_weights forgotten after loading")
-class HeadUntied(UpcycledGPT2):
+class HeadUntied(UpcycledGpt2):
     """The table of tokens gets no gradient of the head."""
 
     def head(self, state, hidden):
@@ -182,7 +182,7 @@ class HeadUntied(UpcycledGPT2):
 
 
 @fault(caught_by="gradients", kind="gradient")
-class PlacesFrozen(UpcycledGPT2):
+class PlacesFrozen(UpcycledGpt2):
     """The table of places gets no gradient."""
 
     def embed(self, state, ids):
@@ -190,7 +190,7 @@ class PlacesFrozen(UpcycledGPT2):
 
 
 @fault(caught_by="same_pointer_new_data", kind="state", source="last_aux read before it is overwritten")
-class RoutingOfTheCallBefore(UpcycledGPT2):
+class RoutingOfTheCallBefore(UpcycledGpt2):
     """The load is that of the first call."""
 
     def __init__(self):

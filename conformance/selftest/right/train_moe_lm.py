@@ -70,7 +70,7 @@ class ExpertsAsParametersOfTheirOwn(MoELMTrainer):
 
 
 @right(dtypes=("float32",))
-class MoELMOptimizerInFloat64(MoELMTrainer):
+class StepInFloat64(MoELMTrainer):
     """Norm, clipping and update in float64, each result rounded once."""
 
     def clip(self, gradients, norm):

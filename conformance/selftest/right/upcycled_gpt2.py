@@ -4,11 +4,11 @@ import torch
 from torch.nn import functional
 
 from gaugeblock.conformance.selftest.right.of_models import rounded
-from gaugeblock.conformance.selftest.simulated.upcycled_gpt2 import TOKENS, UpcycledGPT2
+from gaugeblock.conformance.selftest.simulated.upcycled_gpt2 import TOKENS, UpcycledGpt2
 from gaugeblock.conformance.selftest.variant import right
 
 
-class FunctionsOfTorch(UpcycledGPT2):
+class FunctionsOfTorch(UpcycledGpt2):
     """torch's products, layer_norm, embedding and attention."""
 
     def product(self, inputs, matrix):
@@ -23,7 +23,7 @@ class FunctionsOfTorch(UpcycledGPT2):
 
 
 @right(batch_invariant=False)
-class UpcycledGPT2OfTorch(FunctionsOfTorch):
+class UpcycledGpt2OfTorch(FunctionsOfTorch):
     """torch's products, layer_norm, embedding and attention in float32."""
 
     def embed(self, state, ids):
@@ -31,7 +31,7 @@ class UpcycledGPT2OfTorch(FunctionsOfTorch):
 
 
 @right()
-class GeluAndWeightsWrittenOut(UpcycledGPT2):
+class GeluAndWeightsWrittenOut(UpcycledGpt2):
     """The GELU by a sigmoid; weights as the softmax of the chosen logits; loads counted one by one."""
 
     def gelu(self, inner):
@@ -46,7 +46,7 @@ class GeluAndWeightsWrittenOut(UpcycledGPT2):
 
 
 @right()
-class HeadByHead(UpcycledGPT2):
+class HeadByHead(UpcycledGpt2):
     """A head after the other, queries scaled; a mask that is added."""
 
     def attended(self, query, key, value):
@@ -59,7 +59,7 @@ class HeadByHead(UpcycledGPT2):
 
 
 @right(batch_invariant=False)
-class UpcycledGPT2InFloat64(FunctionsOfTorch):
+class UpcycledGpt2InFloat64(FunctionsOfTorch):
     """Everything in float64, rounded once."""
 
     def parameters(self, state):
@@ -71,7 +71,7 @@ class UpcycledGPT2InFloat64(FunctionsOfTorch):
 
 
 @right()
-class OperandsRounded(UpcycledGPT2):
+class OperandsRounded(UpcycledGpt2):
     """What is multiplied outside of routers and experts is rounded to the dtype of the state; gradients are not."""
 
     def parameters(self, state):

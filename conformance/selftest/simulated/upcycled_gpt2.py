@@ -13,7 +13,7 @@ State = Mapping[str, torch.Tensor]
 TOKENS, PLACES = "transformer.wte.weight", "transformer.wpe.weight"
 
 
-class UpcycledGPT2:
+class UpcycledGpt2:
     """`upcycled_gpt2.upcycled_gpt2`."""
 
     contract = "upcycled_gpt2.upcycled_gpt2"
