@@ -249,7 +249,8 @@ def draws(latents: jax.Array, example_ids: jax.Array, step: jax.Array, *, is_cyc
             least, length = config.latent_t_min, config.latent_t_max - config.latent_t_min
             times_B = jnp.minimum(least + length * uniforms_B, LAST_TIME)
         alphas_B, sigmas_B = rates(times_B)
-        return noise_BE, *(each.astype(latents.dtype) for each in (times_B, alphas_B, sigmas_B))
+        times_B, alphas_B, sigmas_B = (each.astype(latents.dtype) for each in (times_B, alphas_B, sigmas_B))
+    return noise_BE, times_B, alphas_B, sigmas_B
 
 
 def rates(times: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -12,6 +12,7 @@ The state of a run is a flat dict of tensors:
 What a run depends on is in it and in the config: what is random is drawn by (seed, step, example id, purpose).
 """
 
+import inspect
 from collections import OrderedDict
 from collections.abc import Callable, Container, Iterable, Mapping
 from functools import partial
@@ -48,7 +49,7 @@ def step(
     compiled: bool = True,
 ) -> tuple[Tensors, Tensors]:
     """As `gaugeblock.reference.torch.training.step`, but compiled; if not, shares may look at the step, and compile by itself."""
-    run = metrics_and_gradients if compiled else metrics_and_gradients.__wrapped__
+    run = metrics_and_gradients if compiled else inspect.unwrap(metrics_and_gradients)
     metrics, gradients = run(shares, dict(state), tuple(batch), config=config)
     new_state, gradient_norm = finish(state, metrics, gradients, config=config)
     return new_state, metrics | {"gradient_norm": gradient_norm}
