@@ -7,6 +7,7 @@ microbatch or rank it is in.
 Shapes: B batch_size, T num_tokens, E latent_dim, V vocab_size.
 """
 
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -76,8 +77,11 @@ def train_step(
     shapes, frozen = text_latent_mmdit.state_shapes(config.model), frozen_names(config)
     validation.cycle_vae_step(state, input_ids, latents, attention_mask, example_ids, config, shapes, frozen)
     batch = input_ids, latents, attention_mask, example_ids
-    new_state, metrics = training.step(shares, state, batch, config=config, compiled=False)
-    return new_state, Metrics(**metrics, **weight_metrics(state["step"], latents, config=config))
+    # not compiled as a whole, so that `cycles_run` may look at the step
+    metrics, gradients = inspect.unwrap(training.metrics_and_gradients)(shares, state, batch, config=config)
+    new_state, gradient_norm = training.finish(state, metrics, gradients, config=config)
+    weights = weight_metrics(state["step"], latents, config=config)
+    return new_state, Metrics(**metrics, **weights, gradient_norm=gradient_norm)
 
 
 def shares(

@@ -12,7 +12,6 @@ The state of a run is a flat dict of tensors:
 What a run depends on is in it and in the config: what is random is drawn by (seed, step, example id, purpose).
 """
 
-import inspect
 from collections import OrderedDict
 from collections.abc import Callable, Container, Iterable, Mapping
 from functools import partial
@@ -41,16 +40,10 @@ def initial_state(parameters: Mapping[str, jax.Array], *, config: TrainingConfig
 
 
 def step(
-    shares: Shares,
-    state: Mapping[str, jax.Array],
-    batch: Iterable[jax.Array | None],
-    *,
-    config: TrainingConfig,
-    compiled: bool = True,
+    shares: Shares, state: Mapping[str, jax.Array], batch: Iterable[jax.Array | None], *, config: TrainingConfig
 ) -> tuple[Tensors, Tensors]:
-    """As `gaugeblock.reference.torch.training.step`, but compiled; if not, shares may look at the step, and compile by itself."""
-    run = metrics_and_gradients if compiled else inspect.unwrap(metrics_and_gradients)
-    metrics, gradients = run(shares, dict(state), tuple(batch), config=config)
+    """As `gaugeblock.reference.torch.training.step`."""
+    metrics, gradients = metrics_and_gradients(shares, dict(state), tuple(batch), config=config)
     new_state, gradient_norm = finish(state, metrics, gradients, config=config)
     return new_state, metrics | {"gradient_norm": gradient_norm}
 
@@ -59,7 +52,7 @@ def step(
 def metrics_and_gradients(
     shares: Shares, state: Mapping[str, jax.Array], batch: Iterable[jax.Array | None], *, config: TrainingConfig
 ) -> tuple[Tensors, Tensors]:
-    """As `gaugeblock.reference.torch.training.metrics_and_gradients`; shares is a function of a module."""
+    """As `gaugeblock.reference.torch.training.metrics_and_gradients`, but shares is a function of a module."""
     batch = list(batch)
     batch_size = next(len(each) for each in batch if each is not None)
     num_microbatches = min(config.accumulation_steps, batch_size)
