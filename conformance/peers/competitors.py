@@ -233,6 +233,9 @@ OUTSIDERS: dict[str, dict[str, Callable[[Problem], Callable[[], Results]]]] = {
     "train_image_diffusion.train_step_on_texts": {
         "diffusers' loop": PeerModel("diffusers_training", "DiffusersTrainingLoop", is_compiled=False),
     },
+    "train_cycle_vae.train_step": {
+        "LGDLM's loop": PeerModel("lgdlm_training", "LgdlmTrainingLoop", is_compiled=False),
+    },
     "flux.flux": _models("diffusers", "diffusers_flux", "DiffusersFlux"),
     "unet.unet": _models("diffusers", "diffusers_unet", "DiffusersUnet"),
     "unet.unet_text_time": _models("diffusers", "diffusers_unet", "DiffusersUnetTextTime"),
