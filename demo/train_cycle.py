@@ -3,9 +3,9 @@
     python demo/train_cycle.py [--steps 1000] [--folder demo]
 
 Texts are of 16 characters. What encodes them is trained first: the principal components of how often each character stands in a
-text, scaled to a variance of 1. The model learns to predict a text from its latent, the noise of a noised latent from its text, and both through
-the other. It is trained in PyTorch and in JAX from the same draws; how far apart the two runs' losses may lie is measured as by
-`train_digits.py`. Writes cycle_loss.png, and says how much of held-out texts their latents tell.
+text, scaled to a variance of 1. The model learns to predict a text from its latent, the noise of a noised latent from its text,
+and both through the other. It is trained in PyTorch and in JAX from the same draws; how far apart the two runs' losses may lie is
+measured as by `train_digits.py`. Writes cycle_loss.png, and says how much of held-out texts their latents tell.
 """
 
 import argparse

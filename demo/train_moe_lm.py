@@ -162,9 +162,8 @@ def main(arguments: list[str]) -> int:
     print(f"dense: loss {dense[0]:.4f} at first, {dense[-10:].mean():.4f} at last")
     runs, allowed = training.in_both(partial(train_torch, loads), partial(train_jax, of_jax), options.steps)
     first, ties = first_other_choice(np.stack(loads), np.stack(of_jax[: options.steps]))
-    print(
-        f"choices: the same in the first {first} steps, then {ties} of {MODEL.top_k * len(MODEL.moe_layers) * BATCH_SIZE * LENGTH}"
-    )
+    of_a_step = MODEL.top_k * len(MODEL.moe_layers) * BATCH_SIZE * LENGTH
+    print(f"choices: the same in the first {first} steps, then {ties} of {of_a_step} are other ones")
     allowed[first:] = allowed.max()
     training.draw_losses(runs, allowed, options.folder / "moe_lm_loss.png")
     draw_loads(np.stack(loads), options.folder / "moe_lm_load.png")

@@ -50,9 +50,9 @@ def train_step() -> Contract:
         batch="batch_size",
         parameters=parameters,
         landmarks=(  # of one size, which JAX compiles once
-            sizes(cycle_latent_sampling="categorical", cycle_latent_temperature=2.0, **RISING, accumulation_steps=3),
+            sizes(cycle_latent_sampling="categorical", cycle_latent_temperature=8.0, **RISING),
             sizes(prediction_type="v_prediction", cycle_stop_grad_latent=False, cycle_every=3, ema="growing", **LGDLM_RATE),
-            sizes(mode="t2l", latent_t_mode="full", prediction_type="sample", run_seed=2**40 + 5, cluster_size=3),
+            sizes(latent_t_mode="full", prediction_type="sample", cluster_size=3, run_seed=2**40 + 5, **BEFORE, **FALLING),
         ),
         factors=FACTORS,
         build=sizes,
@@ -81,8 +81,12 @@ def train_step() -> Contract:
 
 
 TINY = TextLatentMMDiTConfig(vocab_size=11, latent_dim=5, hidden_size=8, n_blocks=1, cond_dim=6, max_seq_len=6)
-RISING = {"cycle_text_warmup_steps": 1, "cycle_text_ramp_steps": 12, "cycle_latent_warmup_steps": 2, "cycle_latent_ramp_steps": 9}
-LGDLM_RATE = {
+RISING: dict[str, Any] = {
+    "cycle_text_warmup_steps": 1, "cycle_text_ramp_steps": 12, "cycle_latent_warmup_steps": 2, "cycle_latent_ramp_steps": 9
+}  # fmt: skip
+BEFORE: dict[str, Any] = {"cycle_text_warmup_steps": 1000, "cycle_latent_warmup_steps": 1000}
+FALLING: dict[str, Any] = {"learning_rate_schedule": "cosine", "num_training_steps": 12, "final_learning_rate_ratio": 0.125}
+LGDLM_RATE: dict[str, Any] = {
     "learning_rate_schedule": "cosine", "num_warmup_steps": 4, "num_training_steps": 12, "first_warmup_step": 1,
     "final_learning_rate_ratio": 0.125,
 }  # fmt: skip

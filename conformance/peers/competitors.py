@@ -239,6 +239,9 @@ OUTSIDERS: dict[str, dict[str, Callable[[Problem], Callable[[], Results]]]] = {
     "train_block_diffusion.train_step": {
         "transformers' loop": PeerModel("transformers_training", "TransformersTrainingLoop", is_compiled=False),
     },
+    "train_cycle_vae.train_step": {
+        "LGDLM's loop": PeerModel("lgdlm_training", "LgdlmTrainingLoop", is_compiled=False),
+    },
     "flux.flux": _models("diffusers", "diffusers_flux", "DiffusersFlux"),
     "train_moe_lm.train_step": {
         "moe-emergence's loop": PeerModel("transformers_gpt2", "EmergenceTrainingLoop", is_compiled=False),

@@ -7,6 +7,7 @@ gathered once for both directions, and once for both cycles.
 
 from collections.abc import Mapping
 from functools import partial
+from typing import Any
 
 import torch
 from torch.distributed.device_mesh import DeviceMesh
@@ -70,7 +71,12 @@ class ShardedTrainer:
 
     def __init__(self, state: Mapping[str, torch.Tensor], *, config: CycleVAEConfig, mesh: DeviceMesh) -> None:
         self.config, shapes = config, reference.text_latent_mmdit.state_shapes(config.model)
-        how = {"model_config": config.model, "config": config, "mesh": mesh, "frozen": reference.frozen_names(config)}
+        how: dict[str, Any] = {
+            "model_config": config.model,
+            "config": config,
+            "mesh": mesh,
+            "frozen": reference.frozen_names(config),
+        }
         self.run = ShardedRun(text_latent_mmdit, state, shapes, **how)
 
     def step(
@@ -88,7 +94,7 @@ class ShardedTrainer:
         step, weights = int(self.run.updates), reference.weight_metrics(self.run.updates, latents, config=self.config)
         runs = reference.cycles_run(step, config=self.config)
 
-        def shares(_: int, *microbatch: torch.Tensor | None) -> tuple[torch.Tensor, Tensors]:
+        def shares(_: int, *microbatch: Any) -> tuple[torch.Tensor, Tensors]:
             parts = reference.example_parts(self.run.model, *microbatch, step=step, runs=runs, config=self.config)
             means = {name: each.sum() / sum(batch_sizes) for name, each in parts.items()}
             return reference.weighted(means, step, config=self.config)

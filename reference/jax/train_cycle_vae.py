@@ -7,6 +7,7 @@ microbatch or rank it is in.
 Shapes: B batch_size, T num_tokens, E latent_dim, V vocab_size.
 """
 
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -76,8 +77,11 @@ def train_step(
     shapes, frozen = text_latent_mmdit.state_shapes(config.model), frozen_names(config)
     validation.cycle_vae_step(state, input_ids, latents, attention_mask, example_ids, config, shapes, frozen)
     batch = input_ids, latents, attention_mask, example_ids
-    new_state, metrics = training.step(shares, state, batch, config=config, compiled=False)
-    return new_state, Metrics(**metrics, **weight_metrics(state["step"], latents, config=config))
+    # not compiled as a whole, so that `cycles_run` may look at the step
+    metrics, gradients = inspect.unwrap(training.metrics_and_gradients)(shares, state, batch, config=config)
+    new_state, gradient_norm = training.finish(state, metrics, gradients, config=config)
+    weights = weight_metrics(state["step"], latents, config=config)
+    return new_state, Metrics(**metrics, **weights, gradient_norm=gradient_norm)
 
 
 def shares(
@@ -249,7 +253,8 @@ def draws(latents: jax.Array, example_ids: jax.Array, step: jax.Array, *, is_cyc
             least, length = config.latent_t_min, config.latent_t_max - config.latent_t_min
             times_B = jnp.minimum(least + length * uniforms_B, LAST_TIME)
         alphas_B, sigmas_B = rates(times_B)
-        return noise_BE, *(each.astype(latents.dtype) for each in (times_B, alphas_B, sigmas_B))
+        times_B, alphas_B, sigmas_B = (each.astype(latents.dtype) for each in (times_B, alphas_B, sigmas_B))
+    return noise_BE, times_B, alphas_B, sigmas_B
 
 
 def rates(times: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -63,11 +63,9 @@ def step(
     *,
     config: TrainingConfig,
     rows_used: RowsUsed = all_rows,
-    compiled: bool = True,
 ) -> tuple[Tensors, Tensors]:
-    """As `gaugeblock.reference.torch.training.step`, but compiled; if not, shares may look at the step, and compile by itself."""
-    run = metrics_and_gradients if compiled else metrics_and_gradients.__wrapped__
-    metrics, gradients = run(shares, dict(state), tuple(batch), config=config)
+    """As `gaugeblock.reference.torch.training.step`."""
+    metrics, gradients = metrics_and_gradients(shares, dict(state), tuple(batch), config=config)
     new_state, gradient_norm = finish(state, metrics, gradients, config=config, rows_used=rows_used)
     return new_state, metrics | {"gradient_norm": gradient_norm}
 

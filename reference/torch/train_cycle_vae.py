@@ -332,7 +332,8 @@ def draws(latents: torch.Tensor, example_ids: torch.Tensor, step: int, *, is_cyc
         least, length = config.latent_t_min, config.latent_t_max - config.latent_t_min
         times_B = (least + length * uniforms_B).clamp(max=LAST_TIME)
     alphas_B, sigmas_B = rates(times_B)
-    return noise_BE, *(each.to(latents.dtype) for each in (times_B, alphas_B, sigmas_B))
+    times_B, alphas_B, sigmas_B = (each.to(latents.dtype) for each in (times_B, alphas_B, sigmas_B))
+    return noise_BE, times_B, alphas_B, sigmas_B
 
 
 def rates(times: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -37,8 +37,8 @@ mutant(
 )  # fmt: skip
 mutant(
     EXPERTS, "scale-left-in-gradients", "Gradients are as many times too large as the loss was scaled.", "training.ShardedRun",
-    "local_part(gradient_of(parameters[name])) / self.config.loss_scale", "local_part(gradient_of(parameters[name]))", "parity", "gradient",
-    "clipping before unscale_", **SHARDED,
+    "local_part(gradient_of(parameters[name])) / self.config.loss_scale", "local_part(gradient_of(parameters[name]))",
+    "parity", "gradient", "clipping before unscale_", **SHARDED,
 )  # fmt: skip
 mutant(
     EXPERTS, "balance-of-own-examples", "The balance is that of the rank's own examples.",

@@ -105,7 +105,8 @@ class CycleTrainer(Run):
 
     def of_model(self, *arrays: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """What the model makes of them."""
-        return text_latent_mmdit.text_latent_mmdit(self.parameters, *arrays, self.mask, config=self.config.model)
+        model: Any = text_latent_mmdit.text_latent_mmdit
+        return model(self.parameters, *arrays, self.mask, config=self.config.model)
 
     def masked(self, ids: torch.Tensor) -> torch.Tensor:
         """What stands for a text that is predicted."""
