@@ -17,7 +17,7 @@ from gaugeblock.reference.configs import (
 )
 
 COSINE_OFFSET, LARGEST_BETA = 0.008, 0.999  # Nichol and Dhariwal (arXiv:2102.09672), section 3.2
-LGDLM_BETAS = (1e-4, 0.9999)  # the least and the largest: LGDLM latentDLM_mmdit/continuous_diffusion.py
+LGDLM_BETAS = (1e-4, 0.9999)  # the least and the largest, of LGDLM's class ContinuousDiffusion
 LAST_ALPHA_CUMPROD = 2.0**-24  # in place of 0, where sigma = sqrt(1 / alpha_cumprod - 1) must be finite: 4096
 KARRAS_RHO = 7.0  # Karras et al. (arXiv:2206.00364), table 1
 BETA_SHAPE = 0.6  # of both ends: Lee et al. (arXiv:2407.12173)
