@@ -39,3 +39,6 @@ class SumsInFloat64(BlockTrainer):
 
     def surprise(self, logits, labels):
         return super().surprise(logits.double(), labels)
+
+    def share(self, losses, batch_size):
+        return super().share(losses, batch_size).float()
