@@ -37,7 +37,7 @@ RUN = CycleVAEConfig(
     cycle_text_warmup_steps=STEPS // 2, cycle_text_ramp_steps=STEPS // 4,
     cycle_latent_warmup_steps=STEPS // 2, cycle_latent_ramp_steps=STEPS // 4,
 )  # fmt: skip
-STATED_LOSS = 2.0  # the mean over the last tenth of STEPS steps
+STATED_LOSS = 2.8  # with both cycles: the mean over the last tenth of STEPS steps; the first is 4.6, the last without them 2.5
 
 
 def sequences(text: str) -> torch.Tensor:
