@@ -3,7 +3,7 @@
     python demo/train_digits.py [--steps 1500] [--folder demo]
 
 Both runs start from the same state and see the same images, noise, times and dropped labels, so their losses differ by rounding
-alone. How fast rounding errors grow is measured: further JAX runs get an error of one rounding in every parameter after every
+alone. How fast rounding errors grow is measured: further JAX runs get an error of one rounding in every parameter before every
 step, and the spread of their losses is what the two runs may lie apart. Writes digits.png (samples of both models) and loss.png.
 """
 

@@ -10,7 +10,6 @@ text_model.safetensors.
 import argparse
 import math
 import sys
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -22,7 +21,6 @@ import training
 from safetensors.torch import save_file
 
 from gaugeblock.optimized.jax import train_block_diffusion as jax_step
-from gaugeblock.optimized.jax.training import shard_state
 from gaugeblock.reference.configs import BlockDiffusionConfig, SDARConfig
 from gaugeblock.reference.torch import sdar, train_block_diffusion
 from gaugeblock.reference.torch import training as trainer
@@ -49,29 +47,23 @@ def initial_state() -> dict[str, torch.Tensor]:
     return trainer.initial_state(parameters, config=config_of(0, STEPS))
 
 
-def train_torch(num_steps: int, advance: Callable[[float], None]) -> training.Run:
+def train_torch(num_steps: int, advance: training.Advance) -> training.Run:
     """Train with the PyTorch reference."""
-    state, losses = initial_state(), []
-    for step, batch in enumerate(texts.batches(num_steps, BATCH_SIZE, LENGTH, SEED)):
-        state, metrics = train_block_diffusion.train_step(state, *batch, config=config_of(step, num_steps))
-        losses.append(float(metrics.loss))
-        advance(losses[-1])
-    return training.Run(np.array(losses), state)
+
+    def step(state: dict[str, torch.Tensor], *batch: torch.Tensor) -> tuple:
+        return train_block_diffusion.train_step(state, *batch, config=config_of(int(state["step"]), num_steps))
+
+    return training.run_torch(step, initial_state(), texts.batches(num_steps, BATCH_SIZE, LENGTH, SEED), advance)
 
 
-def train_jax(num_steps: int, advance: Callable[[float], None], disturbed_by: int | None = None) -> training.Run:
-    """Train with the jitted JAX step, from the same parameters."""
+def train_jax(num_steps: int, advance: training.Advance, disturbed_by: int | None = None) -> training.Run:
+    """Train with the jitted JAX step, from the same parameters; as `training.run_jax`."""
     mesh = jax.sharding.Mesh(jax.devices()[:1], ("ranks",))
-    state = shard_state({name: training.to_jax(each) for name, each in initial_state().items()}, mesh)
-    losses = []
-    for step, batch in enumerate(texts.batches(num_steps, BATCH_SIZE, LENGTH, SEED)):
-        config, arrays = config_of(step, num_steps), map(training.to_jax, batch)
-        state, metrics = jax_step.train_step(state, *arrays, config=config, mesh=mesh)
-        if disturbed_by is not None:
-            state = training.disturb(state, jax.random.fold_in(jax.random.key(disturbed_by), step))
-        losses.append(float(metrics.loss))
-        advance(losses[-1])
-    return training.Run(np.array(losses), {name: torch.from_numpy(np.array(each)) for name, each in state.items()})
+
+    def step(state: dict[str, jax.Array], *batch: jax.Array) -> tuple:
+        return jax_step.train_step(state, *batch, config=config_of(int(state["step"]), num_steps), mesh=mesh)
+
+    return training.run_jax(step, initial_state(), texts.batches(num_steps, BATCH_SIZE, LENGTH, SEED), advance, disturbed_by)
 
 
 def bits_per_character(parameters: dict[str, torch.Tensor], text: str, draws: int = 4) -> float:

@@ -87,13 +87,13 @@ def run_jax(
     """As `run_torch`, from the same state, with a step in JAX.
 
     Args:
-        disturbed_by: A seed; the parameters get an error of one rounding after every step.
+        disturbed_by: A seed; the parameters get an error of one rounding before every step.
     """
     arrays, losses = {name: to_jax(tensor) for name, tensor in state.items()}, []
     for number, batch in enumerate(batches):
-        arrays, metrics = step(arrays, *map(to_jax, batch))
         if disturbed_by is not None:
             arrays = disturb(arrays, jax.random.fold_in(jax.random.key(disturbed_by), number))
+        arrays, metrics = step(arrays, *map(to_jax, batch))
         losses.append(float(metrics.loss))
         advance(losses[-1])
     return Run(np.array(losses), {name: torch.from_dlpack(each.copy()) for name, each in arrays.items()})
@@ -114,7 +114,7 @@ def in_both(train_torch: Callable[..., Run], train_jax: Callable[..., Run], num_
 
     Args:
         train_torch, train_jax: From a number of steps and a function that is called with each step's loss. The second one's
-            `disturbed_by` is a seed; its parameters then get an error of one rounding after every step.
+            `disturbed_by` is a seed; its parameters then get an error of one rounding before every step.
 
     Returns:
         runs: By the framework's name.

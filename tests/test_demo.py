@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
     [
         ("train_digits.py", 1.7, 1.25, ("digits.png", "loss.png")),
         ("train_stable.py", 0.9, 0.75, ("stable.png", "stable_loss.png")),
-        ("train_moe_lm.py", 4.6, 4.0, ("moe_lm_loss.png", "moe_lm_load.png")),
+        ("train_moe_lm.py", 4.6, 4.3, ("moe_lm_loss.png", "moe_lm_load.png")),
         ("train_cycle.py", 4.6, 4.2, ("cycle_loss.png",)),
     ],
 )
