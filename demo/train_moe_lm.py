@@ -160,7 +160,9 @@ def main(arguments: list[str]) -> int:
     of_jax: list[np.ndarray] = []
     dense = dense_run(max(1, options.steps * DENSE_STEPS // STEPS)).losses
     print(f"dense: loss {dense[0]:.4f} at first, {dense[-10:].mean():.4f} at last")
-    runs, allowed = training.in_both(partial(train_torch, loads), partial(train_jax, of_jax), options.steps)
+    runs, allowed = training.in_both(
+        partial(train_torch, loads), partial(train_jax, of_jax), options.steps, num_terms=BATCH_SIZE * (LENGTH - 1)
+    )
     first, ties = first_other_choice(np.stack(loads), np.stack(of_jax[: options.steps]))
     of_a_step = MODEL.top_k * len(MODEL.moe_layers) * BATCH_SIZE * LENGTH
     print(f"choices: the same in the first {first} steps, then {ties} of {of_a_step} are other ones")

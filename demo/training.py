@@ -99,22 +99,28 @@ def run_jax(
     return Run(np.array(losses), {name: torch.from_dlpack(each.copy()) for name, each in arrays.items()})
 
 
-def growth(base: Run, disturbed: list[Run]) -> np.ndarray:
+def growth(base: Run, disturbed: list[Run], num_terms: int = 1) -> np.ndarray:
     """How far apart two runs may lie at each step, [num_steps]: as often as in a budget, the spread of the disturbed runs.
 
     A step's spread is taken over all steps up to it: errors grow, and few runs see little of them by chance. And a loss is
-    itself rounded.
+    itself rounded: a mean of `num_terms` losses that are added one after the other, the k-th sum of n off by up to k / n of a
+    rounding of all, by the square root of n, over 3, in the mean square.
     """
+    own = max(1.0, math.sqrt(num_terms) / 3) * rounding_unit("float32")
     spread = np.stack([each.losses - base.losses for each in disturbed])
-    return KAPPA * (np.maximum.accumulate(np.sqrt((spread**2).mean(0))) + rounding_unit("float32") * base.losses)
+    return KAPPA * (np.maximum.accumulate(np.sqrt((spread**2).mean(0))) + own * base.losses)
 
 
-def in_both(train_torch: Callable[..., Run], train_jax: Callable[..., Run], num_steps: int) -> tuple[dict[str, Run], np.ndarray]:
+def in_both(
+    train_torch: Callable[..., Run], train_jax: Callable[..., Run], num_steps: int, num_terms: int = 1
+) -> tuple[dict[str, Run], np.ndarray]:
     """Train in PyTorch and in JAX, and in JAX again with errors, and show how far it is.
 
     Args:
         train_torch, train_jax: From a number of steps and a function that is called with each step's loss. The second one's
             `disturbed_by` is a seed; its parameters then get an error of one rounding before every step.
+
+        num_terms: How many losses a step's is the mean of, where they are added one after the other.
 
     Returns:
         runs: By the framework's name.
@@ -129,7 +135,7 @@ def in_both(train_torch: Callable[..., Run], train_jax: Callable[..., Run], num_
 
         runs = {"PyTorch": run("PyTorch", train_torch), "JAX": run("JAX", train_jax)}
         disturbed = [run(f"JAX, disturbed {seed + 1}", train_jax, disturbed_by=seed) for seed in range(GROWTH_RUNS)]
-    return runs, growth(runs["JAX"], disturbed)
+    return runs, growth(runs["JAX"], disturbed, num_terms)
 
 
 def report(runs: Mapping[str, Run], allowed: np.ndarray, stated_loss: float, is_whole: bool) -> bool:
