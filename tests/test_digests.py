@@ -67,7 +67,7 @@ def touched(subjects, before, ending, prop="parity"):
 def test_a_kernels_helper_touches_the_kernels_that_load_it(subjects, before):
     found = touched(subjects, before, "optimized/triton/topk.py")
     language_models = ("sdar.", "llada.", "dream.")  # which have what makes each of them, also experts, in one module
-    routing = ("routers.", "moe_layers.", "dit_moe.", "token_choices.", *language_models)
+    routing = ("routers.", "moe_layers.", "dit_moe.", "token_choices.", "upcycled_gpt2.", *language_models)
     kernels = {key for key in subjects if key[1] == "triton" and any(each in key[0] for each in routing)}
     over_ranks = [key for key, each in subjects.items() if each.on_ranks and each.implementation.framework == "torch"]
     layers_over_ranks = {key for key in over_ranks if "moe_layers." in key[0]}  # which take the kernels on a GPU
@@ -87,8 +87,8 @@ def test_a_reference_touches_every_contract_that_it_is_the_oracle_of(subjects, b
 
 def test_a_twin_touches_itself_and_what_is_made_of_it(subjects, before):
     assert touched(subjects, before, "reference/jax/objectives.py") == {
-        *((name, "reference-jax") for name in contracts() if name.startswith(("objectives.", "train_"))),
-        *((name, "jax-sharded") for name in contracts() if name.startswith("train_")),
+        *((name, "reference-jax") for name in contracts() if name.startswith(("objectives.", "train_image", "train_stable"))),
+        *((name, "jax-sharded") for name in contracts() if name.startswith(("train_image", "train_stable"))),
     }
 
 

@@ -65,7 +65,7 @@ def train_step() -> Contract:
         rigid=True,
         workloads=(
             Workload("cluster/train-batch-4", published(4, 4096, "cluster"), "LGDLM, configuration of the cluster"),
-            Workload("two-cores/train-smoke", published(2, 128, "smoke"), "LGDLM, configuration of the smoke test"),
+            Workload("two-cores/train-smoke", published(1, 32, "smoke"), "LGDLM, configuration of the smoke test"),
         ),
         configure=lambda parameters: {"config": config(parameters)},
         dtypes=("float32",),
