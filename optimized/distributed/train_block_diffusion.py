@@ -98,7 +98,7 @@ class ShardedTrainer:
             return loss, {"loss": loss}
 
         batch = noisy_ids, *arrays, weights_BS / number.clamp(min=1)
-        metrics, gradient_norm = run.step(shares, batch, min(self.config.accumulation_steps, max(batch_sizes)))
+        metrics, gradient_norm = run.step(shares, batch, len(run.microbatch_sizes(batch_sizes)))
         return Metrics(**metrics, gradient_norm=gradient_norm)
 
     def state(self) -> Tensors:

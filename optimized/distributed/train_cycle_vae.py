@@ -99,8 +99,7 @@ class ShardedTrainer:
             means = {name: each.sum() / sum(batch_sizes) for name, each in parts.items()}
             return reference.weighted(means, step, config=self.config)
 
-        num_microbatches = min(self.config.accumulation_steps, max(batch_sizes))
-        metrics, gradient_norm = self.run.step(shares, batch, num_microbatches)
+        metrics, gradient_norm = self.run.step(shares, batch, len(self.run.microbatch_sizes(batch_sizes)))
         return Metrics(**metrics, **weights, gradient_norm=gradient_norm)
 
     def state(self) -> Tensors:

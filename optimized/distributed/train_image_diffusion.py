@@ -134,9 +134,7 @@ class ShardedTrainer:
 
     def _step(self, check: Callable[[], None], images: torch.Tensor, *others: torch.Tensor | None) -> Metrics:
         batch_sizes = self.run.agree_on_batch(check, {"images": images})
-        num_microbatches = min(self.config.accumulation_steps, max(batch_sizes))
-        sizes = [[len(part) for part in torch.empty(size).tensor_split(num_microbatches)] for size in batch_sizes]
-        of_microbatches = [sum(of_ranks) for of_ranks in zip(*sizes, strict=True)]
+        of_microbatches = self.run.microbatch_sizes(batch_sizes)
 
         def shares(index: int, images: torch.Tensor, *others: torch.Tensor) -> tuple[torch.Tensor, Tensors]:
             losses_B, auxiliary_loss = reference.example_losses(
@@ -149,7 +147,7 @@ class ShardedTrainer:
             loss = losses_B.sum() / sum(batch_sizes)
             return loss + of_rank, {"loss": loss, "auxiliary_loss": of_rank}
 
-        metrics, gradient_norm = self.run.step(shares, (images, *others), num_microbatches)
+        metrics, gradient_norm = self.run.step(shares, (images, *others), len(of_microbatches))
         return Metrics(**metrics, gradient_norm=gradient_norm)
 
 

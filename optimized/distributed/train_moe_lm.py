@@ -85,9 +85,7 @@ class ShardedTrainer:
         """Make one update on the losses of the batch of all ranks; arguments, result and errors as of `train_step`."""
         check = partial(validation.moe_lm_batch, input_ids, labels, example_ids, self.config)
         batch_sizes = self.run.agree_on_batch(check, {"input_ids": input_ids})
-        num_microbatches = min(self.config.accumulation_steps, max(batch_sizes))
-        sizes = [[len(part) for part in torch.empty(size).tensor_split(num_microbatches)] for size in batch_sizes]
-        of_microbatches = [sum(of_ranks) for of_ranks in zip(*sizes, strict=True)]
+        of_microbatches = self.run.microbatch_sizes(batch_sizes)
         group, dtype, step = self.run.mesh.get_group(), self.run.dtype, int(self.run.updates)
         counts_BS = labels[:, 1:] != IGNORED_LABEL
         weights_BS = counts_BS.to(dtype) / sum_over_ranks(counts_BS.sum()[None], group)
@@ -102,7 +100,7 @@ class ShardedTrainer:
             return reference.shares_of_outputs(outputs, labels, weights, example_shares, load.to(dtype), config=self.config)
 
         batch = input_ids, labels, weights_BS, example_ids
-        metrics, gradient_norm = self.run.step(shares, batch, num_microbatches, rows_used=reference.experts_used)
+        metrics, gradient_norm = self.run.step(shares, batch, len(of_microbatches), rows_used=reference.experts_used)
         return Metrics(**metrics, gradient_norm=gradient_norm)
 
     def state(self) -> Tensors:

@@ -132,8 +132,7 @@ class ShardedTrainer:
             loss = losses_B.sum() / sum(batch_sizes)
             return loss, {"loss": loss}
 
-        num_microbatches = min(self.config.accumulation_steps, max(batch_sizes))
-        metrics, gradient_norm = self.run.step(shares, (latents, *others), num_microbatches)
+        metrics, gradient_norm = self.run.step(shares, (latents, *others), len(self.run.microbatch_sizes(batch_sizes)))
         return Metrics(**metrics, gradient_norm=gradient_norm)
 
     def _encode_images(self, images: torch.Tensor, example_ids: torch.Tensor, step: int) -> torch.Tensor:

@@ -127,6 +127,12 @@ class ShardedRun:
         self._update(gradients, gradient_norm, {name: shard_like(parameters[name], each) for name, each in used.items()})
         return metrics, gradient_norm
 
+    def microbatch_sizes(self, batch_sizes: list[int]) -> list[int]:
+        """Return how many examples of all ranks each microbatch has, of so many of each rank; on a rank some may be empty."""
+        count = min(self.config.accumulation_steps, max(batch_sizes))
+        of_ranks = [[len(part) for part in torch.empty(size).tensor_split(count)] for size in batch_sizes]
+        return [sum(sizes) for sizes in zip(*of_ranks, strict=True)]
+
     def state(self) -> Tensors:
         """Gather the whole state on every rank; later steps do not write to it."""
         state = self.parts() | {"step": self.updates.clone()}
