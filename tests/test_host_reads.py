@@ -182,6 +182,7 @@ def test_loops_of_given_length_wait_for_nothing(loop: Any, config: Any) -> None:
 class OnGpu(torch.Tensor):
     """A tensor that says it lies on a GPU."""
 
+    device = torch.device("cuda")  # type: ignore[assignment]
     is_cuda = True  # type: ignore[assignment]
 
 

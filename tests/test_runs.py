@@ -181,15 +181,14 @@ def test_budgets_at_once_and_one_by_one(name: str, rounding: str) -> None:
         )
         exact, choice = run(), contract.selection
         replayed = replay_of(run, choice.output, exact[choice.output], choice.none) if choice else run
-        deviations = [
-            {key: float((noisy[key] - value).square().mean().sqrt()) for key, value in exact.items() if value.is_floating_point()}
-            for noisy in (noisy_runs(replayed, dtype, rounding, at_once=at_once) for at_once in (True, False))
-        ]
+        noisy = [noisy_runs(replayed, dtype, rounding, at_once=at_once) for at_once in (True, False)]
         found: dict[str, float] = {}
-        for key, deviation in deviations[0].items():
-            other = deviations[1][key]
-            assert (deviation > 0) == (other > 0), (key, case)
-            if other > 0 and exact[key].numel() > 1:
+        for key in (name for name, value in exact.items() if value.is_floating_point()):
+            errors = [(each[key] - exact[key])[..., None].flatten(1) for each in noisy]
+            deviation, other = (float(each.square().mean().sqrt()) for each in errors)
+            if min(deviation, other) == 0:  # 12 runs do not show by chance what a run shows half of the time
+                assert max(int(each.any(1).sum()) for each in errors) <= NOISE_RUNS / 2, (key, case)
+            elif other > 0 and exact[key].numel() > 1:
                 found[key] = math.log(deviation / other)
                 logarithms.setdefault(key, []).append(found[key])
         if found:

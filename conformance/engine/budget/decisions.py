@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils.checkpoint import CheckpointError
 
 from gaugeblock.conformance.engine.budget.dispatch import Watching, tensors_in
 from gaugeblock.conformance.engine.budget.error_budget import NOISE_RUNS
@@ -277,8 +278,11 @@ def rounding_decides(contract: Contract, inputs: Tensors, options: Mapping[str, 
     if not exact:
         raise ContractError(f"{contract.name} is said to choose inside, but its reference makes no decision")
     for seed in range(NOISE_RUNS):
-        with RoundingNoise(dtype, "eager", seed, scale=MARGIN), exact_draws():
-            noisy = decided(torch.Generator().manual_seed(seed) if ties_matter else None)
+        try:
+            with RoundingNoise(dtype, "eager", seed, scale=MARGIN), exact_draws():
+                noisy = decided(torch.Generator().manual_seed(seed) if ties_matter else None)
+        except CheckpointError:  # what is computed a second time, for the backward pass, was decided otherwise
+            return True
         if len(noisy) != len(exact) or not all(map(torch.equal, noisy, exact)):
             return True
     return False
