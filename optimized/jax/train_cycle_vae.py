@@ -7,9 +7,6 @@ Shapes: B batch_size.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -58,17 +55,10 @@ def train_step(
     return new_state, reference.Metrics(**metrics, **reference.weight_metrics(state["step"], latents, config=config))
 
 
-@dataclass(frozen=True)
-class Shares:
-    """As `training.step` takes it; two of the same cycles are one to the compiler.
+class Shares(reference.Shares):
+    """As `training.step` takes it; two of the same cycles are one to the compiler."""
 
-    Attributes:
-        runs: As of `gaugeblock.reference.jax.train_cycle_vae.cycles_run`.
-    """
-
-    runs: tuple[bool, bool]
-
-    def __call__(
+    def __call__(  # type: ignore[override]
         self,
         parameters: Arrays,
         microbatch: Batch,
@@ -79,7 +69,6 @@ class Shares:
         config: CycleVAEConfig,
     ) -> tuple[jax.Array, Arrays]:
         """Return the share of a microbatch."""
-        model: Any = partial(text_latent_mmdit.text_latent_mmdit, parameters, config=config.model)
-        parts = reference.example_parts(model, *microbatch, step=step, runs=self.runs, config=config)
+        parts = self.example_parts(parameters, *microbatch, step=step, config=config)
         means = {name: jnp.where(counts, each, 0).sum() / batch_size for name, each in parts.items()}
         return reference.weighted(means, step, config=config)

@@ -7,7 +7,6 @@ microbatch or rank it is in.
 Shapes: B batch_size, T num_tokens, E latent_dim, V vocab_size.
 """
 
-import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -17,10 +16,9 @@ import jax
 import jax.numpy as jnp
 
 from gaugeblock.reference import noise_tables, purposes, validation
-from gaugeblock.reference.configs import CycleVAEConfig, TextLatentMMDiTConfig
+from gaugeblock.reference.configs import CycleVAEConfig
 from gaugeblock.reference.jax import noise_schedules, predictions, random, text_latent_mmdit, token_choices, training
 from gaugeblock.reference.jax.precision import at_least_float32
-from gaugeblock.reference.jax.recomputation import blocks_recomputed
 
 TIMESTEPS = 1000  # of the table of noise
 LAST_TIME = 0.9999  # of times that are drawn
@@ -73,34 +71,36 @@ def train_step(
     *,
     config: CycleVAEConfig,
 ) -> tuple[Tensors, Metrics]:
-    """As `gaugeblock.reference.torch.train_cycle_vae.train_step`, but the model alone is compiled: once for all passes."""
+    """As `gaugeblock.reference.torch.train_cycle_vae.train_step`."""
     shapes, frozen = text_latent_mmdit.state_shapes(config.model), frozen_names(config)
     validation.cycle_vae_step(state, input_ids, latents, attention_mask, example_ids, config, shapes, frozen)
     batch = input_ids, latents, attention_mask, example_ids
-    # not compiled as a whole, so that `cycles_run` may look at the step
-    metrics, gradients = inspect.unwrap(training.metrics_and_gradients)(shares, state, batch, config=config)
-    new_state, gradient_norm = training.finish(state, metrics, gradients, config=config)
-    weights = weight_metrics(state["step"], latents, config=config)
-    return new_state, Metrics(**metrics, **weights, gradient_norm=gradient_norm)
+    shares = Shares(cycles_run(state["step"], config=config))
+    new_state, metrics = training.step(shares, state, batch, config=config)
+    return new_state, Metrics(**metrics, **weight_metrics(state["step"], latents, config=config))
 
 
-def shares(
-    parameters: Tensors, input_ids: jax.Array, *others: Any, batch_size: int, step: jax.Array, config: CycleVAEConfig
-) -> tuple[jax.Array, Tensors]:
-    """As `gaugeblock.reference.torch.train_cycle_vae.shares`."""
-    model = partial(run_model, parameters, config=config.model, is_recomputed=config.activation_checkpointing)
-    runs = cycles_run(step, config=config)
-    parts = example_parts(model, input_ids, *others, step=step, runs=runs, config=config)
-    return weighted({name: each.sum() / batch_size for name, each in parts.items()}, step, config=config)
+@dataclass(frozen=True)
+class Shares:
+    """As `gaugeblock.reference.torch.train_cycle_vae.shares`, compiled once for each choice of cycles.
 
+    Attributes:
+        runs: As of `cycles_run`.
+    """
 
-@partial(jax.jit, static_argnames=("config", "is_recomputed"))
-def run_model(
-    parameters: Tensors, *arrays: Any, config: TextLatentMMDiTConfig, is_recomputed: bool
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Run the text-latent MMDiT; whether its blocks are recomputed in the backward pass is told anew for each run."""
-    with blocks_recomputed(is_recomputed):
-        return text_latent_mmdit.text_latent_mmdit(parameters, *arrays, config=config)
+    runs: tuple[bool, bool]
+
+    def __call__(
+        self, parameters: Tensors, *microbatch: Any, batch_size: int, step: jax.Array, config: CycleVAEConfig
+    ) -> tuple[jax.Array, Tensors]:
+        """Return a microbatch's share of what is minimized and of the metrics."""
+        parts = self.example_parts(parameters, *microbatch, step=step, config=config)
+        return weighted({name: each.sum() / batch_size for name, each in parts.items()}, step, config=config)
+
+    def example_parts(self, parameters: Tensors, *microbatch: Any, step: jax.Array, config: CycleVAEConfig) -> Tensors:
+        """As the function of that name, of a model with these parameters."""
+        model: Any = partial(text_latent_mmdit.text_latent_mmdit, parameters, config=config.model)
+        return example_parts(model, *microbatch, step=step, runs=self.runs, config=config)
 
 
 def weighted(parts: Tensors, step: jax.Array, *, config: CycleVAEConfig) -> tuple[jax.Array, Tensors]:
