@@ -6,8 +6,9 @@ from functools import partial
 import pytest
 import torch
 
-from gaugeblock.conformance.engine.budget.decisions import Decisions, rounding_decides
+from gaugeblock.conformance.engine.budget.decisions import Decisions, DecisionsAtOnce, rounding_decides
 from gaugeblock.conformance.engine.budget.oracle import exact_inputs, reference_run
+from gaugeblock.conformance.engine.budget.runs import RunsDiffer
 from gaugeblock.conformance.engine.contract import Contract, ContractError
 from gaugeblock.conformance.engine.exploration import PROFILES, examine
 from gaugeblock.conformance.engine.frameworks import Call, call_torch
@@ -54,6 +55,22 @@ def test_cases_are_redrawn_until_rounding_decides_nothing(dtype):
         assert unclear != torch.equal(drawn["hidden_states"], exact["hidden_states"])
         redrawn += unclear
     assert (redrawn > 0) == (dtype == "bfloat16")
+
+
+def test_runs_at_once_decide_as_runs_one_by_one(monkeypatch):
+    def unclear(case: Case) -> bool:
+        drawn = exact_inputs(replace(SILENT, chooses_inside=False), case, "bfloat16")
+        return rounding_decides(SILENT, drawn, options(SILENT, case), "bfloat16", ties_matter=True)
+
+    def refused(self):
+        raise RunsDiffer("no form for all at once")
+
+    cases = [Case(**SIZES, regime="dithered", seed=seed) for seed in range(24)]
+    at_once = [unclear(case) for case in cases]
+    monkeypatch.setattr(DecisionsAtOnce, "__enter__", refused)
+    one_by_one = [unclear(case) for case in cases]
+    # twelve runs each, of other noise: what one run in six turns is seen by both, or by neither, four times in five
+    assert sum(map(bool.__eq__, at_once, one_by_one)) >= 18 and 4 <= sum(at_once) <= 22
 
 
 def test_a_case_is_redrawn_in_the_same_way_every_time():

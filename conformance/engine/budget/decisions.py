@@ -6,7 +6,9 @@ follows them back to the operations that took floating numbers: those decided, a
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,6 +18,7 @@ from torch.utils.checkpoint import CheckpointError
 from gaugeblock.conformance.engine.budget.dispatch import Watching, tensors_in
 from gaugeblock.conformance.engine.budget.error_budget import NOISE_RUNS
 from gaugeblock.conformance.engine.budget.rounding_noise import RoundingNoise, exact_draws
+from gaugeblock.conformance.engine.budget.runs import Runs, RunsDiffer, perform, values_of
 from gaugeblock.conformance.engine.calls import apply
 from gaugeblock.conformance.engine.contract import Contract, ContractError
 from gaugeblock.conformance.engine.vocabulary import Tensors
@@ -72,10 +75,10 @@ class Decisions(Watching):
             made = self._with_replaced(func, args, kwargs, made)
             return type(result)(made) if isinstance(result, tuple | list) else made[0]
         given = list(tensors_in((*args, *kwargs.values())))
-        decides = any(each.is_floating_point() for each in given) and not _only_creates(func)
+        decides = _decides(func, args, kwargs, result)
         if decides and self.jitter is not None:
             with _disable_current_modes():
-                result = func(*self._disturbed(args), **kwargs)
+                result = func(*_disturbed_together(args, partial(_jittered, generator=self.jitter)), **kwargs)
             made = tuple(result) if isinstance(result, tuple | list) else (result,)
         discrete = {(self._position, index): each for index, each in enumerate(made) if _is_discrete(each)}
         self._alive += [*discrete.values(), *given]
@@ -96,17 +99,6 @@ class Decisions(Watching):
                     )
                 made = _with_indices(func, args, kwargs, made, index, other.to(own.dtype))
         return made
-
-    def _disturbed(self, values: tuple) -> list[Any]:
-        # one tensor that is given twice is still one: isfinite compares it with itself
-        once = {id(each): self._with_noise(each) for each in {id(each): each for each in values}.values()}
-        return [once[id(each)] for each in values]
-
-    def _with_noise(self, value: Any) -> Any:
-        if not isinstance(value, torch.Tensor) or not value.is_floating_point():
-            return value
-        noise = torch.empty_like(value).uniform_(-JITTER, JITTER, generator=self.jitter)
-        return torch.where(value.isfinite(), value + value * noise, value)
 
     def decided(self) -> list[torch.Tensor]:
         """All that was decided, in order."""
@@ -269,20 +261,89 @@ def rounding_decides(contract: Contract, inputs: Tensors, options: Mapping[str, 
         ContractError: The reference decides nothing.
     """
 
-    def decided(jitter: torch.Generator | None = None) -> list[torch.Tensor]:
-        with Decisions(jitter=jitter) as watched:
-            apply(contract, contract.reference, inputs, options, torch.stack)
-        return watched.decided()
+    def run() -> None:
+        apply(contract, contract.reference, inputs, options, torch.stack)
 
-    exact = decided()
+    with Decisions() as watched:
+        run()
+    exact = watched.decided()
     if not exact:
         raise ContractError(f"{contract.name} is said to choose inside, but its reference makes no decision")
-    for seed in range(NOISE_RUNS):
-        try:
-            with RoundingNoise(dtype, "eager", seed, scale=MARGIN), exact_draws():
-                noisy = decided(torch.Generator().manual_seed(seed) if ties_matter else None)
-        except CheckpointError:  # what is computed a second time, for the backward pass, was decided otherwise
-            return True
-        if len(noisy) != len(exact) or not all(map(torch.equal, noisy, exact)):
-            return True
+
+    def same(decided: list[torch.Tensor]) -> bool:
+        return len(decided) == len(exact) and all(map(torch.equal, decided, exact))
+
+    def jitter(seed: int) -> torch.Generator | None:
+        return torch.Generator().manual_seed(seed) if ties_matter else None
+
+    def noise(seed: int, **how: Any) -> RoundingNoise:
+        return RoundingNoise(dtype, "eager", seed, scale=MARGIN, **how)
+
+    try:
+        with suppress(RunsDiffer):  # of what torch has no form for at once
+            with noise(0, runs=NOISE_RUNS), exact_draws(), DecisionsAtOnce(NOISE_RUNS, jitter(0)) as at_once:
+                run()
+            return not same(at_once.decided)
+        for seed in range(NOISE_RUNS):
+            with noise(seed), exact_draws(), Decisions(jitter=jitter(seed)) as watched:
+                run()
+            if not same(watched.decided()):
+                return True
+    except (Parted, CheckpointError):  # or what is computed a second time, for the backward pass, was decided otherwise
+        return True
     return False
+
+
+class Parted(Exception):
+    """Runs at once decide differently."""
+
+
+class DecisionsAtOnce(Watching):
+    """Watches what several runs at once decide, and ends them where they part.
+
+    Args:
+        runs: How many.
+        jitter: As of `Decisions`; another one in each run.
+    """
+
+    def __init__(self, runs: int, jitter: torch.Generator | None) -> None:
+        super().__init__()
+        self.runs, self.jitter = runs, jitter
+        self.decided: list[torch.Tensor] = []
+
+    def __torch_dispatch__(self, func: Any, types: Iterable[type], args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        if not _decides(func, args, kwargs, result):
+            return result
+        if self.jitter is not None:
+            with _disable_current_modes():
+                result = perform(func, _disturbed_together(args, self._with_noise), kwargs, self.runs)
+        for each in tensors_in((result,)):
+            if isinstance(each, Runs) and _is_discrete(each):
+                raise Parted(f"{func} comes to something else in another run")
+            if _is_discrete(each):
+                self.decided.append(each.clone())
+        return result
+
+    def _with_noise(self, value: torch.Tensor) -> torch.Tensor:
+        return Runs(_jittered(values_of(value, self.runs), self.jitter))
+
+
+def _decides(func: Any, args: tuple, kwargs: Mapping[str, Any], result: Any) -> bool:
+    """Whether an operation makes integers or truth values from floating numbers."""
+    if func.is_view or not any(map(_is_discrete, tensors_in((result,)))) or _only_creates(func):
+        return False
+    return any(each.is_floating_point() for each in tensors_in((*args, *kwargs.values())))
+
+
+def _disturbed_together(values: tuple, disturbed: Callable[[torch.Tensor], torch.Tensor]) -> tuple:
+    """Floating tensors disturbed; one that is given twice is still one: isfinite compares it with itself."""
+    floating = {id(each): each for each in values if isinstance(each, torch.Tensor) and each.is_floating_point()}
+    once = {name: disturbed(each) for name, each in floating.items()}
+    return tuple(once.get(id(each), each) for each in values)
+
+
+def _jittered(values: torch.Tensor, generator: torch.Generator | None) -> torch.Tensor:
+    noise = torch.empty(values.shape, dtype=values.dtype).uniform_(-JITTER, JITTER, generator=generator)
+    return torch.where(values.isfinite(), values + values * noise, values)

@@ -6,13 +6,14 @@ seeded generator. A case's repr is its reproduction.
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields, is_dataclass, replace
-from functools import cache, lru_cache
+from functools import cache, lru_cache, partial
 from typing import Any, Literal, get_args
 
 import torch
 from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
 
+from gaugeblock.conformance.engine.budget import shared
 from gaugeblock.conformance.engine.budget.decisions import rounding_decides
 from gaugeblock.conformance.engine.calls import argument_of
 from gaugeblock.conformance.engine.contract import Contract, ContractError
@@ -155,13 +156,17 @@ def _settled(contract: Contract, case: Case, dtype: str) -> Case:
     Raises:
         ContractError: There is none.
     """
+    return case.replace(seed=shared.once(contract.name, ("settled", case, dtype), partial(_settled_seed, contract, case, dtype)))
+
+
+def _settled_seed(contract: Contract, case: Case, dtype: str) -> int:
     ties_matter = contract.regime(case.regime).judged != "exact"
     for attempt in range(REDRAWS):
         redrawn = case.replace(seed=case.seed + attempt * SEED_STRIDE)
         made = _rounded(contract, redrawn, dtype).items()
         inputs = {key: tensor.to(torch.float64) if tensor.is_floating_point() else tensor for key, tensor in made}
         if not rounding_decides(contract, inputs, options(contract, case), dtype, ties_matter=ties_matter):
-            return redrawn
+            return redrawn.seed
     raise ContractError(f"{contract.name}: in {dtype}, a choice is near a tie in {case!r} with every one of {REDRAWS} seeds")
 
 
