@@ -228,8 +228,8 @@ def test_what_is_built_in_visits_less_and_says_so():
 
 
 def test_a_property_that_visits_less_than_it_should_is_a_warning():
-    hurried = replace(PROFILES["quick"], verdict_seconds=0.02)
-    verdict = examine(mine(), properties()["parity"], hurried)
+    slow = replace(properties()["parity"], check=lambda trial: time.sleep(0.1))
+    verdict = examine(mine(), slow, replace(PROFILES["quick"], verdict_seconds=2.0))
     assert verdict.status == "warning" and verdict.coverage.lacking
     assert verdict.reason.startswith(f"visits only {verdict.coverage}")
 
@@ -249,3 +249,15 @@ def test_a_failure_in_one_pair_of_classes_is_found():
     assert verdict.status == "fail"
     (case,) = verdict.failure.cases
     assert (case["num_tokens"], case["top_k"]) == (15, 3)
+
+
+def test_of_our_models_what_their_kernels_answer_for_is_left_out_and_layouts_are_halved():
+    row = next(each for each in implementations("dit.dit") if each.name == "torch-library")
+    ours, another = (Subject(each, "float32", "cpu") for each in (row, replace(row, name="another")))
+    left_out = examine(ours, properties()["far_strides"], PROFILES["quick"])
+    assert left_out.status == "not supported" and "--profile ci" in left_out.reason
+    assert examine(another, properties()["far_strides"], PROFILES["quick"]).status == "pass"
+    counts = [examine(ours, properties()[name], PROFILES["quick"]).cases for name in ("layout", "gradient_layout")]
+    assert sum(counts) == len(LAYOUTS) - 1
+    reference = Subject(implementations("dit.dit")[0], "float32", "cpu")
+    assert examine(reference, properties()["far_strides"], PROFILES["quick"]).status == "pass"

@@ -23,6 +23,7 @@ from gaugeblock.conformance.engine.trial import Ledger, OutOfTime, Property, Sub
 
 WARNING = 0.9  # of a limit: a right implementation has an rms of about 1 deviation, which is 0.83 of its limit
 SLOW_SECONDS = 10.0  # for a case that was begun while there was time to shrink
+LEFT_TO_PARTS = "of ours judged of the kernels it is made of; of it with --profile ci"
 SHRINK_EXAMPLES = 400  # cases drawn in search of a smaller failure, if time allows
 
 
@@ -79,7 +80,7 @@ def verdict_on(subject: Subject, name: str, status: Status, reason: str = "", se
 def examine(subject: Subject, prop: Property, profile: Profile, source: str | None = None) -> Verdict:
     """Puts a subject through a property and says what came of it; never raises for what a candidate does."""
     verdict = verdict_on(subject, prop.name, "not supported")
-    reason = prop.inapplicable(subject)
+    reason = prop.inapplicable(subject) or (LEFT_TO_PARTS if prop.of_parts and _is_of_parts(subject, profile) else "")
     if reason:
         return replace(verdict, reason=reason)
     start, ledger, seat = time.monotonic(), Ledger(), Seat(subject, 0)
@@ -136,6 +137,12 @@ def _is_sparing(subject: Subject, profile: Profile) -> bool:
     return profile.sparing and is_built_in(subject.implementation)
 
 
+def _is_of_parts(subject: Subject, profile: Profile) -> bool:
+    """Whether it is a model of ours, or a step of one, whose parts are judged for themselves; but for the reference."""
+    is_reference = subject.implementation.kind == "reference" and subject.implementation.framework == "torch"
+    return subject.contract.rigid and not is_reference and _is_sparing(subject, profile)
+
+
 def _regimes(subject: Subject, prop: Property, profile: Profile) -> list[str]:
     """Those of a property's cases; in float16 some of ours, which visit all in bfloat16, visit the main one alone.
 
@@ -179,6 +186,7 @@ def explore(subject: Subject, prop: Property, profile: Profile, ledger: Ledger) 
     """
     jax = subject.implementation.framework == "jax"
     most = prop.weight * subject.contract.cases * (profile.compiled_examples if jax else profile.examples)
+    is_of_parts = _is_of_parts(subject, profile)
     outcomes: dict[Case, Violation | None] = {}
     stop_at, out_of_time = math.inf, time.monotonic() + profile.verdict_seconds
     time_is_up = time.monotonic() + 0.75 * profile.verdict_seconds
@@ -189,7 +197,7 @@ def explore(subject: Subject, prop: Property, profile: Profile, ledger: Ledger) 
             if time.monotonic() > stop_at:
                 return  # time is up: nothing smaller is tried, and Hypothesis settles on the smallest known failure
             counted = Ledger(deadline=min(out_of_time, stop_at + SLOW_SECONDS))
-            outcome = check(subject, prop, case, counted)
+            outcome = check(subject, prop, case, counted, sparing=is_of_parts)
             if isinstance(outcome, OutOfTime):
                 seconds = f"{profile.verdict_seconds:.0f} s"
                 late = Lost(f"within {seconds} only {len(ledger.cases)} cases could be judged", "timeout")
@@ -213,6 +221,8 @@ def explore(subject: Subject, prop: Property, profile: Profile, ledger: Ledger) 
         layouts: SearchStrategy[tuple[Layout, str]] = st.just(("contiguous", ""))
         if prop.layouts:
             chosen, layouts = laid_out(contract, chosen, sparing=sparing), st.sampled_from(layouts_of(contract))
+            if is_of_parts and contract.gradients:  # every layout is visited with gradients or without
+                chosen = chosen["differentiable" in prop.needs :: 2]
         try:
             for case in chosen:
                 if time.monotonic() < time_is_up:
@@ -257,11 +267,11 @@ def size_of(case: Case) -> tuple[float, str]:
     return math.prod(max(1, each) for each in numbers) + math.log1p(case.seed) / 100, repr(case)
 
 
-def check(subject: Subject, prop: Property, case: Case, ledger: Ledger) -> Violation | None:
-    """One property on one case, at each number of devices that it is about."""
+def check(subject: Subject, prop: Property, case: Case, ledger: Ledger, *, sparing: bool = False) -> Violation | None:
+    """One property on one case, at each number of devices that it is about; `sparing` as of `Trial`."""
     for size in prop.world_sizes(subject.implementation):
         fitting = Case(**{**case.to_json(), **fit(subject.sharding, case.parameters, size)}) if size else case
-        violation = violation_of(prop, Trial(subject, fitting, ledger, size))
+        violation = violation_of(prop, Trial(subject, fitting, ledger, size, sparing=sparing))
         if violation is not None:
             if size:
                 violation.message = f"on {size} {'device' if size == 1 else 'devices'}: {violation.message}"

@@ -102,13 +102,17 @@ class Trial:
     Attributes:
         findings: What was seen during the last call besides its results.
         cotangents: What the last run that took gradients was given for its outputs.
+        sparing: Whether less is visited, since the parts of what is on trial are visited for themselves.
     """
 
     findings: Findings
     cotangents: Tensors
 
-    def __init__(self, subject: Subject, case: Case, ledger: Ledger | None = None, world_size: int = 0) -> None:
+    def __init__(
+        self, subject: Subject, case: Case, ledger: Ledger | None = None, world_size: int = 0, *, sparing: bool = False
+    ) -> None:
         self.subject, self.case, self.ledger, self.world_size = subject, case, ledger or Ledger(), world_size
+        self.sparing = sparing
         self.contract, self.implementation = subject.contract, subject.implementation
         self.seat = Seat(subject, world_size)
 
@@ -273,6 +277,9 @@ class Property:
     """Of how many factors' classes every combination is visited: 1 each class, 2 each pair of classes."""
     layouts: bool = False
     """Its cases are dealt every layout of all arguments, and of each alone."""
+    of_parts: bool = False
+    """What holds of each kernel holds of what is composed of them: it is about the memory that a kernel reads and writes, the
+    order of its programs, or which gradients it makes."""
 
     @property
     def file(self) -> str:

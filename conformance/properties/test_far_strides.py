@@ -9,7 +9,7 @@ from gaugeblock.conformance.engine.trial import Trial
 from gaugeblock.conformance.engine.vocabulary import Tensors
 
 
-@conformance_property(frameworks=("torch",), devices=("cpu",), weight=0.25)
+@conformance_property(frameworks=("torch",), devices=("cpu",), weight=0.25, of_parts=True)
 def test_far_strides(trial: Trial) -> None:
     """Elements of an argument may lie more than 2^31 apart: offsets have 64 bits, forward and backward."""
     inputs = trial.inputs()

@@ -11,7 +11,7 @@ def test_gradients(trial: Trial) -> None:
     trial.judge(trial.run(gradients=True))
 
 
-@conformance_property(frameworks=("torch",), needs=("differentiable",), weight=0.25, requires=("gradients",))
+@conformance_property(frameworks=("torch",), needs=("differentiable",), weight=0.25, requires=("gradients",), of_parts=True)
 def test_gradient_subsets(trial: Trial) -> None:
     """A gradient is right when it is the only one asked for: that of each argument, and of one entry of a state dict."""
     inputs = trial.inputs()

@@ -18,13 +18,13 @@ def test_inputs_unchanged(trial: Trial) -> None:
         trial.same_bits(trial.cotangents, given, "after the call: backward wrote to the gradient of its result")
 
 
-@conformance_property(frameworks=("torch",), covers=2)
+@conformance_property(frameworks=("torch",), covers=2, of_parts=True)
 def test_fully_written(trial: Trial) -> None:
     """Every element of every result is written: fresh memory is filled with NaN before the candidate gets it."""
     trial.judge(trial.run(gradients=trial.implementation.differentiable, fresh_memory_is_nan=True))
 
 
-@conformance_property(frameworks=("torch",), weight=0.5, covers=2)
+@conformance_property(frameworks=("torch",), weight=0.5, covers=2, of_parts=True)
 def test_out_of_bounds(trial: Trial) -> None:
     """Nothing outside the inputs is read into a result or written: guard zones of NaN lie around each of them."""
     made = {key: guarded(tensor) for key, tensor in trial.inputs().items()}

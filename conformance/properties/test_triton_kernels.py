@@ -19,7 +19,7 @@ def test_path_witness(trial: Trial) -> None:
         raise Violation("no Triton kernel was launched by the backward pass")
 
 
-@conformance_property(kinds=("triton",), devices=("cpu",), weight=0.25)
+@conformance_property(kinds=("triton",), devices=("cpu",), weight=0.25, of_parts=True)
 def test_program_order(trial: Trial) -> None:
     """The programs of a launch may run in any order: a shuffled one, a few programs at a time, gives the same bits."""
     expected = trial.run(gradients=trial.implementation.differentiable)
@@ -27,7 +27,7 @@ def test_program_order(trial: Trial) -> None:
     trial.same_bits(shuffled, expected, "when programs run in another order")
 
 
-@conformance_property(kinds=("triton",), devices=("cpu",), weight=0.25)
+@conformance_property(kinds=("triton",), devices=("cpu",), weight=0.25, of_parts=True)
 def test_races(trial: Trial) -> None:
     """No two programs of a launch write one element, forward or backward; with atomics they may."""
     trial.run(gradients=trial.implementation.differentiable)
@@ -35,7 +35,7 @@ def test_races(trial: Trial) -> None:
         raise Violation("; ".join(trial.findings.races))
 
 
-@conformance_property(kinds=("triton",), devices=("cpu",), needs=("no assumes_zero_masked_lanes",), weight=0.25)
+@conformance_property(kinds=("triton",), devices=("cpu",), needs=("no assumes_zero_masked_lanes",), weight=0.25, of_parts=True)
 def test_masked_lanes(trial: Trial) -> None:
     """What a load leaves in lanes that are masked without `other` does not count: NaN and odd integers give the same bits."""
     expected = trial.run(gradients=trial.implementation.differentiable)
