@@ -15,7 +15,8 @@ What a run depends on is in it and in the config: what is random is drawn by (se
 
 from collections import OrderedDict
 from collections.abc import Callable, Container, Iterable, Mapping
-from functools import partial
+from dataclasses import replace
+from functools import partial, reduce
 from pathlib import Path
 from types import MappingProxyType
 
@@ -65,37 +66,51 @@ def step(
     rows_used: RowsUsed = all_rows,
 ) -> tuple[Tensors, Tensors]:
     """As `gaugeblock.reference.torch.training.step`."""
-    metrics, gradients = metrics_and_gradients(shares, dict(state), tuple(batch), config=config)
+    metrics, gradients = metrics_and_gradients(shares, dict(state), batch, config=config)
     new_state, gradient_norm = finish(state, metrics, gradients, config=config, rows_used=rows_used)
     return new_state, metrics | {"gradient_norm": gradient_norm}
 
 
-@partial(jax.jit, static_argnames=("shares", "config"))
 def metrics_and_gradients(
     shares: Shares, state: Mapping[str, jax.Array], batch: Iterable[jax.Array | None], *, config: TrainingConfig
 ) -> tuple[Tensors, Tensors]:
-    """As `gaugeblock.reference.torch.training.metrics_and_gradients`, but shares is a function of a module."""
+    """As `gaugeblock.reference.torch.training.metrics_and_gradients`, but compiled once for each size of a microbatch, of which
+    there are two at most; shares is a function of a module."""
     batch = list(batch)
     batch_size = next(len(each) for each in batch if each is not None)
     num_microbatches = min(config.accumulation_steps, batch_size)
-    model, trained = part_of_state(state, "model"), trained_names(state, config)
-    leaves = {name: model[name] for name in trained}
-    of_batch = partial(shares, batch_size=batch_size, step=state["step"], config=config)
+    split = ([None] * num_microbatches if each is None else jnp.array_split(each, num_microbatches) for each in batch)
+    of_one = replace(config, accumulation_steps=1)  # in how many a batch is split is no part of what is compiled
+    found = (of_microbatch(shares, state, each, jnp.array(batch_size), config=of_one) for each in zip(*split, strict=True))
+    return reduce(added, found)
 
-    def scaled(leaves: Tensors, *microbatch: jax.Array | None) -> tuple[jax.Array, Tensors]:
+
+@partial(jax.jit, static_argnames=("shares", "config"))
+def of_microbatch(
+    shares: Shares,
+    state: Mapping[str, jax.Array],
+    microbatch: tuple[jax.Array | None, ...],
+    batch_size: jax.Array,
+    *,
+    config: TrainingConfig,
+) -> tuple[Tensors, Tensors]:
+    """Return a microbatch's share of metrics and gradients, of a batch of that many examples."""
+    model, trained = part_of_state(state, "model"), trained_names(state, config)
+
+    def scaled(leaves: Tensors) -> tuple[jax.Array, Tensors]:
         parameters = {name: in_compute_dtype(each, config) for name, each in (model | leaves).items()}
         with blocks_recomputed(config.activation_checkpointing):
-            objective, some = of_batch(parameters, *microbatch)
+            objective, some = shares(parameters, *microbatch, batch_size=batch_size, step=state["step"], config=config)
         return objective * config.loss_scale, OrderedDict(some)  # jit sorts a dict
 
-    metrics: Tensors = OrderedDict()
-    gradients = {name: jnp.zeros_like(leaf) for name, leaf in leaves.items()}
-    split = ([None] * num_microbatches if each is None else jnp.array_split(each, num_microbatches) for each in batch)
-    for microbatch in zip(*split, strict=True):
-        found, some = jax.grad(scaled, has_aux=True)(leaves, *microbatch)
-        metrics = OrderedDict((name, metrics.get(name, 0) + share) for name, share in some.items())
-        gradients = {name: gradient + found[name] for name, gradient in gradients.items()}
+    gradients, metrics = jax.grad(scaled, has_aux=True)({name: model[name] for name in trained})
     return metrics, {name: gradient / config.loss_scale for name, gradient in gradients.items()}
+
+
+@jax.jit
+def added(one: tuple[Tensors, Tensors], other: tuple[Tensors, Tensors]) -> tuple[Tensors, Tensors]:
+    """Return the shares of two microbatches together."""
+    return jax.tree.map(jnp.add, one, other)
 
 
 def trained_names(state: Mapping[str, jax.Array], config: TrainingConfig) -> list[str]:
@@ -124,6 +139,7 @@ def in_compute_dtype(tensor: jax.Array, config: TrainingConfig) -> jax.Array:
     return tensor if config.compute_dtype is None else tensor.astype(config.compute_dtype)
 
 
+@jax.jit
 def global_norm(tensors: Mapping[str, jax.Array]) -> jax.Array:
     """Return the norm of all tensors together, []."""
     return jnp.sqrt(jnp.stack([jnp.square(tensor).sum() for tensor in tensors.values()]).sum())
