@@ -145,7 +145,7 @@ def _settings_watched(seed: int, changed: list[str]) -> Iterator[None]:
     """Sets unusual values, which a call that sets usual ones changes, and notes what is changed."""
     precision, threads = torch.get_float32_matmul_precision(), torch.get_num_threads()
     torch.set_float32_matmul_precision("medium")
-    torch.set_num_threads(threads + 1)
+    torch.set_num_threads(threads - 1 or 2)  # more than there are cores would wait for each other
     torch.manual_seed(seed)
     torch.rand(1)  # away from where a seed would put the random state
     try:
