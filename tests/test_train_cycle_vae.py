@@ -59,7 +59,8 @@ def test_steps_are_those_of_the_public_loop_on_the_public_model(kind, rounded_dr
 @pytest.mark.parametrize("kind", ["as it is published", "velocity", "latents"])
 def test_gradients_reach_every_parameter_that_is_trained(kind):
     config = config_of(kind)
-    _, gradients = training.metrics_and_gradients(trainer.shares, state_of(config), batch_of(), config=config)
+    shares = trainer.Shares(trainer.cycles_run(STEP, config=config))
+    _, gradients = training.metrics_and_gradients(shares, state_of(config), batch_of(), config=config)
     assert set(gradients) == {name for name in text_latent_mmdit.state_shapes(MODEL) if "clusters" not in name}
     for name, each in gradients.items():
         assert each.abs().max() > 1e-9 or "residual_fns" in name, name  # the first connection mixes streams that are alike
@@ -372,11 +373,9 @@ def test_padding_is_not_seen_and_counts():
     ids, latents, mask, example_ids = batch_of()
     others = torch.where(mask, ids, (ids + 1) % 11)
     for mode, name in (("l2t", "base_l2t_text_loss"), ("t2l", "base_t2l_latent_loss")):
-        config = config_of(mode)
+        config, shares = config_of(mode), trainer.Shares((False, False))
         one, other = (
-            training.metrics_and_gradients(
-                trainer.shares, state_of(config), (tokens, latents, mask, example_ids), config=config
-            )[0]
+            training.metrics_and_gradients(shares, state_of(config), (tokens, latents, mask, example_ids), config=config)[0]
             for tokens in (ids, others)
-        )  # fmt: skip
+        )
         assert not mask.all() and (one[name] == other[name]) == (mode == "t2l")

@@ -82,18 +82,14 @@ def train_step(
 
 @dataclass(frozen=True)
 class Shares:
-    """As `gaugeblock.reference.torch.train_cycle_vae.shares`, compiled once for each choice of cycles.
-
-    Attributes:
-        runs: As of `cycles_run`.
-    """
+    """As `gaugeblock.reference.torch.train_cycle_vae.Shares`, but two of the same cycles are one to the compiler."""
 
     runs: tuple[bool, bool]
 
     def __call__(
-        self, parameters: Tensors, *microbatch: Any, batch_size: int, step: jax.Array, config: CycleVAEConfig
+        self, parameters: Tensors, *microbatch: Any, batch_size: jax.Array, step: jax.Array, config: CycleVAEConfig
     ) -> tuple[jax.Array, Tensors]:
-        """Return a microbatch's share of what is minimized and of the metrics."""
+        """Return the share."""
         parts = self.example_parts(parameters, *microbatch, step=step, config=config)
         return weighted({name: each.sum() / batch_size for name, each in parts.items()}, step, config=config)
 

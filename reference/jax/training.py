@@ -74,13 +74,13 @@ def step(
 def metrics_and_gradients(
     shares: Shares, state: Mapping[str, jax.Array], batch: Iterable[jax.Array | None], *, config: TrainingConfig
 ) -> tuple[Tensors, Tensors]:
-    """As `gaugeblock.reference.torch.training.metrics_and_gradients`, but compiled once for each size of a microbatch, of which
-    there are two at most; shares is a function of a module."""
+    """As `gaugeblock.reference.torch.training.metrics_and_gradients`, but shares is a function of a module."""
     batch = list(batch)
     batch_size = next(len(each) for each in batch if each is not None)
     num_microbatches = min(config.accumulation_steps, batch_size)
     split = ([None] * num_microbatches if each is None else jnp.array_split(each, num_microbatches) for each in batch)
-    of_one = replace(config, accumulation_steps=1)  # in how many a batch is split is no part of what is compiled
+    # compiled once for each size of a microbatch, of which there are two at most, and not for each number of them
+    of_one = replace(config, accumulation_steps=1)
     found = (of_microbatch(shares, state, each, jnp.array(batch_size), config=of_one) for each in zip(*split, strict=True))
     return reduce(added, found)
 

@@ -15,10 +15,9 @@ from typing import Any
 import torch
 
 from gaugeblock.reference import noise_tables, purposes, validation
-from gaugeblock.reference.configs import CycleVAEConfig, TextLatentMMDiTConfig
+from gaugeblock.reference.configs import CycleVAEConfig
 from gaugeblock.reference.torch import noise_schedules, predictions, random, text_latent_mmdit, token_choices, training
 from gaugeblock.reference.torch.precision import at_least_float32
-from gaugeblock.reference.torch.recomputation import blocks_recomputed
 
 TIMESTEPS = 1000  # of the table of noise
 LAST_TIME = 0.9999  # of times that are drawn
@@ -131,29 +130,30 @@ def train_step(
     shapes, frozen = text_latent_mmdit.state_shapes(config.model), frozen_names(config)
     validation.cycle_vae_step(state, input_ids, latents, attention_mask, example_ids, config, shapes, frozen)
     batch = input_ids, latents, attention_mask, example_ids
+    shares = Shares(cycles_run(int(state["step"]), config=config))
     new_state, metrics = training.step(shares, state, batch, config=config)
     return new_state, Metrics(**metrics, **weight_metrics(state["step"], latents, config=config))
 
 
-def shares(
-    parameters: Tensors, input_ids: torch.Tensor, *others: Any, batch_size: int, step: int, config: CycleVAEConfig
-) -> tuple[torch.Tensor, Tensors]:
-    """Return a microbatch's share of what is minimized and of the metrics, as `training.step` takes it.
+@dataclass(frozen=True)
+class Shares:
+    """What `training.step` takes: a microbatch's share of what is minimized and of the metrics.
 
     A batch is as of `train_step`.
+
+    Attributes:
+        runs: As of `cycles_run`.
     """
-    model = partial(run_model, parameters, config=config.model, is_recomputed=config.activation_checkpointing)
-    runs = cycles_run(step, config=config)
-    parts = example_parts(model, input_ids, *others, step=step, runs=runs, config=config)
-    return weighted({name: each.sum() / batch_size for name, each in parts.items()}, step, config=config)
 
+    runs: tuple[bool, bool]
 
-def run_model(
-    parameters: Tensors, *arrays: Any, config: TextLatentMMDiTConfig, is_recomputed: bool
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Run the text-latent MMDiT; whether its blocks are recomputed in the backward pass is told anew for each run."""
-    with blocks_recomputed(is_recomputed):
-        return text_latent_mmdit.text_latent_mmdit(parameters, *arrays, config=config)
+    def __call__(
+        self, parameters: Tensors, *microbatch: Any, batch_size: int, step: int, config: CycleVAEConfig
+    ) -> tuple[torch.Tensor, Tensors]:
+        """Return the share."""
+        model: Any = partial(text_latent_mmdit.text_latent_mmdit, parameters, config=config.model)
+        parts = example_parts(model, *microbatch, step=step, runs=self.runs, config=config)
+        return weighted({name: each.sum() / batch_size for name, each in parts.items()}, step, config=config)
 
 
 def weighted(parts: Tensors, step: int, *, config: CycleVAEConfig) -> tuple[torch.Tensor, Tensors]:

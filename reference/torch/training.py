@@ -15,7 +15,7 @@ What a run depends on is in it and in the config: what is random is drawn by (se
 
 import math
 from collections.abc import Callable, Container, Iterable, Mapping
-from functools import partial
+from functools import reduce
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -110,21 +110,36 @@ def metrics_and_gradients(
     batch = list(batch)
     batch_size = next(len(each) for each in batch if each is not None)
     num_microbatches = min(config.accumulation_steps, batch_size)
+    split = ([None] * num_microbatches if each is None else each.tensor_split(num_microbatches) for each in batch)
+    found = (of_microbatch(shares, state, each, batch_size, config=config) for each in zip(*split, strict=True))
+    return reduce(added, found)
+
+
+def of_microbatch(
+    shares: Shares,
+    state: Mapping[str, torch.Tensor],
+    microbatch: tuple[torch.Tensor | None, ...],
+    batch_size: int,
+    *,
+    config: TrainingConfig,
+) -> tuple[Tensors, Tensors]:
+    """Return a microbatch's share of metrics and gradients, of a batch of that many examples."""
     model, trained = part_of_state(state, "model"), trained_names(state, config)
     leaves = {name: model[name].detach().requires_grad_() for name in trained}
-    of_batch = partial(shares, batch_size=batch_size, step=int(state["step"]), config=config)
-
-    metrics: Tensors = {}
-    gradients = [torch.zeros_like(leaf) for leaf in leaves.values()]
-    split = ([None] * num_microbatches if each is None else each.tensor_split(num_microbatches) for each in batch)
-    for microbatch in zip(*split, strict=True):
-        parameters = {name: in_compute_dtype(each, config) for name, each in (model | leaves).items()}
-        with blocks_recomputed(config.activation_checkpointing):
-            objective, some = of_batch(parameters, *microbatch)
-        metrics = {name: metrics.get(name, 0) + share.detach() for name, share in some.items()}
-        found = torch.autograd.grad(objective * config.loss_scale, [*leaves.values()], materialize_grads=True)
-        gradients = [gradient + each for gradient, each in zip(gradients, found, strict=True)]
+    parameters = {name: in_compute_dtype(each, config) for name, each in (model | leaves).items()}
+    with blocks_recomputed(config.activation_checkpointing):
+        objective, some = shares(parameters, *microbatch, batch_size=batch_size, step=int(state["step"]), config=config)
+    gradients = torch.autograd.grad(objective * config.loss_scale, [*leaves.values()], materialize_grads=True)
+    metrics = {name: share.detach() for name, share in some.items()}
     return metrics, {name: each / config.loss_scale for name, each in zip(leaves, gradients, strict=True)}
+
+
+def added(one: tuple[Tensors, Tensors], other: tuple[Tensors, Tensors]) -> tuple[Tensors, Tensors]:
+    """Return the shares of two microbatches together."""
+    metrics, gradients = (
+        {name: each + others[name] for name, each in ours.items()} for ours, others in zip(one, other, strict=True)
+    )
+    return metrics, gradients
 
 
 def trained_names(state: Mapping[str, torch.Tensor], config: TrainingConfig) -> list[str]:
