@@ -240,7 +240,7 @@ class Contract:
     """Such a way that is rounded no less than the reference anywhere: budgets are found by it, in the reference's place."""
     rigid: bool = False
     """It is a model, or a step of one. Its sizes hang together (heads, groups, patches): a benchmark may make no width smaller.
-    Its kernels have contracts of their own: ours leave `Property.of_parts` to them, and visit float16 in the main regime alone."""
+    Its kernels have contracts of their own: ours leave `Property.of_parts` to them, and see float16 in the main regime alone."""
     factors: tuple[Factor, ...] = ()
     """What a kernel may treat in different ways: every pair of classes of two factors is visited."""
     build: Callable[..., Parameters | None] | None = None
