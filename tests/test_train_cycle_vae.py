@@ -303,6 +303,14 @@ def test_what_is_not_finite_is_named_before_it_is_bounded(what):
         trainer.train_step(state, *batch, config=config)
 
 
+def test_directions_of_what_is_nearly_nothing():
+    latents = torch.tensor([[0, 0], [3e-10, -4e-10], [3e-8, 4e-8], [3, -4]], dtype=torch.float64)
+    expected = torch.tensor([[0, 0], [0.03, -0.04], [0.6, 0.8], [0.6, -0.8]], dtype=torch.float64)
+    torch.testing.assert_close(trainer.direction(latents), expected, rtol=1e-14, atol=0)
+    with jax.enable_x64(True):
+        np.testing.assert_allclose(jax_trainer.direction(to_jax(latents)), expected, rtol=1e-14)
+
+
 @BOTH
 def test_an_infinite_cross_entropy_is_not_bounded_and_a_large_one_is(module):
     logits = torch.tensor([[[0.0, 1e4]], [[0.0, torch.inf]], [[torch.nan, 0.0]], [[0.0, 3.0]]])
