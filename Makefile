@@ -19,8 +19,8 @@ setup: .venv/.installed  ## .venv, with everything of pyproject.toml at the vers
 	$(INSTALL) --editable '.[torch,jax,triton,conformance,benchmarks,demo,dev]'
 	touch $@
 
-# One OpenMP thread per process: workers fill the cores, more threads only wait for each other.
-check: setup  ## the gate over all built-in implementations: verdicts here and in report/ (five minutes)
+# One OpenMP thread per process: there are as many workers as cores.
+check: setup  ## the gate over all built-in implementations: verdicts here and in report/ (five to six minutes)
 	OMP_NUM_THREADS=1 $(BIN)/gaugeblock check --report report
 
 machines: setup  ## the gate on pretended CPUs (older instructions, more threads): the same verdicts on all? (a quarter of an hour)
@@ -55,7 +55,7 @@ browser:
 	-@command -v chromium >/dev/null || command -v google-chrome >/dev/null || { apt-get update && apt-get install --yes --no-install-recommends chromium; }
 	-@command -v npm >/dev/null || { apt-get update && apt-get install --yes --no-install-recommends npm; }
 
-test: browser  ## the linters, the gate over all that is built in, and all tests (twenty-five minutes)
+test: browser  ## the linters, the gate over all that is built in, and all tests (half an hour)
 	$(MAKE) --jobs 2 lint check
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist worksteal
 

@@ -142,7 +142,8 @@ def in_compute_dtype(tensor: jax.Array, config: TrainingConfig) -> jax.Array:
 @jax.jit
 def global_norm(tensors: Mapping[str, jax.Array]) -> jax.Array:
     """Return the norm of all tensors together, []."""
-    return jnp.sqrt(jnp.stack([jnp.square(tensor).sum() for tensor in tensors.values()]).sum())
+    squares = jnp.stack([jnp.square(tensor).sum() for tensor in tensors.values()]).sum()
+    return jnp.sqrt(jax.lax.optimization_barrier(squares))  # of one number XLA would take the magnitude, which cannot overflow
 
 
 def require_finite(step: jax.Array, metrics: Tensors, gradients: Tensors, gradient_norm: jax.Array) -> None:
