@@ -2,7 +2,7 @@
 
 import builtins
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from gaugeblock.conformance.exit_status import CONFORM, FAILS, NOTHING_TESTED, WRONG_CALL
@@ -109,8 +109,9 @@ class Verdict:
         return max((each.worst for each in self.statistics.values()), default=None)
 
     def to_json(self) -> dict[str, Any]:
-        """As plain data."""
-        return asdict(self)
+        """As plain data, to be written, not changed: `asdict` copies all of it, which takes a second of 20,000 verdicts."""
+        parts = {name: part and vars(part) for name, part in (("failure", self.failure), ("coverage", self.coverage))}
+        return vars(self) | parts | {"statistics": {name: vars(each) for name, each in self.statistics.items()}}
 
     @staticmethod
     def from_json(data: dict[str, Any]) -> "Verdict":

@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 
 from gaugeblock.conformance.engine.exploration import Profile
 from gaugeblock.conformance.engine.implementation import Candidate
@@ -68,7 +68,7 @@ class Digests:
         return _digest_of(
             [
                 sources, around, whose.contract, whose.name, claims_of(whose), subject.dtype, subject.device, prop.name,
-                asdict(profile), isinstance(whose.function, Candidate),
+                vars(profile), isinstance(whose.function, Candidate),
             ]
         )  # fmt: skip
 

@@ -83,9 +83,9 @@ class Disk:
                     del self._texts[path]  # data, of which nothing else is asked
         return self._hashes[path]
 
-    def changed(self, paths: Iterable[str]) -> bool:
-        """Whether one of these files, as far as they were read, is another one by now."""
-        return any(self._stamps.get(path, stamp(path)) != stamp(path) for path in paths)
+    def changed(self, paths: Iterable[str]) -> frozenset[str]:
+        """Which of these files, as far as they were read, are others by now."""
+        return frozenset(path for path in paths if path in self._stamps and self._stamps[path] != stamp(path))
 
 
 def stamp(path: str) -> tuple[int, ...]:

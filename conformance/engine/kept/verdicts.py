@@ -2,6 +2,7 @@
 
 import argparse
 import datetime
+import time
 from collections.abc import Mapping
 from importlib.metadata import entry_points
 from typing import Any
@@ -14,6 +15,8 @@ from gaugeblock.conformance.engine.kept.store import Store, folder_of
 from gaugeblock.conformance.engine.kept.trees import Disk
 from gaugeblock.conformance.engine.registry import ENTRY_POINTS
 from gaugeblock.conformance.engine.trial import Property, Subject
+
+TOGETHER_SECONDS = 1.0  # verdicts that are reached within are written together
 
 
 class KeptVerdicts:
@@ -38,6 +41,8 @@ class KeptVerdicts:
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         commit = f"{git['commit']}{' with uncommitted changes' if git['dirty'] else ''}" if git else ""
         self.judged = {"date": now, "commit": commit}
+        self._reached: list[tuple[Subject, Property, Verdict]] = []
+        self._written = time.monotonic()
         self._saved = self._full = False
 
     def find(self, subject: Subject, prop: Property) -> Verdict | None:
@@ -49,26 +54,37 @@ class KeptVerdicts:
         return verdict if verdict and _is_of(verdict, subject, prop) and is_kept(verdict) else None
 
     def keep(self, subject: Subject, prop: Property, verdict: Verdict) -> None:
-        """Keeps a verdict that was just reached, unless what it depends on has changed meanwhile."""
+        """Keeps a verdict that was just reached, within a second or so, unless what it depends on has changed meanwhile."""
         if self.store is None:
             return
-        digest = self.digests.of(subject, prop, self.profile)
-        if digest is None or self._disk.changed(self.digests.files(subject, prop)):
-            return
-        if not is_kept(verdict):
-            self.store.forget(digest)
-            return
-        if not self._full:
-            try:
-                self.store.save(digest, verdict, self.judged)
-                self._saved = True
-            except OSError:  # the disk is full, or the folder is gone
-                self._full = True
+        self._reached.append((subject, prop, verdict))
+        if time.monotonic() - self._written >= TOGETHER_SECONDS:
+            self._write(self.store)
+
+    def _write(self, store: Store) -> None:
+        """Writes what was reached since the last time: to look at 200 files for each verdict takes as long as all the rest."""
+        files = [self.digests.files(subject, prop) for subject, prop, _ in self._reached]
+        changed = self._disk.changed(frozenset().union(*files))
+        for (subject, prop, verdict), own in zip(self._reached, files, strict=True):
+            digest = self.digests.of(subject, prop, self.profile)
+            if digest is None or own & changed:
+                continue
+            if not is_kept(verdict):
+                store.forget(digest)
+            elif not self._full:
+                try:
+                    store.save(digest, verdict, self.judged)
+                    self._saved = True
+                except OSError:  # the disk is full, or the folder is gone
+                    self._full = True
+        self._reached.clear()
+        self._written = time.monotonic()
 
     def close(self) -> None:
-        """Takes away what a candidate may have written, and what is too old."""
+        """Writes the rest; takes away what a candidate may have written, and what is too old."""
         if self.store is None:
             return
+        self._write(self.store)
         if self.candidates:
             self.store.remove_foreign()
         if self._saved:

@@ -76,15 +76,13 @@ def run_tasks(
     pool = [_start(prepare, arguments) for _ in range(min(workers, sum(map(len, waiting.values()))))]
     try:
         while pool:
-            for name, tasks in list(waiting.items()):
-                for task, result in [(task, known(task)) for task in tasks]:
-                    if result is not None:
-                        tasks.remove(task)
-                        yield task, result
-                if not tasks:
-                    del waiting[name]
             for worker in [each for each in pool if each.task is None]:
-                if not _assign(worker, waiting, [each.group for each in pool], alone):
+                for task in _its_tasks(worker, waiting, pool, alone):
+                    if (result := known(task)) is None:
+                        _give(worker, task)
+                        break
+                    yield task, result
+                else:
                     pool.remove(worker)
                     _stop(worker)
             now = time.monotonic()
@@ -128,21 +126,28 @@ def _serve(
     atexit._run_exitfuncs()  # which multiprocessing leaves out: folders for temporary files would stay
 
 
-def _assign(worker: _Worker, waiting: dict[str, list], busy: list[str], alone: Collection[str]) -> bool:
-    """Gives a worker its next task: of its own group, of one that nobody works at, else of one where it can help."""
-    if worker.group not in waiting:
-        free = [name for name in waiting if name not in busy]
-        choice = free or [name for name in waiting if name not in alone]
-        if not choice:
-            return False
-        worker.group = choice[0]
-    worker.task = waiting[worker.group].pop(0)
-    if not waiting[worker.group]:
-        del waiting[worker.group]
-    worker.started = time.monotonic()
+def _its_tasks(worker: _Worker, waiting: dict[str, list], pool: Sequence[_Worker], alone: Collection[str]) -> Iterator[Any]:
+    """What a worker should do next, taken from what is waiting: of its own group, of one that nobody works at, else of one where
+    it can help.
+    """
+    while True:
+        if worker.group not in waiting:
+            busy = {each.group for each in pool}
+            free = [name for name in waiting if name not in busy]
+            choice = free or [name for name in waiting if name not in alone]
+            if not choice:
+                return
+            worker.group = choice[0]
+        task = waiting[worker.group].pop(0)
+        if not waiting[worker.group]:
+            del waiting[worker.group]
+        yield task
+
+
+def _give(worker: _Worker, task: Any) -> None:
+    worker.task, worker.started = task, time.monotonic()
     with suppress(OSError):  # the answer of one that died in between will be its end
-        worker.connection.send(worker.task)
-    return True
+        worker.connection.send(task)
 
 
 def _answer(worker: _Worker) -> Any:
