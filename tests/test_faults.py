@@ -53,7 +53,10 @@ def test_fault_is_caught_by_its_property(fault: Fault) -> None:
     ("contract", "dtype"), [(name, dtype) for name in RIGHT for dtype in contracts()[name].dtypes if dtype != "float16"]
 )
 def test_the_same_kernel_without_a_fault_passes_every_property(sparingly: None, contract: str, dtype: str) -> None:
-    assert_right(Implementation(contract, "right", RIGHT[contract]()), dtype)
+    # of models and steps, whose cases are dear, those that catch a fault in it: the others are judged of what it is made of
+    caught_by = {fault.caught_by for fault in faults() if fault.contract == contract}
+    names = caught_by if contracts()[contract].rigid else None
+    assert_right(Implementation(contract, "right", RIGHT[contract]()), dtype, names)
 
 
 @pytest.mark.parametrize(

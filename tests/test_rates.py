@@ -48,7 +48,8 @@ def test_a_printed_script_fails_again_and_only_if_it_does(tmp_path: Path) -> Non
     ("contract", "regime"), [(name, regime.name) for name, row in contracts().items() for regime in row.regimes]
 )
 def test_no_trivial_result_passes(contract: str, regime: str) -> None:
-    found = rates.judge_trivial(contract, "float32", rates.drawn_cases(contract, regime, examples=2, seed=3))
+    examples = 1 if contracts()[contract].rigid else 2  # a model, or a step of one, has hundreds of outputs and gradients
+    found = rates.judge_trivial(contract, "float32", rates.drawn_cases(contract, regime, examples, seed=3))
     assert found.judged >= 7
     assert found.passed == []
 
