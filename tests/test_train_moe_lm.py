@@ -228,6 +228,12 @@ def test_noise_is_of_an_example_a_step_and_a_token_and_of_nothing_else():
         assert abs(torch.corrcoef(torch.stack([later.flatten(), drawn.flatten()]))[0, 1]) < 5 / drawn.numel() ** 0.5
 
 
+@pytest.mark.parametrize("module", TRAININGS)
+def test_a_training_of_no_known_length_has_no_noise(module):
+    endless = replace(CONFIG, num_training_steps=None, anneal_fraction=1.0, learning_rate_schedule="constant")
+    assert module.noise_std_of(0, config=endless) == 0 < module.noise_std_of(0, config=CONFIG)
+
+
 def test_an_exhausted_noise_changes_nothing():
     state = trained_state(step=5)
     results = [trainer.train_step(state, *batch(), config=replace(CONFIG, noise_std=std))[0] for std in (0.5, 0.0)]
