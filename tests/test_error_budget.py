@@ -197,10 +197,17 @@ def test_many_small_faults_exceed_the_limits_of_their_statistic() -> None:
 # ------------------------------------------------------------------------------------------------- right and wrong ones
 
 
-@pytest.mark.parametrize(
-    ("contract", "regime", "dtype"),
-    [(name, regime.name, dtype) for name, row in contracts().items() for regime in row.regimes for dtype in row.dtypes],
-)
+def in_dtypes() -> list[tuple[str, str, str]]:
+    """Each contract's regimes in its dtypes; each of a model in one of them in turns, unless many cases are asked for."""
+    return [
+        (name, regime.name, dtype)
+        for name, row in contracts().items()
+        for place, regime in enumerate(row.regimes)
+        for dtype in (row.dtypes[place % len(row.dtypes) :][:1] if row.rigid and CASES == 1 else row.dtypes)
+    ]
+
+
+@pytest.mark.parametrize(("contract", "regime", "dtype"), in_dtypes())
 def test_right_variants_raise_no_alarm(contract: str, regime: str, dtype: str) -> None:
     found = judge_variants(contract, dtype, drawn_cases(contract, regime, CASES, seed=CASES))
     assert found.judged >= 3 * CASES

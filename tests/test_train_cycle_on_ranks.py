@@ -93,6 +93,7 @@ def test_jax_makes_the_steps_of_the_reference_on_four_ranks():
         actual, metrics = jax_sharded.train_step(*call, config=config, mesh=jax_mesh_of(4))
         assert_same_to_rounding(vars(metrics), vars(expected_metrics), units=2**10)
         assert_same_to_rounding(actual, expected, units=2**20)
+        assert {len(each.devices()) for each in vars(metrics).values()} == {4}  # so that those of several steps can be stacked
         compiled = jax_sharded.training.sharded_step._cache_size()
         bad = call[0] | {"model.text_head.bias": call[0]["model.text_head.bias"].at[0].set(jax.numpy.inf)}
         with pytest.raises(FloatingPointError, match=r"^step 7: base_l2t_text_loss is not finite"):

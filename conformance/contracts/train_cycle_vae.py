@@ -74,7 +74,11 @@ def train_step() -> Contract:
         microbatches="accumulation_steps",
         shardings={"data_parallel": {"batch_size": "uneven"}},
         rejections=REJECTIONS,
-        implementations=(distributed("fsdp2", devices=DEVICES, world_sizes=(2,)),),  # tests have others, and JAX sharded
+        implementations=(
+            distributed("fsdp2", devices=DEVICES, world_sizes=(2,)),  # tests have 1 and 4
+            # each number of devices takes a compilation
+            distributed("jax-sharded", framework="jax", world_sizes=(4,)),
+        ),
         without=training_runs.WITHOUT
         | dict.fromkeys(("layout", "process_settings", "same_pointer_new_data"), "judged of train_image_diffusion.train_step"),
     )  # fmt: skip

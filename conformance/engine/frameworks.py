@@ -19,6 +19,7 @@ from gaugeblock.conformance.engine.budget.oracle import gradient_key
 from gaugeblock.conformance.engine.calls import ResultCount, apply
 from gaugeblock.conformance.engine.contract import Contract
 from gaugeblock.conformance.engine.pull_back import pull_back
+from gaugeblock.conformance.engine.suggestion import one_line
 from gaugeblock.conformance.engine.vocabulary import Tensors
 
 UNSAID = "(no message"  # begins what stands for a text that could not be had
@@ -215,7 +216,10 @@ def _returned(
             raise BadResult(
                 f"of one result, steps return shapes and dtypes {[(tuple(each.shape), each.dtype) for each in steps]}"
             )
-        return stack(steps)
+        try:
+            return stack(steps)
+        except (RuntimeError, ValueError) as error:  # on different devices
+            raise BadResult(f"one result of all steps cannot be stacked: {one_line(error)}") from None
 
     def require_kind(name: str, value: Any) -> None:
         if not isinstance(value, kind):

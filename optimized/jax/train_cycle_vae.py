@@ -10,7 +10,7 @@ from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
 from gaugeblock.optimized.jax import training
 from gaugeblock.optimized.jax.mesh import mesh_of_ranks
@@ -52,7 +52,9 @@ def train_step(
     shares = Shares(reference.cycles_run(state["step"], config=config))
     placed = training.place(batch, config, mesh)
     new_state, metrics = training.step(shares, state, placed, config=config, mesh=mesh)
-    return new_state, reference.Metrics(**metrics, **reference.weight_metrics(state["step"], latents, config=config))
+    weights = reference.weight_metrics(state["step"], latents, config=config)
+    everywhere = NamedSharding(mesh, training.REPLICATED)  # as all metrics lie, wherever the state and the batch were
+    return new_state, reference.Metrics(**metrics, **jax.device_put(weights, everywhere))
 
 
 class Shares(reference.Shares):
