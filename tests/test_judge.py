@@ -260,7 +260,7 @@ def test_steps_that_return_no_results_are_named(function, message):
 
 def test_what_jax_returns_of_all_steps_must_lie_on_the_same_devices():
     devices, call = jax.devices(), Call({"x": torch.arange(2.0)[:, None].expand(2, 4), "state/w": torch.ones(4)}, {}, None)
-    with pytest.raises(BadResult, match="^one result of all steps cannot be stacked: .* incompatible devices"):
+    with pytest.raises(BadResult, match=r"^one result of all steps cannot be stacked: .* incompatible devices"):
         call_jax(STEPS, lambda x, state: (state, jax.device_put(x, devices[int(x[0])])), call)
 
 
