@@ -222,12 +222,13 @@ def moved(parameters: Parameters, itemsize: int) -> float:
 
 
 def _batches(draw: Draw, parameters: Parameters) -> Tensors:
-    """Random texts; of the labels some do not count, of the last example all but its last."""
+    """Random texts; of the labels some do not count, of the last example all but its last. Token 0 is among those that do."""
     shape = tuple(parameters[name] for name in ("num_steps", "batch_size", "num_tokens"))
     input_ids = draw.integers(0, parameters["vocab_size"], *shape)
+    input_ids[:, 0, 1] = 0
     labels = torch.where(draw.uniform(*shape) < 0.2, IGNORED_LABEL, input_ids)
     labels[:, -1] = IGNORED_LABEL
-    labels[:, -1, -1] = input_ids[:, -1, -1]
+    labels[:, -1, -1], labels[:, 0, 1] = input_ids[:, -1, -1], 0
     return {"input_ids": input_ids, "labels": labels, "example_ids": training_runs.example_ids(draw, parameters)}
 
 

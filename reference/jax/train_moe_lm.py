@@ -119,7 +119,7 @@ def token_losses(logits: jax.Array, labels: jax.Array) -> jax.Array:
     """As `gaugeblock.reference.torch.train_moe_lm.token_losses`."""
     labels_BS = labels[:, 1:]
     log_probs_BSV = jax.nn.log_softmax(at_least_float32(logits[:, :-1]), axis=-1)
-    picked_BS = jnp.take_along_axis(log_probs_BSV, jnp.maximum(labels_BS, 0)[..., None], axis=-1)[..., 0]
+    picked_BS = jnp.take_along_axis(log_probs_BSV, jnp.maximum(labels_BS, 0)[..., None], axis=-1).squeeze(-1)
     return -picked_BS
 
 
@@ -134,7 +134,8 @@ def noise_std_of(step: jax.Array, *, config: MoELMConfig) -> jax.Array:
     """Return the deviation of the noise in the step after `step` others."""
     with jax.enable_x64(True):
         steps, end = jnp.asarray(step).astype(jnp.float64), config.noised_steps
-        return jnp.where(steps < end, config.noise_std * (1 - steps / max(1, end)), 0.0)
+        done = steps / max(1, end)
+        return jnp.where(steps < end, config.noise_std * (1 - done), 0.0)
 
 
 def experts_used(metrics: Mapping[str, jax.Array], *, config: MoELMConfig) -> Tensors:
