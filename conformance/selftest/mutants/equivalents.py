@@ -5,7 +5,8 @@ An entry names no line number: a module, a function, the rule, the text of the l
 
 import tomllib
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
+from functools import cache
 from pathlib import Path
 
 from gaugeblock.conformance.selftest.mutants.judging import Outcome
@@ -79,5 +80,11 @@ def stale(listed: Iterable[Equivalent]) -> list[str]:
         f"listed as equivalent, but made by no rule: {each}: {change}"
         for each in listed
         for change in each.changes
-        if not any(replace(each, changes=(change,)).is_about(mutant) for mutant in source_of(f"gaugeblock.{each.module}").mutants)
+        if (each.function, each.line, change) not in _made(each.module)
     ]
+
+
+@cache
+def _made(module: str) -> frozenset[tuple[str, str, str]]:
+    """In which function, in which line, and how the rules change a module."""
+    return frozenset((each.function, each.text, change_of(each)) for each in source_of(f"gaugeblock.{module}").mutants)
